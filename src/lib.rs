@@ -1,1 +1,19 @@
 //! Normalization layers for candle.
+mod layers;
+mod norm;
+pub mod ops;
+
+pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
+pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
+pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions, instance_norm};
+pub use layers::layer_norm::{
+    LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
+};
+pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
+pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
+pub use layers::{
+    Affine, Foldable, FrozenNorm, RunningStats, Snapshot, batch_norm, group_norm, instance_norm,
+    layer_norm, recalibrate, rms_norm, weight_norm,
+};
+pub use norm::Norm;
+pub use ops::{Cast, Path, with_path};

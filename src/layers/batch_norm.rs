@@ -1,0 +1,395 @@
+//! Batch normalization.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{ModuleT, VarBuilder};
+
+pub use candle_nn::BatchNormConfig;
+
+use super::frozen::{Foldable, FrozenNorm};
+use super::params::{Affine, AffineParams};
+use super::running_stats::RunningStats;
+use crate::Norm;
+use crate::ops::{self, check};
+
+const LAYER: &str = "BatchNorm";
+
+/// Configuration of [`BatchNorm`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct BatchNormOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    ///
+    /// PyTorch's convention: Flax and Keras write 0.99 or 0.9 for the weight of the old value.
+    pub momentum: Option<f64>,
+    /// Which parameters are learned. Default: weight and bias.
+    pub affine: Affine,
+    /// Keep running statistics for inference; without, inference uses those of its own batch. Default: true.
+    pub track_running_stats: bool,
+    /// Subtract the mean; without, channels are divided by their root mean square. Default: true.
+    pub remove_mean: bool,
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
+    /// device at every step. Default: false.
+    pub refuse_non_finite: bool,
+}
+
+impl Default for BatchNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            momentum: Some(0.1),
+            affine: Affine::WeightAndBias,
+            track_running_stats: true,
+            remove_mean: true,
+            refuse_non_finite: false,
+        }
+    }
+}
+
+impl From<f64> for BatchNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+impl From<BatchNormConfig> for BatchNormOptions {
+    fn from(config: BatchNormConfig) -> Self {
+        Self {
+            eps: config.eps,
+            momentum: Some(config.momentum),
+            affine: if config.affine {
+                Affine::WeightAndBias
+            } else {
+                Affine::None
+            },
+            remove_mean: config.remove_mean,
+            ..Self::default()
+        }
+    }
+}
+
+/// Batch normalization: each channel by its mean and variance over the batch and space.
+///
+/// `y = (x − μ) / √(σ² + ε) · w + b`
+///
+/// Where:
+/// - in training, μ and σ² (biased) are those of this batch, for each channel of axis 1 over all other axes;
+/// - in inference, they are the running statistics, to which each training batch adds `momentum` of its mean and of its unbiased
+///   variance;
+/// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
+/// - ε is `eps`.
+///
+/// Ioffe and Szegedy, 2015, <https://arxiv.org/abs/1502.03167>. The two modes differ, so the layer is a [`ModuleT`] and no
+/// `Module`: call [`forward_t`](ModuleT::forward_t), or take a [`frozen`](Self::frozen) one. The dtype is `f16`, `bf16`, `f32` or `f64`;
+/// half precision is computed in `f32` and rounded once, and keeps `f32` statistics.
+#[derive(Debug, Clone)]
+pub struct BatchNorm {
+    params: AffineParams,
+    /// Neutral ones, in no `VarMap`, where none are tracked.
+    stats: RunningStats,
+    options: BatchNormOptions,
+}
+
+/// A [`BatchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+///
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says. Statistics:
+/// `running_mean` (`mean`, `moving_mean`), `running_var` (`var`, `moving_variance`), `num_batches_tracked` (0 if missing).
+///
+/// # Errors
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::batch_norm(3, 1e-5, vb)?;
+/// let x = Tensor::randn(5f32, 2., (16, 3, 8, 8), &Device::Cpu)?;
+/// let trained = norm.forward_t(&x, true)?;
+/// let inferred = norm.forward_t(&x, false)?;
+/// assert_eq!(trained.dims(), inferred.dims());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn batch_norm(
+    num_features: usize,
+    options: impl Into<BatchNormOptions>,
+    vb: VarBuilder,
+) -> Result<BatchNorm> {
+    let options = options.into();
+    check::eps(LAYER, options.eps)?;
+    check::momentum(LAYER, options.momentum)?;
+    let stats = RunningStats::new(
+        LAYER,
+        num_features,
+        options.momentum,
+        options.track_running_stats,
+        &vb,
+    )?;
+    Ok(BatchNorm {
+        params: AffineParams::new(&vb, num_features, options.affine, 1.)?,
+        stats,
+        options,
+    })
+}
+
+impl BatchNorm {
+    fn from_values(
+        num_features: usize,
+        (mean, var): (Tensor, Tensor),
+        weight_and_bias: Option<(Tensor, Tensor)>,
+        eps: f64,
+        momentum: f64,
+    ) -> Result<Self> {
+        check::eps(LAYER, eps)?;
+        check::shape(LAYER, "running_mean", &mean, &[num_features])?;
+        check::shape(LAYER, "running_var", &var, &[num_features])?;
+        let mut params = AffineParams::NONE;
+        let mut affine = Affine::None;
+        if let Some((weight, bias)) = weight_and_bias {
+            check::shape(LAYER, "weight", &weight, &[num_features])?;
+            check::shape(LAYER, "bias", &bias, &[num_features])?;
+            affine = Affine::WeightAndBias;
+            params = AffineParams {
+                weight: Some(weight),
+                bias: Some(bias),
+            };
+        }
+        let momentum = Some(momentum);
+        Ok(Self {
+            params,
+            stats: RunningStats::from_values(LAYER, mean, var, momentum)?,
+            options: BatchNormOptions {
+                eps,
+                momentum,
+                affine,
+                ..Default::default()
+            },
+        })
+    }
+
+    /// A layer of given statistics and parameters, with a momentum of 0.1.
+    ///
+    /// # Errors
+    /// Tensors that are not of shape `[num_features]`, statistics that are negative or not finite, `eps` out of range.
+    pub fn new(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: f64,
+    ) -> Result<Self> {
+        let affine = Some((weight, bias));
+        Self::from_values(num_features, (running_mean, running_var), affine, eps, 0.1)
+    }
+
+    /// A layer of given statistics without parameters, with a momentum of 0.1.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn new_no_bias(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: f64,
+    ) -> Result<Self> {
+        Self::from_values(num_features, (running_mean, running_var), None, eps, 0.1)
+    }
+
+    /// A layer of given statistics, parameters and momentum.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and a momentum outside `[0, 1]`.
+    pub fn new_with_momentum(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: f64,
+        momentum: f64,
+    ) -> Result<Self> {
+        let statistics = (running_mean, running_var);
+        Self::from_values(
+            num_features,
+            statistics,
+            Some((weight, bias)),
+            eps,
+            momentum,
+        )
+    }
+
+    /// A layer of given statistics and momentum, without parameters.
+    ///
+    /// # Errors
+    /// As [`new_with_momentum`](Self::new_with_momentum).
+    pub fn new_no_bias_with_momentum(
+        num_features: usize,
+        running_mean: Tensor,
+        running_var: Tensor,
+        eps: f64,
+        momentum: f64,
+    ) -> Result<Self> {
+        let statistics = (running_mean, running_var);
+        Self::from_values(num_features, statistics, None, eps, momentum)
+    }
+
+    /// The live running mean; zeros where none is tracked.
+    pub fn running_mean(&self) -> &Tensor {
+        self.stats.mean()
+    }
+
+    /// The live running variance; ones where none is tracked.
+    pub fn running_var(&self) -> &Tensor {
+        self.stats.var()
+    }
+
+    /// ε, added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.options.eps
+    }
+
+    /// The scale and the shift of each channel, if there are both.
+    pub fn weight_and_bias(&self) -> Option<(&Tensor, &Tensor)> {
+        self.weight().zip(self.bias())
+    }
+
+    /// The scale of each channel, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.params.weight()
+    }
+
+    /// The shift of each channel, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.params.bias()
+    }
+
+    /// The weight of the next batch in the running statistics: the momentum, or `1 / (num_batches_tracked + 1)` for the
+    /// cumulative average.
+    pub fn momentum(&self) -> f64 {
+        self.stats.next_momentum()
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &BatchNormOptions {
+        &self.options
+    }
+
+    /// The number of channels on axis 1.
+    pub fn num_features(&self) -> usize {
+        self.stats.mean().elem_count()
+    }
+
+    /// The running statistics, if they are tracked.
+    pub fn running_stats(&self) -> Option<&RunningStats> {
+        self.options.track_running_stats.then_some(&self.stats)
+    }
+
+    /// Normalizes by the statistics of this batch and adds them to the running ones: `forward_t` in training.
+    ///
+    /// # Errors
+    /// As [`forward_t`](ModuleT::forward_t).
+    pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_input(x)?;
+        let options = &self.options;
+        let (y, statistics) = ops::batch_norm_with(
+            x,
+            self.weight(),
+            self.bias(),
+            options.eps,
+            options.remove_mean,
+        )?;
+        if let (Some(statistics), true) = (statistics, options.track_running_stats) {
+            if options.refuse_non_finite {
+                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], x)?;
+            }
+            self.stats.update(&statistics, options.remove_mean)?;
+        }
+        Ok(y)
+    }
+
+    fn forward_eval(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_input(x)?;
+        let (weight, bias) = (self.weight(), self.bias());
+        let eps = self.options.eps;
+        if !self.options.track_running_stats {
+            let center = self.options.remove_mean;
+            return Ok(ops::batch_norm_with(x, weight, bias, eps, center)?.0);
+        }
+        let statistics = self.stats.snapshot()?;
+        let statistics = (&statistics.mean, &statistics.var);
+        ops::normalize_with(LAYER, 2, x, statistics, weight, bias, eps)
+    }
+
+    fn check_input(&self, x: &Tensor) -> Result<()> {
+        check::rank_at_least(LAYER, x, 2, "[N, C, ...]")?;
+        check::channels(LAYER, x, self.num_features())
+    }
+
+    /// This layer with the statistics of now and for good, its affine parameters still trainable.
+    ///
+    /// # Errors
+    /// A layer that tracks no statistics.
+    pub fn frozen(&self) -> Result<FrozenNorm> {
+        let statistics = check::tracked(LAYER, self.running_stats())?.snapshot()?;
+        let params = self.params.clone();
+        Ok(FrozenNorm::new(
+            LAYER,
+            2,
+            statistics,
+            params,
+            self.options.eps,
+        ))
+    }
+
+    /// `layer` followed by this one in inference, as one layer: see [`FrozenNorm::fold_into`].
+    ///
+    /// # Errors
+    /// A layer that tracks no statistics, or does not fit.
+    pub fn fold_into<L: Foldable>(&self, layer: &L) -> Result<L> {
+        self.frozen()?.fold_into(layer)
+    }
+}
+
+impl ModuleT for BatchNorm {
+    /// Normalizes each channel of `xs`, in training by its own statistics, else by the running ones.
+    ///
+    /// # Shapes
+    /// `[N, num_features, *]` of rank at least 2; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device; in training, one value per channel. No error changes
+    /// the statistics.
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        if train {
+            self.forward_train(xs)
+        } else {
+            self.forward_eval(xs)
+        }
+    }
+}
+
+impl Norm for BatchNorm {
+    fn kind(&self) -> &'static str {
+        "batch"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.params.named()
+    }
+
+    fn running_stats(&self) -> Option<&RunningStats> {
+        self.running_stats()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.params.reset(1.)?;
+        self.stats.reset()
+    }
+}

@@ -1,0 +1,174 @@
+//! Group normalization.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+
+use super::params::{Affine, AffineParams};
+use crate::Norm;
+use crate::ops::{self, check};
+
+/// Configuration of [`GroupNorm`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct GroupNormOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// Which parameters are learned. Default: weight and bias.
+    pub affine: Affine,
+}
+
+impl Default for GroupNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            affine: Affine::WeightAndBias,
+        }
+    }
+}
+
+impl From<f64> for GroupNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+/// Group normalization: each group of channels of a sample by its own mean and variance.
+///
+/// `y = (x − μ) / √(σ² + ε) · w + b`
+///
+/// Where:
+/// - μ and σ² (biased) are taken for each sample over the `num_channels / num_groups` channels of a group and all of space;
+/// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
+/// - ε is `eps`.
+///
+/// Wu and He, 2018, <https://arxiv.org/abs/1803.08494>. It does not see the batch: training and inference are the same, so the
+/// layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    params: AffineParams,
+    eps: f64,
+    num_channels: usize,
+    num_groups: usize,
+}
+
+/// A [`GroupNorm`] of `num_groups` groups of the `num_channels` on axis 1, its parameters taken from `vb`.
+///
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+///
+/// # Errors
+/// `num_groups` that does not divide `num_channels`, options out of range, parameters of another shape.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder, VarMap};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::group_norm(8, 32, 1e-5, vb)?;
+/// let x = Tensor::zeros((2, 32, 7, 7), DType::F32, &Device::Cpu)?;
+/// assert_eq!(norm.forward(&x)?.dims(), [2, 32, 7, 7]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn group_norm(
+    num_groups: usize,
+    num_channels: usize,
+    options: impl Into<GroupNormOptions>,
+    vb: VarBuilder,
+) -> Result<GroupNorm> {
+    let GroupNormOptions { eps, affine } = options.into();
+    check::eps("GroupNorm", eps)?;
+    check::groups("GroupNorm", num_groups, num_channels)?;
+    Ok(GroupNorm {
+        params: AffineParams::new(&vb, num_channels, affine, 1.)?,
+        eps,
+        num_channels,
+        num_groups,
+    })
+}
+
+impl GroupNorm {
+    /// A layer of given parameters.
+    ///
+    /// # Errors
+    /// `num_groups` that does not divide `num_channels`, parameters of another shape, `eps` out of range.
+    pub fn new(
+        weight: Tensor,
+        bias: Tensor,
+        num_channels: usize,
+        num_groups: usize,
+        eps: f64,
+    ) -> Result<Self> {
+        check::eps("GroupNorm", eps)?;
+        check::groups("GroupNorm", num_groups, num_channels)?;
+        check::shape("GroupNorm", "weight", &weight, &[num_channels])?;
+        check::shape("GroupNorm", "bias", &bias, &[num_channels])?;
+        Ok(Self {
+            params: AffineParams {
+                weight: Some(weight),
+                bias: Some(bias),
+            },
+            eps,
+            num_channels,
+            num_groups,
+        })
+    }
+
+    /// The scale of each channel, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.params.weight()
+    }
+
+    /// The shift of each channel, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.params.bias()
+    }
+
+    /// ε, added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
+    /// The number of channels on axis 1.
+    pub fn num_channels(&self) -> usize {
+        self.num_channels
+    }
+
+    /// The number of groups that they form.
+    pub fn num_groups(&self) -> usize {
+        self.num_groups
+    }
+}
+
+impl Module for GroupNorm {
+    /// Normalizes each group of each sample of `xs`.
+    ///
+    /// # Shapes
+    /// `[N, num_channels, *]` of rank at least 2; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        check::rank_at_least("GroupNorm", xs, 2, "[N, C, ...]")?;
+        check::channels("GroupNorm", xs, self.num_channels)?;
+        let (weight, bias) = (self.params.weight(), self.params.bias());
+        ops::group_norm(xs, self.num_groups, weight, bias, self.eps)
+    }
+}
+
+impl Norm for GroupNorm {
+    fn kind(&self) -> &'static str {
+        "group"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.params.named()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.params.reset(1.)
+    }
+}

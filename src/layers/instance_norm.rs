@@ -1,0 +1,208 @@
+//! Instance normalization.
+
+use candle_core::{Result, Tensor};
+use candle_nn::{ModuleT, VarBuilder};
+
+use super::frozen::FrozenNorm;
+use super::params::{Affine, AffineParams};
+use super::running_stats::RunningStats;
+use crate::Norm;
+use crate::ops::{self, check};
+
+const LAYER: &str = "InstanceNorm";
+
+/// Configuration of [`InstanceNorm`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct InstanceNormOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    pub momentum: Option<f64>,
+    /// Which parameters are learned. Default: none.
+    pub affine: Affine,
+    /// Keep running statistics for inference; without, every input is normalized by its own. Default: false.
+    pub track_running_stats: bool,
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
+    /// device at every step. Default: false.
+    pub refuse_non_finite: bool,
+}
+
+impl Default for InstanceNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            momentum: Some(0.1),
+            affine: Affine::None,
+            track_running_stats: false,
+            refuse_non_finite: false,
+        }
+    }
+}
+
+impl From<f64> for InstanceNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+/// Instance normalization: each channel of each sample by its own mean and variance over space.
+///
+/// `y = (x − μ) / √(σ² + ε) · w + b`
+///
+/// Where:
+/// - μ and σ² (biased) are taken for each sample and channel over space, or, in inference with tracked statistics, are the
+///   running ones: the averages over the samples of a batch of their mean and of their unbiased variance;
+/// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
+/// - ε is `eps`.
+///
+/// Ulyanov, Vedaldi and Lempitsky, 2016, <https://arxiv.org/abs/1607.08022>. The modes differ where statistics are tracked, so the
+/// layer is a [`ModuleT`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+#[derive(Debug, Clone)]
+pub struct InstanceNorm {
+    params: AffineParams,
+    /// Neutral ones, in no `VarMap`, where none are tracked.
+    stats: RunningStats,
+    options: InstanceNormOptions,
+}
+
+/// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+///
+/// Names as for [`batch_norm`](crate::batch_norm).
+///
+/// # Errors
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+/// use candle_norm::{InstanceNormOptions, instance_norm};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = instance_norm(3, InstanceNormOptions::default(), vb)?;
+/// let x = Tensor::randn(5f32, 2., (2, 3, 8, 8), &Device::Cpu)?;
+/// assert_eq!(norm.forward_t(&x, false)?.dims(), [2, 3, 8, 8]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn instance_norm(
+    num_features: usize,
+    options: impl Into<InstanceNormOptions>,
+    vb: VarBuilder,
+) -> Result<InstanceNorm> {
+    let options = options.into();
+    check::eps(LAYER, options.eps)?;
+    check::momentum(LAYER, options.momentum)?;
+    let stats = RunningStats::new(
+        LAYER,
+        num_features,
+        options.momentum,
+        options.track_running_stats,
+        &vb,
+    )?;
+    Ok(InstanceNorm {
+        params: AffineParams::new(&vb, num_features, options.affine, 1.)?,
+        stats,
+        options,
+    })
+}
+
+impl InstanceNorm {
+    /// The scale of each channel, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.params.weight()
+    }
+
+    /// The shift of each channel, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.params.bias()
+    }
+
+    /// ε, added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.options.eps
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &InstanceNormOptions {
+        &self.options
+    }
+
+    /// The number of channels on axis 1.
+    pub fn num_features(&self) -> usize {
+        self.stats.mean().elem_count()
+    }
+
+    /// The running statistics, if they are tracked.
+    pub fn running_stats(&self) -> Option<&RunningStats> {
+        self.options.track_running_stats.then_some(&self.stats)
+    }
+
+    /// This layer with the running statistics of now and for good, its affine parameters still trainable.
+    ///
+    /// # Errors
+    /// A layer that tracks no statistics.
+    pub fn frozen(&self) -> Result<FrozenNorm> {
+        let statistics = check::tracked(LAYER, self.running_stats())?.snapshot()?;
+        let params = self.params.clone();
+        Ok(FrozenNorm::new(
+            LAYER,
+            3,
+            statistics,
+            params,
+            self.options.eps,
+        ))
+    }
+}
+
+impl ModuleT for InstanceNorm {
+    /// Normalizes each channel of each sample of `xs`; in inference by the running statistics, if they are tracked.
+    ///
+    /// # Shapes
+    /// `[N, num_features, *]` of rank at least 3; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device; one spatial element where its own statistics are used.
+    /// No error changes the statistics.
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features())?;
+        let (weight, bias, options) = (self.weight(), self.bias(), &self.options);
+        if options.track_running_stats && !train {
+            let statistics = self.stats.snapshot()?;
+            let statistics = (&statistics.mean, &statistics.var);
+            return ops::normalize_with(LAYER, 3, xs, statistics, weight, bias, options.eps);
+        }
+        let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
+        if let (Some(statistics), true) = (statistics, options.track_running_stats) {
+            if options.refuse_non_finite {
+                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], xs)?;
+            }
+            self.stats.update(&statistics, true)?;
+        }
+        Ok(y)
+    }
+}
+
+impl Norm for InstanceNorm {
+    fn kind(&self) -> &'static str {
+        "instance"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.params.named()
+    }
+
+    fn running_stats(&self) -> Option<&RunningStats> {
+        self.running_stats()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.params.reset(1.)?;
+        self.stats.reset()
+    }
+}

@@ -1,0 +1,251 @@
+//! Layer normalization.
+
+use candle_core::{Result, Shape, Tensor};
+use candle_nn::{Module, VarBuilder};
+
+pub use candle_nn::LayerNormConfig;
+
+use super::params::{Affine, AffineParams};
+pub use super::rms_norm::{RmsNorm, rms_norm};
+use crate::Norm;
+use crate::ops::{RowNorm, check, row_norm};
+
+/// Configuration of [`LayerNorm`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct LayerNormOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// Which parameters are learned. Default: weight and bias.
+    pub affine: Affine,
+    /// Subtract the mean; without, rows are divided by their root mean square. Default: true.
+    pub remove_mean: bool,
+    /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does. Default: false.
+    pub channels_first: bool,
+}
+
+impl Default for LayerNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            affine: Affine::WeightAndBias,
+            remove_mean: true,
+            channels_first: false,
+        }
+    }
+}
+
+impl From<f64> for LayerNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+/// candle's `affine` stands for the bias alone: its layer always has a weight.
+impl From<LayerNormConfig> for LayerNormOptions {
+    fn from(config: LayerNormConfig) -> Self {
+        Self {
+            eps: config.eps,
+            affine: if config.affine {
+                Affine::WeightAndBias
+            } else {
+                Affine::Weight
+            },
+            remove_mean: config.remove_mean,
+            channels_first: false,
+        }
+    }
+}
+
+/// Layer normalization: each row by its own mean and variance.
+///
+/// `y = (x − μ) / √(σ² + ε) · w + b`
+///
+/// Where:
+/// - μ and σ² (biased) are taken over the trailing `normalized_shape`, for each row by itself;
+/// - `w` and `b` are `weight` and `bias`, of shape `normalized_shape`, if `affine` has them;
+/// - ε is `eps`.
+///
+/// Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>. Training and inference are the same, so the layer is a
+/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    normalized_shape: Vec<usize>,
+    params: AffineParams,
+    weight_or_ones: Tensor,
+    norm: RowNorm,
+}
+
+/// A [`LayerNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
+///
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+///
+/// # Errors
+/// Options out of range, parameters of another shape.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder, VarMap};
+/// use candle_norm::{LayerNormOptions, layer_norm};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let tokens = layer_norm(768, 1e-5, vb.pp("tokens"))?;
+/// let last_two_axes = layer_norm((4, 8), LayerNormOptions::default(), vb.pp("maps"))?;
+/// let x = Tensor::zeros((2, 3, 768), DType::F32, &Device::Cpu)?;
+/// assert_eq!(tokens.forward(&x)?.dims(), [2, 3, 768]);
+/// # let _ = last_two_axes;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn layer_norm(
+    normalized_shape: impl Into<Shape>,
+    options: impl Into<LayerNormOptions>,
+    vb: VarBuilder,
+) -> Result<LayerNorm> {
+    let shape = normalized_shape.into();
+    let options = options.into();
+    let norm = RowNorm {
+        center: options.remove_mean,
+        channels_first: options.channels_first,
+        ..RowNorm::layer_norm(options.eps)
+    };
+    check::eps(norm.layer, options.eps)?;
+    let params = AffineParams::new(&vb, &shape, options.affine, 1.)?;
+    LayerNorm::from_params(shape.dims(), params, norm, &vb)
+}
+
+/// A [`LayerNorm`] with a weight and without a bias.
+///
+/// # Errors
+/// As [`layer_norm`].
+pub fn layer_norm_no_bias(
+    normalized_shape: impl Into<Shape>,
+    eps: f64,
+    vb: VarBuilder,
+) -> Result<LayerNorm> {
+    let options = LayerNormOptions {
+        eps,
+        affine: Affine::Weight,
+        ..Default::default()
+    };
+    layer_norm(normalized_shape, options, vb)
+}
+
+impl LayerNorm {
+    pub(super) fn from_params(
+        normalized_shape: &[usize],
+        params: AffineParams,
+        norm: RowNorm,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        if norm.channels_first {
+            check::one_axis(norm.layer, normalized_shape)?;
+        }
+        check::normalized_shape(norm.layer, normalized_shape)?;
+        let weight_or_ones = match &params.weight {
+            Some(weight) => weight.clone(),
+            None => Tensor::ones(normalized_shape, vb.dtype(), vb.device())?,
+        };
+        Ok(Self {
+            normalized_shape: normalized_shape.to_vec(),
+            params,
+            weight_or_ones,
+            norm,
+        })
+    }
+
+    pub(super) fn from_weight(weight: Tensor, bias: Option<Tensor>, norm: RowNorm) -> Self {
+        Self {
+            normalized_shape: weight.dims().to_vec(),
+            weight_or_ones: weight.clone(),
+            params: AffineParams {
+                weight: Some(weight),
+                bias,
+            },
+            norm,
+        }
+    }
+
+    /// A layer of given parameters; `normalized_shape` is the shape of `weight`.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self::from_weight(weight, Some(bias), RowNorm::layer_norm(eps))
+    }
+
+    /// A layer of a given weight, without a bias.
+    pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
+        Self::from_weight(weight, None, RowNorm::layer_norm(eps))
+    }
+
+    /// A layer that divides by the root mean square and keeps the mean.
+    pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
+        Self::from_weight(weight, None, RowNorm::rms_norm(Some(eps)))
+    }
+
+    /// The scale; ones where `affine` is [`Affine::None`].
+    pub fn weight(&self) -> &Tensor {
+        &self.weight_or_ones
+    }
+
+    /// The shift, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.params.bias()
+    }
+
+    /// ε, added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.norm.eps_for(self.weight().dtype())
+    }
+
+    /// Whether the mean is subtracted.
+    pub fn remove_mean(&self) -> bool {
+        self.norm.center
+    }
+
+    /// The trailing shape that statistics are taken over.
+    pub fn normalized_shape(&self) -> &[usize] {
+        &self.normalized_shape
+    }
+
+    /// What the weight starts from: with an offset, the factor starts at one all the same.
+    fn initial_weight(&self) -> f64 {
+        1. - self.norm.offset
+    }
+}
+
+impl Module for LayerNorm {
+    /// Normalizes each row of `xs`.
+    ///
+    /// # Shapes
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to a constructor without a `Result`.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let shape = &self.normalized_shape;
+        row_norm(
+            xs,
+            shape,
+            self.params.weight(),
+            self.params.bias(),
+            &self.norm,
+        )
+    }
+}
+
+impl Norm for LayerNorm {
+    fn kind(&self) -> &'static str {
+        if self.norm.center { "layer" } else { "rms" }
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.params.named()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.params.reset(self.initial_weight())
+    }
+}

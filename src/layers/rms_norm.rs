@@ -1,0 +1,170 @@
+//! Root-mean-square normalization.
+
+use candle_core::{Result, Shape, Tensor};
+use candle_nn::{Module, VarBuilder};
+
+use super::layer_norm::LayerNorm;
+use super::params::{Affine, AffineParams};
+use crate::Norm;
+use crate::ops::{Cast, RowNorm, check};
+
+/// Configuration of [`RmsNorm`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct RmsNormOptions {
+    /// Added to the mean square, inside the root; `None` is the machine epsilon of the dtype that the mean square is formed
+    /// in (1.19e-7, for `f64` 2.2e-16), PyTorch's default. Default: 1e-6.
+    pub eps: Option<f64>,
+    /// Which parameters are learned. Default: the weight.
+    pub affine: Affine,
+    /// Added to the weight, which then starts from one less. Gemma and its kin: 1. Default: 0.
+    pub offset: f64,
+    /// Where half precision is rounded. Llama and its kin: [`Cast::BeforeWeight`]. Default: [`Cast::AfterWeight`].
+    pub cast: Cast,
+    /// Normalize axis 1 of `[N, C, *]` maps at each position. Default: false.
+    pub channels_first: bool,
+}
+
+impl Default for RmsNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: Some(1e-6),
+            affine: Affine::Weight,
+            offset: 0.,
+            cast: Cast::AfterWeight,
+            channels_first: false,
+        }
+    }
+}
+
+impl From<f64> for RmsNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps: Some(eps),
+            ..Self::default()
+        }
+    }
+}
+
+/// Root-mean-square normalization: each row by its own scale, the mean kept.
+///
+/// `y = x / √(mean(x²) + ε) · (offset + w)`
+///
+/// Where:
+/// - the mean square is taken over the trailing `normalized_shape`, for each row by itself;
+/// - `w` is `weight`, of shape `normalized_shape`, if `affine` has it;
+/// - ε is `eps`; `offset` is 0, or 1 in checkpoints whose weight is kept around zero.
+///
+/// Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>. Training and inference are the same, so the layer is a
+/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32`.
+///
+/// | checkpoint | options |
+/// | --- | --- |
+/// | PyTorch `RMSNorm`, Olmo 2 | default, or `eps: None` |
+/// | Llama, Mistral, Qwen 2 and 3 | `cast: Cast::BeforeWeight` |
+/// | Gemma, Qwen 3 Next | `offset: 1.` |
+#[derive(Debug, Clone)]
+pub struct RmsNorm(LayerNorm);
+
+/// An [`RmsNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
+///
+/// Parameters: `weight` (also found as `gamma` or `scale`), and `bias` if `affine` says so.
+///
+/// # Errors
+/// Options out of range, parameters of another shape.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{Module, VarBuilder, VarMap};
+/// use candle_norm::{RmsNormOptions, rms_norm};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let llama = rms_norm(64, 1e-6, vb.pp("llama"))?;
+/// let gemma = rms_norm(64, RmsNormOptions { offset: 1., ..Default::default() }, vb.pp("gemma"))?;
+/// let x = Tensor::ones((2, 64), DType::F32, &Device::Cpu)?;
+/// let difference = (llama.forward(&x)? - gemma.forward(&x)?)?.abs()?.sum_all()?;
+/// assert_eq!(difference.to_scalar::<f32>()?, 0.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn rms_norm(
+    normalized_shape: impl Into<Shape>,
+    options: impl Into<RmsNormOptions>,
+    vb: VarBuilder,
+) -> Result<RmsNorm> {
+    let shape = normalized_shape.into();
+    let options = options.into();
+    let norm = RowNorm {
+        offset: options.offset,
+        cast: options.cast,
+        channels_first: options.channels_first,
+        ..RowNorm::rms_norm(options.eps)
+    };
+    check::eps(norm.layer, norm.eps_for(vb.dtype()))?;
+    check::finite(norm.layer, "offset", options.offset)?;
+    let params = AffineParams::new(&vb, &shape, options.affine, 1. - options.offset)?;
+    LayerNorm::from_params(shape.dims(), params, norm, &vb).map(RmsNorm)
+}
+
+impl RmsNorm {
+    /// A layer of a given weight, whose shape is `normalized_shape`.
+    pub fn new(weight: Tensor, eps: f64) -> Self {
+        Self(LayerNorm::rms_norm(weight, eps))
+    }
+
+    /// The same layer as a [`LayerNorm`] that keeps the mean.
+    pub fn into_inner(self) -> LayerNorm {
+        self.0
+    }
+
+    /// The scale, without the offset; ones where `affine` is [`Affine::None`].
+    pub fn weight(&self) -> &Tensor {
+        self.0.weight()
+    }
+
+    /// ε, added to the mean square.
+    pub fn eps(&self) -> f64 {
+        self.0.eps()
+    }
+
+    /// The trailing shape that the mean square is taken over.
+    pub fn normalized_shape(&self) -> &[usize] {
+        self.0.normalized_shape()
+    }
+
+    /// The same as `forward`: both are differentiable here.
+    ///
+    /// # Errors
+    /// As `forward`.
+    pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
+        self.0.forward(xs)
+    }
+}
+
+impl Module for RmsNorm {
+    /// Normalizes each row of `xs`.
+    ///
+    /// # Shapes
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to [`RmsNorm::new`].
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.0.forward(xs)
+    }
+}
+
+impl Norm for RmsNorm {
+    fn kind(&self) -> &'static str {
+        self.0.kind()
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.0.parameters()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.0.reset()
+    }
+}

@@ -1,0 +1,420 @@
+//! Weight normalization around candle-nn's linear layers and convolutions.
+
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::{
+    Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, ConvTranspose1d, ConvTranspose1dConfig,
+    ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, Module, VarBuilder, init,
+};
+
+use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in};
+pub use super::weighted::Weighted;
+use crate::Norm;
+use crate::ops::linear_map::LinearMap;
+use crate::ops::{self, check};
+
+const LAYER: &str = "WeightNorm";
+
+/// Configuration of [`WeightNorm`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct WeightNormOptions {
+    /// The axis of the weight that keeps a magnitude for each index; `None` has one for the whole weight. Default: axis 0, the
+    /// outputs of linear layers and convolutions, and, as in PyTorch, the inputs of transposed convolutions.
+    pub dim: Option<usize>,
+}
+
+impl Default for WeightNormOptions {
+    fn default() -> Self {
+        Self { dim: Some(0) }
+    }
+}
+
+impl From<Option<usize>> for WeightNormOptions {
+    fn from(dim: Option<usize>) -> Self {
+        Self { dim }
+    }
+}
+
+/// Weight normalization: a layer whose weight is learned as a magnitude and a direction.
+///
+/// `w = g · v / ‖v‖`, and `y` is that of the layer `L` with the weight `w`.
+///
+/// Where:
+/// - `v` is the direction, of the weight's shape; its norm is taken over all axes but `dim`, or over all of them;
+/// - `g` is the magnitude, of size 1 on all axes but `dim`, or a scalar;
+/// - `L` is candle-nn's [`Linear`], [`Conv1d`], [`Conv2d`], [`ConvTranspose1d`] or [`ConvTranspose2d`].
+///
+/// Salimans and Kingma, 2016, <https://arxiv.org/abs/1602.07868>. It sees neither batch nor mode, so it is a [`Module`]. A row of zeros
+/// in `v` gives a weight and gradients of zero.
+///
+/// Every gradient is right on the CPU too, where candle's own `Conv1d` and `ConvTranspose1d` are not: convolutions run through
+/// candle's two-dimensional ones. [`bake`](Self::bake) hands out the plain candle-nn layer, with candle's own behavior.
+#[derive(Debug, Clone)]
+pub struct WeightNorm<L: Weighted> {
+    g: Tensor,
+    v: Tensor,
+    bias: Option<Tensor>,
+    dim: Option<usize>,
+    config: L::Config,
+}
+
+impl<L: Weighted> WeightNorm<L> {
+    /// Takes `g` and `v`, or the plain `weight` of a checkpoint without them, from `vb`.
+    fn new(
+        inputs: usize,
+        outputs: usize,
+        kernel_size: usize,
+        config: L::Config,
+        with_bias: bool,
+        options: WeightNormOptions,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        let map = L::map(&config);
+        let shape = map.weight_shape(inputs, outputs, kernel_size)?;
+        let dim = options.dim;
+        check::dim(LAYER, dim, &shape)?;
+        let (weight_init, bias_init) = initial(map, inputs, outputs, kernel_size);
+        let bias = with_bias
+            .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
+            .transpose()?;
+        let (g_name, v_name) = (name_in(vb, MAGNITUDE), name_in(vb, DIRECTION));
+        if !vb.contains_tensor(v_name) && vb.contains_tensor("weight") {
+            let plain = vb.get(shape, "weight")?;
+            return Self::from_weight(&plain, bias.as_ref(), config, dim);
+        }
+        let fresh = !vb.contains_tensor(g_name);
+        let g_shape = ops::magnitude_shape(&shape, dim);
+        let v = vb.get_with_hints(shape, v_name, weight_init)?;
+        let g = get(vb, g_shape, MAGNITUDE, 1.)?;
+        if fresh && g.is_variable() {
+            Var::from_tensor(&g)?.set(&ops::norms(&v.detach(), dim)?)?;
+        }
+        Ok(Self {
+            g,
+            v,
+            bias,
+            dim,
+            config,
+        })
+    }
+
+    fn from_weight(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        config: L::Config,
+        dim: Option<usize>,
+    ) -> Result<Self> {
+        check::float(LAYER, "weight", weight)?;
+        check::dim(LAYER, dim, weight.dims())?;
+        let weight = weight.detach().contiguous()?.copy()?;
+        let var = |t: &Tensor| Ok::<_, candle_core::Error>(Var::from_tensor(t)?.into_inner());
+        Ok(Self {
+            g: var(&ops::norms(&weight, dim)?)?,
+            v: var(&weight)?,
+            bias: bias.map(|b| var(&b.detach().copy()?)).transpose()?,
+            dim,
+            config,
+        })
+    }
+
+    /// A layer that starts as `layer`: `v` is its weight, `g` the norms of it. Its parameters are new variables, which
+    /// [`parameters`](Norm::parameters) hands to an optimizer.
+    ///
+    /// # Errors
+    /// A `dim` that the weight does not have.
+    pub fn from_layer(layer: &L, options: impl Into<WeightNormOptions>) -> Result<Self> {
+        let dim = options.into().dim;
+        Self::from_weight(layer.weight(), layer.bias(), layer.config(), dim)
+    }
+
+    /// Sets the variables of this layer so that it computes what `layer` does.
+    ///
+    /// # Errors
+    /// A weight or bias of another shape or dtype; parameters that are not variables. Nothing is changed then.
+    pub fn copy_from(&self, layer: &L) -> Result<()> {
+        let weight = layer.weight().detach();
+        check::shape(LAYER, "weight", &weight, self.v.dims())?;
+        let g = ops::norms(&weight, self.dim)?;
+        let mut values = vec![(&self.v, weight), (&self.g, g)];
+        match (&self.bias, layer.bias()) {
+            (Some(mine), Some(theirs)) => {
+                check::shape(LAYER, "bias", theirs, mine.dims())?;
+                values.push((mine, theirs.detach()));
+            }
+            (Some(mine), None) => values.push((mine, mine.zeros_like()?.detach())),
+            (None, None) => {}
+            (None, Some(_)) => bail!("{LAYER}: expected a layer without bias, got one with a bias"),
+        }
+        assign(values)
+    }
+
+    /// The weight that the layer multiplies by: `g · v / ‖v‖`.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    pub fn weight(&self) -> Result<Tensor> {
+        ops::weight_norm(&self.v, &self.g, self.dim)
+    }
+
+    /// The magnitude.
+    pub fn g(&self) -> &Tensor {
+        &self.g
+    }
+
+    /// The direction, up to its length.
+    pub fn v(&self) -> &Tensor {
+        &self.v
+    }
+
+    /// The bias, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The axis that keeps a magnitude for each index.
+    pub fn dim(&self) -> Option<usize> {
+        self.dim
+    }
+
+    /// The configuration of the layer inside.
+    pub fn config(&self) -> L::Config {
+        self.config
+    }
+
+    /// The plain candle-nn layer with the weight of now, for inference.
+    ///
+    /// What comes back runs candle's own code: on the CPU a [`Conv1d`] has a wrong weight gradient, and a [`ConvTranspose1d`] has
+    /// none and is wrong without padding at batch 2 and more.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    pub fn bake(&self) -> Result<L> {
+        let bias = self.bias.as_ref().map(Tensor::detach);
+        Ok(L::from_parts(self.weight()?.detach(), bias, self.config))
+    }
+
+    /// Sets `g` and the bias so that the outputs for `xs` have mean 0 and variance 1 in each channel, as Salimans and Kingma
+    /// initialize from a first batch. Returns these outputs.
+    ///
+    /// # Errors
+    /// A layer without bias; a `dim` that is not the axis of the outputs (0, for transposed convolutions 1); an output that is the
+    /// same over the whole batch; parameters that are not variables. Nothing is changed then.
+    pub fn init_from_batch(&self, xs: &Tensor) -> Result<Tensor> {
+        let map = L::map(&self.config);
+        let (axis, outputs) = map.outputs(&self.v);
+        if self.dim != Some(axis) || self.g.elem_count() != outputs {
+            bail!(
+                "{LAYER}: expected dim {axis}, the axis of the {outputs} outputs, to initialize from a batch, got {:?}",
+                self.dim
+            )
+        }
+        let Some(bias) = &self.bias else {
+            bail!(
+                "{LAYER}: expected a layer with a bias to initialize from a batch, got one without"
+            )
+        };
+        let ones = self.g.ones_like()?.detach();
+        let unit = ops::weight_norm(&self.v.detach(), &ones, self.dim)?;
+        let t = map.apply(LAYER, &xs.detach(), &unit, None)?;
+        // Batch normalization sees channels on axis 1.
+        let t = match map {
+            LinearMap::Dense => t.reshape(((), outputs))?,
+            LinearMap::Convolution(_) => t,
+        };
+        let (_, statistics) = ops::batch_norm(&t, None, None, f64::MIN_POSITIVE)?;
+        let Some(statistics) = statistics else {
+            bail!(
+                "{LAYER}: expected a batch to initialize from, got input size {:?}",
+                xs.dims()
+            )
+        };
+        let count = (t.elem_count() / outputs) as f64;
+        let biased = (statistics.var * ((count - 1.) / count))?;
+        check::varying(LAYER, &biased)?;
+        let g = biased.sqrt()?.recip()?;
+        let b = (statistics.mean.neg()? * &g)?;
+        let g = g.to_dtype(self.g.dtype())?.reshape(self.g.shape())?;
+        assign(vec![(&self.g, g), (bias, b.to_dtype(bias.dtype())?)])?;
+        self.forward(xs)
+    }
+}
+
+/// The initial values of the weight and the bias, as candle-nn draws them.
+fn initial(map: LinearMap, inputs: usize, outputs: usize, kernel_size: usize) -> (Init, Init) {
+    let uniform = |fan_in: usize| {
+        let bound = 1. / (fan_in.max(1) as f64).sqrt();
+        Init::Uniform {
+            lo: -bound,
+            up: bound,
+        }
+    };
+    match map {
+        LinearMap::Convolution(g) if g.transposed => {
+            let init = uniform(outputs * kernel_size.pow(g.axes as u32));
+            (init, init)
+        }
+        _ => (init::DEFAULT_KAIMING_NORMAL, uniform(inputs)),
+    }
+}
+
+/// Sets variables to values of their shape, all or none.
+fn assign(values: Vec<(&Tensor, Tensor)>) -> Result<()> {
+    let mut vars = vec![];
+    for (param, value) in values {
+        if !param.is_variable() {
+            bail!(
+                "{LAYER}: expected parameters that are variables, got plain tensors; build the layer from a VarMap"
+            )
+        }
+        check::same_device(LAYER, "the new value", &value, param.device())?;
+        vars.push((
+            Var::from_tensor(param)?,
+            value.to_dtype(param.dtype())?.copy()?,
+        ));
+    }
+    for (var, value) in vars {
+        var.set(&value)?;
+    }
+    Ok(())
+}
+
+impl<L: Weighted> Module for WeightNorm<L> {
+    /// The layer `L` on `xs`, with the normalized weight.
+    ///
+    /// # Shapes
+    /// Those of `L`; the output is contiguous.
+    ///
+    /// # Errors
+    /// An input that does not fit `L` in rank, channels, size, dtype or device.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        L::map(&self.config).apply(LAYER, xs, &self.weight()?, self.bias())
+    }
+}
+
+impl<L: Weighted> Norm for WeightNorm<L> {
+    fn kind(&self) -> &'static str {
+        "weight"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        let mut named = vec![
+            (MAGNITUDE[0], self.g.clone()),
+            (DIRECTION[0], self.v.clone()),
+        ];
+        named.extend(self.bias.iter().map(|b| (BIAS[0], b.clone())));
+        named
+    }
+
+    /// Sets `g` to the norms of `v`, so that the weight is `v`.
+    fn reset(&self) -> Result<()> {
+        let norms = ops::norms(&self.v.detach(), self.dim)?;
+        if self.g.is_variable() {
+            assign(vec![(&self.g, norms)])?;
+        }
+        Ok(())
+    }
+}
+
+/// A weight-normalized [`Linear`] with a bias, its parameters taken from `vb`.
+///
+/// Parameters: `parametrizations.weight.original0` (g; also found as `weight_g`), `parametrizations.weight.original1` (v; also
+/// `weight_v`) and `bias`. A checkpoint that has the plain `weight` instead starts from it.
+///
+/// # Errors
+/// Options out of range, parameters of another shape.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_norm::{WeightNormOptions, weight_norm};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let layer = weight_norm::linear(8, 4, WeightNormOptions::default(), vb)?;
+/// let x = Tensor::randn(3f32, 2., (64, 8), &Device::Cpu)?;
+/// let y = layer.init_from_batch(&x)?;
+/// assert!(y.mean_all()?.to_scalar::<f32>()?.abs() < 1e-5);
+/// let plain: candle_nn::Linear = layer.bake()?;
+/// # let _ = plain;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn linear(
+    in_dim: usize,
+    out_dim: usize,
+    options: impl Into<WeightNormOptions>,
+    vb: VarBuilder,
+) -> Result<WeightNorm<Linear>> {
+    WeightNorm::new(in_dim, out_dim, 1, (), true, options.into(), &vb)
+}
+
+/// [`linear`] without a bias.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_no_bias(
+    in_dim: usize,
+    out_dim: usize,
+    options: impl Into<WeightNormOptions>,
+    vb: VarBuilder,
+) -> Result<WeightNorm<Linear>> {
+    WeightNorm::new(in_dim, out_dim, 1, (), false, options.into(), &vb)
+}
+
+/// The free function of a convolution, with or without a bias.
+macro_rules! convolution {
+    ($name:ident, $layer:ident, $config:ident, bias: $bias:literal, $doc:literal) => {
+        #[doc = $doc]
+        ///
+        /// Names as for [`linear`]; the initial values of `v` and the bias are drawn as candle-nn draws them.
+        ///
+        /// # Errors
+        /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape.
+        pub fn $name(
+            in_channels: usize,
+            out_channels: usize,
+            kernel_size: usize,
+            config: $config,
+            options: impl Into<WeightNormOptions>,
+            vb: VarBuilder,
+        ) -> Result<WeightNorm<$layer>> {
+            let options = options.into();
+            WeightNorm::new(
+                in_channels,
+                out_channels,
+                kernel_size,
+                config,
+                $bias,
+                options,
+                &vb,
+            )
+        }
+    };
+}
+
+convolution!(
+    conv1d, Conv1d, Conv1dConfig, bias: true,
+    "A weight-normalized [`Conv1d`] over `[N, C, L]`, with a bias, its parameters taken from `vb`."
+);
+convolution!(conv1d_no_bias, Conv1d, Conv1dConfig, bias: false, "[`conv1d`] without a bias.");
+convolution!(
+    conv2d, Conv2d, Conv2dConfig, bias: true,
+    "A weight-normalized [`Conv2d`] over `[N, C, H, W]`, with a bias, its parameters taken from `vb`."
+);
+convolution!(conv2d_no_bias, Conv2d, Conv2dConfig, bias: false, "[`conv2d`] without a bias.");
+convolution!(
+    conv_transpose1d, ConvTranspose1d, ConvTranspose1dConfig, bias: true,
+    "A weight-normalized [`ConvTranspose1d`] over `[N, C, L]`, with a bias, its parameters taken from `vb`."
+);
+convolution!(
+    conv_transpose1d_no_bias, ConvTranspose1d, ConvTranspose1dConfig, bias: false,
+    "[`conv_transpose1d`] without a bias."
+);
+convolution!(
+    conv_transpose2d, ConvTranspose2d, ConvTranspose2dConfig, bias: true,
+    "A weight-normalized [`ConvTranspose2d`] over `[N, C, H, W]`, with a bias, its parameters taken from `vb`."
+);
+convolution!(
+    conv_transpose2d_no_bias, ConvTranspose2d, ConvTranspose2dConfig, bias: false,
+    "[`conv_transpose2d`] without a bias."
+);

@@ -1,0 +1,275 @@
+//! Every rule an input must meet and every message a user can get.
+//!
+//! A message names the layer, says what was expected and what came, and, where there is one, the remedy.
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use super::linear_map::Geometry;
+
+/// The dtypes that the layers compute on.
+const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+
+/// A parameter as a layer declares it: its name, its value, and the shape it must have.
+pub(crate) struct Param<'a> {
+    pub(crate) name: &'static str,
+    pub(crate) value: &'a Tensor,
+    pub(crate) shape: &'a [usize],
+}
+
+impl<'a> Param<'a> {
+    /// The affine pair of a layer, as far as it has one.
+    pub(crate) fn affine(
+        weight: Option<&'a Tensor>,
+        bias: Option<&'a Tensor>,
+        shape: &'a [usize],
+    ) -> Vec<Self> {
+        let named = [("weight", weight), ("bias", bias)];
+        named
+            .into_iter()
+            .filter_map(|(name, value)| value.map(|value| Param { name, value, shape }))
+            .collect()
+    }
+}
+
+/// The input of every layer: a float tensor, and parameters that fit it in shape, dtype and device.
+pub(crate) fn input(layer: &str, x: &Tensor, params: &[Param]) -> Result<()> {
+    float(layer, "input", x)?;
+    for param in params {
+        let Param { name, value, shape } = param;
+        self::shape(layer, name, value, shape)?;
+        param_dtype(layer, name, value, x)?;
+        same_device(layer, name, value, x.device())?;
+    }
+    Ok(())
+}
+
+pub(crate) fn float(layer: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !FLOATS.contains(&x.dtype()) {
+        bail!(
+            "{layer}: expected {name} with dtype F16, BF16, F32 or F64, got {:?}; convert it with to_dtype",
+            x.dtype()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize]) -> Result<()> {
+    if value.dims() != expected {
+        bail!(
+            "{layer}: expected {name} with shape {expected:?}, got {:?}",
+            value.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Device) -> Result<()> {
+    if !value.device().same_device(device) {
+        bail!(
+            "{layer}: expected {name} on the input's device {:?}, got {:?}; move one of them with to_device",
+            device.location(),
+            value.device().location()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
+    if x.rank() < rank {
+        bail!(
+            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
+    let got = x.dims()[1];
+    if got != expected {
+        bail!(
+            "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn normalized_shape(layer: &str, normalized_shape: &[usize]) -> Result<()> {
+    if normalized_shape.is_empty() {
+        bail!("{layer}: expected a normalized_shape of at least one axis, got []")
+    }
+    Ok(())
+}
+
+pub(crate) fn trailing(layer: &str, x: &Tensor, normalized_shape: &[usize]) -> Result<()> {
+    self::normalized_shape(layer, normalized_shape)?;
+    if !x.dims().ends_with(normalized_shape) {
+        bail!(
+            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn one_axis(layer: &str, normalized_shape: &[usize]) -> Result<usize> {
+    match normalized_shape {
+        [n] => Ok(*n),
+        _ => bail!(
+            "{layer}: expected one size for channels_first, the number of channels, got normalized_shape {normalized_shape:?}"
+        ),
+    }
+}
+
+pub(crate) fn eps(layer: &str, eps: f64) -> Result<()> {
+    if !(eps.is_finite() && eps > 0.) {
+        bail!("{layer}: expected eps > 0 and finite, got {eps}; 1e-5 is usual")
+    }
+    Ok(())
+}
+
+pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
+    match momentum {
+        Some(m) if !(0. ..=1.).contains(&m) => bail!(
+            "{layer}: expected a momentum between 0 and 1 (the weight of the new batch), got {m}; use None for the cumulative average"
+        ),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
+    if !value.is_finite() {
+        bail!("{layer}: expected a finite {name}, got {value}")
+    }
+    Ok(())
+}
+
+pub(crate) fn groups(layer: &str, num_groups: usize, num_channels: usize) -> Result<()> {
+    if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
+        bail!("{layer}: expected num_groups ({num_groups}) to divide num_channels ({num_channels})")
+    }
+    Ok(())
+}
+
+/// A mean of one value is that value, and its unbiased variance is 0/0: nothing is learned and the
+/// running statistics are lost.
+pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// The statistics of a batch, when the layer was asked to refuse what would poison them.
+pub(crate) fn finite_batch(layer: &str, statistics: [&Tensor; 2], x: &Tensor) -> Result<()> {
+    for s in statistics {
+        let values = s.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        if let Some(channel) = values.iter().position(|v| !v.is_finite()) {
+            bail!(
+                "{layer}: expected a finite batch, since refuse_non_finite is set, got {} as a statistic of channel {channel} in input size {:?}; the running statistics are unchanged",
+                values[channel],
+                x.dims()
+            )
+        }
+    }
+    Ok(())
+}
+
+/// A running statistic as it comes from a checkpoint or a caller.
+pub(crate) fn statistic(layer: &str, name: &str, value: &Tensor, non_negative: bool) -> Result<()> {
+    float(layer, name, value)?;
+    let values = value
+        .flatten_all()?
+        .to_dtype(DType::F64)?
+        .to_vec1::<f64>()?;
+    for (channel, v) in values.into_iter().enumerate() {
+        if !v.is_finite() {
+            bail!("{layer}: expected {name} to be finite, got {v} at channel {channel}")
+        }
+        if non_negative && v < 0. {
+            bail!("{layer}: expected {name} to be at least 0, got {v} at channel {channel}")
+        }
+    }
+    Ok(())
+}
+
+/// What needs running statistics, of a layer that may have none.
+pub(crate) fn tracked<T>(layer: &str, statistics: Option<T>) -> Result<T> {
+    match statistics {
+        Some(s) => Ok(s),
+        None => bail!(
+            "{layer}: expected a layer with running statistics, got one without; set track_running_stats"
+        ),
+    }
+}
+
+pub(crate) fn dim(layer: &str, dim: Option<usize>, weight: &[usize]) -> Result<()> {
+    match dim {
+        Some(d) if d >= weight.len() => bail!(
+            "{layer}: expected dim below the weight's rank {}, got {d} for weight shape {weight:?}",
+            weight.len()
+        ),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Result<()> {
+    if x.rank() != expected {
+        bail!(
+            "{layer}: expected {name} of rank {expected}, got shape {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A parameter has the input's dtype; half-precision inputs also take `f32` parameters.
+pub(crate) fn param_dtype(layer: &str, name: &str, value: &Tensor, x: &Tensor) -> Result<()> {
+    let half = matches!(x.dtype(), DType::F16 | DType::BF16);
+    if value.dtype() != x.dtype() && !(half && value.dtype() == DType::F32) {
+        bail!(
+            "{layer}: expected {name} with the input's dtype {:?}{}, got {:?}; convert one of them with to_dtype",
+            x.dtype(),
+            if half { " or F32" } else { "" },
+            value.dtype()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn geometry(g: &Geometry) -> Result<()> {
+    for (name, value) in [
+        ("stride", g.stride),
+        ("dilation", g.dilation),
+        ("groups", g.groups),
+    ] {
+        if value == 0 {
+            bail!("WeightNorm: expected a {name} of at least 1, got 0")
+        }
+    }
+    if g.output_padding > 0 && g.output_padding >= g.stride.max(g.dilation) {
+        bail!(
+            "WeightNorm: expected output_padding below the stride or the dilation, got {} for stride {} and dilation {}",
+            g.output_padding,
+            g.stride,
+            g.dilation
+        )
+    }
+    Ok(())
+}
+
+/// The variances of the outputs that a data-dependent initialization divides by.
+pub(crate) fn varying(layer: &str, var: &Tensor) -> Result<()> {
+    let values = var.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    match values.iter().position(|v| !(*v > 0. && v.is_finite())) {
+        Some(channel) => bail!(
+            "{layer}: expected outputs that vary over the batch, got a variance of {} in channel {channel}; use a larger batch",
+            values[channel]
+        ),
+        None => Ok(()),
+    }
+}

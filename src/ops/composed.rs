@@ -1,0 +1,311 @@
+//! The composed path: candle's tensor operations, on every device, differentiable to any order.
+//!
+//! Two shapes of work serve all layers. *Rows* `[rows, len]` are standardized one by one; then a parameter
+//! per channel scales and shifts `[outer, channels, inner]`.
+//!
+//! candle adds up in the element's dtype and, off the last axis or without vector instructions, one element
+//! after the other. A chain of a few thousand `f32` additions already costs more than the tolerance of the
+//! contract. So an axis that is summed, here or in candle's own backward of a broadcast, is first split
+//! into axes of at most [`BLOCK`], which are summed, or broadcast, one at a time.
+
+use candle_core::{DType, Result, Tensor};
+
+/// The longest chain of additions.
+const BLOCK: usize = 32;
+
+/// The dtype that sums and products are formed in: `f32` for half precision, else the input's.
+pub(crate) fn accumulator(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        d => d,
+    }
+}
+
+/// ε as the accumulator holds it: an ε that would round to zero there becomes its smallest normal number,
+/// so that a constant row stays finite.
+pub(crate) fn eps_in(dtype: DType, eps: f64) -> f64 {
+    match dtype {
+        DType::F64 => eps.max(f64::MIN_POSITIVE),
+        _ => eps.max(f32::MIN_POSITIVE as f64),
+    }
+}
+
+/// `n` as a product of factors of at most [`BLOCK`], if it is one.
+fn factors(n: usize) -> Option<Vec<usize>> {
+    let mut rest = n;
+    let mut found = vec![];
+    while rest > BLOCK {
+        let d = (2..=BLOCK).rev().find(|d| rest.is_multiple_of(*d))?;
+        found.push(d);
+        rest /= d;
+    }
+    found.push(rest);
+    found.reverse();
+    Some(found)
+}
+
+/// The length of the first of the parts that an axis of `n` is cut into, and its factors: all of it where
+/// `n` factors, else the largest `a · BLOCKᵏ` that fits.
+fn first_part(n: usize) -> (usize, Vec<usize>) {
+    if let Some(f) = factors(n) {
+        return (n, f);
+    }
+    let mut unit = BLOCK;
+    while unit * BLOCK <= n {
+        unit *= BLOCK;
+    }
+    let len = n / unit * unit;
+    (len, factors(len).unwrap_or_else(|| vec![len]))
+}
+
+/// Broadcasts `t` to `dims` one axis at a time, outermost first, so that the backward sums one axis at a
+/// time, innermost first.
+fn broadcast_by_axis(t: &Tensor, dims: &[usize]) -> Result<Tensor> {
+    let mut t = t.clone();
+    for (axis, &size) in dims.iter().enumerate() {
+        if t.dims()[axis] != size {
+            let mut grown = t.dims().to_vec();
+            grown[axis] = size;
+            t = t.broadcast_as(grown)?;
+        }
+    }
+    Ok(t)
+}
+
+/// A tensor `[rows, len]` cut along `len` into parts `[rows, f₁, …, fₖ]` of small factors.
+pub(crate) struct Rows {
+    parts: Vec<Tensor>,
+    rows: usize,
+    len: usize,
+}
+
+impl Rows {
+    /// `x` is contiguous, of shape `[rows, len]`, without zero-sized axes.
+    pub(crate) fn new(x: &Tensor) -> Result<Self> {
+        let (rows, len) = x.dims2()?;
+        let mut parts = vec![];
+        let mut start = 0;
+        while start < len {
+            let (part, factors) = first_part(len - start);
+            let mut dims = vec![rows];
+            dims.extend(factors);
+            parts.push(x.narrow(1, start, part)?.reshape(dims)?);
+            start += part;
+        }
+        Ok(Self { parts, rows, len })
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let parts = self.parts.iter().map(f).collect::<Result<_>>()?;
+        Ok(Self { parts, ..*self })
+    }
+
+    /// `f` on every part and on a value per row `[rows]`, broadcast to the part.
+    fn with_row_value(
+        &self,
+        value: &Tensor,
+        f: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
+        self.map(|part| {
+            let mut column = vec![1; part.rank()];
+            column[0] = self.rows;
+            f(
+                part,
+                &broadcast_by_axis(&value.reshape(column)?, part.dims())?,
+            )
+        })
+    }
+
+    fn minus(&self, value: &Tensor) -> Result<Self> {
+        self.with_row_value(value, |part, v| part - v)
+    }
+
+    pub(crate) fn times(&self, value: &Tensor) -> Result<Self> {
+        self.with_row_value(value, |part, v| part * v)
+    }
+
+    pub(crate) fn sqr(&self) -> Result<Self> {
+        self.map(Tensor::sqr)
+    }
+
+    /// The sum of each row, `[rows]`.
+    pub(crate) fn sum(&self) -> Result<Tensor> {
+        let mut total: Option<Tensor> = None;
+        for part in &self.parts {
+            let mut sum = part.clone();
+            while sum.rank() > 1 {
+                sum = sum.sum(sum.rank() - 1)?;
+            }
+            total = Some(match total {
+                None => sum,
+                Some(t) => (t + sum)?,
+            });
+        }
+        match total {
+            Some(t) => Ok(t),
+            None => candle_core::bail!("internal error: rows without elements"),
+        }
+    }
+
+    /// The mean of each row, `[rows]`.
+    pub(crate) fn mean(&self) -> Result<Tensor> {
+        self.sum()? / self.len as f64
+    }
+
+    /// Back to one tensor `[rows, len]`.
+    pub(crate) fn join(&self) -> Result<Tensor> {
+        let flat = self
+            .parts
+            .iter()
+            .map(|part| part.reshape((self.rows, ())))
+            .collect::<Result<Vec<_>>>()?;
+        match flat.as_slice() {
+            [whole] => Ok(whole.clone()),
+            _ => Tensor::cat(&flat, 1),
+        }
+    }
+
+    /// The rows less their means, and the means `[rows]`.
+    ///
+    /// A mean of 3000 σ rounded to `f32` is wrong by 2·10⁻⁴ σ. So the rows are shifted by a first mean, which is
+    /// exact for values near it, and what is left of the mean is taken off after that. The first mean is
+    /// itself formed from differences to the row's first element: a constant row is then exactly zero.
+    fn centered(&self, x: &Tensor) -> Result<(Self, Tensor)> {
+        let first = x.detach().narrow(1, 0, 1)?.flatten_all()?;
+        let detached = self.map(|part| Ok(part.detach()))?;
+        let shift = (&first + detached.minus(&first)?.mean()?)?;
+        let shifted = self.minus(&shift)?;
+        let rest = shifted.mean()?;
+        Ok((shifted.minus(&rest)?, (shift + rest)?))
+    }
+}
+
+/// Rows of mean 0 and variance 1, and the detached statistics they were brought there by.
+pub(crate) struct Standardized {
+    /// `[rows, len]`.
+    pub(crate) y: Tensor,
+    /// `[rows]`; zero where rows are not centered.
+    pub(crate) mean: Tensor,
+    /// `[rows]`, biased; the mean square where rows are not centered.
+    pub(crate) var: Tensor,
+}
+
+/// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
+/// `center`, μ is 0 and σ² the mean square.
+pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standardized> {
+    let rows = Rows::new(x)?;
+    let (centered, mean) = if center {
+        rows.centered(x)?
+    } else {
+        let zero = Tensor::zeros(rows.rows, x.dtype(), x.device())?;
+        (rows, zero)
+    };
+    let var = centered.sqr()?.mean()?;
+    let inv_std = (&var + eps_in(x.dtype(), eps))?.sqrt()?.recip()?;
+    Ok(Standardized {
+        y: centered.times(&inv_std)?.join()?,
+        mean: mean.detach(),
+        var: var.detach(),
+    })
+}
+
+/// `x · weight + bias` with one value of each per channel; `x` is contiguous, `[outer, channels, inner]`, the
+/// parameters `[channels]` in the dtype of `x`.
+pub(crate) fn scale_shift(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    if weight.is_none() && bias.is_none() {
+        return Ok(x.clone());
+    }
+    let (outer, channels, inner) = x.dims3()?;
+    let (outer_part, outer_factors) = first_part(outer);
+    let (inner_part, inner_factors) = first_part(inner);
+    for (axis, size, part) in [(0, outer, outer_part), (2, inner, inner_part)] {
+        if part < size {
+            let head = x.narrow(axis, 0, part)?.contiguous()?;
+            let tail = x.narrow(axis, part, size - part)?.contiguous()?;
+            let parts = [
+                scale_shift(&head, weight, bias)?,
+                scale_shift(&tail, weight, bias)?,
+            ];
+            return Tensor::cat(&parts, axis);
+        }
+    }
+    let dims = [&outer_factors[..], &[channels], &inner_factors[..]].concat();
+    let mut line = vec![1; dims.len()];
+    line[outer_factors.len()] = channels;
+    let expand = |p: &Tensor| broadcast_by_axis(&p.reshape(line.as_slice())?, &dims);
+    let mut y = x.reshape(dims.as_slice())?;
+    if let Some(weight) = weight {
+        y = (y * expand(weight)?)?;
+    }
+    if let Some(bias) = bias {
+        y = (y + expand(bias)?)?;
+    }
+    y.reshape((outer, channels, inner))
+}
+
+/// The affine pair as the arithmetic takes it: contiguous and in the accumulator's dtype.
+pub(crate) fn parameters(
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    acc: DType,
+) -> Result<[Option<Tensor>; 2]> {
+    let prepare = |p: Option<&Tensor>| p.map(|p| p.contiguous()?.to_dtype(acc)).transpose();
+    Ok([prepare(weight)?, prepare(bias)?])
+}
+
+/// The result of any layer on an input without elements: as empty as the input, and connected to the
+/// parameters, so that they get gradients of zero.
+pub(crate) fn empty(x: &Tensor, params: &[Option<&Tensor>]) -> Result<Tensor> {
+    let mut y = x.contiguous()?;
+    for param in params.iter().flatten() {
+        let anchor = param.sum_all()?.to_dtype(x.dtype())?;
+        y = y.broadcast_add(&anchor)?;
+    }
+    Ok(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn factors_multiply_back_and_stay_small() {
+        for n in 1..5000 {
+            if let Some(f) = factors(n) {
+                assert_eq!(f.iter().product::<usize>(), n);
+                assert!(f.iter().all(|&d| d <= BLOCK), "{n}: {f:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_cover_every_length() {
+        for n in (1..5000).chain([65_537, 1 << 24, (1 << 24) + 43]) {
+            let mut rest = n;
+            let mut parts = 0;
+            while rest > 0 {
+                let (len, f) = first_part(rest);
+                assert!(len >= 1 && len <= rest, "{n}");
+                assert!(f.iter().all(|&d| d <= BLOCK), "{n}: {f:?}");
+                rest -= len;
+                parts += 1;
+            }
+            assert!(parts <= 6, "{n} needs {parts} parts");
+        }
+    }
+
+    #[test]
+    fn rows_join_to_what_they_were_cut_from() -> Result<()> {
+        for len in [1, 2, 31, 32, 33, 37, 49, 100, 1031, 4099] {
+            let x = Tensor::arange(0f32, 3. * len as f32, &Device::Cpu)?.reshape((3, len))?;
+            let back = Rows::new(&x)?.join()?;
+            assert_eq!(back.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+        }
+        Ok(())
+    }
+}

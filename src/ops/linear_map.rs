@@ -1,0 +1,233 @@
+//! Linear layers and convolutions whose gradients are right on the CPU, out of candle's two-dimensional ones.
+//!
+//! candle's `conv1d` has a wrong weight gradient, its `conv_transpose1d` no gradient at all, the backward of its `conv2d` assumes
+//! that both axes leave the same number of trailing elements unused, and its products of a transposed tensor with a
+//! broadcast one are wrong. Here every product is one of two matrices, and every convolution a two-dimensional one over
+//! exactly the elements that it uses, padded beforehand and trimmed afterwards.
+
+use candle_core::{Result, Tensor, bail};
+
+use super::{check, composed};
+
+/// What a weight and a bias do to an input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LinearMap {
+    /// `x · weightᵀ` along the last axis.
+    Dense,
+    /// A sum over the elements under a moving kernel.
+    Convolution(Geometry),
+}
+
+/// How a kernel moves, the same along every axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub(crate) transposed: bool,
+    /// 1 for `[N, C, L]`, 2 for `[N, C, H, W]`.
+    pub(crate) axes: usize,
+    pub(crate) padding: usize,
+    pub(crate) output_padding: usize,
+    pub(crate) stride: usize,
+    pub(crate) dilation: usize,
+    pub(crate) groups: usize,
+}
+
+impl LinearMap {
+    /// The shape of the weight, in PyTorch's and candle's order.
+    pub(crate) fn weight_shape(
+        self,
+        inputs: usize,
+        outputs: usize,
+        kernel_size: usize,
+    ) -> Result<Vec<usize>> {
+        let g = match self {
+            Self::Dense => return Ok(vec![outputs, inputs]),
+            Self::Convolution(g) => g,
+        };
+        check::geometry(&g)?;
+        if inputs % g.groups != 0 || outputs % g.groups != 0 {
+            bail!(
+                "WeightNorm: expected groups ({}) to divide the channels, got {inputs} in and {outputs} out",
+                g.groups
+            )
+        }
+        let mut shape = match g.transposed {
+            false => vec![outputs, inputs / g.groups],
+            true => vec![inputs, outputs / g.groups],
+        };
+        shape.extend(std::iter::repeat_n(kernel_size, g.axes));
+        Ok(shape)
+    }
+
+    /// The axis of the weight that the outputs lie on, and how many there are.
+    pub(crate) fn outputs(self, weight: &Tensor) -> (usize, usize) {
+        match self {
+            Self::Convolution(g) if g.transposed => (1, weight.dims()[1] * g.groups),
+            _ => (0, weight.dims()[0]),
+        }
+    }
+
+    /// The map on `x`, with gradients for all arguments.
+    pub(crate) fn apply(
+        self,
+        layer: &str,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        check::float(layer, "input", x)?;
+        let parameter = |name, value: &Tensor| {
+            check::param_dtype(layer, name, value, x)?;
+            check::same_device(layer, name, value, x.device())?;
+            value.to_dtype(x.dtype())
+        };
+        let weight = parameter("weight", weight)?;
+        let bias = bias.map(|b| parameter("bias", b)).transpose()?;
+        if let Some(bias) = &bias {
+            check::shape(layer, "bias", bias, &[self.outputs(&weight).1])?;
+        }
+        match self {
+            Self::Dense => dense(layer, x, &weight, bias.as_ref()),
+            Self::Convolution(g) => g.convolve(layer, x, &weight, bias.as_ref()),
+        }
+    }
+}
+
+fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    check::rank(layer, "weight", weight, 2)?;
+    let (outputs, inputs) = weight.dims2()?;
+    check::trailing(layer, x, &[inputs])?;
+    let mut dims = x.dims().to_vec();
+    dims[x.rank() - 1] = outputs;
+    if x.elem_count() == 0 || outputs == 0 {
+        return empty(&dims, x, weight, bias);
+    }
+    let y = x
+        .contiguous()?
+        .reshape(((), inputs))?
+        .matmul(&weight.t()?)?;
+    let rows = y.dims()[0];
+    composed::scale_shift(&y.reshape((rows, outputs, 1))?, None, bias)?.reshape(dims)
+}
+
+impl Geometry {
+    fn convolve(
+        self,
+        layer: &str,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        check::geometry(&self)?;
+        check::rank(layer, "weight", weight, 2 + self.axes)?;
+        check::rank(layer, "input", x, 2 + self.axes)?;
+        let inputs = match self.transposed {
+            false => weight.dims()[1] * self.groups,
+            true => weight.dims()[0],
+        };
+        check::channels(layer, x, inputs)?;
+        let outputs = LinearMap::Convolution(self).outputs(weight).1;
+        let mut dims = vec![x.dims()[0], outputs];
+        for axis in 2..x.rank() {
+            let (size, kernel) = (x.dims()[axis], weight.dims()[axis]);
+            match self.output_size(size, kernel) {
+                Some(size) => dims.push(size),
+                None => bail!(
+                    "{layer}: expected an input that the kernel fits, got size {:?} for weight shape {:?}, padding {}, dilation {}",
+                    x.dims(),
+                    weight.dims(),
+                    self.padding,
+                    self.dilation
+                ),
+            }
+        }
+        if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
+            return empty(&dims, x, weight, bias);
+        }
+        // One axis becomes the second of two.
+        let (mut planes, mut kernel) = (x.clone(), weight.clone());
+        if self.axes == 1 {
+            planes = planes.unsqueeze(2)?;
+            kernel = kernel.unsqueeze(2)?;
+        }
+        let y = match self.transposed {
+            false => self.direct(&planes, &kernel, 4 - self.axes)?,
+            true => self.transpose(&planes, &kernel, 4 - self.axes)?,
+        };
+        let y = y.contiguous()?.reshape((dims[0], outputs, ()))?;
+        composed::scale_shift(&y, None, bias)?.reshape(dims)
+    }
+
+    fn span(self, kernel: usize) -> Option<usize> {
+        Some(kernel.checked_sub(1)?.checked_mul(self.dilation)? + 1)
+    }
+
+    /// The size of an output axis; none where the kernel does not fit.
+    fn output_size(self, size: usize, kernel: usize) -> Option<usize> {
+        let span = self.span(kernel)?;
+        if self.transposed {
+            let full = size.checked_sub(1)?.checked_mul(self.stride)? + span;
+            (full + self.output_padding).checked_sub(2 * self.padding)
+        } else {
+            Some((size + 2 * self.padding).checked_sub(span)? / self.stride + 1)
+        }
+    }
+
+    /// Axes from `first` on move.
+    fn direct(self, x: &Tensor, weight: &Tensor, first: usize) -> Result<Tensor> {
+        let mut x = x.clone();
+        for axis in first..4 {
+            if self.padding > 0 {
+                x = x.pad_with_zeros(axis, self.padding, self.padding)?;
+            }
+            let span = self.span(weight.dims()[axis]).unwrap_or(0);
+            let used = (x.dims()[axis] - span) / self.stride * self.stride + span;
+            x = x.narrow(axis, 0, used)?;
+        }
+        x.contiguous()?.conv2d(
+            &weight.contiguous()?,
+            0,
+            self.stride,
+            self.dilation,
+            self.groups,
+        )
+    }
+
+    fn transpose(self, x: &Tensor, weight: &Tensor, first: usize) -> Result<Tensor> {
+        let outputs = x
+            .chunk(self.groups, 1)?
+            .iter()
+            .zip(weight.chunk(self.groups, 0)?)
+            .map(|(x, w)| {
+                let (x, w) = (x.contiguous()?, w.contiguous()?);
+                x.conv_transpose2d(&w, 0, 0, self.stride, self.dilation)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let mut y = Tensor::cat(&outputs, 1)?;
+        // Padding takes off both ends of the full output; output padding gives back at the far one.
+        for axis in first..4 {
+            if self.output_padding > self.padding {
+                y = y.pad_with_zeros(axis, 0, self.output_padding - self.padding)?;
+            }
+            let full = y.dims()[axis] + self.output_padding.min(self.padding);
+            y = y.narrow(axis, self.padding, full - 2 * self.padding)?;
+        }
+        Ok(y)
+    }
+}
+
+/// A result that no element of the input reaches: the bias where there are outputs, with gradients of zero for the rest.
+fn empty(dims: &[usize], x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let mut y = Tensor::zeros(dims, x.dtype(), x.device())?;
+    for anchor in [x, weight] {
+        y = y.broadcast_add(&(anchor.sum_all()? * 0.)?)?;
+    }
+    match bias {
+        None => Ok(y),
+        Some(bias) => {
+            let mut line = vec![1; dims.len()];
+            let axis = if dims.len() < 3 { dims.len() - 1 } else { 1 };
+            line[axis] = dims[axis];
+            y.broadcast_add(&bias.reshape(line)?)
+        }
+    }
+}

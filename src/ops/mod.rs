@@ -1,0 +1,83 @@
+//! The layers as stateless, differentiable functions on tensors.
+//!
+//! A function here checks its input (`check`), picks the path that computes it and returns a tensor whose
+//! gradients reach every argument. The layers of this crate add parameters, configuration and running
+//! statistics to these functions and nothing else.
+
+pub(crate) mod check;
+pub(crate) mod composed;
+pub(crate) mod linear_map;
+
+mod batch_norm;
+mod group_norm;
+mod instance_norm;
+mod row_norm;
+mod weight_norm;
+
+use std::cell::Cell;
+
+use candle_core::{Result, Tensor, bail};
+
+pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
+pub(crate) use batch_norm::{batch_norm_with, normalize_with};
+pub use group_norm::group_norm;
+pub use instance_norm::instance_norm;
+pub use row_norm::{Cast, layer_norm, rms_norm};
+pub(crate) use row_norm::{RowNorm, row_norm};
+pub use weight_norm::weight_norm;
+pub(crate) use weight_norm::{magnitude_shape, norms};
+
+/// Which implementation computes a layer.
+///
+/// All paths keep one numeric contract; they differ in speed and in the devices that they serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Path {
+    /// The fastest path that serves the device and dtype of the input.
+    #[default]
+    Auto,
+    /// The fused CPU kernels. This version has none: forcing them is an error that names the layer.
+    Fused,
+    /// candle's tensor operations: every device, every dtype, differentiable to any order.
+    Composed,
+}
+
+thread_local! {
+    static PATH: Cell<Path> = const { Cell::new(Path::Auto) };
+}
+
+/// Runs `f` with every layer that it calls on this thread forced to `path`.
+///
+/// A path that cannot serve an input is then an error, never a quiet fallback. The path of the caller is
+/// restored afterwards, also when `f` panics.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::{Path, ops, with_path};
+///
+/// let x = Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu)?;
+/// let y = with_path(Path::Composed, || ops::layer_norm(&x, 3, None, None, 1e-5))?;
+/// assert_eq!(y.dims(), [1, 3]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn with_path<T>(path: Path, f: impl FnOnce() -> T) -> T {
+    struct Restore(Path);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            PATH.set(self.0);
+        }
+    }
+    let _restore = Restore(PATH.replace(path));
+    f()
+}
+
+/// The path that will compute `layer` on `x`. This is the one place where a path is chosen.
+fn serve(layer: &str, x: &Tensor) -> Result<()> {
+    match PATH.get() {
+        Path::Auto | Path::Composed => Ok(()),
+        Path::Fused => bail!(
+            "{layer}: expected an input that the fused path serves, got {:?} on {:?}; no fused kernel exists in this version, use Path::Auto",
+            x.dtype(),
+            x.device().location()
+        ),
+    }
+}

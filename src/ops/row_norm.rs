@@ -1,0 +1,215 @@
+//! Normalization of each row by its own statistics: layer norm and RMS norm.
+
+use candle_core::{Result, Shape, Tensor};
+
+use super::{check, composed, serve};
+
+/// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+pub enum Cast {
+    /// Multiply by the weight in `f32`, then round once: PyTorch's `RMSNorm`, Gemma.
+    #[default]
+    AfterWeight,
+    /// Round the normalized value to the input's dtype, then multiply and round again: Llama and its kin.
+    BeforeWeight,
+}
+
+/// What layer norm and RMS norm are special cases of.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct RowNorm {
+    /// The name that messages start with.
+    pub(crate) layer: &'static str,
+    /// Subtract the mean (layer norm) or not (RMS norm).
+    pub(crate) center: bool,
+    /// `None` is the machine epsilon of the dtype that the statistics are formed in.
+    pub(crate) eps: Option<f64>,
+    /// Added to the weight.
+    pub(crate) offset: f64,
+    pub(crate) cast: Cast,
+    /// The rows run along axis 1 instead of the trailing axes.
+    pub(crate) channels_first: bool,
+}
+
+impl RowNorm {
+    pub(crate) fn layer_norm(eps: f64) -> Self {
+        Self {
+            layer: "LayerNorm",
+            center: true,
+            eps: Some(eps),
+            offset: 0.,
+            cast: Cast::AfterWeight,
+            channels_first: false,
+        }
+    }
+
+    pub(crate) fn rms_norm(eps: Option<f64>) -> Self {
+        Self {
+            layer: "RmsNorm",
+            center: false,
+            eps,
+            ..Self::layer_norm(1.)
+        }
+    }
+
+    /// ε for statistics formed for an input of dtype `dtype`.
+    pub(crate) fn eps_for(&self, dtype: candle_core::DType) -> f64 {
+        self.eps.unwrap_or(match dtype {
+            candle_core::DType::F64 => f64::EPSILON,
+            _ => f32::EPSILON as f64,
+        })
+    }
+}
+
+/// Normalizes the rows of `x` as `norm` says.
+pub(crate) fn row_norm(
+    x: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<Tensor> {
+    let layer = norm.layer;
+    let eps = norm.eps_for(x.dtype());
+    check::eps(layer, eps)?;
+    check::finite(layer, "offset", norm.offset)?;
+    if norm.channels_first {
+        let channels = check::one_axis(layer, normalized_shape)?;
+        check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
+        check::channels(layer, x, channels)?;
+    } else {
+        check::trailing(layer, x, normalized_shape)?;
+    }
+    check::input(
+        layer,
+        x,
+        &check::Param::affine(weight, bias, normalized_shape),
+    )?;
+    serve(layer, x)?;
+    if x.elem_count() == 0 {
+        return composed::empty(x, &[weight, bias]);
+    }
+    if norm.channels_first {
+        return channels_first(x, weight, bias, norm);
+    }
+    let len = normalized_shape.iter().product();
+    let rows = x.contiguous()?.reshape(((), len))?;
+    normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
+}
+
+/// `x` is `[N, C, ...]`; every position of the map is a row of `C` values.
+fn channels_first(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<Tensor> {
+    let (n, c) = (x.dims()[0], x.dims()[1]);
+    let maps = x.contiguous()?.reshape((n, c, ()))?;
+    let space = maps.dims()[2];
+    let rows = maps
+        .transpose(1, 2)?
+        .contiguous()?
+        .reshape((n * space, c))?;
+    normalize_rows(&rows, weight, bias, norm)?
+        .reshape((n, space, c))?
+        .transpose(1, 2)?
+        .contiguous()?
+        .reshape(x.shape())
+}
+
+/// `x` is contiguous, `[rows, len]`, and not empty.
+fn normalize_rows(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<Tensor> {
+    let (rows, len) = x.dims2()?;
+    let dtype = x.dtype();
+    let acc = composed::accumulator(dtype);
+    let [weight, bias] = composed::parameters(weight, bias, acc)?;
+    let weight = weight.map(|w| w.reshape(len)? + norm.offset).transpose()?;
+    let bias = bias.map(|b| b.reshape(len)).transpose()?;
+
+    let y = composed::standardize(&x.to_dtype(acc)?, norm.center, norm.eps_for(dtype))?.y;
+    let y = match norm.cast {
+        Cast::AfterWeight => y,
+        Cast::BeforeWeight => y.to_dtype(dtype)?.to_dtype(acc)?,
+    };
+    composed::scale_shift(&y.reshape((rows, len, 1))?, weight.as_ref(), bias.as_ref())?
+        .to_dtype(dtype)
+}
+
+/// Layer normalization over the trailing axes `normalized_shape`.
+///
+/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken over `normalized_shape` for each row, the
+/// variance biased (Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>).
+///
+/// # Shapes
+/// `x`: `[*, normalized_shape]`; `weight`, `bias`: `normalized_shape`; the result has the shape and dtype of `x`
+/// and is contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take `f32` parameters.
+///
+/// # Errors
+/// An input that does not end in `normalized_shape`, parameters that do not fit it, `eps` that is not
+/// positive and finite.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+///
+/// let x = Tensor::new(&[[1f64, 3.], [-5., 5.]], &Device::Cpu)?;
+/// let y = candle_norm::ops::layer_norm(&x, 2, None, None, 1e-9)?;
+/// assert!((y.get(1)?.to_vec1::<f64>()?[0] + 1.).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn layer_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    row_norm(x, shape.dims(), weight, bias, &RowNorm::layer_norm(eps))
+}
+
+/// Root-mean-square normalization over the trailing axes `normalized_shape`.
+///
+/// `y = x / √(mean(x²) + eps) · (offset + weight)` (Zhang and Sennrich, 2019,
+/// <https://arxiv.org/abs/1910.07467>). `eps: None` is the machine epsilon of the dtype that the mean square is
+/// formed in: 1.19e-7 for `f16`, `bf16` and `f32`, 2.2e-16 for `f64`, as in PyTorch.
+///
+/// # Shapes
+/// `x`: `[*, normalized_shape]`; `weight`: `normalized_shape`; the result has the shape and dtype of `x` and is
+/// contiguous.
+///
+/// # Errors
+/// An input that does not end in `normalized_shape`, a weight that does not fit it, `eps` that is not positive
+/// and finite.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Cast};
+///
+/// let x = Tensor::new(&[[3f64, 4.]], &Device::Cpu)?;
+/// let y = ops::rms_norm(&x, 2, None, Some(1e-9), 0., Cast::AfterWeight)?;
+/// assert!((y.to_vec2::<f64>()?[0][0] - 3. / 12.5f64.sqrt()).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn rms_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    eps: Option<f64>,
+    offset: f64,
+    cast: Cast,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let norm = RowNorm {
+        offset,
+        cast,
+        ..RowNorm::rms_norm(eps)
+    };
+    row_norm(x, shape.dims(), weight, None, &norm)
+}
