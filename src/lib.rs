@@ -1,7 +1,9 @@
 //! Normalization layers for candle.
+pub mod checkpoint;
 mod layers;
 mod norm;
 pub mod ops;
+mod optim;
 
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
@@ -15,5 +17,6 @@ pub use layers::{
     Affine, Foldable, FrozenNorm, RunningStats, Snapshot, batch_norm, group_norm, instance_norm,
     layer_norm, recalibrate, rms_norm, weight_norm,
 };
-pub use norm::Norm;
+pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};
+pub use optim::{ParamGroups, param_groups, trainable_vars};

@@ -28,17 +28,8 @@ impl Affine {
     }
 }
 
-/// The names of a tensor: PyTorch's first, which is also the one that is written; then those of an old LayerNorm
-/// (`gamma`, `beta`), Flax (`scale`, `mean`, `var`) and Keras (`gamma`, `beta`, `moving_mean`, `moving_variance`).
-pub(crate) const NAMES: [&[&str]; 7] = [
-    WEIGHT,
-    BIAS,
-    RUNNING_MEAN,
-    RUNNING_VAR,
-    &[NUM_BATCHES_TRACKED],
-    MAGNITUDE,
-    DIRECTION,
-];
+// The names of a tensor: PyTorch's first, which is also the one that is written; then those of an old LayerNorm (`gamma`,
+// `beta`), Flax (`scale`, `mean`, `var`) and Keras (`gamma`, `beta`, `moving_mean`, `moving_variance`).
 pub(crate) const WEIGHT: &[&str] = &["weight", "gamma", "scale"];
 pub(crate) const BIAS: &[&str] = &["bias", "beta"];
 pub(crate) const RUNNING_MEAN: &[&str] = &["running_mean", "mean", "moving_mean"];
@@ -48,6 +39,16 @@ pub(crate) const NUM_BATCHES_TRACKED: &str = "num_batches_tracked";
 pub(crate) const MAGNITUDE: &[&str] = &["parametrizations.weight.original0", "weight_g"];
 /// Of weight norm: `v`, and PyTorch's older name for it.
 pub(crate) const DIRECTION: &[&str] = &["parametrizations.weight.original1", "weight_v"];
+
+/// All tensors that may have other names.
+pub(crate) const ALIASES: [&[&str]; 6] = [
+    WEIGHT,
+    BIAS,
+    RUNNING_MEAN,
+    RUNNING_VAR,
+    MAGNITUDE,
+    DIRECTION,
+];
 
 /// The name of `names` that `vb` holds, else the one that is written.
 pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {

@@ -3,11 +3,13 @@
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{
     Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, ConvTranspose1d, ConvTranspose1dConfig,
-    ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, Module, VarBuilder, init,
+    ConvTranspose2d, ConvTranspose2dConfig, Linear, Module, VarBuilder,
 };
 
 use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in};
+pub(crate) use super::weighted::Plain;
 pub use super::weighted::Weighted;
+use super::weighted::initial;
 use crate::Norm;
 use crate::ops::linear_map::LinearMap;
 use crate::ops::{self, check};
@@ -61,7 +63,7 @@ pub struct WeightNorm<L: Weighted> {
 
 impl<L: Weighted> WeightNorm<L> {
     /// Takes `g` and `v`, or the plain `weight` of a checkpoint without them, from `vb`.
-    fn new(
+    pub(crate) fn new(
         inputs: usize,
         outputs: usize,
         kernel_size: usize,
@@ -71,7 +73,7 @@ impl<L: Weighted> WeightNorm<L> {
         vb: &VarBuilder,
     ) -> Result<Self> {
         let map = L::map(&config);
-        let shape = map.weight_shape(inputs, outputs, kernel_size)?;
+        let shape = map.weight_shape(LAYER, inputs, outputs, kernel_size)?;
         let dim = options.dim;
         check::dim(LAYER, dim, &shape)?;
         let (weight_init, bias_init) = initial(map, inputs, outputs, kernel_size);
@@ -237,24 +239,6 @@ impl<L: Weighted> WeightNorm<L> {
         let g = g.to_dtype(self.g.dtype())?.reshape(self.g.shape())?;
         assign(vec![(&self.g, g), (bias, b.to_dtype(bias.dtype())?)])?;
         self.forward(xs)
-    }
-}
-
-/// The initial values of the weight and the bias, as candle-nn draws them.
-fn initial(map: LinearMap, inputs: usize, outputs: usize, kernel_size: usize) -> (Init, Init) {
-    let uniform = |fan_in: usize| {
-        let bound = 1. / (fan_in.max(1) as f64).sqrt();
-        Init::Uniform {
-            lo: -bound,
-            up: bound,
-        }
-    };
-    match map {
-        LinearMap::Convolution(g) if g.transposed => {
-            let init = uniform(outputs * kernel_size.pow(g.axes as u32));
-            (init, init)
-        }
-        _ => (init::DEFAULT_KAIMING_NORMAL, uniform(inputs)),
     }
 }
 

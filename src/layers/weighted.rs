@@ -1,11 +1,12 @@
-//! candle-nn's layers as weight normalization sees them: a weight, a bias, and a linear map that they stand for.
+//! candle-nn's layers as this crate sees them: a weight, a bias, and a linear map that they stand for.
 
-use candle_core::Tensor;
+use candle_core::{Result, Tensor};
 use candle_nn::{
     Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, ConvTranspose1d, ConvTranspose1dConfig,
-    ConvTranspose2d, ConvTranspose2dConfig, Linear,
+    ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, VarBuilder, init,
 };
 
+use super::params::{BIAS, name_in};
 use crate::ops::linear_map::{Geometry, LinearMap};
 
 /// A candle-nn layer that [`WeightNorm`](crate::WeightNorm) can go around: [`Linear`], [`Conv1d`], [`Conv2d`],
@@ -114,3 +115,73 @@ convolution!(ConvTranspose2d, ConvTranspose2dConfig, |c| Geometry {
     dilation: c.dilation,
     groups: 1,
 });
+
+/// The initial values of the weight and the bias, as candle-nn draws them.
+pub(super) fn initial(
+    map: LinearMap,
+    inputs: usize,
+    outputs: usize,
+    kernel_size: usize,
+) -> (Init, Init) {
+    let uniform = |fan_in: usize| {
+        let bound = 1. / (fan_in.max(1) as f64).sqrt();
+        Init::Uniform {
+            lo: -bound,
+            up: bound,
+        }
+    };
+    match map {
+        LinearMap::Convolution(g) if g.transposed => {
+            let init = uniform(outputs.saturating_mul(kernel_size.saturating_pow(g.axes as u32)));
+            (init, init)
+        }
+        _ => (init::DEFAULT_KAIMING_NORMAL, uniform(inputs)),
+    }
+}
+
+/// One of candle-nn's layers without weight normalization, with the same gradients that are right.
+#[derive(Debug, Clone)]
+pub(crate) struct Plain {
+    map: LinearMap,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Plain {
+    pub(crate) fn new(
+        map: LinearMap,
+        inputs: usize,
+        outputs: usize,
+        kernel_size: usize,
+        with_bias: bool,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        let shape = map.weight_shape("NormedLayer", inputs, outputs, kernel_size)?;
+        let (weight_init, bias_init) = initial(map, inputs, outputs, kernel_size);
+        Ok(Self {
+            map,
+            weight: vb.get_with_hints(shape, "weight", weight_init)?,
+            bias: with_bias
+                .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
+                .transpose()?,
+        })
+    }
+
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// Whether the outputs lie on the last axis, instead of axis 1.
+    pub(crate) fn channels_last(&self) -> bool {
+        self.map == LinearMap::Dense
+    }
+
+    pub(crate) fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.map
+            .apply("NormedLayer", xs, &self.weight, self.bias.as_ref())
+    }
+}

@@ -241,19 +241,19 @@ pub(crate) fn param_dtype(layer: &str, name: &str, value: &Tensor, x: &Tensor) -
     Ok(())
 }
 
-pub(crate) fn geometry(g: &Geometry) -> Result<()> {
+pub(crate) fn geometry(layer: &str, g: &Geometry) -> Result<()> {
     for (name, value) in [
         ("stride", g.stride),
         ("dilation", g.dilation),
         ("groups", g.groups),
     ] {
         if value == 0 {
-            bail!("WeightNorm: expected a {name} of at least 1, got 0")
+            bail!("{layer}: expected a {name} of at least 1, got 0")
         }
     }
     if g.output_padding > 0 && g.output_padding >= g.stride.max(g.dilation) {
         bail!(
-            "WeightNorm: expected output_padding below the stride or the dilation, got {} for stride {} and dilation {}",
+            "{layer}: expected output_padding below the stride or the dilation, got {} for stride {} and dilation {}",
             g.output_padding,
             g.stride,
             g.dilation

@@ -35,6 +35,7 @@ impl LinearMap {
     /// The shape of the weight, in PyTorch's and candle's order.
     pub(crate) fn weight_shape(
         self,
+        layer: &str,
         inputs: usize,
         outputs: usize,
         kernel_size: usize,
@@ -43,10 +44,10 @@ impl LinearMap {
             Self::Dense => return Ok(vec![outputs, inputs]),
             Self::Convolution(g) => g,
         };
-        check::geometry(&g)?;
+        check::geometry(layer, &g)?;
         if inputs % g.groups != 0 || outputs % g.groups != 0 {
             bail!(
-                "WeightNorm: expected groups ({}) to divide the channels, got {inputs} in and {outputs} out",
+                "{layer}: expected groups ({}) to divide the channels, got {inputs} in and {outputs} out",
                 g.groups
             )
         }
@@ -117,7 +118,7 @@ impl Geometry {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        check::geometry(&self)?;
+        check::geometry(layer, &self)?;
         check::rank(layer, "weight", weight, 2 + self.axes)?;
         check::rank(layer, "input", x, 2 + self.axes)?;
         let inputs = match self.transposed {

@@ -1,0 +1,243 @@
+//! A normalization layer as a value.
+
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::{Error, Result, bail};
+use candle_nn::VarBuilder;
+
+use super::{Identity, Norm, OnLastAxis};
+use crate::{
+    BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, RmsNormOptions,
+    WeightNormOptions, batch_norm, group_norm, instance_norm, layer_norm, rms_norm,
+};
+
+/// Which normalization a model uses: a value that comes from a command line or a configuration file.
+///
+/// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups), `"instance"`, `"rms"` or `"weight"`, with
+/// default options; with the feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
+///
+/// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
+/// `[N, C, *]`, [`features`](Self::features) the one for `[*, F]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    serde(into = "serde_form::Form", try_from = "serde_form::Form")
+)]
+pub enum NormConfig {
+    /// No normalization.
+    None,
+    /// [`BatchNorm`](crate::BatchNorm).
+    Batch(BatchNormOptions),
+    /// [`LayerNorm`](crate::LayerNorm).
+    Layer(LayerNormOptions),
+    /// [`GroupNorm`](crate::GroupNorm).
+    Group {
+        /// The number of groups that the channels form.
+        num_groups: usize,
+        /// The rest of its configuration.
+        options: GroupNormOptions,
+    },
+    /// [`InstanceNorm`](crate::InstanceNorm).
+    Instance(InstanceNormOptions),
+    /// [`RmsNorm`](crate::RmsNorm).
+    Rms(RmsNormOptions),
+    /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
+    Weight(WeightNormOptions),
+}
+
+impl NormConfig {
+    /// The layer for channels on axis 1 of `[N, num_channels, *]`.
+    ///
+    /// `Layer` and `Rms` normalize the channels of each position, as ConvNeXt does; their `channels_first` is set.
+    ///
+    /// # Errors
+    /// Options out of range; `Weight`, which needs the layer that it goes around.
+    pub fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(match *self {
+            Self::None => Box::new(Identity),
+            Self::Batch(options) => Box::new(batch_norm(num_channels, options, vb)?),
+            Self::Layer(options) => {
+                let options = LayerNormOptions {
+                    channels_first: true,
+                    ..options
+                };
+                Box::new(layer_norm(num_channels, options, vb)?)
+            }
+            Self::Group {
+                num_groups,
+                options,
+            } => Box::new(group_norm(num_groups, num_channels, options, vb)?),
+            Self::Instance(options) => Box::new(instance_norm(num_channels, options, vb)?),
+            Self::Rms(options) => {
+                let options = RmsNormOptions {
+                    channels_first: true,
+                    ..options
+                };
+                Box::new(rms_norm(num_channels, options, vb)?)
+            }
+            Self::Weight(_) => bail!(
+                "NormConfig: expected a norm that follows a layer, got \"weight\", which goes around one; build the two together with NormConfig::linear, conv1d, conv2d, conv_transpose1d or conv_transpose2d"
+            ),
+        })
+    }
+
+    /// The layer for features on the last axis of `[*, num_features]`.
+    ///
+    /// `Batch`, `Group` and `Instance` take the features as channels, and all axes between the first and the last as space.
+    ///
+    /// # Errors
+    /// Options out of range; `Weight`, which needs the layer that it goes around.
+    pub fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(match *self {
+            Self::Layer(options) => {
+                let options = LayerNormOptions {
+                    channels_first: false,
+                    ..options
+                };
+                Box::new(layer_norm(num_features, options, vb)?)
+            }
+            Self::Rms(options) => {
+                let options = RmsNormOptions {
+                    channels_first: false,
+                    ..options
+                };
+                Box::new(rms_norm(num_features, options, vb)?)
+            }
+            Self::None => Box::new(Identity),
+            Self::Batch(_) | Self::Group { .. } | Self::Instance(_) | Self::Weight(_) => {
+                Box::new(OnLastAxis(self.channels(num_features, vb)?))
+            }
+        })
+    }
+
+    /// Whether the layer has a shift of its own, so that a bias before it would do nothing more.
+    pub(super) fn has_bias(&self) -> bool {
+        match self {
+            Self::None | Self::Weight(_) => false,
+            Self::Batch(o) => o.affine.has_bias(),
+            Self::Layer(o) => o.affine.has_bias(),
+            Self::Group { options, .. } => options.affine.has_bias(),
+            Self::Instance(o) => o.affine.has_bias(),
+            Self::Rms(o) => o.affine.has_bias(),
+        }
+    }
+}
+
+impl fmt::Display for NormConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Batch(_) => f.write_str("batch"),
+            Self::Layer(_) => f.write_str("layer"),
+            Self::Group { num_groups, .. } => write!(f, "group:{num_groups}"),
+            Self::Instance(_) => f.write_str("instance"),
+            Self::Rms(_) => f.write_str("rms"),
+            Self::Weight(_) => f.write_str("weight"),
+        }
+    }
+}
+
+impl FromStr for NormConfig {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let groups = |n: &str| n.parse().ok().filter(|n| *n > 0);
+        Ok(match s {
+            "none" => Self::None,
+            "batch" => Self::Batch(BatchNormOptions::default()),
+            "layer" => Self::Layer(LayerNormOptions::default()),
+            "instance" => Self::Instance(InstanceNormOptions::default()),
+            "rms" => Self::Rms(RmsNormOptions::default()),
+            "weight" => Self::Weight(WeightNormOptions::default()),
+            _ => match s.strip_prefix("group:").and_then(groups) {
+                Some(num_groups) => Self::Group {
+                    num_groups,
+                    options: GroupNormOptions::default(),
+                },
+                None => bail!(
+                    "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms or weight, got {s:?}"
+                ),
+            },
+        })
+    }
+}
+
+#[cfg(feature = "serde")]
+mod serde_form {
+    //! In a file, a layer is its name, or a map from its name to its options.
+
+    use super::*;
+
+    #[derive(serde::Serialize, serde::Deserialize)]
+    #[serde(untagged)]
+    pub(super) enum Form {
+        Name(String),
+        Options(Options),
+    }
+
+    #[derive(serde::Serialize, serde::Deserialize)]
+    #[serde(rename_all = "snake_case", deny_unknown_fields)]
+    pub(super) enum Options {
+        Batch(BatchNormOptions),
+        Layer(LayerNormOptions),
+        Group {
+            num_groups: usize,
+            #[serde(default)]
+            options: GroupNormOptions,
+        },
+        Instance(InstanceNormOptions),
+        Rms(RmsNormOptions),
+        Weight(WeightNormOptions),
+    }
+
+    impl From<NormConfig> for Form {
+        fn from(config: NormConfig) -> Self {
+            let name = config.to_string();
+            if name
+                .parse::<NormConfig>()
+                .is_ok_and(|plain| plain == config)
+            {
+                return Self::Name(name);
+            }
+            Self::Options(match config {
+                NormConfig::None => return Self::Name(name),
+                NormConfig::Batch(o) => Options::Batch(o),
+                NormConfig::Layer(o) => Options::Layer(o),
+                NormConfig::Group {
+                    num_groups,
+                    options,
+                } => Options::Group {
+                    num_groups,
+                    options,
+                },
+                NormConfig::Instance(o) => Options::Instance(o),
+                NormConfig::Rms(o) => Options::Rms(o),
+                NormConfig::Weight(o) => Options::Weight(o),
+            })
+        }
+    }
+
+    impl TryFrom<Form> for NormConfig {
+        type Error = Error;
+
+        fn try_from(form: Form) -> Result<Self> {
+            Ok(match form {
+                Form::Name(name) => name.parse()?,
+                Form::Options(Options::Batch(o)) => Self::Batch(o),
+                Form::Options(Options::Layer(o)) => Self::Layer(o),
+                Form::Options(Options::Group {
+                    num_groups,
+                    options,
+                }) => Self::Group {
+                    num_groups,
+                    options,
+                },
+                Form::Options(Options::Instance(o)) => Self::Instance(o),
+                Form::Options(Options::Rms(o)) => Self::Rms(o),
+                Form::Options(Options::Weight(o)) => Self::Weight(o),
+            })
+        }
+    }
+}

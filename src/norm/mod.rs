@@ -1,0 +1,120 @@
+//! What all layers have in common, and how a model swaps one for another by value.
+
+mod config;
+mod normed_layer;
+
+use candle_core::{Result, Tensor};
+use candle_nn::{Module, ModuleT};
+
+pub use config::NormConfig;
+pub use normed_layer::NormedLayer;
+
+use crate::layers::RunningStats;
+
+/// A normalization layer, whichever it is. A `Box<dyn Norm>` is itself a [`ModuleT`].
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+/// use candle_norm::{Norm, NormConfig};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm: Box<dyn Norm> = "batch".parse::<NormConfig>()?.channels(3, vb)?;
+/// let y = norm.forward_t(&Tensor::randn(0f32, 1., (4, 3, 5, 5), &Device::Cpu)?, true)?;
+/// assert_eq!(y.dims(), [4, 3, 5, 5]);
+/// let names: Vec<_> = norm.buffers().into_iter().map(|(name, _)| name).collect();
+/// assert_eq!(names, ["running_mean", "running_var", "num_batches_tracked"]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub trait Norm: ModuleT + Send + Sync + std::fmt::Debug {
+    /// The name of the layer as [`NormConfig`] writes it.
+    fn kind(&self) -> &'static str;
+
+    /// The parameters that training changes, by the names that a checkpoint holds them under.
+    fn parameters(&self) -> Vec<(&'static str, Tensor)>;
+
+    /// The running statistics, if the layer tracks any.
+    fn running_stats(&self) -> Option<&RunningStats> {
+        None
+    }
+
+    /// The statistics by the names that a checkpoint holds them under. They are live: see
+    /// [`RunningStats::snapshot`] for a consistent copy.
+    fn buffers(&self) -> Vec<(&'static str, Tensor)> {
+        self.running_stats()
+            .map(RunningStats::buffers)
+            .unwrap_or_default()
+    }
+
+    /// Parameters that are variables, and statistics, back to what they start from.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    fn reset(&self) -> Result<()>;
+}
+
+impl ModuleT for Box<dyn Norm> {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        (**self).forward_t(xs, train)
+    }
+}
+
+/// The layer that does nothing: `NormConfig::None`.
+#[derive(Debug, Clone, Copy)]
+struct Identity;
+
+impl Module for Identity {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        Ok(xs.clone())
+    }
+}
+
+impl Norm for Identity {
+    fn kind(&self) -> &'static str {
+        "none"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        vec![]
+    }
+
+    fn reset(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A layer for channels on axis 1, applied to features on the last axis.
+#[derive(Debug)]
+struct OnLastAxis(Box<dyn Norm>);
+
+impl ModuleT for OnLastAxis {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        if xs.rank() <= 2 {
+            return self.0.forward_t(xs, train);
+        }
+        let last = xs.rank() - 1;
+        self.0
+            .forward_t(&xs.transpose(1, last)?, train)?
+            .transpose(1, last)?
+            .contiguous()
+    }
+}
+
+impl Norm for OnLastAxis {
+    fn kind(&self) -> &'static str {
+        self.0.kind()
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        self.0.parameters()
+    }
+
+    fn running_stats(&self) -> Option<&RunningStats> {
+        self.0.running_stats()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.0.reset()
+    }
+}
