@@ -1,0 +1,334 @@
+//! The table of operations: what a case of each may hold, and how the public layer is built from it.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, ModuleT, Result, Tensor};
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
+use candle_norm::{
+    Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
+    RmsNormOptions, RunningStats, WeightNormOptions, ops, weight_norm,
+};
+
+use crate::case::{Case, Config, Outcome, one_line, required};
+
+/// One operation. To add one, write its plan and list it in [`OPS`].
+pub(crate) struct Op {
+    pub(crate) name: &'static str,
+    /// The input that strided views are made of; no case can do without it.
+    pub(crate) input: &'static str,
+    /// Further tensors that no case can do without.
+    pub(crate) required: &'static [&'static str],
+    /// Tensors that a case may leave out.
+    pub(crate) optional: &'static [&'static str],
+    /// Whether the layer keeps running statistics.
+    pub(crate) stateful: bool,
+    /// Whether the fused path serves it. Where it does not, forcing it must be an error.
+    pub(crate) fused: bool,
+    /// Reads the configuration once, and returns what runs the case.
+    pub(crate) plan: fn(&Case) -> Outcome<Plan>,
+}
+
+/// Builds the layer from tensors by name, fresh for every run since layers keep state, and calls it.
+pub(crate) type Plan = Box<dyn Fn(Inputs) -> Result<Outputs>>;
+
+/// The tensors of a case, those with a gradient tracked.
+pub(crate) type Inputs = HashMap<String, Tensor>;
+
+pub(crate) struct Outputs {
+    pub(crate) y: Tensor,
+    /// Running statistics by name, after the call.
+    pub(crate) state: Vec<(&'static str, Tensor)>,
+}
+
+/// The running statistics, in the order of [`Outputs::state`], with the dtype that they are stored in.
+pub(crate) const STATE: [(&str, DType); 3] = [
+    ("running_mean", DType::F32),
+    ("running_var", DType::F32),
+    ("num_batches_tracked", DType::I64),
+];
+
+const AFFINE: &[&str] = &["weight", "bias"];
+
+pub(crate) const OPS: &[Op] = &[
+    Op {
+        name: "layer_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: false,
+        fused: false,
+        plan: layer_norm,
+    },
+    Op {
+        name: "rms_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: false,
+        fused: false,
+        plan: rms_norm,
+    },
+    Op {
+        name: "group_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: false,
+        fused: false,
+        plan: group_norm,
+    },
+    Op {
+        name: "instance_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: true,
+        fused: false,
+        plan: instance_norm,
+    },
+    Op {
+        name: "batch_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: true,
+        fused: false,
+        plan: batch_norm,
+    },
+    Op {
+        name: "weight_norm",
+        input: "v",
+        required: &["g"],
+        optional: &[],
+        stateful: false,
+        fused: false,
+        plan: weight_norm_plan,
+    },
+];
+
+fn layer_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let channels_first = c.flag("channels_first")?.unwrap_or(false);
+    let shape = match (c.sizes("normalized_shape")?, channels_first) {
+        (Some(shape), false) => shape,
+        (None, true) => vec![channels(case)?],
+        (None, false) => return Err("no config key `normalized_shape`".to_string()),
+        (Some(_), true) => {
+            return Err("`normalized_shape` with `channels_first`, which takes axis 1".to_string());
+        }
+    };
+    c.finish()?;
+    let options = LayerNormOptions {
+        eps,
+        affine: affine(case)?,
+        channels_first,
+        ..Default::default()
+    };
+    let dtype = case.dtype;
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let norm = candle_norm::layer_norm(shape.clone(), options, builder(inputs, dtype))?;
+        without_state(norm.forward_t(&x, true)?)
+    }))
+}
+
+fn rms_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number_or_null("eps")?)?;
+    let shape = required("normalized_shape", c.sizes("normalized_shape")?)?;
+    let offset = c.number("offset")?.unwrap_or(0.);
+    let cast = match c.word("cast")?.as_deref() {
+        None | Some("after_weight") => Cast::AfterWeight,
+        Some("before_weight") => Cast::BeforeWeight,
+        Some(other) => return Err(format!("unknown cast `{other}`")),
+    };
+    c.finish()?;
+    let options = RmsNormOptions {
+        eps,
+        affine: affine(case)?,
+        offset,
+        cast,
+        ..Default::default()
+    };
+    let dtype = case.dtype;
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let norm = candle_norm::rms_norm(shape.clone(), options, builder(inputs, dtype))?;
+        without_state(norm.forward_t(&x, true)?)
+    }))
+}
+
+fn group_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let num_groups = required("num_groups", c.size("num_groups")?)?;
+    let eps = required("eps", c.number("eps")?)?;
+    c.finish()?;
+    let options = GroupNormOptions {
+        eps,
+        affine: affine(case)?,
+    };
+    let (channels, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let norm = candle_norm::group_norm(num_groups, channels, options, builder(inputs, dtype))?;
+        without_state(norm.forward_t(&x, true)?)
+    }))
+}
+
+fn instance_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let tracks = required("track_running_stats", c.flag("track_running_stats")?)?;
+    let momentum = momentum(&mut c, train && tracks)?;
+    c.finish()?;
+    let state = stored_state(case, train, tracks)?;
+    let options = InstanceNormOptions {
+        eps,
+        momentum,
+        affine: affine(case)?,
+        track_running_stats: tracks,
+        ..Default::default()
+    };
+    let (channels, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |mut inputs| {
+        let x = inputs["x"].clone();
+        inputs.extend(state.clone());
+        let norm = candle_norm::instance_norm(channels, options, builder(inputs, dtype))?;
+        with_state(norm.forward_t(&x, train)?, norm.running_stats())
+    }))
+}
+
+fn batch_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let tracks = c.flag("track_running_stats")?.unwrap_or(true);
+    let momentum = momentum(&mut c, train && tracks)?;
+    c.finish()?;
+    let state = stored_state(case, train, tracks)?;
+    let options = BatchNormOptions {
+        eps,
+        momentum,
+        affine: affine(case)?,
+        track_running_stats: tracks,
+        ..Default::default()
+    };
+    let (channels, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |mut inputs| {
+        let x = inputs["x"].clone();
+        inputs.extend(state.clone());
+        let norm = candle_norm::batch_norm(channels, options, builder(inputs, dtype))?;
+        with_state(norm.forward_t(&x, train)?, norm.running_stats())
+    }))
+}
+
+fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let dim = required("dim", c.size_or_null("dim")?)?;
+    c.finish()?;
+    let (v, g) = (case.tensor("v")?, case.tensor("g")?);
+    let dims = v.dims().to_vec();
+    let mut g_dims = vec![];
+    if let Some(dim) = dim {
+        g_dims = vec![1; dims.len()];
+        *g_dims
+            .get_mut(dim)
+            .ok_or_else(|| format!("config key `dim` is {dim}, `v` has shape {dims:?}"))? = dims[dim];
+    }
+    // A norm is one number for each index along `dim`; PyTorch's shape, a vector and [1] all say so.
+    if g.elem_count() != g_dims.iter().product::<usize>() {
+        return Err(format!("`g` has shape {:?}, must hold {g_dims:?}", g.dims()));
+    }
+    let options = WeightNormOptions { dim };
+    let dtype = case.dtype;
+    Ok(Box::new(move |inputs| {
+        let (v, g) = (inputs["v"].clone(), inputs["g"].reshape(g_dims.clone())?);
+        let named = HashMap::from([
+            ("parametrizations.weight.original0".to_string(), g.clone()),
+            ("parametrizations.weight.original1".to_string(), v.clone()),
+        ]);
+        let vb = builder(named, dtype);
+        // The layers take square kernels only; for other weights there is the function.
+        let y = match dims[..] {
+            [o, i] => weight_norm::linear_no_bias(i, o, options, vb)?.weight()?,
+            [o, i, k] => {
+                weight_norm::conv1d_no_bias(i, o, k, Conv1dConfig::default(), options, vb)?
+                    .weight()?
+            }
+            [o, i, k, l] if k == l => {
+                weight_norm::conv2d_no_bias(i, o, k, Conv2dConfig::default(), options, vb)?
+                    .weight()?
+            }
+            _ => ops::weight_norm(&v, &g, dim)?,
+        };
+        without_state(y)
+    }))
+}
+
+fn builder(tensors: HashMap<String, Tensor>, dtype: DType) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(tensors, dtype, &Device::Cpu)
+}
+
+fn without_state(y: Tensor) -> Result<Outputs> {
+    Ok(Outputs { y, state: vec![] })
+}
+
+fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
+    let Some(stats) = stats else {
+        return without_state(y);
+    };
+    let after = stats.snapshot()?;
+    let count = Tensor::new(after.num_batches_tracked, &Device::Cpu)?;
+    let values = [after.mean, after.var, count];
+    let state = STATE.iter().map(|(name, _)| *name).zip(values).collect();
+    Ok(Outputs { y, state })
+}
+
+/// The number of channels, axis 1 of the input.
+fn channels(case: &Case) -> Outcome<usize> {
+    let x = case.tensor("x")?;
+    match x.dims() {
+        [_, channels, ..] => Ok(*channels),
+        dims => Err(format!("`x` has no axis 1: shape {dims:?}")),
+    }
+}
+
+/// Parameters that a case does not hold are parameters that the layer does not have.
+fn affine(case: &Case) -> Outcome<Affine> {
+    match (case.has("weight"), case.has("bias")) {
+        (false, false) => Ok(Affine::None),
+        (true, false) => Ok(Affine::Weight),
+        (true, true) => Ok(Affine::WeightAndBias),
+        (false, true) => Err("no tensor `weight`, but a `bias`, which no layer has alone".to_string()),
+    }
+}
+
+fn momentum(config: &mut Config<'_>, updates: bool) -> Outcome<Option<f64>> {
+    match config.number_or_null("momentum")? {
+        Some(momentum) => Ok(momentum),
+        None if updates => Err("no config key `momentum`".to_string()),
+        None => Ok(Some(0.1)),
+    }
+}
+
+/// The running statistics before the call. A training case that stores none starts from those of a new layer.
+fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<String, Tensor>> {
+    let mut state: HashMap<String, Tensor> = STATE
+        .iter()
+        .filter_map(|(name, _)| Some((name.to_string(), case.tensors.get(*name)?.clone())))
+        .collect();
+    let start = [("running_mean", 0f32), ("running_var", 1.)];
+    if tracks && train && state.is_empty() {
+        for (name, value) in start {
+            let values = Tensor::full(value, channels(case)?, &Device::Cpu).map_err(one_line)?;
+            state.insert(name.to_string(), values);
+        }
+    } else if tracks {
+        for (name, _) in start {
+            case.tensor(name)?;
+        }
+    }
+    Ok(state)
+}

@@ -1,0 +1,372 @@
+//! Runs cases on every path and layout, and reports.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path as FilePath, PathBuf};
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_norm::{Path, with_path};
+
+use crate::case::{Case, Outcome, one_line};
+use crate::compare::{Worst, compare};
+use crate::layers::{Inputs, OPS, Op, Outputs, Plan, STATE};
+
+/// How the input lies in memory. All layouts hold the same values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Layout {
+    Contiguous,
+    /// Every other element of a buffer, the elements between being NaN: whoever reads the buffer instead of
+    /// the view shows it.
+    EveryOther,
+    /// The axes lie in memory in reverse order.
+    Reversed,
+}
+
+impl Layout {
+    /// The layouts that are different ones for tensors of this rank.
+    fn of_rank(rank: usize) -> &'static [Self] {
+        match rank {
+            0 | 1 => &[Self::Contiguous, Self::EveryOther],
+            _ => &[Self::Contiguous, Self::EveryOther, Self::Reversed],
+        }
+    }
+
+    /// The buffer whose view has the values of `t`.
+    fn buffer(self, t: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Contiguous => Ok(t.clone()),
+            Self::EveryOther => {
+                let between = Tensor::full(f32::NAN, t.shape(), t.device())?.to_dtype(t.dtype())?;
+                Tensor::stack(&[&between, t], t.rank())
+            }
+            Self::Reversed => t.permute(reversed(t.rank()))?.contiguous(),
+        }
+    }
+
+    /// The view of a buffer, or of the gradient of a buffer.
+    fn view(self, buffer: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Contiguous => Ok(buffer.clone()),
+            Self::EveryOther => {
+                let axis = buffer.rank() - 1;
+                buffer.narrow(axis, 1, 1)?.squeeze(axis)
+            }
+            Self::Reversed => buffer.permute(reversed(buffer.rank())),
+        }
+    }
+}
+
+fn reversed(rank: usize) -> Vec<usize> {
+    (0..rank).rev().collect()
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Contiguous => "contiguous",
+            Self::EveryOther => "every other element",
+            Self::Reversed => "reversed axes",
+        })
+    }
+}
+
+fn path_name(path: Path) -> &'static str {
+    match path {
+        Path::Auto => "auto",
+        Path::Fused => "fused",
+        Path::Composed => "composed",
+    }
+}
+
+/// What one folder gave.
+#[derive(Default)]
+pub(crate) struct Report {
+    pub(crate) passed: usize,
+    /// One line for each case that falls short, or for the folder itself.
+    pub(crate) failures: Vec<String>,
+    /// By path and layout: how many cases ran.
+    runs: BTreeMap<(&'static str, Layout), usize>,
+    /// By op, dtype and path: the case that came closest to its tolerance, or went farthest over.
+    closest: BTreeMap<(String, String, &'static str), (f64, String)>,
+    /// How many cases were of an op that the fused path must refuse, and did.
+    refused: usize,
+}
+
+impl Report {
+    pub(crate) fn passes(&self) -> bool {
+        self.failures.is_empty()
+    }
+
+    pub(crate) fn closing_line(&self) -> String {
+        format!("{} passed, {} failed", self.passed, self.failures.len())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for ((op, dtype, path), (error, place)) in &self.closest {
+            writeln!(f, "{op} {dtype} {path}: at most {error:.3} of the tolerance, {place}")?;
+        }
+        for path in [Path::Fused, Path::Composed].map(path_name) {
+            let runs = self.runs.iter().filter(|((p, _), _)| *p == path);
+            let counts: Vec<String> = runs
+                .map(|((_, layout), n)| format!("{n} {layout}"))
+                .collect();
+            match counts.is_empty() {
+                true => writeln!(f, "{path} path: 0 cases ran")?,
+                false => writeln!(f, "{path} path: {}", counts.join(", "))?,
+            }
+        }
+        if self.refused > 0 {
+            writeln!(f, "fused path: {} cases refused, as they must be", self.refused)?;
+        }
+        for failure in &self.failures {
+            writeln!(f, "FAILED {failure}")?;
+        }
+        writeln!(f, "{}", self.closing_line())
+    }
+}
+
+/// Runs every case of a folder and of the folders in it. A folder without cases is a failure.
+pub(crate) fn run_folder(folder: &FilePath) -> Report {
+    let mut report = Report::default();
+    let mut files = vec![];
+    if let Err(error) = collect(folder, &mut files) {
+        report.failures.push(error);
+    } else if files.is_empty() {
+        let text = format!("{}: no .safetensors file in this folder", folder.display());
+        report.failures.push(text);
+    }
+    files.sort();
+    for file in files {
+        let relative = file.strip_prefix(folder).unwrap_or(&file).with_extension("");
+        let name = relative.display().to_string();
+        // A layer that panics fails its case and no other.
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            run_case(&Case::read(name.clone(), &file)?, &mut report)
+        }));
+        match result {
+            Ok(Ok(())) => report.passed += 1,
+            Ok(Err(error)) => report.failures.push(format!("{name}: {error}")),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+                let text = one_line(text.unwrap_or_default());
+                report.failures.push(format!("{name}: panicked: {text}"));
+            }
+        }
+    }
+    report
+}
+
+fn collect(folder: &FilePath, files: &mut Vec<PathBuf>) -> Outcome<()> {
+    let at_folder = |error| format!("{}: {}", folder.display(), one_line(error));
+    for entry in std::fs::read_dir(folder).map_err(at_folder)? {
+        let path = entry.map_err(at_folder)?.path();
+        if path.is_dir() {
+            collect(&path, files)?;
+        } else if path.extension().is_some_and(|e| e == "safetensors") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
+    let op = OPS
+        .iter()
+        .find(|op| op.name == case.op)
+        .ok_or_else(|| format!("unknown op `{}`", case.op))?;
+    check_tensors(case, op)?;
+    let plan = (op.plan)(case)?;
+    let mut short = vec![];
+    let mut paths = vec![Path::Composed];
+    if op.fused {
+        paths.push(Path::Fused);
+    } else {
+        // Should the forced path run all the same, then either it fell back quietly or the table is behind.
+        let leaves = Leaves::new(case, op, Layout::Contiguous).map_err(one_line)?;
+        if with_path(Path::Fused, || plan(leaves.inputs)).is_ok() {
+            return Err("the fused path ran, which does not serve this op".to_string());
+        }
+        report.refused += 1;
+    }
+    for path in paths {
+        for &layout in Layout::of_rank(case.tensor(op.input)?.rank()) {
+            let place = format!("{}, {layout}", path_name(path));
+            let run = with_path(path, || run_once(case, op, &plan, layout))
+                .map_err(|e| format!("{place}: {e}"))?;
+            *report.runs.entry((path_name(path), layout)).or_default() += 1;
+            for (name, result) in run {
+                let worst = match result {
+                    Ok(None) => continue,
+                    Ok(Some(worst)) => worst,
+                    Err(error) => {
+                        short.push(format!("{place}: {name}: {error}"));
+                        continue;
+                    }
+                };
+                let Worst { index, got, want, error } = &worst;
+                if *error > 1. {
+                    short.push(format!(
+                        "{place}: {name}{index:?} got {got:e}, want {want:e}, {error:.3e} tolerances"
+                    ));
+                }
+                let key = (op.name.to_string(), format!("{:?}", case.dtype), path_name(path));
+                let closest = report.closest.entry(key).or_insert((-1., String::new()));
+                if *error > closest.0 {
+                    *closest = (*error, format!("{name} of {} ({layout})", case.name));
+                }
+            }
+        }
+    }
+    match short.is_empty() {
+        true => Ok(()),
+        false => Err(short.join("; ")),
+    }
+}
+
+/// Names and dtypes: what is missing, and what nobody would look at.
+fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
+    let inputs = || std::iter::once(&op.input).chain(op.required);
+    for name in inputs() {
+        case.tensor(name)?;
+    }
+    let state = || STATE.iter().filter(|_| op.stateful);
+    for (name, tensor) in &case.tensors {
+        let dtype = if let Some((_, dtype)) = state().find(|(state, _)| state == name) {
+            *dtype
+        } else if inputs().chain(op.optional).any(|n| n == name) || name == "dy" {
+            case.dtype
+        } else {
+            return Err(format!("unknown tensor `{name}` for op `{}`", op.name));
+        };
+        if tensor.dtype() != dtype {
+            return Err(format!("`{name}` is {:?}, must be {dtype:?}", tensor.dtype()));
+        }
+    }
+    let gradient = |name: &str| {
+        let of = name.strip_prefix('d')?;
+        inputs().chain(op.optional).find(|n| **n == of)
+    };
+    let is_output = |name: &str| {
+        name == "y" || gradient(name).is_some() || state().any(|(state, _)| *state == name)
+    };
+    for name in case.expected.keys() {
+        if !is_output(name) {
+            return Err(format!("unknown tensor `expected.{name}` for op `{}`", op.name));
+        }
+        if let Some(of) = gradient(name)
+            && !(case.has("dy") && case.has(of))
+        {
+            return Err(format!("`expected.{name}` without `dy` and `{of}`"));
+        }
+    }
+    match case.scales.keys().find(|name| !is_output(name)) {
+        None => Ok(()),
+        Some(name) => Err(format!("unknown scale `{name}` for op `{}`", op.name)),
+    }
+}
+
+/// The tensors of a case as a layer gets them, and the variables behind them.
+struct Leaves {
+    inputs: Inputs,
+    vars: HashMap<String, (Var, Layout)>,
+}
+
+impl Leaves {
+    fn new(case: &Case, op: &Op, layout: Layout) -> Result<Self> {
+        let mut leaves = Self {
+            inputs: HashMap::new(),
+            vars: HashMap::new(),
+        };
+        let differentiable = std::iter::once(&op.input)
+            .chain(op.required)
+            .chain(op.optional);
+        for name in differentiable {
+            let Some(tensor) = case.tensors.get(*name) else {
+                continue;
+            };
+            let layout = match name == &op.input {
+                true => layout,
+                false => Layout::Contiguous,
+            };
+            let var = Var::from_tensor(&layout.buffer(tensor)?)?;
+            let view = layout.view(var.as_tensor())?;
+            leaves.inputs.insert(name.to_string(), view);
+            leaves.vars.insert(name.to_string(), (var, layout));
+        }
+        Ok(leaves)
+    }
+}
+
+type Compared = Vec<(String, Outcome<Option<Worst>>)>;
+
+/// One forward and backward, and the comparison of everything that the case expects.
+fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compared> {
+    let Leaves { inputs, vars } = Leaves::new(case, op, layout).map_err(one_line)?;
+    let Outputs { y, state } = plan(inputs).map_err(one_line)?;
+    if y.dtype() != case.dtype {
+        return Err(format!("y is {:?}, must be {:?}", y.dtype(), case.dtype));
+    }
+    let grads = match case.tensors.get("dy") {
+        None => None,
+        Some(dy) if dy.dims() != y.dims() => {
+            return Err(format!("`dy` has shape {:?}, y has {:?}", dy.dims(), y.dims()));
+        }
+        // In f64, where no loss of a half dtype overflows; dy itself arrives at y unrounded.
+        Some(dy) => Some(loss(&y, dy).and_then(|l| l.backward()).map_err(one_line)?),
+    };
+    let produced = |name: &str| -> Outcome<Tensor> {
+        if name == "y" {
+            return Ok(y.clone());
+        }
+        if let Some((_, value)) = state.iter().find(|(state, _)| *state == name) {
+            return Ok(value.clone());
+        }
+        let gradient = name.strip_prefix('d').and_then(|of| {
+            let (var, layout) = vars.get(of)?;
+            Some((grads.as_ref()?.get(var.as_tensor()), layout))
+        });
+        match gradient {
+            Some((Some(gradient), _)) if gradient.dtype() != case.dtype => {
+                Err(format!("is {:?}, must be {:?}", gradient.dtype(), case.dtype))
+            }
+            Some((Some(gradient), layout)) => layout.view(gradient).map_err(one_line),
+            Some((None, _)) => Err("no gradient arrived".to_string()),
+            None => Err("the layer produced none".to_string()),
+        }
+    };
+    let compared = case.expected.iter().map(|(name, want)| {
+        // A count is a whole number: no share of it is a rounding.
+        let (rtol, atol) = match name.as_str() {
+            "num_batches_tracked" => (0., 0.),
+            _ => (case.rtol, case.atol),
+        };
+        let scale = case.scales.get(name).copied();
+        let worst = produced(name).and_then(|got| compare(&got, want, rtol, atol, scale));
+        (name.clone(), worst)
+    });
+    Ok(compared.collect())
+}
+
+fn loss(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    (y.to_dtype(DType::F64)? * dy.to_dtype(DType::F64)?)?.sum_all()
+}
+
+/// The strided views are strided, and hold the same values.
+#[test]
+fn layouts_differ_in_memory_only() -> Result<()> {
+    let t = Tensor::arange(0f32, 24., &Device::Cpu)?.reshape((2, 3, 4))?;
+    for t in [t.clone(), t.flatten_all()?] {
+        for &layout in Layout::of_rank(t.rank()) {
+            let view = layout.view(&layout.buffer(&t)?)?;
+            assert_eq!(view.dims(), t.dims(), "{layout}");
+            assert_eq!(view.is_contiguous(), layout == Layout::Contiguous, "{layout}");
+            let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+            assert_eq!(values(&view)?, values(&t)?, "{layout}");
+        }
+    }
+    Ok(())
+}
