@@ -196,7 +196,10 @@ fn counter(norm: &candle_norm::BatchNorm) -> Result<i64> {
 #[test]
 fn load_into_says_what_it_did() -> Result<()> {
     let load = |name: &str| -> Result<_> {
-        let c = CHECKPOINTS.iter().find(|c| c.name == name).expect("a name of the table");
+        let c = CHECKPOINTS
+            .iter()
+            .find(|c| c.name == name)
+            .expect("a name of the table");
         let (vars, _layer) = c.fresh()?;
         checkpoint::load_into(&vars, file(name))
     };
@@ -211,12 +214,21 @@ fn load_into_says_what_it_did() -> Result<()> {
 #[test]
 fn a_negative_running_variance_is_refused_by_every_route() -> Result<()> {
     let name = "batch_norm_negative_var";
-    let refused = |error: candle_core::Error| assert!(error.to_string().contains("running_var"), "{error}");
-    refused(batch_norm(buffered(name)?).err().expect("from_buffered_safetensors"));
+    let refused =
+        |error: candle_core::Error| assert!(error.to_string().contains("running_var"), "{error}");
+    refused(
+        batch_norm(buffered(name)?)
+            .err()
+            .expect("from_buffered_safetensors"),
+    );
 
     let (vars, _layer) = CHECKPOINTS[0].fresh()?;
     let before = bits(&vars)?;
-    refused(checkpoint::load_into(&vars, file(name)).err().expect("load_into"));
+    refused(
+        checkpoint::load_into(&vars, file(name))
+            .err()
+            .expect("load_into"),
+    );
     assert_eq!(bits(&vars)?, before, "all or nothing");
 
     // candle writes the variables itself, so that the layer can only notice when it uses them.
@@ -304,7 +316,9 @@ fn bits_of(t: &Tensor) -> Result<Vec<u32>> {
 fn bits(vars: &VarMap) -> Result<HashMap<String, (DType, Vec<u32>)>> {
     let data = vars.data().lock().expect("no thread panicked");
     let bits = |v: &Var| Ok((v.dtype(), bits_of(v.as_tensor())?));
-    data.iter().map(|(k, v)| Ok((k.clone(), bits(v)?))).collect()
+    data.iter()
+        .map(|(k, v)| Ok((k.clone(), bits(v)?)))
+        .collect()
 }
 
 #[test]
@@ -312,7 +326,9 @@ fn training_goes_on_after_save_and_load_bit_for_bit() -> Result<()> {
     type Load = fn(&mut VarMap, &std::path::Path) -> Result<()>;
     let routes: [(&str, Load); 2] = [
         ("VarMap::load", |vars, path| vars.load(path)),
-        ("load_into", |vars, path| checkpoint::load_into(vars, path).map(|_| ())),
+        ("load_into", |vars, path| {
+            checkpoint::load_into(vars, path).map(|_| ())
+        }),
     ];
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
@@ -338,8 +354,16 @@ fn training_goes_on_after_save_and_load_bit_for_bit() -> Result<()> {
                 let y = first.step(number)?;
                 assert_eq!(second.step(number)?, y, "{what}: step {number}");
             }
-            assert_eq!(bits(&second.vars)?, bits(&first.vars)?, "{what}: trained on");
-            assert_eq!(second.infer()?, first.infer()?, "{what}: inference at the end");
+            assert_eq!(
+                bits(&second.vars)?,
+                bits(&first.vars)?,
+                "{what}: trained on"
+            );
+            assert_eq!(
+                second.infer()?,
+                first.infer()?,
+                "{what}: inference at the end"
+            );
         }
     }
     Ok(())
@@ -375,7 +399,8 @@ fn a_half_precision_model_saves_its_statistics_in_f32() -> Result<()> {
     let path = folder.path().join("model.safetensors");
     for dtype in [DType::F16, DType::BF16] {
         let vars = VarMap::new();
-        let norm = candle_norm::batch_norm(2, 1e-5, VarBuilder::from_varmap(&vars, dtype, &Device::Cpu))?;
+        let norm =
+            candle_norm::batch_norm(2, 1e-5, VarBuilder::from_varmap(&vars, dtype, &Device::Cpu))?;
         let x = Tensor::arange(0f32, 16., &Device::Cpu)?.reshape((8, 2))?;
         norm.forward_t(&x.to_dtype(dtype)?, true)?;
         vars.save(&path)?;
@@ -385,7 +410,13 @@ fn a_half_precision_model_saves_its_statistics_in_f32() -> Result<()> {
         names.sort_unstable();
         assert_eq!(
             names,
-            ["bias", "num_batches_tracked", "running_mean", "running_var", "weight"]
+            [
+                "bias",
+                "num_batches_tracked",
+                "running_mean",
+                "running_var",
+                "weight"
+            ]
         );
         let stored = |name: &str| saved.tensor(name).map(|t| (t.dtype(), t.shape().to_vec()));
         assert_eq!(stored("running_mean")?, (Dtype::F32, vec![2]));

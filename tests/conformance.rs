@@ -32,7 +32,12 @@ fn every_case_of_the_folder_passes() {
     };
     let report = runner::run_folder(&folder);
     print!("{report}");
-    assert!(report.passes(), "{} of {}", report.closing_line(), folder.display());
+    assert!(
+        report.passes(),
+        "{} of {}",
+        report.closing_line(),
+        folder.display()
+    );
 }
 
 /// The cases of this repository.

@@ -257,15 +257,25 @@ pub(crate) fn parameters(
     Ok([prepare(weight)?, prepare(bias)?])
 }
 
-/// The result of any layer on an input without elements: as empty as the input, and connected to the
-/// parameters, so that they get gradients of zero.
+/// The result of any layer on an input without elements: as empty as the input.
 pub(crate) fn empty(x: &Tensor, params: &[Option<&Tensor>]) -> Result<Tensor> {
-    let mut y = x.contiguous()?;
-    for param in params.iter().flatten() {
-        let anchor = param.sum_all()?.to_dtype(x.dtype())?;
-        y = y.broadcast_add(&anchor)?;
+    let params: Vec<&Tensor> = params.iter().flatten().copied().collect();
+    anchored(&x.contiguous()?, &params)
+}
+
+/// `y`, connected to parameters that it does not depend on, so that they get gradients of zero.
+///
+/// candle leaves out of the graph what it computes on tensors without elements, and what it multiplies by zero; joining and cutting
+/// off again is neither.
+pub(crate) fn anchored(y: &Tensor, params: &[&Tensor]) -> Result<Tensor> {
+    let mut line = vec![y.flatten_all()?];
+    for param in params {
+        line.push(param.flatten_all()?.to_dtype(y.dtype())?);
     }
-    Ok(y)
+    Tensor::cat(&line, 0)?
+        .narrow(0, 0, y.elem_count())?
+        .contiguous()?
+        .reshape(y.shape())
 }
 
 #[cfg(test)]

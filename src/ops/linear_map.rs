@@ -100,7 +100,7 @@ fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = outputs;
     if x.elem_count() == 0 || outputs == 0 {
-        return empty(&dims, x, weight, bias);
+        return empty(&dims, dims.len() - 1, x, weight, bias);
     }
     let y = x
         .contiguous()?
@@ -142,7 +142,7 @@ impl Geometry {
             }
         }
         if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
-            return empty(&dims, x, weight, bias);
+            return empty(&dims, 1, x, weight, bias);
         }
         // One axis becomes the second of two.
         let (mut planes, mut kernel) = (x.clone(), weight.clone());
@@ -217,18 +217,23 @@ impl Geometry {
 }
 
 /// A result that no element of the input reaches: the bias where there are outputs, with gradients of zero for the rest.
-fn empty(dims: &[usize], x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let mut y = Tensor::zeros(dims, x.dtype(), x.device())?;
-    for anchor in [x, weight] {
-        y = y.broadcast_add(&(anchor.sum_all()? * 0.)?)?;
-    }
-    match bias {
-        None => Ok(y),
-        Some(bias) => {
-            let mut line = vec![1; dims.len()];
-            let axis = if dims.len() < 3 { dims.len() - 1 } else { 1 };
-            line[axis] = dims[axis];
-            y.broadcast_add(&bias.reshape(line)?)
-        }
-    }
+fn empty(
+    dims: &[usize],
+    channel_axis: usize,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut line = vec![1; dims.len()];
+    line[channel_axis] = dims[channel_axis];
+    let y = Tensor::zeros(dims, x.dtype(), x.device())?;
+    let y = match bias {
+        Some(bias) if y.elem_count() > 0 => y.broadcast_add(&bias.reshape(line)?)?,
+        _ => y,
+    };
+    let reached: Vec<&Tensor> = [Some(x), Some(weight), bias]
+        .into_iter()
+        .flatten()
+        .collect();
+    composed::anchored(&y, &reached)
 }

@@ -100,9 +100,10 @@ fn scaled_rows(v: &Tensor, g: &Tensor) -> Result<Tensor> {
     let v = v.broadcast_div(&row_scale(v)?)?;
     let rows = composed::Rows::new(&v)?;
     let squares = rows.sqr()?.sum()?;
-    // A zero row divides by one instead, whose gradient is zero and not 0/0.
+    // A zero row has no direction: it divides by one instead of zero, and is cut off from weight and gradient.
     let zero = squares.detach().eq(0.)?.to_dtype(squares.dtype())?;
-    let inv_norm = (squares + zero)?.sqrt()?.recip()?;
+    let kept = (1. - &zero)?;
+    let inv_norm = ((squares + zero)?.sqrt()?.recip()? * kept)?;
     rows.times(&(inv_norm * g)?)?.join()
 }
 

@@ -64,7 +64,10 @@ impl Case {
         };
         let number = |key: &str| match text(key)?.trim().parse::<f64>() {
             Ok(value) if value.is_finite() && value >= 0. => Ok(value),
-            _ => Err(format!("metadata `{key}` is not a tolerance: {:?}", text(key)?)),
+            _ => Err(format!(
+                "metadata `{key}` is not a tolerance: {:?}",
+                text(key)?
+            )),
         };
         let dtype = match text("dtype")? {
             "f64" => DType::F64,

@@ -23,7 +23,11 @@ pub(crate) fn compare(
     scale: Option<f64>,
 ) -> Outcome<Option<Worst>> {
     if got.dims() != want.dims() {
-        return Err(format!("got shape {:?}, want {:?}", got.dims(), want.dims()));
+        return Err(format!(
+            "got shape {:?}, want {:?}",
+            got.dims(),
+            want.dims()
+        ));
     }
     let (got, dims) = (values(got)?, want.dims());
     let want = values(want)?;
@@ -112,8 +116,19 @@ mod tests {
     fn what_is_not_finite_passes_only_against_itself() {
         let (nan, inf) = (f64::NAN, f64::INFINITY);
         assert_eq!(worst(&[nan, inf, -inf], &[nan, inf, -inf], None).error, 0.);
-        for (got, want) in [(nan, 1.), (1., nan), (inf, 1.), (1., inf), (inf, -inf), (nan, inf)] {
-            assert_eq!(worst(&[got], &[want], None).error, inf, "{got} against {want}");
+        for (got, want) in [
+            (nan, 1.),
+            (1., nan),
+            (inf, 1.),
+            (1., inf),
+            (inf, -inf),
+            (nan, inf),
+        ] {
+            assert_eq!(
+                worst(&[got], &[want], None).error,
+                inf,
+                "{got} against {want}"
+            );
         }
         // A scale that an expected infinity made infinite would pass everything.
         assert!(worst(&[inf, 7.], &[inf, 5.], None).error > 1.);

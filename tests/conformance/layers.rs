@@ -235,11 +235,15 @@ fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
         g_dims = vec![1; dims.len()];
         *g_dims
             .get_mut(dim)
-            .ok_or_else(|| format!("config key `dim` is {dim}, `v` has shape {dims:?}"))? = dims[dim];
+            .ok_or_else(|| format!("config key `dim` is {dim}, `v` has shape {dims:?}"))? =
+            dims[dim];
     }
     // A norm is one number for each index along `dim`; PyTorch's shape, a vector and [1] all say so.
     if g.elem_count() != g_dims.iter().product::<usize>() {
-        return Err(format!("`g` has shape {:?}, must hold {g_dims:?}", g.dims()));
+        return Err(format!(
+            "`g` has shape {:?}, must hold {g_dims:?}",
+            g.dims()
+        ));
     }
     let options = WeightNormOptions { dim };
     let dtype = case.dtype;
@@ -301,7 +305,9 @@ fn affine(case: &Case) -> Outcome<Affine> {
         (false, false) => Ok(Affine::None),
         (true, false) => Ok(Affine::Weight),
         (true, true) => Ok(Affine::WeightAndBias),
-        (false, true) => Err("no tensor `weight`, but a `bias`, which no layer has alone".to_string()),
+        (false, true) => {
+            Err("no tensor `weight`, but a `bias`, which no layer has alone".to_string())
+        }
     }
 }
 

@@ -106,7 +106,10 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for ((op, dtype, path), (error, place)) in &self.closest {
-            writeln!(f, "{op} {dtype} {path}: at most {error:.3} of the tolerance, {place}")?;
+            writeln!(
+                f,
+                "{op} {dtype} {path}: at most {error:.3} of the tolerance, {place}"
+            )?;
         }
         for path in [Path::Fused, Path::Composed].map(path_name) {
             let runs = self.runs.iter().filter(|((p, _), _)| *p == path);
@@ -119,7 +122,11 @@ impl fmt::Display for Report {
             }
         }
         if self.refused > 0 {
-            writeln!(f, "fused path: {} cases refused, as they must be", self.refused)?;
+            writeln!(
+                f,
+                "fused path: {} cases refused, as they must be",
+                self.refused
+            )?;
         }
         for failure in &self.failures {
             writeln!(f, "FAILED {failure}")?;
@@ -140,7 +147,10 @@ pub(crate) fn run_folder(folder: &FilePath) -> Report {
     }
     files.sort();
     for file in files {
-        let relative = file.strip_prefix(folder).unwrap_or(&file).with_extension("");
+        let relative = file
+            .strip_prefix(folder)
+            .unwrap_or(&file)
+            .with_extension("");
         let name = relative.display().to_string();
         // A layer that panics fails its case and no other.
         let result = catch_unwind(AssertUnwindSafe(|| {
@@ -207,13 +217,22 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
                         continue;
                     }
                 };
-                let Worst { index, got, want, error } = &worst;
+                let Worst {
+                    index,
+                    got,
+                    want,
+                    error,
+                } = &worst;
                 if *error > 1. {
                     short.push(format!(
                         "{place}: {name}{index:?} got {got:e}, want {want:e}, {error:.3e} tolerances"
                     ));
                 }
-                let key = (op.name.to_string(), format!("{:?}", case.dtype), path_name(path));
+                let key = (
+                    op.name.to_string(),
+                    format!("{:?}", case.dtype),
+                    path_name(path),
+                );
                 let closest = report.closest.entry(key).or_insert((-1., String::new()));
                 if *error > closest.0 {
                     *closest = (*error, format!("{name} of {} ({layout})", case.name));
@@ -243,7 +262,10 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
             return Err(format!("unknown tensor `{name}` for op `{}`", op.name));
         };
         if tensor.dtype() != dtype {
-            return Err(format!("`{name}` is {:?}, must be {dtype:?}", tensor.dtype()));
+            return Err(format!(
+                "`{name}` is {:?}, must be {dtype:?}",
+                tensor.dtype()
+            ));
         }
     }
     let gradient = |name: &str| {
@@ -255,7 +277,10 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
     };
     for name in case.expected.keys() {
         if !is_output(name) {
-            return Err(format!("unknown tensor `expected.{name}` for op `{}`", op.name));
+            return Err(format!(
+                "unknown tensor `expected.{name}` for op `{}`",
+                op.name
+            ));
         }
         if let Some(of) = gradient(name)
             && !(case.has("dy") && case.has(of))
@@ -313,7 +338,11 @@ fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compar
     let grads = match case.tensors.get("dy") {
         None => None,
         Some(dy) if dy.dims() != y.dims() => {
-            return Err(format!("`dy` has shape {:?}, y has {:?}", dy.dims(), y.dims()));
+            return Err(format!(
+                "`dy` has shape {:?}, y has {:?}",
+                dy.dims(),
+                y.dims()
+            ));
         }
         // In f64, where no loss of a half dtype overflows; dy itself arrives at y unrounded.
         Some(dy) => Some(loss(&y, dy).and_then(|l| l.backward()).map_err(one_line)?),
@@ -330,9 +359,11 @@ fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compar
             Some((grads.as_ref()?.get(var.as_tensor()), layout))
         });
         match gradient {
-            Some((Some(gradient), _)) if gradient.dtype() != case.dtype => {
-                Err(format!("is {:?}, must be {:?}", gradient.dtype(), case.dtype))
-            }
+            Some((Some(gradient), _)) if gradient.dtype() != case.dtype => Err(format!(
+                "is {:?}, must be {:?}",
+                gradient.dtype(),
+                case.dtype
+            )),
             Some((Some(gradient), layout)) => layout.view(gradient).map_err(one_line),
             Some((None, _)) => Err("no gradient arrived".to_string()),
             None => Err("the layer produced none".to_string()),
@@ -363,7 +394,11 @@ fn layouts_differ_in_memory_only() -> Result<()> {
         for &layout in Layout::of_rank(t.rank()) {
             let view = layout.view(&layout.buffer(&t)?)?;
             assert_eq!(view.dims(), t.dims(), "{layout}");
-            assert_eq!(view.is_contiguous(), layout == Layout::Contiguous, "{layout}");
+            assert_eq!(
+                view.is_contiguous(),
+                layout == Layout::Contiguous,
+                "{layout}"
+            );
             let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
             assert_eq!(values(&view)?, values(&t)?, "{layout}");
         }

@@ -124,11 +124,25 @@ fn a_wrong_expected_value_fails_whatever_tensor_it_is_in() {
             outputs.insert(output.to_string());
             let size = draft.tensors[name].elem_count();
             // 20 tolerances off; a count, which is compared exactly, by one.
-            let step = if output == "num_batches_tracked" { 1. } else { 1e-4 };
+            let step = if output == "num_batches_tracked" {
+                1.
+            } else {
+                1e-4
+            };
             let wrong = draft.clone().element(name, size - 1, |v| v + step);
-            wrong.fails(&[&format!("{output}["), "contiguous", "every other", "composed", "got", "want"]);
+            wrong.fails(&[
+                &format!("{output}["),
+                "contiguous",
+                "every other",
+                "composed",
+                "got",
+                "want",
+            ]);
             // NaN would pass every comparison that is written the wrong way round.
-            draft.clone().element(name, 0, |_| f64::NAN).fails(&[output, "inf tolerances"]);
+            draft
+                .clone()
+                .element(name, 0, |_| f64::NAN)
+                .fails(&[output, "inf tolerances"]);
             let flat = Tensor::zeros(size + 1, DType::F64, &Device::Cpu).unwrap();
             draft.clone().tensor(name, flat).fails(&[output, "shape"]);
         }
@@ -139,7 +153,12 @@ fn a_wrong_expected_value_fails_whatever_tensor_it_is_in() {
 
 #[test]
 fn a_wrong_input_fails() {
-    for (case, input) in [(LAYER, "x"), (LAYER, "dy"), (BATCH, "running_var"), (WEIGHT, "g")] {
+    for (case, input) in [
+        (LAYER, "x"),
+        (LAYER, "dy"),
+        (BATCH, "running_var"),
+        (WEIGHT, "g"),
+    ] {
         let tenth_more = Draft::of(case).element(input, 0, |v| v * 1.1 + 0.1);
         tenth_more.fails(&["tolerances"]);
     }
@@ -148,13 +167,17 @@ fn a_wrong_input_fails() {
 #[test]
 fn the_worst_element_is_named() {
     let draft = Draft::of(LAYER).element("expected.y", 4, |v| v + 1e-3);
-    draft.element("expected.y", 7, |v| v - 1e-2).fails(&["y[2, 1] got"]);
+    draft
+        .element("expected.y", 7, |v| v - 1e-2)
+        .fails(&["y[2, 1] got"]);
 }
 
 #[test]
 fn an_unknown_op_fails() {
     for op in ["layernorm", "add_layer_norm", "add_rms_norm", ""] {
-        Draft::of(LAYER).meta("op", op).fails(&["unknown op", &format!("`{op}`")]);
+        Draft::of(LAYER)
+            .meta("op", op)
+            .fails(&["unknown op", &format!("`{op}`")]);
     }
 }
 
@@ -163,7 +186,8 @@ fn configuration_keys_are_read_strictly() {
     let layer = |config: &str| Draft::of(LAYER).meta("config", config);
     let batch = |config: &str| Draft::of(BATCH).meta("config", config);
     let shape = r#""normalized_shape": [3]"#;
-    layer(&format!(r#"{{{shape}, "eps": 1e-5, "epsilon": 1e-5}}"#)).fails(&["unknown config key `epsilon`"]);
+    layer(&format!(r#"{{{shape}, "eps": 1e-5, "epsilon": 1e-5}}"#))
+        .fails(&["unknown config key `epsilon`"]);
     layer(&format!("{{{shape}}}")).fails(&["no config key `eps`"]);
     layer(r#"{"eps": 1e-5}"#).fails(&["no config key `normalized_shape`"]);
     layer(&format!(r#"{{{shape}, "eps": null}}"#)).fails(&["`eps`", "a number", "null"]);
@@ -180,11 +204,20 @@ fn configuration_keys_are_read_strictly() {
     batch(r#"{"eps": 1e-5, "train": false, "momentum": 0.3}"#).fails(&["tolerances"]);
     let rms = Draft::of("rms_norm-bias-f32");
     let config = |more: &str| format!(r#"{{"normalized_shape": [6], "eps": 1e-6, {more}}}"#);
-    rms.clone().meta("config", &config(r#""cast": "never""#)).fails(&["unknown cast `never`"]);
-    rms.meta("config", &config(r#""offset": 1"#)).fails(&["tolerances"]);
+    rms.clone()
+        .meta("config", &config(r#""cast": "never""#))
+        .fails(&["unknown cast `never`"]);
+    rms.meta("config", &config(r#""offset": 1"#))
+        .fails(&["tolerances"]);
     let weight = Draft::of(WEIGHT);
-    weight.clone().meta("config", r#"{"dim": -1}"#).fails(&["`dim`", "a whole number or null"]);
-    weight.clone().meta("config", r#"{"dim": 2}"#).fails(&["`dim`", "[5, 7]"]);
+    weight
+        .clone()
+        .meta("config", r#"{"dim": -1}"#)
+        .fails(&["`dim`", "a whole number or null"]);
+    weight
+        .clone()
+        .meta("config", r#"{"dim": 2}"#)
+        .fails(&["`dim`", "[5, 7]"]);
     weight.meta("config", "{}").fails(&["no config key `dim`"]);
 }
 
@@ -192,17 +225,26 @@ fn configuration_keys_are_read_strictly() {
 fn metadata_is_read_strictly() {
     let layer = || Draft::of(LAYER);
     for key in ["op", "config", "dtype", "rtol", "atol"] {
-        layer().without_meta(key).fails(&[&format!("no metadata key `{key}`")]);
+        layer()
+            .without_meta(key)
+            .fails(&[&format!("no metadata key `{key}`")]);
     }
     for wrong in ["", "two", "NaN", "inf", "-1e-6"] {
         layer().meta("atol", wrong).fails(&["`atol`"]);
     }
     layer().meta("dtype", "f8").fails(&["unknown dtype `f8`"]);
     layer().meta("dtype", "f16").fails(&["is F32, must be F16"]);
-    layer().meta("scales", r#"{"dz": 1}"#).fails(&["unknown scale `dz`"]);
-    layer().meta("scales", r#"{"y": "1"}"#).fails(&["scale `y`"]);
+    layer()
+        .meta("scales", r#"{"dz": 1}"#)
+        .fails(&["unknown scale `dz`"]);
+    layer()
+        .meta("scales", r#"{"y": "1"}"#)
+        .fails(&["scale `y`"]);
     // The tolerances of the file are the ones that count.
-    layer().meta("rtol", "0").meta("atol", "0").fails(&["tolerances"]);
+    layer()
+        .meta("rtol", "0")
+        .meta("atol", "0")
+        .fails(&["tolerances"]);
     let off = layer().element("expected.y", 1, |v| v + 1e-4);
     off.clone().fails(&["y["]);
     off.meta("scales", r#"{"y": 1000}"#).passes();
@@ -213,27 +255,53 @@ fn tensors_are_read_strictly() {
     let layer = || Draft::of(LAYER);
     let one = || Tensor::new(1f32, &Device::Cpu).unwrap();
     layer().without("x").fails(&["no tensor `x`"]);
-    layer().tensor("gamma", one()).fails(&["unknown tensor `gamma`"]);
-    layer().tensor("running_mean", one()).fails(&["unknown tensor `running_mean`"]);
+    layer()
+        .tensor("gamma", one())
+        .fails(&["unknown tensor `gamma`"]);
+    layer()
+        .tensor("running_mean", one())
+        .fails(&["unknown tensor `running_mean`"]);
     layer().without("weight").fails(&["`weight`"]);
     layer().without("dy").fails(&["without `dy`"]);
-    layer().tensor("expected.dv", f64s(&[1.])).fails(&["unknown tensor `expected.dv`"]);
-    layer().tensor("expected.sum", f64s(&[1.])).fails(&["unknown tensor `expected.sum`"]);
-    layer().tensor("expected.y", one()).fails(&["`expected.y` is F32, must be F64"]);
+    layer()
+        .tensor("expected.dv", f64s(&[1.]))
+        .fails(&["unknown tensor `expected.dv`"]);
+    layer()
+        .tensor("expected.sum", f64s(&[1.]))
+        .fails(&["unknown tensor `expected.sum`"]);
+    layer()
+        .tensor("expected.y", one())
+        .fails(&["`expected.y` is F32, must be F64"]);
     let mut nothing = layer();
-    nothing.tensors.retain(|name, _| !name.starts_with("expected."));
+    nothing
+        .tensors
+        .retain(|name, _| !name.starts_with("expected."));
     nothing.fails(&["expects nothing"]);
     let dy = Tensor::zeros((3, 7), DType::F32, &Device::Cpu).unwrap();
-    layer().tensor("dy", dy).fails(&["`dy`", "[3, 7]", "[7, 3]"]);
+    layer()
+        .tensor("dy", dy)
+        .fails(&["`dy`", "[3, 7]", "[7, 3]"]);
 
     Draft::of(WEIGHT).without("g").fails(&["no tensor `g`"]);
-    let half = Tensor::new(&[1f32, 2., 3.], &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
-    Draft::of(BATCH).tensor("running_mean", half).fails(&["`running_mean` is F16, must be F32"]);
-    Draft::of(BATCH).without("running_var").fails(&["no tensor `running_var`"]);
+    let half = Tensor::new(&[1f32, 2., 3.], &Device::Cpu)
+        .unwrap()
+        .to_dtype(DType::F16)
+        .unwrap();
+    Draft::of(BATCH)
+        .tensor("running_mean", half)
+        .fails(&["`running_mean` is F16, must be F32"]);
+    Draft::of(BATCH)
+        .without("running_var")
+        .fails(&["no tensor `running_var`"]);
     Draft::of(INSTANCE)
-        .meta("config", r#"{"eps": 1e-5, "train": true, "track_running_stats": false}"#)
+        .meta(
+            "config",
+            r#"{"eps": 1e-5, "train": true, "track_running_stats": false}"#,
+        )
         .fails(&["running_mean", "produced none"]);
-    Draft::of(BATCH).element("running_var", 0, |_| -1.).fails(&["running_var"]);
+    Draft::of(BATCH)
+        .element("running_var", 0, |_| -1.)
+        .fails(&["running_var"]);
 }
 
 #[test]
@@ -243,7 +311,9 @@ fn a_training_case_without_state_starts_from_a_new_layer() {
         draft = draft.without(state);
     }
     // With momentum 1 nothing of the start is left but the count.
-    draft.element("expected.num_batches_tracked", 0, |_| 1.).passes();
+    draft
+        .element("expected.num_batches_tracked", 0, |_| 1.)
+        .passes();
 }
 
 #[test]
@@ -252,7 +322,11 @@ fn folders_that_hold_no_case_fail() {
     std::fs::write(folder.path().join("README.md"), "no case").unwrap();
     let report = run_folder(folder.path());
     assert!(!report.passes());
-    assert!(report.failures[0].contains("no .safetensors file"), "{:?}", report.failures);
+    assert!(
+        report.failures[0].contains("no .safetensors file"),
+        "{:?}",
+        report.failures
+    );
     assert_eq!(report.closing_line(), "0 passed, 1 failed");
     assert!(!run_folder(&folder.path().join("missing")).passes());
 }
@@ -263,14 +337,26 @@ fn one_bad_file_fails_alone() {
     std::fs::create_dir(folder.path().join("inner")).unwrap();
     Draft::of(LAYER).write(folder.path(), "inner/good.safetensors");
     std::fs::write(folder.path().join("bad.safetensors"), "not one").unwrap();
-    Draft::of(BATCH).meta("op", "x").write(folder.path(), "worse.safetensors");
+    Draft::of(BATCH)
+        .meta("op", "x")
+        .write(folder.path(), "worse.safetensors");
     let report = run_folder(folder.path());
     assert_eq!(report.closing_line(), "1 passed, 2 failed");
-    let names: Vec<_> = report.failures.iter().map(|f| f.split(':').next().unwrap()).collect();
+    let names: Vec<_> = report
+        .failures
+        .iter()
+        .map(|f| f.split(':').next().unwrap())
+        .collect();
     assert_eq!(names, ["bad", "worse"]);
     let text = report.to_string();
-    assert!(text.contains("FAILED bad: ") && text.ends_with("1 passed, 2 failed\n"), "{text}");
+    assert!(
+        text.contains("FAILED bad: ") && text.ends_with("1 passed, 2 failed\n"),
+        "{text}"
+    );
     // What ran is counted by path, so that a path that served nothing cannot look as if it had.
-    assert!(text.contains("composed path: 1 contiguous, 1 every other element, 1 reversed axes"), "{text}");
+    assert!(
+        text.contains("composed path: 1 contiguous, 1 every other element, 1 reversed axes"),
+        "{text}"
+    );
     assert!(text.contains("fused path: 0 cases ran"), "{text}");
 }
