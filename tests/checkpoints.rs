@@ -6,10 +6,11 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
+use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
 use candle_nn::{Conv2dConfig, Optimizer, SGD, VarBuilder, VarMap};
 use candle_norm::{
-    Affine, BatchNormOptions, InstanceNormOptions, checkpoint, trainable_vars, weight_norm,
+    Affine, BatchNormOptions, InstanceNormOptions, WeightNormOptions, checkpoint, trainable_vars,
+    weight_norm,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -65,7 +66,7 @@ const CHECKPOINTS: [Checkpoint; 11] = [
                 padding: 1,
                 ..Default::default()
             };
-            let options = Default::default();
+            let options = WeightNormOptions::default();
             Ok(Box::new(weight_norm::conv2d(2, 3, 3, padded, options, vb)?))
         },
         plain: true,
@@ -100,7 +101,7 @@ fn batch_norm(vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
 }
 
 fn weight_norm_linear(vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
-    let options = Default::default();
+    let options = WeightNormOptions::default();
     Ok(Box::new(weight_norm::linear(5, 4, options, vb)?))
 }
 
@@ -203,11 +204,27 @@ fn load_into_says_what_it_did() -> Result<()> {
         let (vars, _layer) = c.fresh()?;
         checkpoint::load_into(&vars, file(name))
     };
+    let pairs = |pairs: &[(&str, &str)]| -> Vec<_> {
+        let owned = |(to, from): &(&str, &str)| (to.to_string(), from.to_string());
+        pairs.iter().map(owned).collect()
+    };
     let old = load("weight_norm_old")?;
-    let renamed: HashMap<_, _> = old.renamed.into_iter().collect();
-    let written = |n: u8| format!("parametrizations.weight.original{n}");
-    assert_eq!(renamed["weight_g"], written(0));
-    assert_eq!(renamed["weight_v"], written(1));
+    let [g, v] = [0, 1].map(|n| format!("parametrizations.weight.original{n}"));
+    assert_eq!(old.renamed, pairs(&[(&g, "weight_g"), (&v, "weight_v")]));
+    let old = load("layer_norm_gamma_beta")?;
+    let [gamma, beta] = ["gamma", "beta"].map(|name| format!("encoder.LayerNorm.{name}"));
+    let [weight, bias] = ["weight", "bias"].map(|name| format!("encoder.LayerNorm.{name}"));
+    assert_eq!(old.renamed, pairs(&[(&bias, &beta), (&weight, &gamma)]));
+    assert_eq!(
+        load("batch_norm_no_counter")?.counters_reset,
+        ["num_batches_tracked"]
+    );
+    for c in CHECKPOINTS.iter().filter(|c| c.plain) {
+        let report = load(c.name)?;
+        let silent = report.renamed.is_empty() && report.counters_reset.is_empty();
+        let whole = report.missing.is_empty() && report.unexpected.is_empty();
+        assert!(silent && whole, "{}: {report}", c.name);
+    }
     Ok(())
 }
 
@@ -315,9 +332,8 @@ fn bits_of(t: &Tensor) -> Result<Vec<u32>> {
 /// The bits of every variable by name, and its dtype.
 fn bits(vars: &VarMap) -> Result<HashMap<String, (DType, Vec<u32>)>> {
     let data = vars.data().lock().expect("no thread panicked");
-    let bits = |v: &Var| Ok((v.dtype(), bits_of(v.as_tensor())?));
     data.iter()
-        .map(|(k, v)| Ok((k.clone(), bits(v)?)))
+        .map(|(name, var)| Ok((name.clone(), (var.dtype(), bits_of(var.as_tensor())?))))
         .collect()
 }
 

@@ -230,14 +230,15 @@ fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
     c.finish()?;
     let (v, g) = (case.tensor("v")?, case.tensor("g")?);
     let dims = v.dims().to_vec();
-    let mut g_dims = vec![];
-    if let Some(dim) = dim {
-        g_dims = vec![1; dims.len()];
-        *g_dims
-            .get_mut(dim)
-            .ok_or_else(|| format!("config key `dim` is {dim}, `v` has shape {dims:?}"))? =
-            dims[dim];
-    }
+    let g_dims = match dim {
+        None => vec![],
+        Some(dim) if dim < dims.len() => {
+            let mut g_dims = vec![1; dims.len()];
+            g_dims[dim] = dims[dim];
+            g_dims
+        }
+        Some(dim) => return Err(format!("config key `dim` is {dim}, `v` has shape {dims:?}")),
+    };
     // A norm is one number for each index along `dim`; PyTorch's shape, a vector and [1] all say so.
     if g.elem_count() != g_dims.iter().product::<usize>() {
         return Err(format!(

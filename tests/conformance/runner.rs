@@ -108,7 +108,7 @@ impl fmt::Display for Report {
         for ((op, dtype, path), (error, place)) in &self.closest {
             writeln!(
                 f,
-                "{op} {dtype} {path}: at most {error:.3} of the tolerance, {place}"
+                "{op} {dtype} {path}: at most {error:.1e} of the tolerance, {place}"
             )?;
         }
         for path in [Path::Fused, Path::Composed].map(path_name) {
