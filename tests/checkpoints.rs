@@ -171,7 +171,8 @@ fn var_map_load_reproduces_pytorch_where_the_names_allow_it() -> Result<()> {
 fn load_into_reproduces_pytorch() -> Result<()> {
     for c in CHECKPOINTS {
         let (vars, layer) = c.fresh()?;
-        checkpoint::load_into(&vars, file(c.name))?;
+        let report = checkpoint::load_into(&vars, file(c.name))?;
+        assert!(report.missing.is_empty(), "{}: {report}", c.name);
         c.reproduces(&*layer, "load_into")?;
     }
     Ok(())
@@ -233,26 +234,18 @@ fn a_negative_running_variance_is_refused_by_every_route() -> Result<()> {
     let name = "batch_norm_negative_var";
     let refused =
         |error: candle_core::Error| assert!(error.to_string().contains("running_var"), "{error}");
-    refused(
-        batch_norm(buffered(name)?)
-            .err()
-            .expect("from_buffered_safetensors"),
-    );
+    refused(batch_norm(buffered(name)?).expect_err("from_buffered_safetensors"));
 
     let (vars, _layer) = CHECKPOINTS[0].fresh()?;
     let before = bits(&vars)?;
-    refused(
-        checkpoint::load_into(&vars, file(name))
-            .err()
-            .expect("load_into"),
-    );
+    refused(checkpoint::load_into(&vars, file(name)).expect_err("load_into"));
     assert_eq!(bits(&vars)?, before, "all or nothing");
 
     // candle writes the variables itself, so that the layer can only notice when it uses them.
     let (mut vars, layer) = CHECKPOINTS[0].fresh()?;
     vars.load(file(name))?;
     let x = Tensor::ones((2, 3, 4, 4), DType::F32, &Device::Cpu)?;
-    refused(layer.forward_t(&x, false).err().expect("VarMap::load"));
+    refused(layer.forward_t(&x, false).expect_err("VarMap::load"));
     Ok(())
 }
 

@@ -44,8 +44,11 @@ pub(crate) struct Outputs {
 pub(crate) const STATE: [(&str, DType); 3] = [
     ("running_mean", DType::F32),
     ("running_var", DType::F32),
-    ("num_batches_tracked", DType::I64),
+    (COUNT, DType::I64),
 ];
+
+/// The one of them that is a whole number.
+pub(crate) const COUNT: &str = "num_batches_tracked";
 
 const AFFINE: &[&str] = &["weight", "bias"];
 
@@ -326,6 +329,10 @@ fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<Strin
         .iter()
         .filter_map(|(name, _)| Some((name.to_string(), case.tensors.get(*name)?.clone())))
         .collect();
+    if let Some(count) = state.get_mut(COUNT) {
+        // A scalar, whether it was stored as one or as a vector of one.
+        *count = count.reshape(()).map_err(one_line)?;
+    }
     let start = [("running_mean", 0f32), ("running_var", 1.)];
     if tracks && train && state.is_empty() {
         for (name, value) in start {

@@ -317,6 +317,17 @@ fn a_training_case_without_state_starts_from_a_new_layer() {
 }
 
 #[test]
+fn a_count_is_a_scalar_or_a_vector_of_one() {
+    let vector = |draft: &Draft, name: &str| draft.tensors[name].reshape(1).unwrap();
+    let mut draft = Draft::of(BATCH);
+    for name in ["num_batches_tracked", "expected.num_batches_tracked"] {
+        let value = vector(&draft, name);
+        draft = draft.tensor(name, value);
+    }
+    draft.passes();
+}
+
+#[test]
 fn folders_that_hold_no_case_fail() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("README.md"), "no case").unwrap();
