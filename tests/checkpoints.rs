@@ -234,7 +234,8 @@ fn a_negative_running_variance_is_refused_by_every_route() -> Result<()> {
     let name = "batch_norm_negative_var";
     let refused =
         |error: candle_core::Error| assert!(error.to_string().contains("running_var"), "{error}");
-    refused(batch_norm(buffered(name)?).expect_err("from_buffered_safetensors"));
+    let built = candle_norm::batch_norm(3, 1e-5, buffered(name)?);
+    refused(built.expect_err("from_buffered_safetensors"));
 
     let (vars, _layer) = CHECKPOINTS[0].fresh()?;
     let before = bits(&vars)?;
