@@ -45,7 +45,7 @@ impl LinearMap {
             Self::Convolution(g) => g,
         };
         check::geometry(layer, &g)?;
-        if inputs % g.groups != 0 || outputs % g.groups != 0 {
+        if !inputs.is_multiple_of(g.groups) || !outputs.is_multiple_of(g.groups) {
             bail!(
                 "{layer}: expected groups ({}) to divide the channels, got {inputs} in and {outputs} out",
                 g.groups
