@@ -1,5 +1,6 @@
 //! Normalization layers for candle.
 pub mod checkpoint;
+pub mod gradcheck;
 mod layers;
 mod norm;
 pub mod ops;
