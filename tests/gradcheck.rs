@@ -1,19 +1,12 @@
 //! What the gradient check accepts, and what it must not.
+mod common;
+
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, bail};
 use candle_norm::gradcheck::{Direction, GradCheck, gradcheck};
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use common::uniform;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-
-fn uniform(shape: impl Into<Shape>, seed: u64) -> Tensor {
-    let shape = shape.into();
-    let mut rng = StdRng::seed_from_u64(seed);
-    let values: Vec<f64> = (0..shape.elem_count())
-        .map(|_| rng.random_range(-1.0..1.0))
-        .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-}
 
 const PROJECTIONS: GradCheck = GradCheck {
     eps: 1e-6,
