@@ -84,7 +84,7 @@ fn conv_transpose1d_by_definition(x: &Tensor, weight: &Tensor) -> Result<Tensor>
 
 #[test]
 fn gradients_of_conv1d() -> Result<()> {
-    let drop = "LinearMap needs no detour over conv2d for conv1d";
+    let then = "LinearMap needs no detour over conv2d for conv1d";
     let (x, w) = (uniform((2, 4, 5), 1), uniform((6, 4, 2), 2));
     let y = x.conv1d(&w, 0, 1, 1, 1)?;
     assert!(largest_difference(&y, &conv1d_by_definition(&x, &w)?)? < 1e-12);
@@ -103,7 +103,7 @@ fn gradients_of_conv1d() -> Result<()> {
     at_fault(
         !by_weight(x.clone())?,
         "conv1d's weight gradient at batch 2",
-        drop,
+        then,
     );
     let by_input = |padding| {
         let w = w.clone();
@@ -116,7 +116,7 @@ fn gradients_of_conv1d() -> Result<()> {
     at_fault(
         !by_input(0)?,
         "conv1d's input gradient without padding",
-        drop,
+        then,
     );
 
     for (padding, stride, groups) in [(0, 1, 1), (1, 1, 1), (1, 2, 2)] {
@@ -150,7 +150,7 @@ fn gradients_of_conv1d() -> Result<()> {
 
 #[test]
 fn conv_transpose1d() -> Result<()> {
-    let drop = "LinearMap needs no detour over conv_transpose2d for conv_transpose1d";
+    let then = "LinearMap needs no detour over conv_transpose2d for conv_transpose1d";
     let (x, w) = (uniform((2, 4, 5), 1), uniform((4, 6, 3), 2));
     let right = conv_transpose1d_by_definition(&x, &w)?;
     let full = x.conv_transpose1d(&w, 0, 0, 1, 1, 1)?;
@@ -158,7 +158,7 @@ fn conv_transpose1d() -> Result<()> {
     at_fault(
         wrong,
         "conv_transpose1d's forward without padding at batch 2",
-        drop,
+        then,
     );
     let one_sample = x.i(..1)?.conv_transpose1d(&w, 0, 0, 1, 1, 1)?;
     assert!(largest_difference(&one_sample, &right.i(..1)?)? < 1e-12);
@@ -172,7 +172,7 @@ fn conv_transpose1d() -> Result<()> {
         .backward();
     let text = backward.err().map(|e| e.to_string()).unwrap_or_default();
     let missing = text.contains("backward is not supported for conv-transpose1d");
-    at_fault(missing, "the missing backward of conv_transpose1d", drop);
+    at_fault(missing, "the missing backward of conv_transpose1d", then);
 
     for (padding, stride, groups) in [(0, 1, 1), (1, 2, 1), (1, 2, 2)] {
         let config = ConvTranspose1dConfig {
@@ -199,7 +199,7 @@ fn conv_transpose1d() -> Result<()> {
 
 #[test]
 fn linear_after_transpose() -> Result<()> {
-    let drop = "WeightNorm<Linear> needs no contiguous input, and the README no limit";
+    let then = "WeightNorm<Linear> needs no contiguous input, and the README no limit";
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
     let norm = layer_norm(4, 1e-5, vb.pp("norm"))?;
@@ -212,7 +212,7 @@ fn linear_after_transpose() -> Result<()> {
         at_fault(
             error > 0.1,
             "the product of a transposed and a broadcast tensor",
-            drop,
+            then,
         );
 
         let (y, right) = (norm.forward(&x)?, norm.forward(&copy)?);
