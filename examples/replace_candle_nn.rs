@@ -9,19 +9,16 @@
 //! ```
 //!
 //! In a model of your own, change `use candle_nn::{LayerNorm, layer_norm}` to `use candle_norm::{LayerNorm, layer_norm}`, and
-//! likewise for `RmsNorm`, `BatchNorm` and `GroupNorm`. Here, change `STEPS`, or the layers of `model`.
+//! likewise for `RmsNorm`, `BatchNorm` and `GroupNorm`. Here, change `EPOCHS`, or the layers of `model`.
 
-#[path = "common/digits.rs"]
-mod digits;
-#[path = "common/seeded.rs"]
-mod seeded;
+mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, bail};
 use candle_nn::loss::cross_entropy;
-use candle_nn::{Activation, AdamW, Optimizer, Sequential, VarBuilder, VarMap, linear, seq};
-use digits::Digits;
+use candle_nn::{Activation, Sequential, VarBuilder, VarMap, linear, seq};
+use common::{Digits, initialize, largest_difference};
 
-const STEPS: usize = 150;
+const EPOCHS: usize = 10;
 
 macro_rules! model {
     ($model:ident, $norms:ident) => {
@@ -50,20 +47,17 @@ fn train(new: fn(VarBuilder) -> Result<Sequential>) -> Result<Outcome> {
     let (digits, test) = Digits::load()?;
     let vars = VarMap::new();
     let model = new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
-    seeded::initialize(&vars, 1)?;
+    initialize(&vars, 1)?;
     let untrained = model.forward(&test.images)?;
-    let loss = || cross_entropy(&model.forward(&digits.images)?, &digits.labels);
-    let grads = loss()?.backward()?;
+    let loss = cross_entropy(&model.forward(&digits.images)?, &digits.labels)?;
+    let grads = loss.backward()?;
     let norm = |g: &Tensor| g.sqr()?.sum_all()?.sqrt()?.to_scalar::<f32>();
     let mut gradients = vec![];
     for (name, var) in vars.data().lock().expect("no thread panicked").iter() {
         gradients.push((name.clone(), grads.get(var).map(norm).transpose()?));
     }
     gradients.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-2)?;
-    for _ in 0..STEPS {
-        optimizer.backward_step(&loss()?)?;
-    }
+    digits.train(&model, vars.all_vars(), 32, EPOCHS)?;
     let accuracy = test.accuracy(&model.forward(&test.images)?)?;
     Ok((gradients, untrained, accuracy))
 }
@@ -71,17 +65,14 @@ fn train(new: fn(VarBuilder) -> Result<Sequential>) -> Result<Outcome> {
 fn main() -> Result<()> {
     let (old, old_outputs, old_accuracy) = train(before)?;
     let (new, new_outputs, new_accuracy) = train(after)?;
-    let difference = (old_outputs - new_outputs)?
-        .abs()?
-        .max_all()?
-        .to_scalar::<f32>()?;
+    let difference = largest_difference(&old_outputs, &new_outputs)?;
     println!("Norm of the gradient     candle_nn  candle_norm");
     let show = |norm: Option<f32>| norm.map_or("none".into(), |norm| format!("{norm:.4}"));
     for ((name, old), (_, new)) in old.iter().zip(&new) {
         println!("{name:22} {:>11}  {:>11}", show(*old), show(*new));
     }
     println!(
-        "Test digits right {old_accuracy:>14.1} % {new_accuracy:>10.1} %  after {STEPS} steps"
+        "Test digits right {old_accuracy:>14.1} % {new_accuracy:>10.1} %  after {EPOCHS} epochs"
     );
     println!("Largest difference of the outputs before training: {difference:.0e}");
     let dropped = |gradients: &[(_, Option<f32>)]| gradients.iter().any(|g| g.1.is_none());
