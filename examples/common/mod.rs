@@ -89,7 +89,9 @@ pub(crate) fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// The largest absolute difference of two tensors.
+/// The largest absolute difference of two tensors; infinite where one of them is NaN.
 pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
-    (a - b)?.abs()?.max_all()?.to_scalar()
+    let differences = (a - b)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
+    let or_infinite = |d: f32| if d.is_nan() { f32::INFINITY } else { d };
+    Ok(differences.into_iter().map(or_infinite).fold(0., f32::max))
 }
