@@ -48,7 +48,7 @@ fn right(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     slope * dy
 }
 
-/// Half of the product rule: the same at 0, and of the right sign wherever x is positive.
+/// Half of the product rule: right at 0 and nowhere else.
 fn lost_term(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     sigmoid(x)? * dy
 }
