@@ -76,20 +76,24 @@ impl LinearMap {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         check::float(layer, "input", x)?;
+        // candle has no half-precision conv2d on the CPU, and adds up its products in half precision elsewhere.
+        let acc = composed::accumulator(x.dtype());
         let parameter = |name, value: &Tensor| {
             check::param_dtype(layer, name, value, x)?;
             check::same_device(layer, name, value, x.device())?;
-            value.to_dtype(x.dtype())
+            value.to_dtype(acc)
         };
         let weight = parameter("weight", weight)?;
         let bias = bias.map(|b| parameter("bias", b)).transpose()?;
         if let Some(bias) = &bias {
             check::shape(layer, "bias", bias, &[self.outputs(&weight).1])?;
         }
-        match self {
-            Self::Dense => dense(layer, x, &weight, bias.as_ref()),
-            Self::Convolution(g) => g.convolve(layer, x, &weight, bias.as_ref()),
-        }
+        let (dtype, x) = (x.dtype(), x.to_dtype(acc)?);
+        let y = match self {
+            Self::Dense => dense(layer, &x, &weight, bias.as_ref()),
+            Self::Convolution(g) => g.convolve(layer, &x, &weight, bias.as_ref()),
+        };
+        y?.to_dtype(dtype)
     }
 }
 

@@ -1,8 +1,17 @@
-//! Values for tests: candle's own CPU generator cannot be seeded.
+//! What several test programs share.
+
+// Every test program compiles its own copy of this module and uses a part of it.
+#![allow(dead_code)]
+
+pub(crate) mod compare;
+pub(crate) mod data;
+pub(crate) mod oracle;
+pub(crate) mod subjects;
+
 use candle_core::{Device, Shape, Tensor};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-/// f64 values uniform in [-1, 1), the same for the same seed.
+/// f64 values uniform in [-1, 1), the same for the same seed: candle's own CPU generator cannot be seeded.
 pub(crate) fn uniform(shape: impl Into<Shape>, seed: u64) -> Tensor {
     let shape = shape.into();
     let mut rng = StdRng::seed_from_u64(seed);
