@@ -21,9 +21,9 @@ const NAMES: [&str; 7] = [
 /// Those that follow a layer.
 const ALONE: [&str; 6] = ["none", "batch", "layer", "group:2", "instance", "rms"];
 
+type Build = fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>;
 /// The two ways to build a norm by itself.
-const AXES: [fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>; 2] =
-    [NormConfig::channels, NormConfig::features];
+const AXES: [Build; 2] = [NormConfig::channels, NormConfig::features];
 
 fn config(name: &str) -> NormConfig {
     name.parse().expect("a name that NormConfig knows")
