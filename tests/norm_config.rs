@@ -21,6 +21,10 @@ const NAMES: [&str; 7] = [
 /// Those that follow a layer.
 const ALONE: [&str; 6] = ["none", "batch", "layer", "group:2", "instance", "rms"];
 
+type Build = fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>;
+/// The two ways to build a norm by itself.
+const AXES: [Build; 2] = [NormConfig::channels, NormConfig::features];
+
 fn config(name: &str) -> NormConfig {
     name.parse().expect("a name that NormConfig knows")
 }
@@ -318,8 +322,35 @@ fn features_pass_gradients_through_the_transposition() -> Result<()> {
 }
 
 #[test]
+fn the_method_says_the_axis_whatever_the_options_say() -> Result<()> {
+    let x = random(&[3, 4, 4], 0)?;
+    for channels_first in [false, true] {
+        let configs = [
+            NormConfig::Layer(LayerNormOptions {
+                channels_first,
+                ..Default::default()
+            }),
+            NormConfig::Rms(RmsNormOptions {
+                channels_first,
+                ..Default::default()
+            }),
+        ];
+        for config in configs {
+            for (axis, build) in [1, 2].into_iter().zip(AXES) {
+                let vars = VarMap::new();
+                let norm = build(&config, 4, vb(&vars))?;
+                scatter(&vars)?;
+                let want = expected(&config.to_string(), &x, axis, &vars)?;
+                assert_close(&norm.forward_t(&x, true)?, &want, &format!("{config:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn options_reach_the_layer() -> Result<()> {
-    let x = random(&[4, 6], 0)?;
+    let x = random(&[4, 5, 6], 0)?;
     let eps = 0.5;
     let configs = [
         NormConfig::Batch(eps.into()),
@@ -328,15 +359,23 @@ fn options_reach_the_layer() -> Result<()> {
             num_groups: 2,
             options: eps.into(),
         },
+        NormConfig::Instance(eps.into()),
         NormConfig::Rms(eps.into()),
     ];
     for config in configs {
         let plain: NormConfig = config.to_string().parse()?;
-        let of = |config: NormConfig| config.features(6, vb(&VarMap::new()))?.forward_t(&x, true);
-        let (y, default) = (values(&of(config)?)?, values(&of(plain)?)?);
-        let smaller = y.iter().zip(&default).all(|(a, b)| a.abs() < b.abs());
-        assert!(smaller, "{config}: a larger eps shrinks the output");
+        for (build, x) in AXES.into_iter().zip([x.transpose(1, 2)?, x.clone()]) {
+            let of =
+                |config: &NormConfig| build(config, 6, vb(&VarMap::new()))?.forward_t(&x, true);
+            let (y, default) = (values(&of(&config)?)?, values(&of(&plain)?)?);
+            let smaller = y.iter().zip(&default).all(|(a, b)| a.abs() < b.abs());
+            assert!(smaller, "{config}: a larger eps shrinks the output");
+        }
     }
+    let vars = VarMap::new();
+    NormConfig::Weight(None.into()).linear(4, 6, vb(&vars))?;
+    let g = var(&vars, "layer.parametrizations.weight.original0");
+    assert!(g.dims().is_empty(), "one magnitude for the whole weight");
     let bad = NormConfig::Layer((-1.).into());
     let text = message(bad.channels(4, vb(&VarMap::new())));
     assert!(text.contains("LayerNorm: expected eps > 0"), "{text}");
@@ -350,7 +389,7 @@ fn options_reach_the_layer() -> Result<()> {
 
 #[test]
 fn weight_alone_names_the_helper() {
-    for alone in [NormConfig::channels, NormConfig::features] {
+    for alone in AXES {
         let vars = VarMap::new();
         let text = message(alone(&config("weight"), 4, vb(&vars)));
         for part in [
@@ -746,10 +785,15 @@ fn reset_brings_a_layer_back_to_where_it_starts() -> Result<()> {
         offset: 1.,
         ..Default::default()
     });
-    let x = random(&[3, 4, 5], 0)?;
-    for config in ALONE.map(config).into_iter().chain([tracked, around_zero]) {
+    let x = random(&[3, 4, 4], 0)?;
+    let configs: Vec<_> = ALONE
+        .map(config)
+        .into_iter()
+        .chain([tracked, around_zero])
+        .collect();
+    for (config, build) in configs.iter().flat_map(|c| AXES.map(|build| (c, build))) {
         let vars = VarMap::new();
-        let norm = config.channels(4, vb(&vars))?;
+        let norm = build(config, 4, vb(&vars))?;
         let state = || -> Result<Vec<_>> {
             let all = norm.parameters().into_iter().chain(norm.buffers());
             all.map(|(name, t)| Ok((name, values(&t.to_dtype(DType::F64)?)?)))
