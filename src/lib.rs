@@ -67,7 +67,7 @@
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
-//! - Checking: [`with_path`] forces one of the implementations.
+//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the implementations.
 //!
 //! # Further reading
 //!
