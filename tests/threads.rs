@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
@@ -13,12 +15,12 @@ use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNorm, BatchNormOptions, InstanceNorm, InstanceNormOptions, Path, RunningStats,
-    Snapshot, batch_norm, instance_norm, recalibrate, with_path,
+    Snapshot, batch_norm, instance_norm, ops, recalibrate, with_path,
 };
 
 use common::compare::assert_same_bits;
-use common::data::{Draw, tensor, values, variable};
-use common::subjects::{backward, gradient};
+use common::data::{Draw, bits, tensor, values, variable};
+use common::subjects::{Kind, Numbers, Subject, backward, gradient};
 
 const THREADS: usize = 8;
 
@@ -567,5 +569,89 @@ fn statistics_are_the_variables_of_the_model() -> Result<()> {
     let moved = values(&var)?;
     assert!(moved[2] > 20. && moved[2] < 30., "{moved:?}");
     assert_eq!(values(&layers[0].snapshot().mean)?, moved);
+    Ok(())
+}
+
+/// A digest of everything that the layers give on inputs large enough to be split among threads.
+fn digest() -> Result<u64> {
+    let mut hasher = DefaultHasher::new();
+    for (kind, dims) in [
+        (Kind::Layer { axes: 1 }, vec![300, 1031]),
+        (Kind::LayerChannelsFirst, vec![20, 16, 1031]),
+        (
+            Kind::Rms {
+                axes: 1,
+                offset: 0.,
+            },
+            vec![4099, 64],
+        ),
+        (Kind::Group { groups: 2 }, vec![20, 16, 1031]),
+        (Kind::Instance, vec![20, 16, 1031]),
+        (Kind::Batch, vec![20, 16, 1031]),
+        (Kind::Batch, vec![4099, 64]),
+    ] {
+        let subject = Subject::new(kind, 1e-5);
+        let params = subject.param_dims(&dims).iter().product();
+        let mut draw = Draw::new(4);
+        let n = dims.iter().product();
+        let numbers = Numbers {
+            x: draw.normal(n),
+            dy: draw.normal(n),
+            weight: Some(draw.weight(params)),
+            bias: Some(draw.normal(params)),
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            for (_, t) in numbers.run(subject, &dims, dtype.into())?.named() {
+                bits(t)?.hash(&mut hasher);
+            }
+        }
+    }
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let norm = batch_norm(64, 1e-5, vb)?;
+    norm.forward_train(&tensor(
+        &Draw::new(5).normal(64 * 4099),
+        &[4099, 64],
+        DType::F32,
+    )?)?;
+    for statistic in [norm.running_mean(), norm.running_var()] {
+        bits(statistic)?.hash(&mut hasher);
+    }
+    let v = tensor(&Draw::new(6).normal(300 * 1031), &[300, 1031], DType::F32)?;
+    let g = tensor(&Draw::new(7).weight(300), &[300, 1], DType::F32)?;
+    bits(&ops::weight_norm(&v, &g, Some(0))?)?.hash(&mut hasher);
+    Ok(hasher.finish())
+}
+
+/// The same inputs give the same bits on every run and for every number of threads.
+///
+/// The number of threads of a process is fixed once it has started any, so each is tried in a process of its own.
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() -> Result<()> {
+    const THREADS: &str = "RAYON_NUM_THREADS";
+    const ASKED: &str = "CANDLE_NORM_TEST_DIGEST";
+    const ANSWER: &str = "digest of all bits: ";
+    let mine = format!("{ANSWER}{:x}", digest()?);
+    if std::env::var_os(ASKED).is_some() {
+        println!("{mine}");
+        return Ok(());
+    }
+    for threads in ["1", "2", "7"] {
+        let program = std::env::current_exe()?;
+        let output = Command::new(program)
+            .args([
+                "bits_do_not_depend_on_the_number_of_threads",
+                "--exact",
+                "--nocapture",
+            ])
+            .env(THREADS, threads)
+            .env(ASKED, "1")
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        let theirs = said
+            .lines()
+            .find_map(|line| line.find(ANSWER).map(|at| &line[at..]));
+        assert_eq!(theirs, Some(mine.as_str()), "{threads} threads");
+    }
     Ok(())
 }

@@ -7,8 +7,9 @@ use candle_nn::{
 use candle_norm::{BatchNormOptions, InstanceNormOptions, ops, weight_norm};
 use proptest::prelude::*;
 
-use crate::common::compare::{assert_close, tolerance};
+use crate::common::compare::{assert_close, assert_gradient, tolerance};
 use crate::common::data::{Draw, rounded, tensor, values, variable};
+use crate::common::oracle;
 use crate::common::subjects::{Kind, Numbers, Params, Subject, backward, gradient};
 use crate::{FLOATS, cases, config, dtypes, kinds};
 
@@ -67,7 +68,7 @@ proptest! {
             prop_assert!(finite, "{} of a constant {} is not finite", name, constant);
         }
         let back = oracle.backward(&n.x, n.weight.as_deref(), &n.dy);
-        crate::common::compare::assert_gradient("dx", &ran.dx, &back.dx, tolerance(dtypes.input));
+        assert_gradient("dx", &ran.dx, &back.dx, tolerance(dtypes.input));
     }
 
     /// What is not a number reaches its own row and no other, forward and backward.
@@ -163,6 +164,29 @@ fn the_largest_values() {
             }
         }
     }
+}
+
+/// In Llama's order the product of the cotangent and the weight may leave the range of f16 that the gradient is in.
+#[test]
+fn gradients_of_products_out_of_range() -> Result<()> {
+    let (x, dy) = ([1e4, -1e4, 2e4], [1000., 500., 10.]);
+    let weight = [100.; 3];
+    let oracle = oracle::Norm::layer(&[1, 3], 1, 1e-6).without_mean();
+    let want = oracle.backward(&x, Some(&weight), &dy);
+    for cast in [ops::Cast::AfterWeight, ops::Cast::BeforeWeight] {
+        let xt = variable(&x, &[1, 3], DType::F16)?;
+        let weight = tensor(&weight, &[3], DType::F16)?;
+        let y = ops::rms_norm(&xt, 3, Some(&weight), Some(1e-6), 0., cast)?;
+        let grads = backward(&y, &tensor(&dy, &[1, 3], DType::F16)?)?;
+        let tolerance = 2. * tolerance(DType::F16);
+        assert_gradient(
+            &format!("dx, {cast:?}"),
+            &gradient(&grads, &xt),
+            &want.dx,
+            tolerance,
+        );
+    }
+    Ok(())
 }
 
 /// A row of one value under layers that take it: the mean is the value, the spread zero.
@@ -279,15 +303,15 @@ fn zero_rows_of_a_weight() -> Result<()> {
                 Some(_) => &[1, 4],
                 None => &[],
             };
-            let rows = crate::common::oracle::along(&[3, 4], &Vec::from_iter(dim));
+            let rows = oracle::along(&[3, 4], &Vec::from_iter(dim));
             let v = rounded(&v, dtype)?;
             let g = rounded(&draw.weight(g_dims.iter().product()), dtype)?;
             let dw = rounded(&draw.normal(12), dtype)?;
             let (vt, gt) = (variable(&v, &[3, 4], dtype)?, variable(&g, g_dims, dtype)?);
             let w = ops::weight_norm(&vt, &gt, dim)?;
             let grads = backward(&w, &tensor(&dw, &[3, 4], dtype)?)?;
-            let (dv, dg) = crate::common::oracle::weight_norm_backward(&v, &g, &rows, &dw);
-            let want = crate::common::oracle::weight_norm(&v, &g, &rows);
+            let (dv, dg) = oracle::weight_norm_backward(&v, &g, &rows, &dw);
+            let want = oracle::weight_norm(&v, &g, &rows);
             assert_close("w", &w, &want, tolerance(dtype));
             let (got_dv, got_dg) = (gradient(&grads, &vt), gradient(&grads, &gt));
             assert_close("dv", &got_dv, &dv.values, tolerance(dtype));
@@ -322,14 +346,14 @@ fn weights_of_any_size() -> Result<()> {
             let v: Vec<f64> = draw.normal(12).iter().map(|z| z / 2. * size).collect();
             let v = rounded(&v, dtype)?;
             let g = rounded(&[1.5, -2., 0.3], dtype)?;
-            let rows = crate::common::oracle::along(&[3, 4], &[0]);
+            let rows = oracle::along(&[3, 4], &[0]);
             let w = ops::weight_norm(
                 &tensor(&v, &[3, 4], dtype)?,
                 &tensor(&g, &[3, 1], dtype)?,
                 Some(0),
             )?;
             let scaled: Vec<f64> = v.iter().map(|v| v / size).collect();
-            let want = crate::common::oracle::weight_norm(&scaled, &g, &rows);
+            let want = oracle::weight_norm(&scaled, &g, &rows);
             assert_close(
                 &format!("{dtype:?} at {size:e}"),
                 &w,
