@@ -446,6 +446,15 @@ fn statistics_are_in_no_graph() -> Result<()> {
         .filter(|v| grads.get(v).is_some())
         .count();
     assert_eq!(reached, 4);
+
+    // Nor by the function, when a caller hands it variables.
+    let mean = variable(&[1.; 3], &[3], DType::F32)?;
+    let var = variable(&[2.; 3], &[3], DType::F32)?;
+    let weight = variable(&[3.; 3], &[3], DType::F32)?;
+    let y = ops::batch_norm_inference(&x, &mean, &var, Some(&weight), None, 1e-5)?;
+    let grads = y.sqr()?.sum_all()?.backward()?;
+    assert!(grads.get(&weight).is_some());
+    assert!(grads.get(&mean).is_none() && grads.get(&var).is_none());
     Ok(())
 }
 
