@@ -16,7 +16,7 @@ mod weight_norm;
 
 use std::cell::Cell;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
@@ -74,10 +74,6 @@ pub fn with_path<T>(path: Path, f: impl FnOnce() -> T) -> T {
 fn serve(layer: &str, x: &Tensor) -> Result<()> {
     match PATH.get() {
         Path::Auto | Path::Composed => Ok(()),
-        Path::Fused => bail!(
-            "{layer}: expected an input that the fused path serves, got {:?} on {:?}; no fused kernel exists in this version, use Path::Auto",
-            x.dtype(),
-            x.device().location()
-        ),
+        Path::Fused => check::served(layer, x, false),
     }
 }
