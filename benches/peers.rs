@@ -121,24 +121,27 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let threads = args.threads();
-    println!(
-        "{threads} threads, {}, candle-nn 0.11, mimalloc; times in milliseconds, in brackets as a multiple of ours\n",
-        processor()
-    );
     if args.scaling {
+        println!("{}, mimalloc", processor());
         scaling::run(&args.work(), &args.plan())?;
         return Ok(ExitCode::SUCCESS);
     }
+    let torch = args.torch.as_deref().map(Torch::start).transpose()?;
+    let version = match &torch {
+        Some(torch) => format!(", PyTorch {}", torch.version()),
+        None => String::new(),
+    };
+    println!(
+        "{threads} threads, {}, candle-nn 0.11{version}, mimalloc; times in milliseconds, in brackets as a multiple of ours\n",
+        processor()
+    );
     let mut bench = Bench {
         threads: if args.main_thread {
             Threads::global(threads)?
         } else {
             Threads::pool(threads)?
         },
-        torch: match &args.torch {
-            Some(python) => Some(RefCell::new(Torch::start(python)?)),
-            None => None,
-        },
+        torch: torch.map(RefCell::new),
         args,
         notes: vec![],
         wrong: false,

@@ -268,7 +268,6 @@ pub(crate) fn print_summary(rows: &[Row]) {
     ] {
         print_aggregate(what, &speedups(peer, passes), goal);
     }
-    println!("Time as a multiple of a copy of the tensor, for tensors of 64 MB and more:");
     for pass in own {
         let multiples: Vec<(String, f64, f64)> = rows
             .iter()
@@ -283,6 +282,10 @@ pub(crate) fn print_summary(rows: &[Row]) {
                 Some((row.name(), row.ours / row.peer("copy")?, limit))
             })
             .collect();
-        print_multiples(pass.name(), &multiples);
+        let what = format!(
+            "our time / copy, tensors of 64 MB and more, {}",
+            pass.name()
+        );
+        print_multiples(&what, &multiples);
     }
 }

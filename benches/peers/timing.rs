@@ -127,8 +127,9 @@ impl<'a> Entrant<'a> {
         time
     }
 
-    /// Runs until two turns of full length agree, and says how many iterations such a turn has.
-    fn warm_up(&mut self, plan: &Plan) -> Result<usize> {
+    /// Runs until two turns of full length agree, and says how many iterations such a turn has and how many should go
+    /// before it.
+    fn warm_up(&mut self, plan: &Plan) -> Result<(usize, usize)> {
         let start = Instant::now();
         let mut iterations = 1;
         let mut last = Duration::MAX;
@@ -138,7 +139,10 @@ impl<'a> Entrant<'a> {
             let long_enough = time >= plan.turn;
             let steady = last.abs_diff(each) < each / 20;
             if long_enough && (steady || start.elapsed() > Plan::WARM_UP) {
-                return Ok(iterations);
+                // The entrant before will have filled the caches and the allocator with its own, which a call of more than a
+                // tenth of a second does not notice.
+                let slow = each > Duration::from_millis(100);
+                return Ok((iterations, if slow { 0 } else { iterations.div_ceil(5) }));
             }
             if !long_enough {
                 // A little more than what is missing, and never more than ten times as much on the word of one call.
@@ -154,12 +158,14 @@ impl<'a> Entrant<'a> {
 pub(crate) fn measure(entrants: &mut [Entrant], plan: &Plan) -> Vec<Result<f64>> {
     struct Record {
         iterations: usize,
+        warm: usize,
         times: Vec<f64>,
         spent: Duration,
     }
     let warmed_up = entrants.iter_mut().map(|entrant| {
-        entrant.warm_up(plan).map(|iterations| Record {
+        entrant.warm_up(plan).map(|(iterations, warm)| Record {
             iterations,
+            warm,
             times: vec![],
             spent: Duration::ZERO,
         })
@@ -172,9 +178,7 @@ pub(crate) fn measure(entrants: &mut [Entrant], plan: &Plan) -> Vec<Result<f64>>
                 continue;
             }
             let start = Instant::now();
-            // The entrant before has filled the caches and the allocator with its own.
-            let warm = record.iterations.div_ceil(5);
-            match entrant.turn(warm, record.iterations) {
+            match entrant.turn(record.warm, record.iterations) {
                 Ok(time) => {
                     let each = time.as_secs_f64() * 1e3 / record.iterations as f64;
                     record.times.push(each);

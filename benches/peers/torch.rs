@@ -31,6 +31,8 @@ struct Worker {
     child: Child,
     to: ChildStdin,
     from: BufReader<ChildStdout>,
+    log: PathBuf,
+    version: Value,
 }
 
 impl Torch {
@@ -43,6 +45,11 @@ impl Torch {
             dir,
             tensors: json!({}),
         })
+    }
+
+    /// PyTorch's version.
+    pub(crate) fn version(&self) -> String {
+        self.worker.version.as_str().unwrap_or_default().to_string()
     }
 
     /// Hands over the tensors of the cases to come.
@@ -141,16 +148,29 @@ impl Worker {
         let (Some(to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
             bail!("the worker has no pipes")
         };
-        let from = BufReader::new(from);
-        Ok(Self { child, to, from })
+        let mut worker = Self {
+            child,
+            to,
+            from: BufReader::new(from),
+            log,
+            version: Value::Null,
+        };
+        worker.version = worker.answer()?;
+        Ok(worker)
     }
 
     fn ask(&mut self, request: &str) -> Result<Value> {
         writeln!(self.to, "{request}")?;
         self.to.flush()?;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.from.read_line(&mut line)? == 0 {
-            bail!("the worker ended")
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            let last = log.lines().last().unwrap_or_default();
+            bail!("PyTorch's process ended: {last}")
         }
         serde_json::from_str(&line).map_err(Error::wrap)
     }

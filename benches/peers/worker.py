@@ -4,7 +4,7 @@ A line on stdin is one of
     {...}                    a case: load it, warm it up, answer which peers are ready and what they computed
     run PEER WARM COUNT      answer the nanoseconds of COUNT calls after WARM others
     done                     free the case; no answer
-and an answer is one line of JSON on stdout. Peers are "pytorch" (eager) and "pytorch-compile".
+and an answer is one line of JSON on stdout. The first, unasked, is PyTorch's version. Peers are "pytorch" (eager) and "pytorch-compile".
 """
 
 import gc
@@ -118,6 +118,7 @@ def main():
     # What anything else prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    print(json.dumps(torch.__version__), file=answers, flush=True)
     steps = {}
     for line in sys.stdin:
         words = line.split()
