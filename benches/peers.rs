@@ -223,6 +223,11 @@ impl Bench {
                 Err(error) => results.push((peer, Err(error.to_string()))),
             }
         }
+        if pass == Pass::Backward && self.args.asks_for("composed") {
+            // It has no such pass to time, but knows what it must come to.
+            let gradients = step::gradients(case, inputs, ours::composed)?;
+            results.push(("composed", Ok(check::samples(&gradients)?)));
+        }
         let mut remote = vec![];
         if let Some(torch) = &self.torch {
             let asked: Vec<&'static str> = ["pytorch", "pytorch-compile"]

@@ -1,6 +1,6 @@
 //! What is measured: layers, passes, shapes and the values that all peers are given.
 
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -166,6 +166,17 @@ impl Inputs {
             dy: draw(&case.shape, -1., 1.)?,
             mean: draw(&params, 0.25, 0.75)?,
             var: draw(&params, 0.5, 1.5)?,
+        })
+    }
+
+    /// The same as variables, whose gradients are asked for.
+    pub(crate) fn tracked(&self) -> Result<Self> {
+        let variable = |t: &Tensor| Var::from_tensor(t).map(Var::into_inner);
+        Ok(Self {
+            x: variable(&self.x)?,
+            weight: variable(&self.weight)?,
+            bias: self.bias.as_ref().map(variable).transpose()?,
+            ..self.clone()
         })
     }
 }

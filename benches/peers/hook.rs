@@ -1,6 +1,6 @@
 //! Stands in for `candle_norm::ops::hook` until the crate has it: the backward through candle's engine.
 
-use candle_core::{Error, Result, Tensor, Var};
+use candle_core::{Result, Tensor};
 use candle_norm::ops::{self, Cast};
 
 #[derive(Debug, Clone)]
@@ -29,31 +29,30 @@ pub(crate) fn saved(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Saved> {
-    let variable = |t: &Tensor| Ok::<_, Error>(Var::from_tensor(t)?.into_inner());
-    let (x, weight, bias) = (
-        variable(x)?,
-        weight.map(variable).transpose()?,
-        bias.map(variable).transpose()?,
-    );
-    let (w, b) = (weight.as_ref(), bias.as_ref());
+    let (w, b) = (weight, bias);
     let y = match op {
-        Op::LayerNorm => ops::layer_norm(&x, x.dims()[x.rank() - 1], w, b, eps)?,
+        Op::LayerNorm => ops::layer_norm(x, x.dims()[x.rank() - 1], w, b, eps)?,
         Op::RmsNorm => {
             let len = x.dims()[x.rank() - 1];
-            ops::rms_norm(&x, len, w, Some(eps), 0., Cast::AfterWeight)?
+            ops::rms_norm(x, len, w, Some(eps), 0., Cast::AfterWeight)?
         }
-        Op::GroupNorm { num_groups } => ops::group_norm(&x, num_groups, w, b, eps)?,
-        Op::InstanceNorm => ops::instance_norm(&x, w, b, eps)?.0,
-        Op::BatchNorm => ops::batch_norm(&x, w, b, eps)?.0,
+        Op::GroupNorm { num_groups } => ops::group_norm(x, num_groups, w, b, eps)?,
+        Op::InstanceNorm => ops::instance_norm(x, w, b, eps)?.0,
+        Op::BatchNorm => ops::batch_norm(x, w, b, eps)?.0,
         Op::BatchNormInference { mean, var } => {
-            ops::batch_norm_inference(&x, &mean, &var, w, b, eps)?
+            ops::batch_norm_inference(x, &mean, &var, w, b, eps)?
         }
         Op::WeightNorm { dim } => match w {
-            Some(g) => ops::weight_norm(&x, g, dim)?,
+            Some(g) => ops::weight_norm(x, g, dim)?,
             None => candle_core::bail!("no g"),
         },
     };
-    Ok(Saved { y, x, weight, bias })
+    Ok(Saved {
+        y,
+        x: x.clone(),
+        weight: weight.cloned(),
+        bias: bias.cloned(),
+    })
 }
 
 impl Saved {

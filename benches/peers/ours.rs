@@ -61,6 +61,8 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
         Op::InstanceNorm => hook::Op::InstanceNorm,
         Op::WeightNorm => hook::Op::WeightNorm { dim: Some(0) },
     };
+    // An op computes the gradients that somebody tracks, and here that is all of them.
+    let inputs = inputs.tracked()?;
     let (weight, bias) = (Some(&inputs.weight), inputs.bias.as_ref());
     let saved = hook::saved(op, &inputs.x, weight, bias, EPS)?;
     let dy = inputs.dy.clone();

@@ -1,6 +1,7 @@
 //! One call of a layer in a pass, the same for every implementation that is built on candle.
 
-use candle_core::{Result, Tensor, Var, bail};
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, bail};
 
 use super::case::{Case, Inputs, Pass};
 
@@ -36,27 +37,37 @@ pub(crate) fn train_step(
     inputs: &Inputs,
     build: impl Fn(&Case, &Inputs) -> Result<Layer>,
 ) -> Result<Step> {
-    let variable = |t: &Tensor| Ok::<_, candle_core::Error>(Var::from_tensor(t)?.into_inner());
-    let variables = Inputs {
-        x: variable(&inputs.x)?,
-        weight: variable(&inputs.weight)?,
-        bias: inputs.bias.as_ref().map(variable).transpose()?,
-        ..inputs.clone()
-    };
+    let variables = inputs.tracked()?;
     let layer = build(case, &variables)?;
     Ok(Box::new(move || {
         let y = layer(&variables.x)?;
         let gradients = y.backward()?;
         let mut results = vec![y];
-        for variable in [&variables.x, &variables.weight]
-            .into_iter()
-            .chain(&variables.bias)
-        {
-            match gradients.get(variable) {
-                Some(gradient) => results.push(gradient.clone()),
-                None => bail!("a gradient is missing"),
-            }
-        }
+        results.extend(gradients_of(&variables, &gradients)?);
         Ok(results)
     }))
+}
+
+/// The gradients of that layer for the output gradient of the inputs, by candle's engine: what a backward of its own must
+/// come to.
+pub(crate) fn gradients(
+    case: &Case,
+    inputs: &Inputs,
+    build: impl Fn(&Case, &Inputs) -> Result<Layer>,
+) -> Result<Vec<Tensor>> {
+    let variables = inputs.tracked()?;
+    let y = build(case, &variables)?(&variables.x)?;
+    let gradients = (y * &inputs.dy)?.backward()?;
+    gradients_of(&variables, &gradients)
+}
+
+fn gradients_of(variables: &Inputs, gradients: &GradStore) -> Result<Vec<Tensor>> {
+    [&variables.x, &variables.weight]
+        .into_iter()
+        .chain(&variables.bias)
+        .map(|variable| match gradients.get(variable) {
+            Some(gradient) => Ok(gradient.clone()),
+            None => bail!("a gradient is missing"),
+        })
+        .collect()
 }
