@@ -1,0 +1,98 @@
+//! Forward and backward of each kernel over row lengths, plane sizes and dtypes, for those who work on them.
+//!
+//! `cargo bench --bench kernels -- --save-baseline before`, then `-- --baseline before` after a change; a name such
+//! as `layer_norm/backward/bf16` selects. How the layers compare with others is the subject of the peers bench.
+
+#[allow(dead_code, reason = "a part of what the peers bench uses")]
+#[path = "peers/case.rs"]
+mod case;
+#[path = "peers/hook.rs"]
+mod hook;
+#[allow(dead_code, reason = "a part of what the peers bench uses")]
+#[path = "peers/ours.rs"]
+mod ours;
+#[allow(dead_code, reason = "a part of what the peers bench uses")]
+#[path = "peers/step.rs"]
+mod step;
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use candle_core::{DType, Result};
+use criterion::{BenchmarkId, Criterion, Throughput};
+
+use case::{Case, Inputs, Op, Pass};
+
+/// See the peers bench.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Elements of every input: two of them in f32 fit the cache of most machines.
+const ELEMENTS: usize = 1 << 20;
+
+/// Multiples of the lanes, tails, and rows that no first-level cache holds.
+const ROW_LENGTHS: [usize; 8] = [16, 49, 100, 256, 768, 1023, 4096, 65536];
+
+/// The side of square maps: pixels of a late layer, tails, and an early layer.
+const SIDES: [usize; 5] = [1, 7, 14, 56, 128];
+
+/// Divides into the groups of every group norm.
+const CHANNELS: usize = 64;
+
+const DTYPES: [DType; 4] = [DType::F32, DType::BF16, DType::F16, DType::F64];
+
+fn main() -> Result<()> {
+    let mut criterion = Criterion::default()
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+        .sample_size(30)
+        .configure_from_args();
+    for op in [Op::LayerNorm, Op::RmsNorm, Op::WeightNorm] {
+        let shapes = ROW_LENGTHS.map(|len| vec![ELEMENTS / len, len]);
+        kernel(&mut criterion, op, &shapes)?;
+    }
+    for op in [
+        Op::BatchNorm,
+        Op::BatchNormInference,
+        Op::GroupNorm,
+        Op::InstanceNorm,
+    ] {
+        // A single pixel has no statistics of its own; for batch norm it is the kernel of `[N, C]`.
+        let sides = &SIDES[usize::from(op == Op::InstanceNorm)..];
+        let maps = sides.iter().map(|&side| {
+            let samples = (ELEMENTS / (CHANNELS * side * side)).max(1);
+            vec![samples, CHANNELS, side, side]
+        });
+        kernel(&mut criterion, op, &maps.collect::<Vec<_>>())?;
+    }
+    criterion.final_summary();
+    Ok(())
+}
+
+fn kernel(criterion: &mut Criterion, op: Op, shapes: &[Vec<usize>]) -> Result<()> {
+    for pass in [Pass::Forward, Pass::Backward] {
+        let mut group = criterion.benchmark_group(format!("{}/{}", op.name(), pass.name()));
+        for dtype in DTYPES {
+            for shape in shapes {
+                let case = Case::new(op, shape, dtype);
+                group.throughput(Throughput::Bytes(case.bytes(pass) as u64));
+                let id = BenchmarkId::new(dtype.as_str(), case.shape_name());
+                // Criterion calls this for selected benchmarks only, so that the others cost nothing.
+                group.bench_with_input(id, &case, |bencher, case| {
+                    let step = step(case, pass).expect("the case is one that the layer takes");
+                    bencher.iter(|| black_box(step()));
+                });
+            }
+        }
+        group.finish();
+    }
+    Ok(())
+}
+
+fn step(case: &Case, pass: Pass) -> Result<step::Step> {
+    let inputs = Inputs::new(case)?;
+    match pass {
+        Pass::Backward => ours::backward(case, &inputs),
+        _ => step::forward(case, &inputs, ours::layer),
+    }
+}

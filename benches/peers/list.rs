@@ -1,0 +1,84 @@
+//! The cases of the bench.
+
+use candle_core::DType::{self, BF16, F16, F32, F64};
+
+use super::case::{Case, Op};
+
+/// Shapes of one kind of layer: all of them in f32, a large and a small one in half precision, one in f64.
+struct Shapes {
+    ops: &'static [Op],
+    f32: &'static [&'static [usize]],
+    half: [&'static [usize]; 2],
+    f64: &'static [usize],
+}
+
+/// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of memory traffic.
+const SHAPES: [Shapes; 5] = [
+    Shapes {
+        ops: &[Op::LayerNorm, Op::RmsNorm],
+        f32: &[
+            &[1, 768],
+            &[128, 768],
+            &[4096, 768],
+            &[512, 4096],
+            &[16384, 1024],
+            &[1024, 49],
+            &[1024, 100],
+        ],
+        half: [&[4096, 768], &[128, 768]],
+        f64: &[4096, 768],
+    },
+    Shapes {
+        ops: &[Op::BatchNorm, Op::BatchNormInference],
+        f32: &[
+            &[32, 64, 56, 56],
+            &[8, 256, 14, 14],
+            &[8192, 256],
+            &[64, 16, 8, 8],
+            &[64, 64, 64, 64],
+        ],
+        half: [&[32, 64, 56, 56], &[64, 16, 8, 8]],
+        f64: &[8, 256, 14, 14],
+    },
+    Shapes {
+        ops: &[Op::GroupNorm],
+        f32: &[
+            &[8, 256, 32, 32],
+            &[32, 64, 56, 56],
+            &[2, 320, 64, 64],
+            &[16, 256, 64, 64],
+        ],
+        half: [&[32, 64, 56, 56], &[8, 256, 32, 32]],
+        f64: &[8, 256, 32, 32],
+    },
+    Shapes {
+        ops: &[Op::InstanceNorm],
+        f32: &[&[8, 64, 128, 128], &[16, 32, 32, 32], &[16, 64, 128, 128]],
+        half: [&[8, 64, 128, 128], &[16, 32, 32, 32]],
+        f64: &[16, 32, 32, 32],
+    },
+    Shapes {
+        ops: &[Op::WeightNorm],
+        f32: &[&[1024, 1024], &[256, 256, 3, 3], &[4096, 4096]],
+        half: [&[1024, 1024], &[256, 256, 3, 3]],
+        f64: &[1024, 1024],
+    },
+];
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = vec![];
+    for kind in &SHAPES {
+        for &op in kind.ops {
+            let mut push = |shape: &[usize], dtype: DType| cases.push(Case::new(op, shape, dtype));
+            for shape in kind.f32 {
+                push(shape, F32);
+            }
+            for shape in kind.half {
+                push(shape, BF16);
+                push(shape, F16);
+            }
+            push(kind.f64, F64);
+        }
+    }
+    cases
+}

@@ -1,0 +1,73 @@
+//! The layers of this crate, on the path that they choose themselves and on candle's tensor operations.
+
+use candle_core::Result;
+use candle_nn::{Module, ModuleT};
+use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, ops, with_path};
+
+use super::case::{Case, EPS, GROUPS, Inputs, Op};
+use super::hook;
+use super::step::{Layer, Step};
+
+/// The layer as a user calls it.
+pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
+    let (weight, bias) = (inputs.weight.clone(), inputs.bias.clone());
+    // Only layers with a bias look at this one.
+    let shift = bias.clone().unwrap_or_else(|| weight.clone());
+    let channels = weight.elem_count();
+    Ok(match case.op {
+        Op::LayerNorm => {
+            let norm = LayerNorm::new(weight, shift, EPS);
+            Box::new(move |x| norm.forward(x))
+        }
+        Op::RmsNorm => {
+            let norm = RmsNorm::new(weight, EPS);
+            Box::new(move |x| norm.forward(x))
+        }
+        Op::BatchNorm | Op::BatchNormInference => {
+            let (mean, var) = (inputs.mean.clone(), inputs.var.clone());
+            let norm = BatchNorm::new(channels, mean, var, weight, shift, EPS)?;
+            let train = case.op == Op::BatchNorm;
+            Box::new(move |x| norm.forward_t(x, train))
+        }
+        Op::GroupNorm => {
+            let norm = GroupNorm::new(weight, shift, channels, GROUPS, EPS)?;
+            Box::new(move |x| norm.forward(x))
+        }
+        Op::InstanceNorm => Box::new(move |x| {
+            let (y, _) = ops::instance_norm(x, Some(&weight), bias.as_ref(), EPS)?;
+            Ok(y)
+        }),
+        Op::WeightNorm => Box::new(move |v| ops::weight_norm(v, &weight, Some(0))),
+    })
+}
+
+/// The same on candle's tensor operations: what the kernels are worth.
+pub(crate) fn composed(case: &Case, inputs: &Inputs) -> Result<Layer> {
+    let layer = layer(case, inputs)?;
+    Ok(Box::new(move |x| with_path(Path::Composed, || layer(x))))
+}
+
+/// The backward of the layer by itself.
+pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
+    let op = match case.op {
+        Op::LayerNorm => hook::Op::LayerNorm,
+        Op::RmsNorm => hook::Op::RmsNorm,
+        Op::BatchNorm => hook::Op::BatchNorm,
+        Op::BatchNormInference => hook::Op::BatchNormInference {
+            mean: inputs.mean.clone(),
+            var: inputs.var.clone(),
+        },
+        Op::GroupNorm => hook::Op::GroupNorm { num_groups: GROUPS },
+        Op::InstanceNorm => hook::Op::InstanceNorm,
+        Op::WeightNorm => hook::Op::WeightNorm { dim: Some(0) },
+    };
+    // An op computes the gradients that somebody tracks, and here that is all of them.
+    let inputs = inputs.tracked()?;
+    let (weight, bias) = (Some(&inputs.weight), inputs.bias.as_ref());
+    let saved = hook::saved(op, &inputs.x, weight, bias, EPS)?;
+    let dy = inputs.dy.clone();
+    Ok(Box::new(move || {
+        let (dx, dweight, dbias) = saved.backward(&dy)?;
+        Ok([Some(dx), dweight, dbias].into_iter().flatten().collect())
+    }))
+}

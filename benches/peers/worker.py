@@ -1,0 +1,140 @@
+"""PyTorch's turns in the peers bench.
+
+A line on stdin is one of
+    {...}                    a case: load it, warm it up, answer which peers are ready and what they computed
+    run PEER WARM COUNT      answer the nanoseconds of COUNT calls after WARM others
+    done                     free the case; no answer
+and an answer is one line of JSON on stdout. The first, unasked, is PyTorch's version. Peers are "pytorch" (eager) and "pytorch-compile".
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch._functorch import config as functorch_config
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def layer_of(case, mean, var):
+    """The layer as a function of x, weight and, where it has one, bias."""
+    op, eps = case["op"], case["eps"]
+    if op == "layer_norm":
+        return lambda x, w, b: F.layer_norm(x, w.shape, w, b, eps)
+    if op == "rms_norm":
+        return lambda x, w: F.rms_norm(x, w.shape, w, eps)
+    if op == "batch_norm":
+        return lambda x, w, b: F.batch_norm(x, mean, var, w, b, training=True, momentum=0.1, eps=eps)
+    if op == "batch_norm_inference":
+        return lambda x, w, b: F.batch_norm(x, mean, var, w, b, training=False, eps=eps)
+    if op == "group_norm":
+        return lambda x, w, b: F.group_norm(x, case["groups"], w, b, eps)
+    if op == "instance_norm":
+        return lambda x, w, b: F.instance_norm(x, weight=w, bias=b, eps=eps)
+    if op == "weight_norm":
+        # What torch.nn.utils.parametrizations.weight_norm calls.
+        return lambda v, g: torch._weight_norm(v, g, 0)
+    raise ValueError(f"unknown op {op}")
+
+
+def step_of(layer, pass_name, params, dy):
+    """One call of the pass: a function that returns all of its results."""
+    if pass_name == "forward":
+        return lambda: (layer(*params),)
+    leaves = [p.detach().clone().requires_grad_() for p in params]
+    if pass_name == "backward":
+        y = layer(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    ones = torch.ones_like(dy)
+
+    def train_step():
+        y = layer(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, ones))
+    return train_step
+
+
+def sample(result, count):
+    """As many values of a result as the bench compares."""
+    flat = result.detach().reshape(-1)
+    n = min(flat.numel(), count)
+    index = torch.arange(n) * flat.numel() // n
+    return flat[index].double().tolist()
+
+
+def load(case):
+    """The steps of the case by peer, and the answer that says how each of them did."""
+    torch.set_num_threads(case["threads"])
+    # Here, since around each call it would cost as much as a small layer.
+    torch.set_grad_enabled(case["pass"] != "forward")
+    # Keeps a shape from being compiled as a variation of the one before.
+    torch._dynamo.reset()
+
+    def tensor(name):
+        entry = case["tensors"].get(name)
+        if entry is None:
+            return None
+        count = 1
+        for size in entry["shape"]:
+            count *= size
+        mapped = torch.from_file(entry["path"], size=count, dtype=DTYPES[case["dtype"]])
+        return mapped.clone().reshape(entry["shape"])
+
+    params = [p for p in map(tensor, ("x", "weight", "bias")) if p is not None]
+    dy = tensor("dy")
+    steps, answer = {}, {}
+    for peer in case["peers"]:
+        # A retained graph must not give away the tensors that it saved.
+        functorch_config.donated_buffer = case["pass"] != "backward"
+        layer = layer_of(case, tensor("mean"), tensor("var"))
+        if peer == "pytorch-compile":
+            layer = torch.compile(layer, dynamic=False)
+        try:
+            step = step_of(layer, case["pass"], params, dy)
+            results = step()
+            for _ in range(3):
+                step()
+            answer[peer] = {"samples": [sample(r, case["samples"]) for r in results]}
+            json.dumps(answer[peer], allow_nan=False)
+            steps[peer] = step
+        except Exception as error:
+            answer[peer] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return steps, answer
+
+
+def run(step, warm, count):
+    for _ in range(warm):
+        step()
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        step()
+    return {"ns": time.perf_counter_ns() - start}
+
+
+def main():
+    # What anything else prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps(torch.__version__), file=answers, flush=True)
+    steps = {}
+    for line in sys.stdin:
+        words = line.split()
+        if words[0] == "done":
+            steps = {}
+            gc.collect()
+            continue
+        if words[0] == "run":
+            # The collector pauses at a time of its own choosing.
+            gc.disable()
+            answer = run(steps[words[1]], int(words[2]), int(words[3]))
+            gc.enable()
+        else:
+            steps, answer = load(json.loads(line))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
