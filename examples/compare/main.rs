@@ -1,0 +1,186 @@
+//! Which normalization trains this network best? The same small classifier of handwritten digits, once per kind.
+//!
+//!     cargo run --release --example compare
+//!     cargo run --release --example compare -- --norm none,batch,group:4 --lr 0.05
+//!
+//! Every kind gets the same initial weights and the same images in the same order, for several seeds. It prints a table
+//! and writes a report with the curves of accuracy, loss and gradient norms (HTML, and the numbers as CSV).
+//!
+//! To compare on your own data and network change two files: `data.rs` loads the images, `model.rs` is the network, whose
+//! layers are built through a `NormConfig` and so change their norm by value. `train.rs` is the training loop.
+
+mod axis;
+mod curves;
+mod data;
+mod figures;
+mod files;
+mod findings;
+mod model;
+mod options;
+mod plot;
+mod report;
+mod summary;
+mod train;
+
+use clap::Parser;
+use data::Digits;
+use files::{Files, write_steps, write_summary};
+use findings::{findings, table};
+use indicatif::{ProgressBar, ProgressStyle};
+use options::Options;
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use summary::{Arm, Summary};
+use train::{Run, Settings, train};
+
+/// Candle allocates the result of every operation: the allocator is a good part of a step's time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if let Some(code) = in_single_threaded_candle() {
+        return code;
+    }
+    match compare(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs this program again with candle's own threads switched off, unless that was done or decided before.
+///
+/// Networks this small train fastest side by side, each on one thread. Candle reads the number of its threads from the
+/// environment; with more than one they wait for each other by spinning, and every matrix product looks the number of
+/// cores up anew, which together multiplies the time of a step on a busy machine.
+fn in_single_threaded_candle() -> Option<ExitCode> {
+    let unset: Vec<_> = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
+        .into_iter()
+        .filter(|name| env::var_os(name).is_none())
+        .collect();
+    if unset.is_empty() {
+        return None;
+    }
+    let mut program = Command::new(env::current_exe().ok()?);
+    program
+        .args(env::args_os().skip(1))
+        .envs(unset.into_iter().map(|name| (name, "1")));
+    let code = program.status().ok()?.code();
+    Some(
+        code.and_then(|code| u8::try_from(code).ok())
+            .map_or(ExitCode::FAILURE, ExitCode::from),
+    )
+}
+
+fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
+    let files = Files::prepare(&options.out)?;
+    let settings = options.settings();
+    let norms = options.distinct_norms();
+    let workers = thread::available_parallelism()
+        .map_or(1, |cores| cores.get())
+        .min(norms.len() * settings.seeds);
+    let arms = train_all(&norms, &settings, workers)?;
+    let rows: Vec<_> = arms.iter().filter_map(Summary::of).collect();
+
+    let page = report::html(
+        &arms,
+        &rows,
+        &settings,
+        &options.command(),
+        options.quick,
+        workers,
+    )?;
+    fs::write(&files.html, page)?;
+    write_summary(&files.summary, &rows)?;
+    write_steps(&files.steps, &arms)?;
+
+    let mut text = table(&rows) + "\n";
+    for sentence in findings(&rows) {
+        text += &format!("{sentence}\n");
+    }
+    if options.quick {
+        text += "A quick run: few steps and seeds, so the figures are rough.\n";
+    }
+    text += &format!(
+        "\nReport: {}\nThe same as CSV: {}, {}\n",
+        files.html.display(),
+        files.summary.display(),
+        files.steps.display()
+    );
+    match io::stdout().write_all(text.as_bytes()) {
+        // Whoever reads has seen enough, as `head` does.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// Every norm with every seed, as many networks at a time as there are workers.
+fn train_all(
+    norms: &[candle_norm::NormConfig],
+    settings: &Settings,
+    workers: usize,
+) -> Result<Vec<Arm>, Box<dyn Error>> {
+    let digits = Digits::load(&candle_core::Device::Cpu)?;
+    // Norm by norm within a seed, so that a busy spell of the machine slows all norms alike.
+    let jobs: Vec<_> = (0..settings.seeds as u64)
+        .flat_map(|seed| (0..norms.len()).map(move |norm| (norm, seed)))
+        .collect();
+    // It draws on the terminal, and nothing where standard error is none.
+    let bar = ProgressBar::new((jobs.len() * settings.steps()) as u64);
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go",
+    )?);
+
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<Option<candle_core::Result<Run>>>> =
+        Mutex::new(jobs.iter().map(|_| None).collect());
+    let work = || {
+        while let Some(&(norm, seed)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let index = seed as usize * norms.len() + norm;
+            let run = train(&norms[norm], seed, &digits, settings, |steps| {
+                bar.inc(steps)
+            });
+            if run.is_err() {
+                next.store(jobs.len(), Ordering::Relaxed);
+            }
+            results
+                .lock()
+                .expect("no worker panics while it stores a result")[index] = Some(run);
+        }
+    };
+    thread::scope(|scope| -> Result<(), rayon::ThreadPoolBuildError> {
+        for _ in 0..workers {
+            // Candle's convolutions use the pool that they are called in; without one, all workers would share one.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+            scope.spawn(move || pool.install(work));
+        }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+
+    let mut arms: Vec<_> = norms
+        .iter()
+        .map(|norm| Arm {
+            norm: norm.to_string(),
+            runs: Vec::new(),
+        })
+        .collect();
+    let results = results
+        .into_inner()
+        .expect("no worker panics while it stores a result");
+    for ((norm, _), result) in jobs.iter().zip(results) {
+        if let Some(run) = result {
+            arms[*norm].runs.push(run?);
+        }
+    }
+    Ok(arms)
+}
