@@ -1,5 +1,7 @@
 //! Normalization layers for candle.
 pub mod checkpoint;
+#[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
+mod kernels;
 mod layers;
 mod norm;
 pub mod ops;

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{check, composed, serve};
+use super::{check, composed, route};
 
 /// What a batch contributes to running statistics.
 #[derive(Debug, Clone)]
@@ -57,7 +57,7 @@ pub(crate) fn batch_norm_with(
     check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    serve(layer, x)?;
+    let _route = route(layer, x)?;
     if x.elem_count() == 0 {
         return Ok((composed::empty(x, &[weight, bias])?, None));
     }
@@ -143,7 +143,7 @@ pub(crate) fn normalize_with(
         check::shape(layer, name, value, &[c])?;
         check::same_device(layer, name, value, x.device())?;
     }
-    serve(layer, x)?;
+    let _route = route(layer, x)?;
     if x.elem_count() == 0 {
         return composed::empty(x, &[weight, bias]);
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{check, composed, serve};
+use super::{check, composed, route};
 
 /// Group normalization of `x` over `num_groups` groups of channels on axis 1.
 ///
@@ -38,7 +38,7 @@ pub fn group_norm(
     let (n, c) = (x.dims()[0], x.dims()[1]);
     check::groups(layer, num_groups, c)?;
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    serve(layer, x)?;
+    let _route = route(layer, x)?;
     if x.elem_count() == 0 {
         return composed::empty(x, &[weight, bias]);
     }

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
-use super::{check, composed, serve};
+use super::{check, composed, route};
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
@@ -38,7 +38,7 @@ pub fn instance_norm(
     check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    serve(layer, x)?;
+    let _route = route(layer, x)?;
     if x.elem_count() == 0 {
         return Ok((composed::empty(x, &[weight, bias])?, None));
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{check, composed, serve};
+use super::{check, composed, route};
 
 /// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for `dim: None`.
 ///
@@ -36,7 +36,7 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         shape: &g_shape,
     };
     check::input(layer, v, &[magnitude])?;
-    serve(layer, v)?;
+    let _route = route(layer, v)?;
     if v.elem_count() == 0 {
         return composed::empty(v, &[Some(g)]);
     }
