@@ -1,7 +1,7 @@
 //! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub and LeVeque do.
 
 use super::simd::{Elem, Isa, Lanes, Real};
-use super::span::{RUN, sums};
+use super::span::{RUN, run_sums};
 
 /// How many values, their mean, and the sum of their squared distances from it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -12,25 +12,31 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    /// The moments of `x`.
+    /// The moments of a slice of any length.
     #[inline(always)]
     pub(crate) fn of<E: Elem, I: Isa>(isa: I, x: &[E]) -> Self {
         let mut all = Self::default();
         for run in x.chunks(RUN) {
-            all = all.merge(Self::of_run(isa, run));
+            all = all.merge(Self::of_run(isa, run.len(), || std::iter::once(run)));
         }
         all
     }
 
-    /// The mean of a run is first rounded to the accumulator: distances from a number of that precision are exact where it
-    /// matters, and what they leave of the mean is added in `f64`.
+    /// The moments of slices of together `count` elements, about [`RUN`] of them.
+    ///
+    /// Their mean is first rounded to the accumulator: distances from a number of that precision are exact where it matters, and what
+    /// they leave of the mean is added in `f64`.
     #[inline(always)]
-    fn of_run<E: Elem, I: Isa>(isa: I, x: &[E]) -> Self {
-        let count = x.len() as f64;
-        let [sum] = sums(isa, x, |v| [v]);
+    pub(crate) fn of_run<'a, E: Elem, I: Isa, S: Iterator<Item = &'a [E]>>(
+        isa: I,
+        count: usize,
+        slices: impl Fn() -> S,
+    ) -> Self {
+        let count = count as f64;
+        let [sum] = run_sums(isa, slices(), |v| [v]);
         let shift = E::Acc::from_wide(sum / count);
         let about = Lanes::splat(shift);
-        let [first, second] = sums(isa, x, |v| {
+        let [first, second] = run_sums(isa, slices(), |v| {
             let d = v - about;
             [d, d * d]
         });
@@ -39,6 +45,21 @@ impl Moments {
             count,
             mean: shift.wide() + rest,
             m2: second - first * rest,
+        }
+    }
+
+    /// The same about zero instead of the mean: the variance is then the mean square.
+    #[inline(always)]
+    pub(crate) fn about_zero<'a, E: Elem, I: Isa>(
+        isa: I,
+        count: usize,
+        slices: impl Iterator<Item = &'a [E]>,
+    ) -> Self {
+        let [m2] = run_sums(isa, slices, |v| [v * v]);
+        Self {
+            count: count as f64,
+            mean: 0.,
+            m2,
         }
     }
 

@@ -12,7 +12,26 @@ use super::span::{Columns, map, map2, sums, sums2};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stats {
     pub(crate) mean: f64,
+    /// Biased; the mean square where the mean is not subtracted.
+    pub(crate) var: f64,
     pub(crate) inv_std: f64,
+}
+
+impl Stats {
+    pub(crate) const NONE: Self = Self {
+        mean: 0.,
+        var: 0.,
+        inv_std: 0.,
+    };
+
+    #[inline(always)]
+    pub(crate) fn new(mean: f64, var: f64, eps: f64) -> Self {
+        Self {
+            mean,
+            var,
+            inv_std: 1. / (var + eps).sqrt(),
+        }
+    }
 }
 
 /// What layer norm and RMS norm differ in.
@@ -49,13 +68,7 @@ where
     let rows = x.len() / spec.len;
     let per_block = par::items_per_block(rows, spec.len);
     let level = Level::current();
-    let mut stats = vec![
-        Stats {
-            mean: 0.,
-            inv_std: 0.
-        };
-        rows
-    ];
+    let mut stats = vec![Stats::NONE; rows];
     // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
     let y = unsafe {
         filled(x.len(), |y| {
@@ -121,7 +134,7 @@ where
 }
 
 #[inline(always)]
-fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Stats {
+pub(crate) fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Stats {
     let (mean, var) = if center {
         let moments = Moments::of(isa, x);
         (moments.mean, moments.var())
@@ -129,10 +142,7 @@ fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Stats 
         let [squares] = sums(isa, x, |v| [v * v]);
         (0., squares / x.len() as f64)
     };
-    Stats {
-        mean,
-        inv_std: 1. / (var + eps).sqrt(),
-    }
+    Stats::new(mean, var, eps)
 }
 
 /// The gradients of a layer: of the input, and, as far as they are wanted, of weight and bias in `f64`.

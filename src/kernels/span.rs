@@ -103,90 +103,144 @@ pub(crate) fn map2<E: Elem, I: Isa>(
 /// The longest run that is added up in the accumulator's precision; longer ones are added up in `f64`.
 pub(crate) const RUN: usize = 2048;
 
-/// The sums of `f(x)` over `x`, for any number of sums at once.
+/// Sums that are being formed, `N` at once. There are two of each, so that an addition need not wait for the last.
+struct Sums<T, const N: usize> {
+    even: [Lanes<T>; N],
+    odd: [Lanes<T>; N],
+}
+
+impl<T: Real, const N: usize> Sums<T, N> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            even: [Lanes::zero(); N],
+            odd: [Lanes::zero(); N],
+        }
+    }
+
+    #[inline(always)]
+    fn add_even(&mut self, v: [Lanes<T>; N]) {
+        for i in 0..N {
+            self.even[i] = self.even[i] + v[i];
+        }
+    }
+
+    #[inline(always)]
+    fn add_odd(&mut self, v: [Lanes<T>; N]) {
+        for i in 0..N {
+            self.odd[i] = self.odd[i] + v[i];
+        }
+    }
+
+    #[inline(always)]
+    fn add_tail(&mut self, v: [Lanes<T>; N], count: usize) {
+        for i in 0..N {
+            self.odd[i] = self.odd[i] + v[i].keep_last(count);
+        }
+    }
+
+    #[inline(always)]
+    fn totals(self) -> [f64; N] {
+        let mut totals = [0f64; N];
+        for i in 0..N {
+            totals[i] = (self.even[i] + self.odd[i]).sum();
+        }
+        totals
+    }
+}
+
+/// The sums of `f(x)` over slices of together about [`RUN`] elements, any number of sums at once.
+#[inline(always)]
+pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    slices: impl Iterator<Item = &'a [E]>,
+    f: impl Fn(Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+) -> [f64; N] {
+    let mut sums = Sums::new();
+    for x in slices {
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        let (pairs, single) = chunks.as_chunks::<2>();
+        for [a, b] in pairs {
+            sums.add_even(f(E::load(isa, a)));
+            sums.add_odd(f(E::load(isa, b)));
+        }
+        for a in single {
+            sums.add_even(f(E::load(isa, a)));
+        }
+        if !rest.is_empty() {
+            sums.add_tail(f(tail(isa, x)), rest.len());
+        }
+    }
+    sums.totals()
+}
+
+/// The sums of `f(k, x, y)` over pairs of slices of together about [`RUN`] elements; `k` counts the chunks of a slice, from `first` on.
+#[inline(always)]
+pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    slices: impl Iterator<Item = (&'a [E], &'a [E])>,
+    first: usize,
+    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+) -> [f64; N] {
+    let mut sums = Sums::new();
+    for (x, y) in slices {
+        let (xs, rest) = x.as_chunks::<LANES>();
+        let (ys, _) = y.as_chunks::<LANES>();
+        let (x_pairs, x_single) = xs.as_chunks::<2>();
+        let (y_pairs, y_single) = ys.as_chunks::<2>();
+        let mut k = first;
+        for ([xa, xb], [ya, yb]) in x_pairs.iter().zip(y_pairs) {
+            sums.add_even(f(k, E::load(isa, xa), E::load(isa, ya)));
+            sums.add_odd(f(k + 1, E::load(isa, xb), E::load(isa, yb)));
+            k += 2;
+        }
+        for (x, y) in x_single.iter().zip(y_single) {
+            sums.add_even(f(k, E::load(isa, x), E::load(isa, y)));
+            k += 1;
+        }
+        if !rest.is_empty() {
+            sums.add_tail(f(k, tail(isa, x), tail(isa, y)), rest.len());
+        }
+    }
+    sums.totals()
+}
+
+/// The sums of `f(x)` over a slice of any length.
 #[inline(always)]
 pub(crate) fn sums<const N: usize, E: Elem, I: Isa>(
     isa: I,
     x: &[E],
-    f: impl Fn(Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+    f: impl Fn(Lanes<E::Acc>) -> [Lanes<E::Acc>; N] + Copy,
 ) -> [f64; N] {
     let mut totals = [0f64; N];
     for run in x.chunks(RUN) {
-        let (chunks, rest) = run.as_chunks::<LANES>();
-        // Two of each, so that an addition does not wait for the last.
-        let mut even = [Lanes::zero(); N];
-        let mut odd = [Lanes::zero(); N];
-        let (pairs, single) = chunks.as_chunks::<2>();
-        for [a, b] in pairs {
-            let (a, b) = (f(E::load(isa, a)), f(E::load(isa, b)));
-            for i in 0..N {
-                even[i] = even[i] + a[i];
-                odd[i] = odd[i] + b[i];
-            }
-        }
-        for a in single {
-            let a = f(E::load(isa, a));
-            for i in 0..N {
-                even[i] = even[i] + a[i];
-            }
-        }
-        if !rest.is_empty() {
-            let a = f(tail(isa, run));
-            for i in 0..N {
-                odd[i] = odd[i] + a[i].keep_last(rest.len());
-            }
-        }
+        let part = run_sums(isa, std::iter::once(run), f);
         for i in 0..N {
-            totals[i] += (even[i] + odd[i]).sum();
+            totals[i] += part[i];
         }
     }
     totals
 }
 
-/// The sums of `f(k, x, y)` over `x` and `y`, for any number of sums at once; `k` counts chunks.
+/// The sums of `f(k, x, y)` over two slices of any length; `k` counts chunks.
 #[inline(always)]
 pub(crate) fn sums2<const N: usize, E: Elem, I: Isa>(
     isa: I,
     x: &[E],
     y: &[E],
-    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> [Lanes<E::Acc>; N] + Copy,
 ) -> [f64; N] {
     let mut totals = [0f64; N];
-    let mut first = 0;
-    for (x, y) in x.chunks(RUN).zip(y.chunks(RUN)) {
-        let (xs, rest) = x.as_chunks::<LANES>();
-        let (ys, _) = y.as_chunks::<LANES>();
-        let mut even = [Lanes::zero(); N];
-        let mut odd = [Lanes::zero(); N];
-        let (x_pairs, x_single) = xs.as_chunks::<2>();
-        let (y_pairs, y_single) = ys.as_chunks::<2>();
-        let mut k = first;
-        for ([xa, xb], [ya, yb]) in x_pairs.iter().zip(y_pairs) {
-            let a = f(k, E::load(isa, xa), E::load(isa, ya));
-            let b = f(k + 1, E::load(isa, xb), E::load(isa, yb));
-            for i in 0..N {
-                even[i] = even[i] + a[i];
-                odd[i] = odd[i] + b[i];
-            }
-            k += 2;
-        }
-        for (x, y) in x_single.iter().zip(y_single) {
-            let a = f(k, E::load(isa, x), E::load(isa, y));
-            for i in 0..N {
-                even[i] = even[i] + a[i];
-            }
-            k += 1;
-        }
-        if !rest.is_empty() {
-            let a = f(k, tail(isa, x), tail(isa, y));
-            for i in 0..N {
-                odd[i] = odd[i] + a[i].keep_last(rest.len());
-            }
-        }
+    for (run, pair) in x.chunks(RUN).zip(y.chunks(RUN)).enumerate() {
+        let part = run_sums2(isa, std::iter::once(pair), run * (RUN / LANES), f);
         for i in 0..N {
-            totals[i] += (even[i] + odd[i]).sum();
+            totals[i] += part[i];
         }
-        first += RUN / LANES;
     }
     totals
+}
+
+/// How many slices of `len` elements make a run.
+pub(crate) fn slices_per_run(len: usize) -> usize {
+    (RUN / len.max(1)).max(1)
 }

@@ -5,8 +5,8 @@
 //! tensors: `storage_and_layout` could wait for ever on a thread that sets a variable, where two arguments share a storage.
 
 use std::borrow::Cow;
-use std::cell::Cell;
-use std::sync::OnceLock;
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, OnceLock};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -85,6 +85,68 @@ pub(super) fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> 
     })
 }
 
+/// Which parameters an op has, and where they are among its arguments.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Params {
+    pub(super) weight: bool,
+    pub(super) bias: bool,
+}
+
+impl Params {
+    pub(super) fn of(weight: Option<&Tensor>, bias: Option<&Tensor>) -> Self {
+        Self {
+            weight: weight.is_some(),
+            bias: bias.is_some(),
+        }
+    }
+
+    /// The weight among the parameters `args`, in the precision that it is multiplied in.
+    pub(super) fn weight<'a, A: Accumulator>(
+        self,
+        args: &[Arg<'a>],
+    ) -> Result<Option<Cow<'a, [A]>>> {
+        let weight = args.first().filter(|_| self.weight);
+        weight.map(|w| widened(*w)).transpose()
+    }
+
+    /// The bias among the parameters `args`.
+    pub(super) fn bias<'a, A: Accumulator>(self, args: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
+        let bias = args.last().filter(|_| self.bias);
+        bias.map(|b| widened(*b)).transpose()
+    }
+
+    /// The gradients of the parameters that there are, in the order of the arguments.
+    pub(super) fn pick<T>(self, dweight: T, dbias: T) -> Vec<T> {
+        let both = [(self.weight, dweight), (self.bias, dbias)];
+        both.into_iter()
+            .filter(|(has, _)| *has)
+            .map(|(_, d)| d)
+            .collect()
+    }
+}
+
+/// What the forward left for the backward.
+pub(super) fn saved<'a, T>(name: &str, slot: &'a OnceLock<T>) -> Result<&'a T> {
+    match slot.get() {
+        Some(saved) => Ok(saved),
+        None => bail!("internal error: {name} has not run forward"),
+    }
+}
+
+/// Gradients by tensor operations, in the shapes and dtypes of the arguments.
+pub(super) fn shaped(
+    args: &[&Tensor],
+    params: Params,
+    grads: super::composed::Gradients,
+) -> Result<Vec<Tensor>> {
+    let mut all = vec![grads.dx];
+    all.extend(params.pick(grads.dweight, grads.dbias));
+    let pairs = all.iter().zip(args);
+    pairs
+        .map(|(g, arg)| g.reshape(arg.shape())?.to_dtype(arg.dtype()))
+        .collect()
+}
+
 /// A layer on the fused path: at most three arguments, all contiguous, the input first.
 pub(super) trait FusedOp: Send + Sync + 'static {
     fn name(&self) -> &'static str;
@@ -100,23 +162,60 @@ pub(super) trait FusedOp: Send + Sync + 'static {
     fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>>;
 }
 
-/// Applies `op` to `x` and the parameters that there are.
-pub(super) fn apply<F: FusedOp>(op: F, x: &Tensor, params: &[Option<&Tensor>]) -> Result<Tensor> {
+/// Applies `op` to `x` and the parameters that there are. Also returns the op, with what it saved.
+pub(super) fn apply<F: FusedOp>(
+    op: F,
+    x: &Tensor,
+    params: &[Option<&Tensor>],
+) -> Result<(Tensor, Arc<F>)> {
     let mut args = vec![x.contiguous()?];
     for param in params.iter().flatten() {
         args.push(param.contiguous()?);
     }
-    let node = Node(op);
-    match args.as_slice() {
-        [x] => x.apply_op1(node),
-        [x, a] => x.apply_op2(a, node),
-        [x, a, b] => x.apply_op3(a, b, node),
+    let node = Node(Arc::new(op));
+    let (op, recorded) = (node.0.clone(), node.clone());
+    let y = match args.as_slice() {
+        [x] => x.apply_op1(node)?,
+        [x, a] => x.apply_op2(a, node)?,
+        [x, a, b] => x.apply_op3(a, b, node)?,
         _ => bail!("internal error: an op of more than three arguments"),
+    };
+    RECORDER.with_borrow_mut(|recorder| {
+        if let Some(slot) = recorder {
+            *slot = Some(Box::new(move |dy| {
+                recorded.bwd(&args.iter().collect::<Vec<_>>(), dy)
+            }));
+        }
+    });
+    Ok((y, op))
+}
+
+/// The backward of an op that ran, of the gradient of its output.
+pub(super) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>>;
+
+thread_local! {
+    static RECORDER: RefCell<Option<Option<Handle>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, and returns the backward of the last op that it applied.
+pub(super) fn recording(f: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, Handle)> {
+    RECORDER.set(Some(None));
+    let y = f();
+    match (y, RECORDER.take().flatten()) {
+        (Ok(y), Some(handle)) => Ok((y, handle)),
+        (Ok(_), None) => bail!("expected a call on the fused path, got none"),
+        (Err(e), _) => Err(e),
     }
 }
 
 /// A [`FusedOp`] as candle's op of as many arguments as it has.
-struct Node<F>(F);
+struct Node<F>(Arc<F>);
+
+impl<F> Clone for Node<F> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
 
 impl<F: FusedOp> Node<F> {
     fn fwd(&self, args: &[Arg]) -> Result<(CpuStorage, Shape)> {
@@ -128,7 +227,7 @@ impl<F: FusedOp> Node<F> {
             let grads = self.0.backward_composed(args, dy)?;
             return Ok(grads.into_iter().map(Some).collect());
         }
-        let (dx, dparams) = gradients(&self.0, args, dy)?;
+        let (dx, dparams) = gradients(&*self.0, args, dy)?;
         Ok(std::iter::once(Some(dx)).chain(dparams).collect())
     }
 }

@@ -92,3 +92,6 @@ fn route(layer: &str, x: &Tensor) -> Result<Route> {
         Path::Auto | Path::Fused => Ok(Route::Fused),
     }
 }
+
+#[doc(hidden)]
+pub mod hook;

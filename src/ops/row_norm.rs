@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, Result, Shape, Tensor};
 
-use super::fused::{self, Accumulator, Arg, FusedOp, Native, elements, widened, with_native};
+use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, elements, with_native};
 use super::{Route, check, composed, route};
 use crate::kernels::rows;
 
@@ -172,40 +172,34 @@ fn fused_rows(
             eps: composed::eps_in(composed::accumulator(x.dtype()), norm.eps_for(x.dtype())),
             round_first: norm.cast == Cast::BeforeWeight,
         },
-        has_weight: weight.is_some(),
-        has_bias: bias.is_some(),
+        params: Params::of(weight, bias),
         stats: OnceLock::new(),
     };
-    fused::apply(op, x, &[weight, bias])
+    Ok(fused::apply(op, x, &[weight, bias])?.0)
 }
 
 /// Layer norm or RMS norm as a node of the graph.
 struct Rows {
     norm: RowNorm,
     spec: rows::Spec,
-    has_weight: bool,
-    has_bias: bool,
+    params: Params,
     stats: OnceLock<Vec<rows::Stats>>,
 }
 
 impl Rows {
     /// The factor of each column.
-    fn weight<'a, A: Accumulator>(&self, arg: Option<&Arg<'a>>) -> Result<Option<Cow<'a, [A]>>> {
-        let Some(arg) = arg.filter(|_| self.has_weight) else {
-            return Ok(None);
-        };
-        let mut weight = widened::<A>(*arg)?;
-        if self.norm.offset != 0. {
+    fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
+        let mut weight = self.params.weight::<A>(params)?;
+        if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
             let offset = A::from_wide(self.norm.offset);
             weight.to_mut().iter_mut().for_each(|w| *w = *w + offset);
         }
-        Ok(Some(weight))
+        Ok(weight)
     }
 
     fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
-        let weight = self.weight::<T::Acc>(args.get(1))?;
-        let bias = args.last().filter(|_| self.has_bias);
-        let bias = bias.map(|b| widened::<T::Acc>(*b)).transpose()?;
+        let weight = self.weight(&args[1..])?;
+        let bias = self.params.bias(&args[1..])?;
         let affine = rows::Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
@@ -218,21 +212,13 @@ impl Rows {
     fn backward_of<T: Native>(
         &self,
         args: &[Arg],
-        params: bool,
+        wanted: bool,
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        let weight = self.weight::<T::Acc>(args.get(2))?;
+        let weight = self.weight(&args[2..])?;
         let (x, dy) = (elements(args[0])?, elements(args[1])?);
-        let Some(stats) = self.stats.get() else {
-            candle_core::bail!("internal error: {} ran backward first", self.norm.layer)
-        };
-        let grads = rows::backward::<T>(x, dy, weight.as_deref(), stats, self.spec, params);
-        let mut dparams = vec![];
-        if self.has_weight {
-            dparams.push(grads.dweight);
-        }
-        if self.has_bias {
-            dparams.push(grads.dbias);
-        }
+        let stats = fused::saved(self.norm.layer, &self.stats)?;
+        let grads = rows::backward::<T>(x, dy, weight.as_deref(), stats, self.spec, wanted);
+        let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }
 }
@@ -254,27 +240,16 @@ impl FusedOp for Rows {
     fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {
         let (x, len) = (args[0], self.spec.len);
         let acc = composed::accumulator(x.dtype());
-        let weight = args.get(1).filter(|_| self.has_weight);
+        let weight = args.get(1).filter(|_| self.params.weight);
         let weight = weight.map(|w| w.to_dtype(acc)?.reshape(len)? + self.norm.offset);
-        let rows = x.to_dtype(acc)?.reshape(((), len))?;
         let grads = composed::backward(
-            &rows,
+            &x.to_dtype(acc)?.reshape(((), len))?,
             &dy.to_dtype(acc)?.contiguous()?.reshape(((), len, 1))?,
             weight.transpose()?.as_ref(),
             self.norm.center,
             self.spec.eps,
         )?;
-        let mut out = vec![grads.dx.reshape(x.shape())?];
-        if self.has_weight {
-            out.push(grads.dweight.reshape(args[1].shape())?);
-        }
-        if self.has_bias {
-            out.push(grads.dbias.reshape(args[args.len() - 1].shape())?);
-        }
-        out.iter()
-            .zip(args)
-            .map(|(g, arg)| g.to_dtype(arg.dtype()))
-            .collect()
+        fused::shaped(args, self.params, grads)
     }
 }
 
