@@ -1,3 +1,4 @@
+//! Scratch.
 use candle_core::*;
 use candle_norm::*;
 use std::time::Instant;

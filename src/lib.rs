@@ -1,5 +1,85 @@
-//! Normalization layers for candle.
+//! Normalization layers for [candle](candle_core) models that are trained, not only run.
+//!
+//! The layers have PyTorch's formulas, defaults and parameter names, and the constructors and accessors of candle-nn: a model
+//! written for candle-nn's norms compiles against this crate with the import changed. Every parameter and every input gets its
+//! gradient. `f16`, `bf16`, `f32` and `f64` train and evaluate; half precision is computed in `f32`.
+//!
+//! # Layers
+//!
+//! | layer | built by | one mean and variance for each | trait |
+//! | --- | --- | --- | --- |
+//! | [`BatchNorm`] | [`batch_norm()`] | channel, over the batch and space; running ones for inference | [`ModuleT`] |
+//! | [`LayerNorm`] | [`layer_norm()`] | row: the trailing axes, or the channels of each position | [`Module`] |
+//! | [`RmsNorm`] | [`rms_norm()`] | row, by its mean square alone | [`Module`] |
+//! | [`GroupNorm`] | [`group_norm()`] | group of channels of a sample | [`Module`] |
+//! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
+//! | [`WeightNorm`] | [`weight_norm`]`::{linear, conv1d, …}` | none: the weight is a length times a direction | [`Module`] |
+//! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
+//!
+//! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in training and inference are a
+//! [`Module`] too; BatchNorm and InstanceNorm are not, so that no `forward` can pick a mode unasked.
+//!
+//! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with PyTorch's defaults.
+//!
+//! # Example
+//!
+//! A convolution with batch normalization learns to tell two kinds of noise apart:
+//!
+//! ```
+//! use candle_core::{DType, Device, Result, Tensor};
+//! use candle_nn::{AdamW, Module, ModuleT, Optimizer, VarBuilder, VarMap, loss};
+//! use candle_norm::{batch_norm, trainable_vars};
+//!
+//! fn main() -> Result<()> {
+//!     let vars = VarMap::new();
+//!     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+//!     let conv = candle_nn::conv2d_no_bias(1, 8, 3, Default::default(), vb.pp("conv"))?;
+//!     let norm = batch_norm(8, 1e-5, vb.pp("norm"))?;
+//!     let head = candle_nn::linear(8, 2, vb.pp("head"))?;
+//!     let model = |images: &Tensor, train| {
+//!         let maps = norm.forward_t(&conv.forward(images)?, train)?.relu()?;
+//!         head.forward(&maps.mean((2, 3))?)
+//!     };
+//!
+//!     // Two kinds of noise: the images of class 1 have twice the contrast of those of class 0.
+//!     let labels = (Tensor::arange(0u32, 32, &Device::Cpu)? / 16.)?;
+//!     let contrast = (labels.to_dtype(DType::F32)? + 1.)?.reshape((32, 1, 1, 1))?;
+//!     let images = Tensor::rand(0f32, 1., (32, 1, 8, 8), &Device::Cpu)?.broadcast_mul(&contrast)?;
+//!
+//!     let mut optimizer = AdamW::new_lr(trainable_vars(&vars), 0.05)?;
+//!     for _ in 0..40 {
+//!         let loss = loss::cross_entropy(&model(&images, true)?, &labels)?;
+//!         optimizer.backward_step(&loss)?;
+//!     }
+//!     // `false` is inference: the running statistics take the place of the batch's own.
+//!     let right = model(&images, false)?.argmax(1)?.eq(&labels)?;
+//!     assert_eq!(right.sum_all()?.to_scalar::<u8>()?, 32);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Around the layers
+//!
+//! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a [`Box<dyn Norm>`](Norm), or a
+//!   [`NormedLayer`]: a linear layer or convolution together with its norm.
+//! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
+//!   of BatchNorm and InstanceNorm, and [`recalibrate`] recomputes them.
+//! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
+//! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
+//! - Without layers: [`ops`] has the same as functions on tensors.
+//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the implementations.
+//!
+//! # Further reading
+//!
+//! In the repository: `docs/guide.md` (which norm when, and the usual mistakes), `docs/migration.md` (from candle-nn, PyTorch,
+//! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/performance.md`. The README lists
+//! the limits of this version, and faults of candle on the CPU that reach models with norms in them.
+//!
+//! [`Module`]: candle_nn::Module
+//! [`ModuleT`]: candle_nn::ModuleT
+
 pub mod checkpoint;
+pub mod gradcheck;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
 mod kernels;
 mod layers;
@@ -22,3 +102,24 @@ pub use layers::{
 pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};
 pub use optim::{ParamGroups, param_groups, trainable_vars};
+
+// The examples in the documents are tests too.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+struct Guide;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/migration.md")]
+struct Migration;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/numerics.md")]
+struct Numerics;
+
+#[cfg(doctest)]
+#[doc = include_str!("../CONTRIBUTING.md")]
+struct Contributing;

@@ -24,10 +24,6 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    pub(crate) fn elements(self) -> usize {
-        self.outer * self.channels * self.inner
-    }
-
     /// How many elements a channel has.
     pub(crate) fn per_channel(self) -> f64 {
         (self.outer * self.inner) as f64

@@ -116,9 +116,9 @@ pub struct BatchNorm {
 /// assert_eq!(trained.dims(), inferred.dims());
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub fn batch_norm(
+pub fn batch_norm<C: Into<BatchNormOptions>>(
     num_features: usize,
-    options: impl Into<BatchNormOptions>,
+    options: C,
     vb: VarBuilder,
 ) -> Result<BatchNorm> {
     let options = options.into();

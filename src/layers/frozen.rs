@@ -1,6 +1,6 @@
 //! Batch and instance normalization with fixed statistics, and their folding into the layer before.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 use candle_nn::{Conv1d, Conv2d, Linear, Module};
 
 use super::params::AffineParams;
@@ -75,13 +75,7 @@ impl FrozenNorm {
     pub fn fold_into<L: Foldable>(&self, layer: &L) -> Result<L> {
         let weight = layer.weight().detach();
         let c = self.mean.elem_count();
-        if weight.rank() == 0 || weight.dims()[0] != c {
-            bail!(
-                "{}: expected a layer with {c} output channels to fold into, got weight shape {:?}",
-                self.layer,
-                weight.dims()
-            )
-        }
+        check::output_channels(self.layer, &weight, c)?;
         check::float(self.layer, "the weight to fold into", &weight)?;
         check::same_device(
             self.layer,

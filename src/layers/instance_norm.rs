@@ -72,7 +72,7 @@ pub struct InstanceNorm {
 
 /// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
 ///
-/// Names as for [`batch_norm`](crate::batch_norm).
+/// Names as for [`batch_norm`](crate::batch_norm()).
 ///
 /// # Errors
 /// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.

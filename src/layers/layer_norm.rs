@@ -101,9 +101,9 @@ pub struct LayerNorm {
 /// # let _ = last_two_axes;
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub fn layer_norm(
+pub fn layer_norm<C: Into<LayerNormOptions>>(
     normalized_shape: impl Into<Shape>,
-    options: impl Into<LayerNormOptions>,
+    options: C,
     vb: VarBuilder,
 ) -> Result<LayerNorm> {
     let shape = normalized_shape.into();

@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use candle_core::{DType, Device, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in};
@@ -102,17 +102,12 @@ impl RunningStats {
         vb: &VarBuilder,
     ) -> Result<Self> {
         let dtype = dtype_in(vb.dtype());
-        let get = |names: &[&str], initial: f64| {
+        let get = |names: &[&str], initial: f64| -> Result<_> {
             let name = name_in(vb, names);
             let value = vb.get_with_hints_dtype(num_features, name, Init::Const(initial), dtype)?;
-            if value.dtype() != dtype {
-                bail!(
-                    "{layer}: expected {} with dtype {dtype:?}, got {:?}: the VarMap holds a variable made elsewhere",
-                    path(vb, name),
-                    value.dtype()
-                )
-            }
-            Ok((path(vb, name), value))
+            let name = path(vb, name);
+            check::dtype(layer, &name, &value, dtype)?;
+            Ok((name, value))
         };
         let (mean_name, mean) = get(RUNNING_MEAN, 0.)?;
         let (var_name, var) = get(RUNNING_VAR, 1.)?;
@@ -193,14 +188,7 @@ impl RunningStats {
         };
         // Elsewhere the check would wait for the device at every inference.
         if snapshot.var.device().is_cpu() && snapshot.var.elem_count() > 0 {
-            let lowest = snapshot.var.min(0)?.to_dtype(DType::F64)?;
-            let lowest = lowest.to_scalar::<f64>()?;
-            if lowest < 0. {
-                bail!(
-                    "{}: expected running_var to be at least 0, got {lowest}",
-                    inner.layer
-                )
-            }
+            check::non_negative(inner.layer, RUNNING_VAR[0], &snapshot.var)?;
         }
         Ok(snapshot)
     }
@@ -324,9 +312,7 @@ pub fn recalibrate(
     mut forward: impl FnMut(&Tensor) -> Result<Tensor>,
 ) -> Result<usize> {
     let stats: Vec<&RunningStats> = norms.iter().filter_map(|n| n.running_stats()).collect();
-    if stats.is_empty() {
-        bail!("recalibrate: expected layers with running statistics, got none")
-    }
+    check::at_least_one("recalibrate", "layer with running statistics", stats.len())?;
     let before = stats
         .iter()
         .map(|s| s.snapshot())
@@ -341,9 +327,7 @@ pub fn recalibrate(
             forward(&batch)?;
             count += 1;
         }
-        if count == 0 {
-            bail!("recalibrate: expected at least one batch, got none")
-        }
+        check::at_least_one("recalibrate", "batch", count)?;
         Ok(count)
     };
     let outcome = run();

@@ -1,6 +1,6 @@
 //! Weight normalization around candle-nn's linear layers and convolutions.
 
-use candle_core::{Result, Tensor, Var, bail};
+use candle_core::{Result, Tensor, Var};
 use candle_nn::{
     Conv1d, Conv1dConfig, Conv2d, Conv2dConfig, ConvTranspose1d, ConvTranspose1dConfig,
     ConvTranspose2d, ConvTranspose2dConfig, Linear, Module, VarBuilder,
@@ -145,8 +145,7 @@ impl<L: Weighted> WeightNorm<L> {
                 values.push((mine, theirs.detach()));
             }
             (Some(mine), None) => values.push((mine, mine.zeros_like()?.detach())),
-            (None, None) => {}
-            (None, Some(_)) => bail!("{LAYER}: expected a layer without bias, got one with a bias"),
+            (None, theirs) => check::no_bias(LAYER, theirs)?,
         }
         assign(values)
     }
@@ -205,17 +204,8 @@ impl<L: Weighted> WeightNorm<L> {
     pub fn init_from_batch(&self, xs: &Tensor) -> Result<Tensor> {
         let map = L::map(&self.config);
         let (axis, outputs) = map.outputs(&self.v);
-        if self.dim != Some(axis) || self.g.elem_count() != outputs {
-            bail!(
-                "{LAYER}: expected dim {axis}, the axis of the {outputs} outputs, to initialize from a batch, got {:?}",
-                self.dim
-            )
-        }
-        let Some(bias) = &self.bias else {
-            bail!(
-                "{LAYER}: expected a layer with a bias to initialize from a batch, got one without"
-            )
-        };
+        check::magnitude_per_output(LAYER, self.dim, self.g.elem_count(), (axis, outputs))?;
+        let bias = check::bias(LAYER, self.bias())?;
         let ones = self.g.ones_like()?.detach();
         let unit = ops::weight_norm(&self.v.detach(), &ones, self.dim)?;
         let t = map.apply(LAYER, &xs.detach(), &unit, None)?;
@@ -225,12 +215,7 @@ impl<L: Weighted> WeightNorm<L> {
             LinearMap::Convolution(_) => t,
         };
         let (_, statistics) = ops::batch_norm(&t, None, None, f64::MIN_POSITIVE)?;
-        let Some(statistics) = statistics else {
-            bail!(
-                "{LAYER}: expected a batch to initialize from, got input size {:?}",
-                xs.dims()
-            )
-        };
+        let statistics = check::not_empty(LAYER, statistics, xs)?;
         let count = (t.elem_count() / outputs) as f64;
         let biased = (statistics.var * ((count - 1.) / count))?;
         check::varying(LAYER, &biased)?;
@@ -246,11 +231,7 @@ impl<L: Weighted> WeightNorm<L> {
 fn assign(values: Vec<(&Tensor, Tensor)>) -> Result<()> {
     let mut vars = vec![];
     for (param, value) in values {
-        if !param.is_variable() {
-            bail!(
-                "{LAYER}: expected parameters that are variables, got plain tensors; build the layer from a VarMap"
-            )
-        }
+        check::variable(LAYER, param)?;
         check::same_device(LAYER, "the new value", &value, param.device())?;
         vars.push((
             Var::from_tensor(param)?,

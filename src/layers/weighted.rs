@@ -131,6 +131,8 @@ pub(super) fn initial(
         }
     };
     match map {
+        // Without inputs there is nothing to draw, and the deviation would be infinite.
+        _ if inputs == 0 || kernel_size == 0 => (Init::Const(0.), Init::Const(0.)),
         LinearMap::Convolution(g) if g.transposed => {
             let init = uniform(outputs.saturating_mul(kernel_size.saturating_pow(g.axes as u32)));
             (init, init)

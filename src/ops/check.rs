@@ -273,3 +273,140 @@ pub(crate) fn varying(layer: &str, var: &Tensor) -> Result<()> {
         None => Ok(()),
     }
 }
+
+pub(crate) fn dtype(layer: &str, name: &str, value: &Tensor, expected: DType) -> Result<()> {
+    if value.dtype() != expected {
+        bail!(
+            "{layer}: expected {name} with dtype {expected:?}, got {:?}; the VarMap holds a variable of that name made elsewhere",
+            value.dtype()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn non_negative(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    let lowest = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
+    let lowest = lowest.to_scalar::<f64>()?;
+    if lowest < 0. {
+        bail!("{layer}: expected {name} to be at least 0, got {lowest}")
+    }
+    Ok(())
+}
+
+pub(crate) fn at_least_one(layer: &str, what: &str, count: usize) -> Result<()> {
+    if count == 0 {
+        bail!("{layer}: expected at least one {what}, got none")
+    }
+    Ok(())
+}
+
+/// The layer that a normalization of `channels` channels is folded into.
+pub(crate) fn output_channels(layer: &str, weight: &Tensor, channels: usize) -> Result<()> {
+    if weight.dims().first() != Some(&channels) {
+        bail!(
+            "{layer}: expected a layer with {channels} output channels to fold into, got weight shape {:?}",
+            weight.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn no_bias(layer: &str, bias: Option<&Tensor>) -> Result<()> {
+    if bias.is_some() {
+        bail!("{layer}: expected a layer without bias to copy from, got one with a bias")
+    }
+    Ok(())
+}
+
+pub(crate) fn bias<'a>(layer: &str, bias: Option<&'a Tensor>) -> Result<&'a Tensor> {
+    match bias {
+        Some(bias) => Ok(bias),
+        None => bail!(
+            "{layer}: expected a layer with a bias to initialize from a batch, got one without"
+        ),
+    }
+}
+
+/// What a data-dependent initialization scales: each output by itself.
+pub(crate) fn magnitude_per_output(
+    layer: &str,
+    dim: Option<usize>,
+    magnitudes: usize,
+    (axis, outputs): (usize, usize),
+) -> Result<()> {
+    if dim != Some(axis) || magnitudes != outputs {
+        bail!(
+            "{layer}: expected dim {axis}, the axis of the {outputs} outputs, to initialize from a batch, got {dim:?}"
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn not_empty<T>(layer: &str, statistics: Option<T>, x: &Tensor) -> Result<T> {
+    match statistics {
+        Some(s) => Ok(s),
+        None => bail!(
+            "{layer}: expected a batch to initialize from, got input size {:?}",
+            x.dims()
+        ),
+    }
+}
+
+pub(crate) fn variable(layer: &str, param: &Tensor) -> Result<()> {
+    if !param.is_variable() {
+        bail!(
+            "{layer}: expected parameters that are variables, got plain tensors; build the layer from a VarMap"
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn grouped_channels(
+    layer: &str,
+    groups: usize,
+    inputs: usize,
+    outputs: usize,
+) -> Result<()> {
+    if !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
+        bail!(
+            "{layer}: expected groups ({groups}) to divide the channels, got {inputs} in and {outputs} out"
+        )
+    }
+    Ok(())
+}
+
+/// The size of an output axis, if there is one.
+pub(crate) fn kernel_fits(
+    layer: &str,
+    output: Option<usize>,
+    x: &Tensor,
+    weight: &Tensor,
+    g: &Geometry,
+) -> Result<usize> {
+    match output {
+        Some(size) => Ok(size),
+        None => bail!(
+            "{layer}: expected an input that the kernel fits, got size {:?} for weight shape {:?}, padding {}, dilation {}",
+            x.dims(),
+            weight.dims(),
+            g.padding,
+            g.dilation
+        ),
+    }
+}
+
+/// The fused path was forced: whether it can serve `x`.
+pub(crate) fn served(layer: &str, x: &Tensor, served: bool) -> Result<()> {
+    if !served {
+        bail!(
+            "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; use Path::Auto",
+            x.device().location()
+        )
+    }
+    Ok(())
+}
+
+/// What only a fault of this crate can bring about.
+pub(crate) fn internal<T>(layer: &str, what: &str) -> Result<T> {
+    bail!("{layer}: expected {what}; this is a fault of candle-norm")
+}

@@ -6,11 +6,11 @@
 //! candle adds up in the element's dtype and, off the last axis or without vector instructions, one element
 //! after the other. A chain of a few thousand `f32` additions already costs more than the tolerance of the
 //! contract. So an axis that is summed, here or in candle's own backward of a broadcast, is first split
-//! into axes of at most [`BLOCK`], which are summed, or broadcast, one at a time.
+//! into axes of about [`BLOCK`], which are summed, or broadcast, one at a time.
 
 use candle_core::{DType, Result, Tensor};
 
-/// The longest chain of additions.
+/// The longest chain of additions, on axes of up to `BLOCK³`.
 const BLOCK: usize = 32;
 
 /// The dtype that sums and products are formed in: `f32` for half precision, else the input's.
@@ -30,32 +30,36 @@ pub(crate) fn eps_in(dtype: DType, eps: f64) -> f64 {
     }
 }
 
-/// `n` as a product of factors of at most [`BLOCK`], if it is one.
-fn factors(n: usize) -> Option<Vec<usize>> {
+/// The most axes that one axis is split into: candle's tensors have eight at the most, and two axes may be split at once.
+const FACTORS: usize = 3;
+
+/// `n` as a product of at most [`FACTORS`] factors of at most `block`, if it is one.
+fn factors(n: usize, block: usize) -> Option<Vec<usize>> {
     let mut rest = n;
     let mut found = vec![];
-    while rest > BLOCK {
-        let d = (2..=BLOCK).rev().find(|d| rest.is_multiple_of(*d))?;
+    while rest > block {
+        let d = (2..=block).rev().find(|d| rest.is_multiple_of(*d))?;
         found.push(d);
         rest /= d;
     }
     found.push(rest);
     found.reverse();
-    Some(found)
+    (found.len() <= FACTORS).then_some(found)
 }
 
-/// The length of the first of the parts that an axis of `n` is cut into, and its factors: all of it where
-/// `n` factors, else the largest `a · BLOCKᵏ` that fits.
+/// The length of the first of the parts that an axis of `n` is cut into, and its factors: all of it where `n` factors, else the
+/// longest part that does. Beyond 32³ the blocks grow, so that three factors are enough.
 fn first_part(n: usize) -> (usize, Vec<usize>) {
-    if let Some(f) = factors(n) {
-        return (n, f);
+    let block = BLOCK.max((n as f64).cbrt().ceil() as usize);
+    if let Some(factors) = factors(n, block) {
+        return (n, factors);
     }
-    let mut unit = BLOCK;
-    while unit * BLOCK <= n {
-        unit *= BLOCK;
+    if n < block * block {
+        (n / block * block, vec![n / block, block])
+    } else {
+        let square = block * block;
+        (n / square * square, vec![n / square, block, block])
     }
-    let len = n / unit * unit;
-    (len, factors(len).unwrap_or_else(|| vec![len]))
 }
 
 /// Broadcasts `t` to `dims` one axis at a time, outermost first, so that the backward sums one axis at a
@@ -137,21 +141,16 @@ impl Rows {
 
     /// The sum of each row, `[rows]`.
     pub(crate) fn sum(&self) -> Result<Tensor> {
-        let mut total: Option<Tensor> = None;
-        for part in &self.parts {
+        let sum = |part: &Tensor| -> Result<Tensor> {
             let mut sum = part.clone();
             while sum.rank() > 1 {
                 sum = sum.sum(sum.rank() - 1)?;
             }
-            total = Some(match total {
-                None => sum,
-                Some(t) => (t + sum)?,
-            });
-        }
-        match total {
-            Some(t) => Ok(t),
-            None => candle_core::bail!("internal error: rows without elements"),
-        }
+            Ok(sum)
+        };
+        let (first, rest) = (sum(&self.parts[0])?, &self.parts[1..]);
+        rest.iter()
+            .try_fold(first, |total, part| total + sum(part)?)
     }
 
     /// The mean of each row, `[rows]`.
@@ -332,24 +331,18 @@ mod tests {
     use candle_core::Device;
 
     #[test]
-    fn factors_multiply_back_and_stay_small() {
-        for n in 1..5000 {
-            if let Some(f) = factors(n) {
-                assert_eq!(f.iter().product::<usize>(), n);
-                assert!(f.iter().all(|&d| d <= BLOCK), "{n}: {f:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn parts_cover_every_length() {
-        for n in (1..5000).chain([65_537, 1 << 24, (1 << 24) + 43]) {
+    fn parts_cover_every_length_in_few_small_factors() {
+        let ragged = [65_537, 588_245, 5_764_801, 1 << 24, (1 << 24) + 43, 1 << 30];
+        for n in (1..5000).chain(ragged) {
+            let block = BLOCK.max((n as f64).cbrt().ceil() as usize);
             let mut rest = n;
             let mut parts = 0;
             while rest > 0 {
-                let (len, f) = first_part(rest);
+                let (len, factors) = first_part(rest);
                 assert!(len >= 1 && len <= rest, "{n}");
-                assert!(f.iter().all(|&d| d <= BLOCK), "{n}: {f:?}");
+                assert_eq!(factors.iter().product::<usize>(), len, "{n}");
+                assert!(factors.len() <= FACTORS, "{n}: {factors:?}");
+                assert!(factors.iter().all(|&f| f <= block), "{n}: {factors:?}");
                 rest -= len;
                 parts += 1;
             }

@@ -11,9 +11,9 @@ use std::sync::{Arc, OnceLock};
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
-    bail,
 };
 
+use super::check;
 use crate::kernels::simd::{Elem, Real};
 
 /// An element type that both candle and the kernels know.
@@ -44,7 +44,7 @@ macro_rules! with_native {
                 type $t = half::bf16;
                 $body
             }
-            dtype => candle_core::bail!("{}: no kernel for {dtype:?}", $layer),
+            _ => crate::ops::check::internal($layer, "a dtype that kernels know"),
         }
     };
 }
@@ -61,7 +61,7 @@ pub(super) fn dtype(arg: &Arg) -> DType {
 pub(super) fn elements<'a, T: WithDType>((storage, layout): Arg<'a>) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => bail!("internal error: a kernel was given a strided tensor"),
+        None => check::internal("kernel", "a contiguous tensor"),
     }
 }
 
@@ -129,7 +129,7 @@ impl Params {
 pub(super) fn saved<'a, T>(name: &str, slot: &'a OnceLock<T>) -> Result<&'a T> {
     match slot.get() {
         Some(saved) => Ok(saved),
-        None => bail!("internal error: {name} has not run forward"),
+        None => check::internal(name, "the forward to have run before the backward"),
     }
 }
 
@@ -178,7 +178,7 @@ pub(super) fn apply<F: FusedOp>(
         [x] => x.apply_op1(node)?,
         [x, a] => x.apply_op2(a, node)?,
         [x, a, b] => x.apply_op3(a, b, node)?,
-        _ => bail!("internal error: an op of more than three arguments"),
+        _ => check::internal(op.name(), "at most three arguments")?,
     };
     RECORDER.with_borrow_mut(|recorder| {
         if let Some(slot) = recorder {
@@ -203,7 +203,7 @@ pub(super) fn recording(f: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, H
     let y = f();
     match (y, RECORDER.take().flatten()) {
         (Ok(y), Some(handle)) => Ok((y, handle)),
-        (Ok(_), None) => bail!("expected a call on the fused path, got none"),
+        (Ok(_), None) => check::internal("hook", "a call on the fused path"),
         (Err(e), _) => Err(e),
     }
 }
@@ -263,7 +263,7 @@ pub(super) fn gradients<F: FusedOp>(
     let dx = match inputs.as_slice() {
         [x, dy, weight] => x.apply_op3_no_bwd(dy, weight, &inner)?,
         [x, dy] => x.apply_op2_no_bwd(dy, &inner)?,
-        _ => bail!("internal error: an op without arguments"),
+        _ => check::internal(op.name(), "an argument")?,
     };
     let mut dparams = inner.dparams.into_inner().unwrap_or_default().into_iter();
     let dparams = args[1..]

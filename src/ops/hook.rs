@@ -1,8 +1,10 @@
-//! For the benches of this crate only: the backward of an op without candle's engine around it.
+//! For the tests and benches of this crate only: the backward of an op without candle's engine around it, and the instruction set of the
+//! kernels.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 use super::fused::Handle;
+pub use crate::kernels::simd::Level;
 
 /// An op of this module with default options.
 #[derive(Debug, Clone)]
@@ -67,7 +69,7 @@ pub fn saved(
             }
             Op::WeightNorm { dim } => match weight {
                 Some(g) => super::weight_norm(x, g, *dim),
-                None => bail!("WeightNorm: expected a magnitude"),
+                None => super::check::internal("WeightNorm", "a magnitude"),
             },
         })
     })?;
@@ -88,7 +90,7 @@ impl Saved {
         let mut grads = (self.handle)(dy)?.into_iter();
         match grads.next().flatten() {
             Some(dx) => Ok((dx, grads.next().flatten(), grads.next().flatten())),
-            None => bail!("the op gave no gradient of its input"),
+            None => super::check::internal("hook", "a gradient of the input"),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! broadcast one are wrong. Here every product is one of two matrices, and every convolution a two-dimensional one over
 //! exactly the elements that it uses, padded beforehand and trimmed afterwards.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 use super::{check, composed};
 
@@ -45,12 +45,7 @@ impl LinearMap {
             Self::Convolution(g) => g,
         };
         check::geometry(layer, &g)?;
-        if !inputs.is_multiple_of(g.groups) || !outputs.is_multiple_of(g.groups) {
-            bail!(
-                "{layer}: expected groups ({}) to divide the channels, got {inputs} in and {outputs} out",
-                g.groups
-            )
-        }
+        check::grouped_channels(layer, g.groups, inputs, outputs)?;
         let mut shape = match g.transposed {
             false => vec![outputs, inputs / g.groups],
             true => vec![inputs, outputs / g.groups],
@@ -76,20 +71,24 @@ impl LinearMap {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         check::float(layer, "input", x)?;
+        // candle has no half-precision conv2d on the CPU, and adds up its products in half precision elsewhere.
+        let acc = composed::accumulator(x.dtype());
         let parameter = |name, value: &Tensor| {
             check::param_dtype(layer, name, value, x)?;
             check::same_device(layer, name, value, x.device())?;
-            value.to_dtype(x.dtype())
+            value.to_dtype(acc)
         };
         let weight = parameter("weight", weight)?;
         let bias = bias.map(|b| parameter("bias", b)).transpose()?;
         if let Some(bias) = &bias {
             check::shape(layer, "bias", bias, &[self.outputs(&weight).1])?;
         }
-        match self {
-            Self::Dense => dense(layer, x, &weight, bias.as_ref()),
-            Self::Convolution(g) => g.convolve(layer, x, &weight, bias.as_ref()),
-        }
+        let (dtype, x) = (x.dtype(), x.to_dtype(acc)?);
+        let y = match self {
+            Self::Dense => dense(layer, &x, &weight, bias.as_ref()),
+            Self::Convolution(g) => g.convolve(layer, &x, &weight, bias.as_ref()),
+        };
+        y?.to_dtype(dtype)
     }
 }
 
@@ -130,16 +129,8 @@ impl Geometry {
         let mut dims = vec![x.dims()[0], outputs];
         for axis in 2..x.rank() {
             let (size, kernel) = (x.dims()[axis], weight.dims()[axis]);
-            match self.output_size(size, kernel) {
-                Some(size) => dims.push(size),
-                None => bail!(
-                    "{layer}: expected an input that the kernel fits, got size {:?} for weight shape {:?}, padding {}, dilation {}",
-                    x.dims(),
-                    weight.dims(),
-                    self.padding,
-                    self.dilation
-                ),
-            }
+            let output = self.output_size(size, kernel);
+            dims.push(check::kernel_fits(layer, output, x, weight, &self)?);
         }
         if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
             return empty(&dims, 1, x, weight, bias);

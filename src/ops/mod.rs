@@ -17,7 +17,7 @@ mod weight_norm;
 
 use std::cell::Cell;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 
 pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
@@ -84,12 +84,7 @@ fn route(layer: &str, x: &Tensor) -> Result<Route> {
     match PATH.get() {
         Path::Composed => Ok(Route::Composed),
         Path::Auto if !served => Ok(Route::Composed),
-        Path::Fused if !served => bail!(
-            "{layer}: expected an input on the CPU, which the fused path serves, got {:?} on {:?}; use Path::Auto",
-            x.dtype(),
-            x.device().location()
-        ),
-        Path::Auto | Path::Fused => Ok(Route::Fused),
+        Path::Auto | Path::Fused => check::served(layer, x, served).map(|()| Route::Fused),
     }
 }
 

@@ -150,7 +150,12 @@ fn normalize_rows(
     let y = composed::standardize(&x.to_dtype(acc)?, norm.center, norm.eps_for(dtype))?.y;
     let y = match norm.cast {
         Cast::AfterWeight => y,
-        Cast::BeforeWeight => y.to_dtype(dtype)?.to_dtype(acc)?,
+        // The rounded values, with a gradient that is not rounded on its way back.
+        Cast::BeforeWeight => {
+            let detached = y.detach();
+            let rounded = detached.to_dtype(dtype)?.to_dtype(acc)?;
+            (y + (rounded - detached)?)?
+        }
     };
     composed::scale_shift(&y.reshape((rows, len, 1))?, weight.as_ref(), bias.as_ref())?
         .to_dtype(dtype)

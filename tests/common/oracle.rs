@@ -1,0 +1,449 @@
+//! Normalization in float64, as the formulas are written: loops over slices, nothing of candle.
+//!
+//! All normalizations are one function of two partitions of the elements of `x`: a *row* is a set of elements that
+//! share a mean and a variance, a *slot* the set of elements that share a weight and a bias.
+
+/// A normalization of `[dims]` in row-major order.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm {
+    /// The row of each element.
+    rows: Vec<usize>,
+    /// The slot of each element.
+    slots: Vec<usize>,
+    /// Subtract the mean.
+    center: bool,
+    eps: f64,
+    /// Added to the weight.
+    offset: f64,
+}
+
+/// What a forward pass gives.
+pub(crate) struct Forward {
+    pub(crate) y: Vec<f64>,
+    /// Of each row; 0 where rows are not centered.
+    pub(crate) mean: Vec<f64>,
+    /// Of each row, biased; the mean square where rows are not centered.
+    pub(crate) var: Vec<f64>,
+    /// The number of elements of each row.
+    pub(crate) count: Vec<f64>,
+}
+
+/// Of each row, and the elements less the mean of theirs.
+struct Statistics {
+    mean: Vec<f64>,
+    var: Vec<f64>,
+    std: Vec<f64>,
+    count: Vec<f64>,
+    centered: Vec<f64>,
+}
+
+/// What a backward pass gives.
+pub(crate) struct Backward {
+    pub(crate) dx: Gradient,
+    pub(crate) dweight: Gradient,
+    pub(crate) dbias: Gradient,
+}
+
+/// Numbers, and the size of the terms that each of them is the sum or difference of.
+pub(crate) struct Gradient {
+    pub(crate) values: Vec<f64>,
+    pub(crate) terms: Vec<f64>,
+}
+
+/// The element of a tensor of the axes `kept` that each element of one of `dims` falls on.
+pub(crate) fn along(dims: &[usize], kept: &[usize]) -> Vec<usize> {
+    let count = dims.iter().product();
+    let mut found = Vec::with_capacity(count);
+    for element in 0..count {
+        let (mut id, mut stride, mut rest) = (0, 1, element);
+        for axis in (0..dims.len()).rev() {
+            if kept.contains(&axis) {
+                id += rest % dims[axis] * stride;
+                stride *= dims[axis];
+            }
+            rest /= dims[axis];
+        }
+        found.push(id);
+    }
+    found
+}
+
+impl Norm {
+    fn new(dims: &[usize], rows: &[usize], slots: &[usize], eps: f64) -> Self {
+        Self {
+            rows: along(dims, rows),
+            slots: along(dims, slots),
+            center: true,
+            eps,
+            offset: 0.,
+        }
+    }
+
+    /// The last `axes` axes are a row, with a parameter for each of its elements.
+    pub(crate) fn layer(dims: &[usize], axes: usize, eps: f64) -> Self {
+        let first = dims.len() - axes;
+        let (outer, inner): (Vec<_>, Vec<_>) = (0..dims.len()).partition(|&a| a < first);
+        Self::new(dims, &outer, &inner, eps)
+    }
+
+    /// The channels of each position of `[N, C, *]` are a row.
+    pub(crate) fn layer_channels_first(dims: &[usize], eps: f64) -> Self {
+        let outer: Vec<_> = (0..dims.len()).filter(|&a| a != 1).collect();
+        Self::new(dims, &outer, &[1], eps)
+    }
+
+    /// `C / groups` channels and all of space are a row.
+    pub(crate) fn group(dims: &[usize], groups: usize, eps: f64) -> Self {
+        let split = [&[dims[0], groups, dims[1] / groups], &dims[2..]].concat();
+        Self::new(&split, &[0, 1], &[1, 2], eps)
+    }
+
+    /// The space of each channel of each sample is a row.
+    pub(crate) fn instance(dims: &[usize], eps: f64) -> Self {
+        Self::new(dims, &[0, 1], &[1], eps)
+    }
+
+    /// The batch and space of each channel are a row.
+    pub(crate) fn batch(dims: &[usize], eps: f64) -> Self {
+        Self::new(dims, &[1], &[1], eps)
+    }
+
+    pub(crate) fn without_mean(self) -> Self {
+        Self {
+            center: false,
+            ..self
+        }
+    }
+
+    pub(crate) fn with_offset(self, offset: f64) -> Self {
+        Self { offset, ..self }
+    }
+
+    fn statistics(&self, x: &[f64]) -> Statistics {
+        let rows = self.rows.iter().max().map_or(0, |last| last + 1);
+        let mut count = vec![0.; rows];
+        let mut first = vec![0.; rows];
+        for (&row, &x) in self.rows.iter().zip(x) {
+            if count[row] == 0. && self.center {
+                first[row] = x;
+            }
+            count[row] += 1.;
+        }
+        // Differences to an element of the row are exact where the mean is many times the spread; a mean rounded to float64 is not.
+        let mut shift = vec![0.; rows];
+        if self.center {
+            for (&row, &x) in self.rows.iter().zip(x) {
+                shift[row] += (x - first[row]) / count[row];
+            }
+        }
+        let centered: Vec<f64> = (self.rows.iter().zip(x))
+            .map(|(&row, &x)| (x - first[row]) - shift[row])
+            .collect();
+        let mut var = vec![0.; rows];
+        for (&row, d) in self.rows.iter().zip(&centered) {
+            var[row] += d * d / count[row];
+        }
+        Statistics {
+            mean: first.iter().zip(&shift).map(|(f, s)| f + s).collect(),
+            std: var.iter().map(|v| (v + self.eps).sqrt()).collect(),
+            var,
+            count,
+            centered,
+        }
+    }
+
+    /// The row of an element.
+    pub(crate) fn row(&self, element: usize) -> usize {
+        self.rows[element]
+    }
+
+    fn weight(&self, weight: Option<&[f64]>, slot: usize) -> f64 {
+        weight.map_or(1., |w| w[slot] + self.offset)
+    }
+
+    pub(crate) fn forward(
+        &self,
+        x: &[f64],
+        weight: Option<&[f64]>,
+        bias: Option<&[f64]>,
+    ) -> Forward {
+        let s = self.statistics(x);
+        let y = (0..x.len())
+            .map(|i| {
+                let slot = self.slots[i];
+                let xhat = s.centered[i] / s.std[self.rows[i]];
+                xhat * self.weight(weight, slot) + bias.map_or(0., |b| b[slot])
+            })
+            .collect();
+        Forward {
+            y,
+            mean: s.mean,
+            var: s.var,
+            count: s.count,
+        }
+    }
+
+    /// The gradients of `Σ dy · y`: with x̂ the normalized value and g = dy · weight,
+    /// `dx = (g − mean(g) − x̂ · mean(g · x̂)) / √(var + ε)`, without `mean(g)` where rows are not centered.
+    pub(crate) fn backward(&self, x: &[f64], weight: Option<&[f64]>, dy: &[f64]) -> Backward {
+        let Statistics {
+            std,
+            count,
+            centered,
+            ..
+        } = self.statistics(x);
+        let xhat: Vec<f64> = (0..x.len())
+            .map(|i| centered[i] / std[self.rows[i]])
+            .collect();
+        let g: Vec<f64> = (0..x.len())
+            .map(|i| dy[i] * self.weight(weight, self.slots[i]))
+            .collect();
+
+        let (mut mean_g, mut mean_gx) = (vec![0.; std.len()], vec![0.; std.len()]);
+        for (i, &row) in self.rows.iter().enumerate() {
+            if self.center {
+                mean_g[row] += g[i] / count[row];
+            }
+            mean_gx[row] += g[i] * xhat[i] / count[row];
+        }
+        let leading: Vec<f64> = (0..x.len()).map(|i| g[i] / std[self.rows[i]]).collect();
+        let dx = (0..x.len())
+            .map(|i| {
+                let row = self.rows[i];
+                leading[i] - (mean_g[row] + xhat[i] * mean_gx[row]) / std[row]
+            })
+            .collect();
+        let slots = self.slots.iter().max().map_or(0, |last| last + 1);
+        Backward {
+            dx: Gradient {
+                values: dx,
+                terms: rms_of_rows(&leading, &self.rows, std.len()),
+            },
+            dweight: summed(slots, &self.slots, |i| dy[i] * xhat[i]),
+            dbias: summed(slots, &self.slots, |i| dy[i]),
+        }
+    }
+
+    /// [`forward`](Self::forward) with given statistics, one for each slot.
+    pub(crate) fn forward_fixed(
+        &self,
+        x: &[f64],
+        (mean, var): (&[f64], &[f64]),
+        weight: Option<&[f64]>,
+        bias: Option<&[f64]>,
+    ) -> Vec<f64> {
+        (0..x.len())
+            .map(|i| {
+                let slot = self.slots[i];
+                let xhat = (x[i] - mean[slot]) / (var[slot] + self.eps).sqrt();
+                xhat * self.weight(weight, slot) + bias.map_or(0., |b| b[slot])
+            })
+            .collect()
+    }
+
+    /// [`backward`](Self::backward) with given statistics, which get no gradient.
+    pub(crate) fn backward_fixed(
+        &self,
+        x: &[f64],
+        (mean, var): (&[f64], &[f64]),
+        weight: Option<&[f64]>,
+        dy: &[f64],
+    ) -> Backward {
+        let rstd: Vec<f64> = var.iter().map(|v| 1. / (v + self.eps).sqrt()).collect();
+        let dx: Vec<f64> = (0..x.len())
+            .map(|i| dy[i] * self.weight(weight, self.slots[i]) * rstd[self.slots[i]])
+            .collect();
+        let xhat = |i: usize| (x[i] - mean[self.slots[i]]) * rstd[self.slots[i]];
+        Backward {
+            dx: Gradient {
+                terms: vec![0.; dx.len()],
+                values: dx,
+            },
+            dweight: summed(mean.len(), &self.slots, |i| dy[i] * xhat(i)),
+            dbias: summed(mean.len(), &self.slots, |i| dy[i]),
+        }
+    }
+}
+
+/// The sum of the terms of each slot, and the size that such sums have unless their terms cancel.
+fn summed(slots: usize, slot: &[usize], term: impl Fn(usize) -> f64) -> Gradient {
+    let (mut sums, mut squares) = (vec![0.; slots], vec![0.; slots]);
+    for (i, &slot) in slot.iter().enumerate() {
+        sums[slot] += term(i);
+        squares[slot] += term(i).powi(2);
+    }
+    let sizes: Vec<f64> = squares.into_iter().map(f64::sqrt).collect();
+    Gradient {
+        values: sums,
+        terms: vec![rms(&sizes); slots],
+    }
+}
+
+/// For each element, the rms of the row that it is in.
+fn rms_of_rows(values: &[f64], rows: &[usize], num_rows: usize) -> Vec<f64> {
+    let (mut squares, mut count) = (vec![0.; num_rows], vec![0.; num_rows]);
+    for (&row, v) in rows.iter().zip(values) {
+        squares[row] += v * v;
+        count[row] += 1.;
+    }
+    rows.iter()
+        .map(|&row| f64::sqrt(squares[row] / count[row]))
+        .collect()
+}
+
+/// `g · v / ‖v‖` for each row of `v`; `rows` is the row of each element.
+pub(crate) fn weight_norm(v: &[f64], g: &[f64], rows: &[usize]) -> Vec<f64> {
+    let norms = norms(v, g.len(), rows);
+    (0..v.len())
+        .map(|i| match norms[rows[i]] {
+            0. => 0.,
+            norm => g[rows[i]] * v[i] / norm,
+        })
+        .collect()
+}
+
+/// The gradients of `Σ dw · w` for v and g. With v̂ = v / ‖v‖: `dg = Σ dw · v̂` and `dv = g / ‖v‖ · (dw − v̂ · Σ dw · v̂)`; zero
+/// for a row of zeros.
+pub(crate) fn weight_norm_backward(
+    v: &[f64],
+    g: &[f64],
+    rows: &[usize],
+    dw: &[f64],
+) -> (Gradient, Gradient) {
+    let norms = norms(v, g.len(), rows);
+    let unit = |i: usize| match norms[rows[i]] {
+        0. => 0.,
+        norm => v[i] / norm,
+    };
+    let dg = summed(g.len(), rows, |i| dw[i] * unit(i));
+    let slope = |row: usize| match norms[row] {
+        0. => 0.,
+        norm => g[row] / norm,
+    };
+    let leading: Vec<f64> = (0..v.len()).map(|i| slope(rows[i]) * dw[i]).collect();
+    let dv = (0..v.len())
+        .map(|i| leading[i] - slope(rows[i]) * unit(i) * dg.values[rows[i]])
+        .collect();
+    let dv = Gradient {
+        values: dv,
+        terms: rms_of_rows(&leading, rows, g.len()),
+    };
+    (dv, dg)
+}
+
+pub(crate) fn norms(v: &[f64], num_rows: usize, rows: &[usize]) -> Vec<f64> {
+    let mut squares = vec![0.; num_rows];
+    for (&row, v) in rows.iter().zip(v) {
+        squares[row] += v * v;
+    }
+    squares.into_iter().map(f64::sqrt).collect()
+}
+
+/// The root of the mean square of the finite values; 0 if there are none.
+pub(crate) fn rms(values: &[f64]) -> f64 {
+    let finite: Vec<f64> = values.iter().copied().filter(|v| v.is_finite()).collect();
+    let largest = finite.iter().fold(0f64, |a, v| a.max(v.abs()));
+    if largest == 0. {
+        return 0.;
+    }
+    // Relative to the largest, so that no square overflows.
+    let squares: f64 = finite.iter().map(|v| (v / largest).powi(2)).sum();
+    largest * (squares / finite.len() as f64).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::data::Draw;
+
+    #[test]
+    fn elements_fall_on_the_axes_that_are_kept() {
+        assert_eq!(along(&[2, 3], &[0]), [0, 0, 0, 1, 1, 1]);
+        assert_eq!(along(&[2, 3], &[1]), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(along(&[2, 2, 2], &[0, 2]), [0, 1, 0, 1, 2, 3, 2, 3]);
+        assert_eq!(along(&[2, 2], &[]), [0; 4]);
+    }
+
+    #[test]
+    fn forward_is_what_a_pencil_gives() {
+        // Mean 2, variance 1; ε = 3 makes the divisor 2.
+        let y = Norm::layer(&[1, 2], 1, 3.).forward(&[1., 3.], Some(&[2., 4.]), Some(&[10., 20.]));
+        assert_eq!(y.y, [9., 22.]);
+        let y = Norm::layer(&[1, 2], 1, 11.)
+            .without_mean()
+            .forward(&[1., 7.], None, None);
+        assert_eq!(y.y, [1. / 6., 7. / 6.]);
+        // Two groups of two channels of one element.
+        let y = Norm::group(&[1, 4], 2, 3.).forward(&[1., 3., 5., 7.], None, None);
+        assert_eq!(y.y, [-0.5, 0.5, -0.5, 0.5]);
+        assert_eq!(
+            weight_norm(&[3., 4., 0., 0.], &[10., 1.], &[0, 0, 1, 1]),
+            [6., 8., 0., 0.]
+        );
+    }
+
+    /// The backward formulas are those of the forward ones.
+    #[test]
+    fn backward_is_the_slope_of_forward() {
+        let dims = [3, 4, 5];
+        let n = dims.iter().product();
+        let mut draw = Draw::new(1);
+        let (x, dy) = (draw.normal(n), draw.normal(n));
+        for (norm, slots) in [
+            (Norm::layer(&dims, 2, 0.1), 20),
+            (Norm::layer(&dims, 1, 0.1).without_mean(), 5),
+            (Norm::layer_channels_first(&dims, 0.1), 4),
+            (Norm::group(&dims, 2, 0.1), 4),
+            (Norm::instance(&dims, 0.1), 4),
+            (Norm::batch(&dims, 0.1), 4),
+        ] {
+            let (w, b) = (draw.weight(slots), draw.normal(slots));
+            let loss = |x: &[f64], w: &[f64], b: &[f64]| {
+                let y = norm.forward(x, Some(w), Some(b)).y;
+                y.iter().zip(&dy).map(|(y, dy)| y * dy).sum::<f64>()
+            };
+            let back = norm.backward(&x, Some(&w), &dy);
+            assert_slope(&x, &back.dx.values, |x| loss(x, &w, &b));
+            assert_slope(&w, &back.dweight.values, |w| loss(&x, w, &b));
+            assert_slope(&b, &back.dbias.values, |b| loss(&x, &w, b));
+
+            let fixed = (draw.normal(slots), draw.signs(slots, 2.));
+            let fixed = (fixed.0, fixed.1.iter().map(|v| v.abs()).collect::<Vec<_>>());
+            let fixed = (&fixed.0[..], &fixed.1[..]);
+            let loss = |x: &[f64], w: &[f64], b: &[f64]| {
+                let y = norm.forward_fixed(x, fixed, Some(w), Some(b));
+                y.iter().zip(&dy).map(|(y, dy)| y * dy).sum::<f64>()
+            };
+            let back = norm.backward_fixed(&x, fixed, Some(&w), &dy);
+            assert_slope(&x, &back.dx.values, |x| loss(x, &w, &b));
+            assert_slope(&w, &back.dweight.values, |w| loss(&x, w, &b));
+            assert_slope(&b, &back.dbias.values, |b| loss(&x, &w, b));
+        }
+        let rows = along(&dims, &[1]);
+        let g = draw.weight(4);
+        let loss = |v: &[f64], g: &[f64]| {
+            let w = weight_norm(v, g, &rows);
+            w.iter().zip(&dy).map(|(w, dw)| w * dw).sum::<f64>()
+        };
+        let (dv, dg) = weight_norm_backward(&x, &g, &rows, &dy);
+        assert_slope(&x, &dv.values, |v| loss(v, &g));
+        assert_slope(&g, &dg.values, |g| loss(&x, g));
+    }
+
+    fn assert_slope(at: &[f64], gradient: &[f64], f: impl Fn(&[f64]) -> f64) {
+        const STEP: f64 = 1e-5;
+        assert_eq!(at.len(), gradient.len());
+        for (i, want) in gradient.iter().enumerate() {
+            let moved = |by: f64| {
+                let mut at = at.to_vec();
+                at[i] += by;
+                f(&at)
+            };
+            let slope = (moved(STEP) - moved(-STEP)) / (2. * STEP);
+            assert!(
+                (slope - want).abs() < 1e-7 * (1. + want.abs()),
+                "{i}: {slope}, {want}"
+            );
+        }
+    }
+}

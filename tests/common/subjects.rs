@@ -1,0 +1,334 @@
+//! The layers that normalize an input, by one signature, each with its oracle.
+
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, ModuleT, Result, Tensor};
+use candle_nn::VarBuilder;
+use candle_norm::{
+    Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
+    RmsNormOptions,
+};
+
+use super::compare::{assert_close, assert_gradient};
+use super::data::{tensor, values, variable};
+use super::oracle;
+
+/// A layer that normalizes by the statistics of its input.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Kind {
+    /// Over the last `axes` axes.
+    Layer {
+        axes: usize,
+    },
+    /// Over axis 1.
+    LayerChannelsFirst,
+    /// Over the last axis, by the root mean square.
+    LayerNoMean,
+    /// Over the last `axes` axes.
+    Rms {
+        axes: usize,
+        offset: f64,
+    },
+    RmsChannelsFirst,
+    Group {
+        groups: usize,
+    },
+    Instance,
+    Batch,
+    BatchNoMean,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Subject {
+    pub(crate) kind: Kind,
+    pub(crate) eps: f64,
+}
+
+/// The affine parameters of a layer, as many as it has.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Params {
+    pub(crate) weight: Option<Tensor>,
+    pub(crate) bias: Option<Tensor>,
+}
+
+impl Params {
+    pub(crate) fn affine(&self) -> Affine {
+        match (&self.weight, &self.bias) {
+            (None, None) => Affine::None,
+            (Some(_), None) => Affine::Weight,
+            (Some(_), Some(_)) => Affine::WeightAndBias,
+            (None, Some(_)) => panic!("no layer has a bias alone"),
+        }
+    }
+
+    /// A builder that holds these parameters and fresh statistics of `features` channels.
+    pub(crate) fn builder(&self, features: usize, dtype: DType) -> Result<VarBuilder<'static>> {
+        let statistics = match dtype {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        let mut tensors = HashMap::from([
+            (
+                "running_mean".to_string(),
+                Tensor::zeros(features, statistics, &Device::Cpu)?,
+            ),
+            (
+                "running_var".to_string(),
+                Tensor::ones(features, statistics, &Device::Cpu)?,
+            ),
+        ]);
+        for (name, value) in [("weight", &self.weight), ("bias", &self.bias)] {
+            if let Some(value) = value {
+                tensors.insert(name.to_string(), value.clone());
+            }
+        }
+        Ok(VarBuilder::from_tensors(tensors, dtype, &Device::Cpu))
+    }
+}
+
+impl Subject {
+    pub(crate) fn new(kind: Kind, eps: f64) -> Self {
+        Self { kind, eps }
+    }
+
+    /// The shape of the parameters for an input of shape `dims`.
+    pub(crate) fn param_dims<'a>(&self, dims: &'a [usize]) -> &'a [usize] {
+        match self.kind {
+            Kind::Layer { axes } | Kind::Rms { axes, .. } => &dims[dims.len() - axes..],
+            Kind::LayerNoMean => &dims[dims.len() - 1..],
+            _ => &dims[1..2],
+        }
+    }
+
+    /// The layer, built anew from a checkpoint, in training.
+    pub(crate) fn forward(&self, x: &Tensor, params: &Params) -> Result<Tensor> {
+        self.build(x, params)?.forward_t(x, true)
+    }
+
+    /// The layer for inputs of the shape and dtype of `x`.
+    pub(crate) fn build(&self, x: &Tensor, params: &Params) -> Result<Box<dyn ModuleT>> {
+        let (eps, affine) = (self.eps, params.affine());
+        let shape = self.param_dims(x.dims()).to_vec();
+        let dtype = params.weight.as_ref().unwrap_or(x).dtype();
+        let features = shape[0];
+        let vb = params.builder(features, dtype)?;
+        let layer = LayerNormOptions {
+            eps,
+            affine,
+            ..Default::default()
+        };
+        let rms = RmsNormOptions {
+            eps: Some(eps),
+            affine,
+            ..Default::default()
+        };
+        let batch = BatchNormOptions {
+            eps,
+            affine,
+            ..Default::default()
+        };
+        Ok(match self.kind {
+            Kind::Layer { .. } => Box::new(candle_norm::layer_norm(shape, layer, vb)?),
+            Kind::LayerChannelsFirst => {
+                let options = LayerNormOptions {
+                    channels_first: true,
+                    ..layer
+                };
+                Box::new(candle_norm::layer_norm(shape, options, vb)?)
+            }
+            Kind::LayerNoMean => {
+                let options = LayerNormOptions {
+                    remove_mean: false,
+                    ..layer
+                };
+                Box::new(candle_norm::layer_norm(shape, options, vb)?)
+            }
+            Kind::Rms { offset, .. } => {
+                let options = RmsNormOptions { offset, ..rms };
+                Box::new(candle_norm::rms_norm(shape, options, vb)?)
+            }
+            Kind::RmsChannelsFirst => {
+                let options = RmsNormOptions {
+                    channels_first: true,
+                    ..rms
+                };
+                Box::new(candle_norm::rms_norm(shape, options, vb)?)
+            }
+            Kind::Group { groups } => {
+                let options = GroupNormOptions { eps, affine };
+                Box::new(candle_norm::group_norm(groups, features, options, vb)?)
+            }
+            Kind::Instance => {
+                let options = InstanceNormOptions {
+                    eps,
+                    affine,
+                    ..Default::default()
+                };
+                Box::new(candle_norm::instance_norm(features, options, vb)?)
+            }
+            Kind::Batch => Box::new(candle_norm::batch_norm(features, batch, vb)?),
+            Kind::BatchNoMean => {
+                let options = BatchNormOptions {
+                    remove_mean: false,
+                    ..batch
+                };
+                Box::new(candle_norm::batch_norm(features, options, vb)?)
+            }
+        })
+    }
+
+    pub(crate) fn oracle(&self, dims: &[usize]) -> oracle::Norm {
+        let eps = self.eps;
+        match self.kind {
+            Kind::Layer { axes } => oracle::Norm::layer(dims, axes, eps),
+            Kind::LayerChannelsFirst => oracle::Norm::layer_channels_first(dims, eps),
+            Kind::LayerNoMean => oracle::Norm::layer(dims, 1, eps).without_mean(),
+            Kind::Rms { axes, offset } => {
+                let norm = oracle::Norm::layer(dims, axes, eps).without_mean();
+                norm.with_offset(offset)
+            }
+            Kind::RmsChannelsFirst => oracle::Norm::layer_channels_first(dims, eps).without_mean(),
+            Kind::Group { groups } => oracle::Norm::group(dims, groups, eps),
+            Kind::Instance => oracle::Norm::instance(dims, eps),
+            Kind::Batch => oracle::Norm::batch(dims, eps),
+            Kind::BatchNoMean => oracle::Norm::batch(dims, eps).without_mean(),
+        }
+    }
+
+    /// Runs the layer on `x`, a variable, and backpropagates `dy`.
+    pub(crate) fn run(&self, x: &Tensor, params: &Params, dy: &Tensor) -> Result<Ran> {
+        let y = self.forward(x, params)?;
+        let grads = backward(&y, dy)?;
+        let gradient = |t: &Option<Tensor>| t.as_ref().map(|t| gradient(&grads, t));
+        Ok(Ran {
+            dx: gradient(&Some(x.clone())).expect("x is there"),
+            dweight: gradient(&params.weight),
+            dbias: gradient(&params.bias),
+            y,
+        })
+    }
+}
+
+/// The gradients of `Σ dy · y`.
+pub(crate) fn backward(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
+    (y * dy)?.sum_all()?.backward()
+}
+
+#[track_caller]
+pub(crate) fn gradient(grads: &GradStore, of: &Tensor) -> Tensor {
+    let found = grads.get(of).expect("a gradient that reaches every leaf");
+    assert_eq!(found.dims(), of.dims(), "shape of a gradient");
+    assert_eq!(found.dtype(), of.dtype(), "dtype of a gradient");
+    found.clone()
+}
+
+/// What a layer gave: the output, and the gradients.
+#[derive(Debug, Clone)]
+pub(crate) struct Ran {
+    pub(crate) y: Tensor,
+    pub(crate) dx: Tensor,
+    pub(crate) dweight: Option<Tensor>,
+    pub(crate) dbias: Option<Tensor>,
+}
+
+impl Ran {
+    /// All tensors, by name.
+    pub(crate) fn named(&self) -> Vec<(&'static str, &Tensor)> {
+        let mut named = vec![("y", &self.y), ("dx", &self.dx)];
+        named.extend(self.dweight.iter().map(|t| ("dweight", t)));
+        named.extend(self.dbias.iter().map(|t| ("dbias", t)));
+        named
+    }
+}
+
+/// Numbers for one call of a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Numbers {
+    pub(crate) x: Vec<f64>,
+    pub(crate) dy: Vec<f64>,
+    pub(crate) weight: Option<Vec<f64>>,
+    pub(crate) bias: Option<Vec<f64>>,
+}
+
+/// The dtypes of an input and of the parameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct DTypes {
+    pub(crate) input: DType,
+    pub(crate) params: DType,
+}
+
+impl From<DType> for DTypes {
+    fn from(dtype: DType) -> Self {
+        Self {
+            input: dtype,
+            params: dtype,
+        }
+    }
+}
+
+impl Numbers {
+    /// The layer in `dtypes`, on these numbers rounded to them.
+    pub(crate) fn run(&self, subject: Subject, dims: &[usize], dtypes: DTypes) -> Result<Ran> {
+        let param = |values: &Option<Vec<f64>>| {
+            let dims = subject.param_dims(dims);
+            values
+                .as_ref()
+                .map(|v| variable(v, dims, dtypes.params))
+                .transpose()
+        };
+        let params = Params {
+            weight: param(&self.weight)?,
+            bias: param(&self.bias)?,
+        };
+        let x = variable(&self.x, dims, dtypes.input)?;
+        subject.run(&x, &params, &tensor(&self.dy, dims, dtypes.input)?)
+    }
+
+    /// The numbers as tensors of `dtypes` hold them.
+    pub(crate) fn rounded(&self, dtypes: DTypes) -> Result<Self> {
+        let round = |v: &[f64], dtype| values(&tensor(v, &[v.len()], dtype)?);
+        let param = |v: &Option<Vec<f64>>| v.as_ref().map(|v| round(v, dtypes.params)).transpose();
+        Ok(Self {
+            x: round(&self.x, dtypes.input)?,
+            dy: round(&self.dy, dtypes.input)?,
+            weight: param(&self.weight)?,
+            bias: param(&self.bias)?,
+        })
+    }
+
+    /// Panics unless the layer in `dtypes` gives what the oracle does, output and gradients, contiguous.
+    #[track_caller]
+    pub(crate) fn check(&self, subject: Subject, dims: &[usize], dtypes: DTypes, tolerance: f64) {
+        let ran = self.run(subject, dims, dtypes).unwrap();
+        self.check_against_oracle(&ran, subject, dims, dtypes, tolerance);
+    }
+
+    #[track_caller]
+    pub(crate) fn check_against_oracle(
+        &self,
+        ran: &Ran,
+        subject: Subject,
+        dims: &[usize],
+        dtypes: DTypes,
+        tolerance: f64,
+    ) {
+        let n = self.rounded(dtypes).unwrap();
+        let (weight, bias) = (n.weight.as_deref(), n.bias.as_deref());
+        let oracle = subject.oracle(dims);
+        let forward = oracle.forward(&n.x, weight, bias);
+        let back = oracle.backward(&n.x, weight, &n.dy);
+        assert_eq!(ran.y.dims(), dims);
+        assert_eq!(ran.y.dtype(), dtypes.input);
+        for (name, t) in ran.named() {
+            assert!(t.is_contiguous(), "{name} is not contiguous");
+            let what = format!("{:?}: {name} of {dims:?} in {dtypes:?}", subject.kind);
+            match name {
+                "y" => assert_close(&what, t, &forward.y, tolerance),
+                "dx" => assert_gradient(&what, t, &back.dx, tolerance),
+                "dweight" => assert_gradient(&what, t, &back.dweight, tolerance),
+                _ => assert_gradient(&what, t, &back.dbias, tolerance),
+            }
+        }
+    }
+}
