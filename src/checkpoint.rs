@@ -184,9 +184,14 @@ fn value_for(name: &str, var: &Var, found: &str, tensor: &Tensor) -> Result<Tens
             tensor.dtype()
         )
     }
+    if counter {
+        check::counter("checkpoint", found, &tensor)?;
+    }
+    let value = tensor.to_dtype(var.dtype())?;
+    // As the variable holds it: what is finite in f64 need not be so in f32.
     let variance = last_part(name) == RUNNING_VAR[0];
     if variance || last_part(name) == RUNNING_MEAN[0] {
-        check::statistic("checkpoint", found, &tensor, variance)?;
+        check::statistic("checkpoint", found, &value, variance)?;
     }
-    tensor.to_device(var.device())?.to_dtype(var.dtype())
+    value.to_device(var.device())
 }

@@ -947,6 +947,7 @@ mod json {
             json!({"group": {}}),
             json!({"group": {"num_groups": 8, "eps": 1e-6}}),
             json!({"group": {"num_groups": -8}}),
+            json!({"group": {"num_groups": 0}}),
             json!({"instance": {"affine": "bias"}}),
             json!({"rms": {"cast": "never"}}),
             json!({"weight": {"dims": 0}}),
@@ -956,7 +957,28 @@ mod json {
             let read = read(value.clone());
             assert!(read.is_err(), "{value} gave {read:?}");
         }
-        let text = read(json!("batchnorm")).expect_err("refused");
-        assert!(text.contains("got \"batchnorm\""), "{text}");
+    }
+
+    #[test]
+    fn a_mistake_in_a_file_is_named() {
+        for (value, says) in [
+            (json!("batchnorm"), "got \"batchnorm\""),
+            (json!(1), "the name of a norm, or a map"),
+            (json!({"bath": {}}), "unknown variant `bath`"),
+            (
+                json!({"batch": {"momentun": 0.1}}),
+                "unknown field `momentun`",
+            ),
+            (
+                json!({"batch": {"eps": "small"}}),
+                "\"small\", expected f64",
+            ),
+            (json!({"group": {}}), "missing field `num_groups`"),
+            (json!({"group": {"num_groups": 0}}), "at least 1"),
+            (json!({"batch": {}, "layer": {}}), "expected one norm"),
+        ] {
+            let text = read(value).expect_err("a refusal");
+            assert!(text.contains(says), "{text:?} should say {says:?}");
+        }
     }
 }

@@ -559,6 +559,35 @@ fn a_statistic_that_is_none_is_refused_by_channel() -> Result<()> {
 }
 
 #[test]
+fn a_statistic_that_the_variable_cannot_hold_is_refused() -> Result<()> {
+    for name in ["bn.running_mean", "bn.running_var"] {
+        let large = Tensor::new(&[1f64, 1e300], &CPU)?;
+        let says = [name, "finite, got inf at channel 1"];
+        refused(&saved_but(name, large)?, &says)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_counter_is_a_whole_number_from_0_on_of_any_dtype() -> Result<()> {
+    let name = "bn.num_batches_tracked";
+    let negative = Tensor::new(-5i64, &CPU)?;
+    refused(&saved_but(name, negative)?, &[name, "at least 0, got -5"])?;
+    for float in [3.5f32, f32::NAN, f32::INFINITY] {
+        let says = format!("whole number of at least 0, got {float}");
+        let float = Tensor::new(float, &CPU)?;
+        refused(&saved_but(name, float)?, &[name, &says])?;
+    }
+    for dtype in [DType::U32, DType::F16] {
+        let (vars, _norm) = new_batch_norm(DType::F32)?;
+        let three = saved_but(name, Tensor::new(3i64, &CPU)?.to_dtype(dtype)?)?;
+        let _ = checkpoint::load_into(&vars, &file(&three)?.path)?;
+        assert_eq!(values(&var(&vars, name))?, [3.], "{dtype:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn negative_means_and_parameters_that_are_not_finite_are_taken() -> Result<()> {
     let (vars, _norm) = new_batch_norm(DType::F32)?;
     let mut tensors = saved_but("bn.weight", tensor(&[f32::INFINITY, -1.])?)?;

@@ -20,11 +20,8 @@ use crate::{
 /// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
 /// `[N, C, *]`, [`features`](Self::features) the one for `[*, F]`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(
-    feature = "serde",
-    serde(into = "serde_form::Form", try_from = "serde_form::Form")
-)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(into = "serde_form::Form"))]
 pub enum NormConfig {
     /// No normalization.
     None,
@@ -168,9 +165,12 @@ impl FromStr for NormConfig {
 mod serde_form {
     //! In a file, a layer is its name, or a map from its name to its options.
 
+    use serde::Deserialize;
+    use serde::de::{self, Deserializer, IgnoredAny, MapAccess, Visitor};
+
     use super::*;
 
-    #[derive(serde::Serialize, serde::Deserialize)]
+    #[derive(serde::Serialize)]
     #[serde(untagged)]
     pub(super) enum Form {
         Name(String),
@@ -219,25 +219,64 @@ mod serde_form {
         }
     }
 
-    impl TryFrom<Form> for NormConfig {
-        type Error = Error;
-
-        fn try_from(form: Form) -> Result<Self> {
-            Ok(match form {
-                Form::Name(name) => name.parse()?,
-                Form::Options(Options::Batch(o)) => Self::Batch(o),
-                Form::Options(Options::Layer(o)) => Self::Layer(o),
-                Form::Options(Options::Group {
+    impl From<Options> for NormConfig {
+        fn from(options: Options) -> Self {
+            match options {
+                Options::Batch(o) => Self::Batch(o),
+                Options::Layer(o) => Self::Layer(o),
+                Options::Group {
                     num_groups,
                     options,
-                }) => Self::Group {
+                } => Self::Group {
                     num_groups,
                     options,
                 },
-                Form::Options(Options::Instance(o)) => Self::Instance(o),
-                Form::Options(Options::Rms(o)) => Self::Rms(o),
-                Form::Options(Options::Weight(o)) => Self::Weight(o),
-            })
+                Options::Instance(o) => Self::Instance(o),
+                Options::Rms(o) => Self::Rms(o),
+                Options::Weight(o) => Self::Weight(o),
+            }
+        }
+    }
+
+    // An untagged enum would read both forms too, but say of every mistake only that no form matched.
+    impl<'de> Deserialize<'de> for NormConfig {
+        fn deserialize<D: Deserializer<'de>>(
+            deserializer: D,
+        ) -> std::result::Result<Self, D::Error> {
+            deserializer.deserialize_any(NameOrOptions)
+        }
+    }
+
+    struct NameOrOptions;
+
+    impl<'de> Visitor<'de> for NameOrOptions {
+        type Value = NormConfig;
+
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("the name of a norm, or a map from its name to its options")
+        }
+
+        fn visit_str<E: de::Error>(self, name: &str) -> std::result::Result<NormConfig, E> {
+            name.parse().map_err(E::custom)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(
+            self,
+            mut map: A,
+        ) -> std::result::Result<NormConfig, A::Error> {
+            let entry = de::value::MapAccessDeserializer::new(&mut map);
+            let config = NormConfig::from(Options::deserialize(entry)?);
+            if map.next_key::<IgnoredAny>()?.is_some() {
+                return Err(de::Error::custom(
+                    "NormConfig: expected one norm, got several",
+                ));
+            }
+            // What has no name is no norm: a group norm without groups.
+            config
+                .to_string()
+                .parse::<NormConfig>()
+                .map_err(de::Error::custom)?;
+            Ok(config)
         }
     }
 }

@@ -197,6 +197,15 @@ pub(crate) fn statistic(layer: &str, name: &str, value: &Tensor, non_negative: b
     Ok(())
 }
 
+/// A number of batches as it comes from a checkpoint, which may have made a float of it.
+pub(crate) fn counter(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    let count = value.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    if !(count >= 0. && count.fract() == 0.) {
+        bail!("{layer}: expected {name} to be a whole number of at least 0, got {count}")
+    }
+    Ok(())
+}
+
 /// What needs running statistics, of a layer that may have none.
 pub(crate) fn tracked<T>(layer: &str, statistics: Option<T>) -> Result<T> {
     match statistics {
