@@ -10,7 +10,7 @@ use super::moments::Moments;
 use super::par;
 use super::planes::{Shape, Statistics};
 use super::rows::{Affine, Gradients, Stats};
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
 use super::span::{Columns, map, map2, tail};
 
 /// How many rows are added up in the accumulator's precision.
@@ -118,14 +118,15 @@ impl<E: Elem> Kernel for ColumnMoments<'_, E> {
         for run in self.x.chunks(ROWS_PER_RUN * width) {
             let count = (run.len() / width) as f64;
             for_column_chunks(width, |at, lanes| {
-                let (shift, rest, m2) = chunk_moments(isa, run, width, at, lanes, self.center);
+                let all = chunk_moments(isa, run, width, at, lanes, self.center);
+                let [shift, rest, m2] = all.map(Vector::to_array);
                 for (i, all) in self.moments[at..at + lanes].iter_mut().enumerate() {
                     let i = LANES - lanes + i;
-                    let rest = rest.0[i].wide() / count;
+                    let rest = rest[i].wide() / count;
                     *all = all.merge(Moments {
                         count,
-                        mean: shift.0[i].wide() + rest,
-                        m2: m2.0[i].wide() - rest * rest * count,
+                        mean: shift[i].wide() + rest,
+                        m2: m2[i].wide() - rest * rest * count,
                     });
                 }
             });
@@ -147,7 +148,7 @@ fn for_column_chunks(width: usize, mut f: impl FnMut(usize, usize)) {
 
 /// The lanes of a row for the chunk that starts at column `at` and has `lanes` columns.
 #[inline(always)]
-fn chunk<E: Elem, I: Isa>(isa: I, row: &[E], at: usize, lanes: usize) -> Lanes<E::Acc> {
+fn chunk<E: Elem, I: Isa>(isa: I, row: &[E], at: usize, lanes: usize) -> Lanes<I, E::Acc> {
     match row[at..].first_chunk() {
         Some(chunk) if lanes == LANES => E::load(isa, chunk),
         _ => tail(isa, row),
@@ -163,25 +164,25 @@ fn chunk_moments<E: Elem, I: Isa>(
     at: usize,
     lanes: usize,
     center: bool,
-) -> (Lanes<E::Acc>, Lanes<E::Acc>, Lanes<E::Acc>) {
-    let mut shift = Lanes::zero();
+) -> [Lanes<I, E::Acc>; 3] {
+    let mut shift = zero::<I, E::Acc>(isa);
     if center {
         for row in run.chunks_exact(width) {
             shift = shift + chunk(isa, row, at, lanes);
         }
         let each = E::Acc::from_wide(1. / (run.len() / width) as f64);
-        shift = shift * Lanes::splat(each);
+        shift = shift * splat::<I, _>(isa, each);
     }
-    let (mut rest, mut m2) = (Lanes::zero(), Lanes::zero());
+    let (mut rest, mut m2) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
     for row in run.chunks_exact(width) {
         let d = chunk(isa, row, at, lanes) - shift;
         rest = rest + d;
         m2 = m2 + d * d;
     }
     if center {
-        (shift, rest, m2)
+        [shift, rest, m2]
     } else {
-        (shift, Lanes::zero(), m2)
+        [shift, zero::<I, E::Acc>(isa), m2]
     }
 }
 
@@ -318,14 +319,14 @@ where
         for (x, dy) in runs {
             for_column_chunks(width, |at, lanes| {
                 let [high, low, inv_std] = [high, low, inv_std].map(|v| chunk(isa, v, at, lanes));
-                let (mut a, mut s) = (Lanes::zero(), Lanes::zero());
+                let (mut a, mut s) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
                 for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
                     let (x, dy) = (chunk(isa, x, at, lanes), chunk(isa, dy, at, lanes));
                     a = a + dy * (((x - high) - low) * inv_std);
                     s = s + dy;
                 }
                 for (totals, lanes_of) in [(&mut *along, a), (&mut *sum, s)] {
-                    let new = &lanes_of.0[LANES - lanes..];
+                    let new = &lanes_of.to_array()[LANES - lanes..];
                     for (total, v) in totals[at..at + lanes].iter_mut().zip(new) {
                         *total += v.wide();
                     }

@@ -10,7 +10,7 @@ use super::moments::Center;
 use super::par;
 use super::planes::{Normal, Shape};
 use super::rows::{Affine, Gradients, Stats, row_stats};
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat};
 use super::span::{Columns, map, map2, sums2};
 
 /// What is normalized by what.
@@ -55,7 +55,7 @@ impl Spec {
         isa: I,
         spread: &'a [T],
         row: usize,
-    ) -> Option<Columns<'a, T>> {
+    ) -> Option<Columns<'a, I, T>> {
         let start = self.first_channel(row) * self.shape.inner;
         let columns = spread.get(start..start + self.len())?;
         Some(Columns::new(isa, columns))
@@ -125,13 +125,18 @@ where
             if inner >= LANES {
                 let planes = x.chunks_exact(inner).zip(y.chunks_exact_mut(inner));
                 for (c, (x, y)) in planes.enumerate() {
-                    let normal = Normal::new(*stats, self.affine, spec.first_channel(row) + c);
+                    let normal = Normal::<I, E::Acc>::new(
+                        isa,
+                        *stats,
+                        self.affine,
+                        spec.first_channel(row) + c,
+                    );
                     map(isa, x, y, |_, v| normal.of(v));
                 }
                 continue;
             }
-            let center = Center::new(stats.mean);
-            let inv_std = Lanes::splat(E::Acc::from_wide(stats.inv_std));
+            let center = Center::<I, E::Acc>::new(isa, stats.mean);
+            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
             let normal = |v| center.distance(v) * inv_std;
             let weight = spec.columns(isa, self.weight, row);
             let bias = spec.columns(isa, self.bias, row);
@@ -226,8 +231,8 @@ where
         for (i, (((x, dy), dx), stats)) in groups.enumerate() {
             let row = self.first + i;
             let first = spec.first_channel(row);
-            let center = Center::<E::Acc>::new(stats.mean);
-            let inv_std = Lanes::splat(E::Acc::from_wide(stats.inv_std));
+            let center = Center::<I, E::Acc>::new(isa, stats.mean);
+            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
             let weight = |c: usize| self.weight.map_or(1., |w| w[c].wide());
             let (mut along, mut mean) = (0., 0.);
             for (c, (x, dy)) in x
@@ -242,13 +247,13 @@ where
                 mean += s * weight(first + c);
             }
             let n = len as f64;
-            let mean = Lanes::splat(E::Acc::from_wide(mean / n));
-            let along = Lanes::splat(E::Acc::from_wide(along / n * stats.inv_std));
-            let back = |g: Lanes<E::Acc>, x| ((g - mean) - center.distance(x) * along) * inv_std;
+            let mean = splat::<I, _>(isa, E::Acc::from_wide(mean / n));
+            let along = splat::<I, _>(isa, E::Acc::from_wide(along / n * stats.inv_std));
+            let back = |g: Lanes<I, E::Acc>, x| ((g - mean) - center.distance(x) * along) * inv_std;
             if inner >= LANES {
                 let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
                 for (c, ((x, dy), dx)) in planes.zip(dx.chunks_exact_mut(inner)).enumerate() {
-                    let w = Lanes::splat(E::Acc::from_wide(weight(first + c)));
+                    let w = splat::<I, _>(isa, E::Acc::from_wide(weight(first + c)));
                     map2(isa, x, dy, dx, |_, x, dy| back(dy * w, x));
                 }
                 continue;
@@ -267,8 +272,8 @@ fn plane_sums<E: Elem, I: Isa>(
     isa: I,
     x: &[E],
     dy: &[E],
-    center: Center<E::Acc>,
-    inv_std: Lanes<E::Acc>,
+    center: Center<I, E::Acc>,
+    inv_std: Lanes<I, E::Acc>,
 ) -> [f64; 2] {
     sums2(isa, x, dy, |_, x, dy| {
         [dy * (center.distance(x) * inv_std), dy]

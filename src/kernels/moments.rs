@@ -1,6 +1,6 @@
 //! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub and LeVeque do.
 
-use super::simd::{Elem, Isa, Lanes, Real};
+use super::simd::{Elem, Isa, Lanes, Real, splat};
 use super::span::{RUN, run_sums};
 
 /// How many values, their mean, and the sum of their squared distances from it.
@@ -35,7 +35,7 @@ impl Moments {
         let count = count as f64;
         let [sum] = run_sums(isa, slices(), |v| [v]);
         let shift = E::Acc::from_wide(sum / count);
-        let about = Lanes::splat(shift);
+        let about = splat::<I, _>(isa, shift);
         let [first, second] = run_sums(isa, slices(), |v| {
             let d = v - about;
             [d, d * d]
@@ -89,23 +89,23 @@ impl Moments {
 
 /// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is exact for values near it.
 #[derive(Clone, Copy)]
-pub(crate) struct Center<T> {
-    high: Lanes<T>,
-    low: Lanes<T>,
+pub(crate) struct Center<I: Isa, T: Real> {
+    high: Lanes<I, T>,
+    low: Lanes<I, T>,
 }
 
-impl<T: Real> Center<T> {
+impl<I: Isa, T: Real> Center<I, T> {
     #[inline(always)]
-    pub(crate) fn new(mean: f64) -> Self {
+    pub(crate) fn new(isa: I, mean: f64) -> Self {
         let high = T::from_wide(mean);
         Self {
-            high: Lanes::splat(high),
-            low: Lanes::splat(T::from_wide(mean - high.wide())),
+            high: splat::<I, _>(isa, high),
+            low: splat::<I, _>(isa, T::from_wide(mean - high.wide())),
         }
     }
 
     #[inline(always)]
-    pub(crate) fn distance(self, v: Lanes<T>) -> Lanes<T> {
+    pub(crate) fn distance(self, v: Lanes<I, T>) -> Lanes<I, T> {
         (v - self.high) - self.low
     }
 }

@@ -12,7 +12,7 @@ use super::moments::{Center, Moments};
 use super::par;
 use super::rows::{Affine, Gradients, Stats};
 use super::shared::Shared;
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat, zero};
 use super::span::{RUN, map, map2, run_sums2, slices_per_run};
 
 /// The three axes of a contiguous tensor with channels.
@@ -139,7 +139,7 @@ where
                     Stats::new(moments.mean, moments.var(), eps)
                 }
             };
-            let normal = Normal::new(*stats, self.affine, channel);
+            let normal = Normal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
             for sample in 0..shape.outer {
                 let plane = shape.plane(sample, channel);
                 // SAFETY: this job alone has the channel, and takes each of its planes once.
@@ -174,27 +174,27 @@ fn channel_moments<E: Elem, I: Isa>(
 
 /// `(v − mean) · inv_std · weight + bias` with one value of each.
 #[derive(Clone, Copy)]
-pub(crate) struct Normal<T> {
-    center: Center<T>,
-    scale: Lanes<T>,
-    bias: Lanes<T>,
+pub(crate) struct Normal<I: Isa, T: Real> {
+    center: Center<I, T>,
+    scale: Lanes<I, T>,
+    bias: Lanes<I, T>,
 }
 
-impl<T: Real> Normal<T> {
+impl<I: Isa, T: Real> Normal<I, T> {
     #[inline(always)]
-    pub(crate) fn new(stats: Stats, affine: Affine<T>, channel: usize) -> Self {
+    pub(crate) fn new(isa: I, stats: Stats, affine: Affine<T>, channel: usize) -> Self {
         let weight = affine.weight.map_or(1., |w| w[channel].wide());
         Self {
-            center: Center::new(stats.mean),
-            scale: Lanes::splat(T::from_wide(stats.inv_std * weight)),
+            center: Center::new(isa, stats.mean),
+            scale: splat::<I, _>(isa, T::from_wide(stats.inv_std * weight)),
             bias: affine
                 .bias
-                .map_or(Lanes::zero(), |b| Lanes::splat(b[channel])),
+                .map_or(zero::<I, T>(isa), |b| splat::<I, _>(isa, b[channel])),
         }
     }
 
     #[inline(always)]
-    pub(crate) fn of(self, v: Lanes<T>) -> Lanes<T> {
+    pub(crate) fn of(self, v: Lanes<I, T>) -> Lanes<I, T> {
         self.center.distance(v) * self.scale + self.bias
     }
 }
@@ -271,8 +271,8 @@ where
         for (i, (dweight, dbias)) in self.dweight.iter_mut().zip(self.dbias).enumerate() {
             let channel = self.first + i;
             let stats = self.stats[channel];
-            let center = Center::<E::Acc>::new(stats.mean);
-            let inv_std = Lanes::splat(E::Acc::from_wide(stats.inv_std));
+            let center = Center::<I, E::Acc>::new(isa, stats.mean);
+            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
             for run in shape.runs() {
                 let pairs = shape
                     .slices(self.x, channel, run.clone())
@@ -284,7 +284,8 @@ where
                 *dbias += sum;
             }
             let weight = self.weight.map_or(1., |w| w[channel].wide());
-            let back = Back::new(
+            let back = Back::<I, E::Acc>::new(
+                isa,
                 stats,
                 weight,
                 [*dweight, *dbias],
@@ -305,16 +306,17 @@ where
 /// `dx = inv_std · weight · (dy − mean(dy) − x̂ · mean(dy · x̂))` with one value of each statistic; the means are absent where the statistics do
 /// not depend on `x`.
 #[derive(Clone, Copy)]
-pub(crate) struct Back<T> {
-    center: Center<T>,
-    scale: Lanes<T>,
-    mean: Lanes<T>,
-    along: Lanes<T>,
+pub(crate) struct Back<I: Isa, T: Real> {
+    center: Center<I, T>,
+    scale: Lanes<I, T>,
+    mean: Lanes<I, T>,
+    along: Lanes<I, T>,
 }
 
-impl<T: Real> Back<T> {
+impl<I: Isa, T: Real> Back<I, T> {
     #[inline(always)]
     fn new(
+        isa: I,
         stats: Stats,
         weight: f64,
         [along, sum]: [f64; 2],
@@ -326,15 +328,15 @@ impl<T: Real> Back<T> {
             Some(center) => (if center { sum / count } else { 0. }, along / count),
         };
         Self {
-            center: Center::new(stats.mean),
-            scale: Lanes::splat(T::from_wide(stats.inv_std * weight)),
-            mean: Lanes::splat(T::from_wide(mean)),
-            along: Lanes::splat(T::from_wide(along * stats.inv_std)),
+            center: Center::new(isa, stats.mean),
+            scale: splat::<I, _>(isa, T::from_wide(stats.inv_std * weight)),
+            mean: splat::<I, _>(isa, T::from_wide(mean)),
+            along: splat::<I, _>(isa, T::from_wide(along * stats.inv_std)),
         }
     }
 
     #[inline(always)]
-    fn of(self, x: Lanes<T>, dy: Lanes<T>) -> Lanes<T> {
+    fn of(self, x: Lanes<I, T>, dy: Lanes<I, T>) -> Lanes<I, T> {
         ((dy - self.mean) - self.center.distance(x) * self.along) * self.scale
     }
 }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use super::buffer::filled;
 use super::moments::{Center, Moments};
 use super::par;
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
 use super::span::{Columns, map, map2, sums, sums2};
 
 /// What a row is normalized by.
@@ -117,8 +117,8 @@ where
         let rows = self.x.chunks_exact(len).zip(self.y.chunks_exact_mut(len));
         for ((x, y), stats) in rows.zip(self.stats) {
             *stats = row_stats(isa, x, center, eps);
-            let mean = Center::new(stats.mean);
-            let inv_std = Lanes::splat(E::Acc::from_wide(stats.inv_std));
+            let mean = Center::<I, E::Acc>::new(isa, stats.mean);
+            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
             let normal = |v| {
                 let n = mean.distance(v) * inv_std;
                 if round_first { E::round(isa, n) } else { n }
@@ -243,11 +243,11 @@ where
 
 /// A row on its way back: `dx = inv_std · (g − a − x̂ · b)`, with `g` the gradient of `x̂`.
 #[derive(Clone, Copy)]
-struct Row<T> {
-    mean: Center<T>,
-    inv_std: Lanes<T>,
-    a: Lanes<T>,
-    b: Lanes<T>,
+struct Row<I: Isa, T: Real> {
+    mean: Center<I, T>,
+    inv_std: Lanes<I, T>,
+    a: Lanes<I, T>,
+    b: Lanes<I, T>,
 }
 
 impl<E: Elem> Backward<'_, E>
@@ -256,11 +256,15 @@ where
 {
     /// `scale(k, dy)` is `dy · weight` in chunk `k`.
     #[inline(always)]
-    fn rows<I: Isa>(self, isa: I, scale: impl Fn(usize, Lanes<E::Acc>) -> Lanes<E::Acc> + Copy) {
+    fn rows<I: Isa>(
+        self,
+        isa: I,
+        scale: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc> + Copy,
+    ) {
         let len = self.spec.len;
         let width = self.partial.len() / 2;
         let chunks = len.div_ceil(LANES);
-        let mut sums = vec![[Lanes::zero(); 2]; if width > 0 { chunks } else { 0 }];
+        let mut sums = vec![[zero::<I, E::Acc>(isa); 2]; if width > 0 { chunks } else { 0 }];
         let run = ROWS_PER_RUN;
         let xs = self.x.chunks(run * len).zip(self.dy.chunks(run * len));
         let runs = xs
@@ -283,14 +287,14 @@ where
                     }
                 }
             }
-            flush(&mut sums, self.partial, width);
+            flush::<I, E::Acc>(isa, &mut sums, self.partial, width);
         }
     }
 }
 
 /// Adds the lanes of the columns to the totals, and starts them anew.
 #[inline(always)]
-fn flush<T: Real>(sums: &mut [[Lanes<T>; 2]], totals: &mut [f64], width: usize) {
+fn flush<I: Isa, T: Real>(isa: I, sums: &mut [[Lanes<I, T>; 2]], totals: &mut [f64], width: usize) {
     let whole = width / LANES;
     let (dweight, dbias) = totals.split_at_mut(width);
     for (k, sums) in sums.iter_mut().enumerate() {
@@ -300,11 +304,11 @@ fn flush<T: Real>(sums: &mut [[Lanes<T>; 2]], totals: &mut [f64], width: usize) 
             (whole * LANES, LANES - (width - whole * LANES))
         };
         for (total, lanes) in [&mut *dweight, &mut *dbias].into_iter().zip(&*sums) {
-            for (t, v) in total[from..].iter_mut().zip(&lanes.0[skip..]) {
+            for (t, v) in total[from..].iter_mut().zip(&lanes.to_array()[skip..]) {
                 *t += v.wide();
             }
         }
-        *sums = [Lanes::zero(); 2];
+        *sums = [zero::<I, T>(isa); 2];
     }
 }
 
@@ -319,16 +323,16 @@ impl Spec {
         dy: &[E],
         dx: &mut [MaybeUninit<E>],
         stats: &[Stats; N],
-        sums: &mut [[Lanes<E::Acc>; 2]],
-        scale: impl Fn(usize, Lanes<E::Acc>) -> Lanes<E::Acc> + Copy,
+        sums: &mut [[Lanes<I, E::Acc>; 2]],
+        scale: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc> + Copy,
     ) {
         let len = self.len;
-        let zero = Lanes::zero();
+        let none = zero::<I, E::Acc>(isa);
         let mut rows = stats.map(|s| Row {
-            mean: Center::new(s.mean),
-            inv_std: Lanes::splat(E::Acc::from_wide(s.inv_std)),
-            a: zero,
-            b: zero,
+            mean: Center::<I, E::Acc>::new(isa, s.mean),
+            inv_std: splat::<I, _>(isa, E::Acc::from_wide(s.inv_std)),
+            a: none,
+            b: none,
         });
         for (r, row) in rows.iter_mut().enumerate() {
             let span = r * len..(r + 1) * len;
@@ -339,12 +343,12 @@ impl Spec {
                 let g = scale(k, dy);
                 [g, g * (mean.distance(x) * inv_std)]
             });
-            row.b = Lanes::splat(E::Acc::from_wide(gx / n));
+            row.b = splat::<I, _>(isa, E::Acc::from_wide(gx / n));
             if self.center {
-                row.a = Lanes::splat(E::Acc::from_wide(g / n));
+                row.a = splat::<I, _>(isa, E::Acc::from_wide(g / n));
             }
         }
-        let back = |row: &Row<E::Acc>, k: usize, x: Lanes<E::Acc>, dy: Lanes<E::Acc>| {
+        let back = |row: &Row<I, E::Acc>, k: usize, x: Lanes<I, E::Acc>, dy: Lanes<I, E::Acc>| {
             let normal = row.mean.distance(x) * row.inv_std;
             let dx = row.inv_std * ((scale(k, dy) - row.a) - normal * row.b);
             (normal, dx)
@@ -390,7 +394,7 @@ impl Spec {
 
     /// The normalized value as the weight was multiplied by it.
     #[inline(always)]
-    fn rounded<E: Elem, I: Isa>(self, isa: I, normal: Lanes<E::Acc>) -> Lanes<E::Acc> {
+    fn rounded<E: Elem, I: Isa>(self, isa: I, normal: Lanes<I, E::Acc>) -> Lanes<I, E::Acc> {
         if self.round_first {
             E::round(isa, normal)
         } else {
@@ -400,9 +404,9 @@ impl Spec {
 }
 
 #[inline(always)]
-fn load<E: Elem, I: Isa>(isa: I, x: &[E], at: usize) -> Lanes<E::Acc> {
+fn load<E: Elem, I: Isa>(isa: I, x: &[E], at: usize) -> Lanes<I, E::Acc> {
     match x[at..].first_chunk() {
         Some(chunk) => E::load(isa, chunk),
-        None => Lanes::zero(),
+        None => zero::<I, E::Acc>(isa),
     }
 }

@@ -6,11 +6,11 @@
 
 use std::mem::MaybeUninit;
 
-use super::simd::{Elem, Isa, LANES, Lanes, Real};
+use super::simd::{Elem, Isa, LANES, Lanes, Real, Vector, zero};
 
 /// The lanes at the end of `x`; the first of them are from before the tail, or zero.
 #[inline(always)]
-pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<E::Acc> {
+pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<I, E::Acc> {
     match x.last_chunk::<LANES>() {
         Some(last) => E::load(isa, last),
         None => {
@@ -23,7 +23,7 @@ pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<E::Acc> {
 
 /// Writes the lanes of [`tail`] back.
 #[inline(always)]
-pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<E::Acc>, out: &mut [MaybeUninit<E>]) {
+pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
     match out.last_chunk_mut::<LANES>() {
         Some(last) => E::store(isa, v, last),
         None => {
@@ -38,15 +38,17 @@ pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<E::Acc>, out: &mut [M
 
 /// A slice of accumulator values that runs alongside elements: a weight, a bias, the sums of columns.
 #[derive(Clone, Copy)]
-pub(crate) struct Columns<'a, T> {
+pub(crate) struct Columns<'a, I: Isa, T: Real> {
+    isa: I,
     chunks: &'a [[T; LANES]],
-    tail: Lanes<T>,
+    tail: Lanes<I, T>,
 }
 
-impl<'a, T: Elem<Acc = T> + Real> Columns<'a, T> {
+impl<'a, I: Isa, T: Elem<Acc = T> + Real> Columns<'a, I, T> {
     #[inline(always)]
-    pub(crate) fn new<I: Isa>(isa: I, values: &'a [T]) -> Self {
+    pub(crate) fn new(isa: I, values: &'a [T]) -> Self {
         Self {
+            isa,
             chunks: values.as_chunks().0,
             tail: tail(isa, values),
         }
@@ -54,9 +56,9 @@ impl<'a, T: Elem<Acc = T> + Real> Columns<'a, T> {
 
     /// The lanes of chunk `k`; the tail follows the last whole chunk.
     #[inline(always)]
-    pub(crate) fn at(&self, k: usize) -> Lanes<T> {
+    pub(crate) fn at(&self, k: usize) -> Lanes<I, T> {
         match self.chunks.get(k) {
-            Some(chunk) => Lanes(*chunk),
+            Some(chunk) => T::load(self.isa, chunk),
             None => self.tail,
         }
     }
@@ -68,7 +70,7 @@ pub(crate) fn map<E: Elem, I: Isa>(
     isa: I,
     x: &[E],
     out: &mut [MaybeUninit<E>],
-    f: impl Fn(usize, Lanes<E::Acc>) -> Lanes<E::Acc>,
+    f: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
 ) {
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (out_chunks, _) = out.as_chunks_mut::<LANES>();
@@ -87,7 +89,7 @@ pub(crate) fn map2<E: Elem, I: Isa>(
     x: &[E],
     y: &[E],
     out: &mut [MaybeUninit<E>],
-    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> Lanes<E::Acc>,
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
 ) {
     let (xs, rest) = x.as_chunks::<LANES>();
     let (ys, _) = y.as_chunks::<LANES>();
@@ -104,36 +106,36 @@ pub(crate) fn map2<E: Elem, I: Isa>(
 pub(crate) const RUN: usize = 2048;
 
 /// Sums that are being formed, `N` at once. There are two of each, so that an addition need not wait for the last.
-struct Sums<T, const N: usize> {
-    even: [Lanes<T>; N],
-    odd: [Lanes<T>; N],
+struct Sums<I: Isa, T: Real, const N: usize> {
+    even: [Lanes<I, T>; N],
+    odd: [Lanes<I, T>; N],
 }
 
-impl<T: Real, const N: usize> Sums<T, N> {
+impl<I: Isa, T: Real, const N: usize> Sums<I, T, N> {
     #[inline(always)]
-    fn new() -> Self {
+    fn new(isa: I) -> Self {
         Self {
-            even: [Lanes::zero(); N],
-            odd: [Lanes::zero(); N],
+            even: [zero::<I, T>(isa); N],
+            odd: [zero::<I, T>(isa); N],
         }
     }
 
     #[inline(always)]
-    fn add_even(&mut self, v: [Lanes<T>; N]) {
+    fn add_even(&mut self, v: [Lanes<I, T>; N]) {
         for i in 0..N {
             self.even[i] = self.even[i] + v[i];
         }
     }
 
     #[inline(always)]
-    fn add_odd(&mut self, v: [Lanes<T>; N]) {
+    fn add_odd(&mut self, v: [Lanes<I, T>; N]) {
         for i in 0..N {
             self.odd[i] = self.odd[i] + v[i];
         }
     }
 
     #[inline(always)]
-    fn add_tail(&mut self, v: [Lanes<T>; N], count: usize) {
+    fn add_tail(&mut self, v: [Lanes<I, T>; N], count: usize) {
         for i in 0..N {
             self.odd[i] = self.odd[i] + v[i].keep_last(count);
         }
@@ -154,9 +156,9 @@ impl<T: Real, const N: usize> Sums<T, N> {
 pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
     isa: I,
     slices: impl Iterator<Item = &'a [E]>,
-    f: impl Fn(Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+    f: impl Fn(Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
 ) -> [f64; N] {
-    let mut sums = Sums::new();
+    let mut sums = Sums::<I, E::Acc, N>::new(isa);
     for x in slices {
         let (chunks, rest) = x.as_chunks::<LANES>();
         let (pairs, single) = chunks.as_chunks::<2>();
@@ -180,9 +182,9 @@ pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
     isa: I,
     slices: impl Iterator<Item = (&'a [E], &'a [E])>,
     first: usize,
-    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> [Lanes<E::Acc>; N],
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
 ) -> [f64; N] {
-    let mut sums = Sums::new();
+    let mut sums = Sums::<I, E::Acc, N>::new(isa);
     for (x, y) in slices {
         let (xs, rest) = x.as_chunks::<LANES>();
         let (ys, _) = y.as_chunks::<LANES>();
@@ -210,7 +212,7 @@ pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
 pub(crate) fn sums<const N: usize, E: Elem, I: Isa>(
     isa: I,
     x: &[E],
-    f: impl Fn(Lanes<E::Acc>) -> [Lanes<E::Acc>; N] + Copy,
+    f: impl Fn(Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N] + Copy,
 ) -> [f64; N] {
     let mut totals = [0f64; N];
     for run in x.chunks(RUN) {
@@ -228,7 +230,7 @@ pub(crate) fn sums2<const N: usize, E: Elem, I: Isa>(
     isa: I,
     x: &[E],
     y: &[E],
-    f: impl Fn(usize, Lanes<E::Acc>, Lanes<E::Acc>) -> [Lanes<E::Acc>; N] + Copy,
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N] + Copy,
 ) -> [f64; N] {
     let mut totals = [0f64; N];
     for (run, pair) in x.chunks(RUN).zip(y.chunks(RUN)).enumerate() {

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 
 use super::buffer::filled;
 use super::par;
-use super::simd::{Elem, Isa, Kernel, Lanes, Level, Real};
+use super::simd::{Elem, Isa, Kernel, Level, Real, Vector, splat};
 use super::span::{map, map2, sums, sums2};
 
 /// The length of a row after `scale`, a power of two that keeps its squares from over- and underflow.
@@ -34,7 +34,7 @@ impl Length {
             };
         }
         let scale = (-largest.log2().floor()).clamp(-126., 126.).exp2();
-        let factor = Lanes::splat(E::Acc::from_wide(scale));
+        let factor = splat::<I, _>(isa, E::Acc::from_wide(scale));
         let [squares] = sums(isa, v, |v| {
             let v = v * factor;
             [v * v]
@@ -103,8 +103,8 @@ impl<E: Elem> Kernel for Forward<'_, E> {
             .zip(self.w.chunks_exact_mut(self.len));
         for ((v, w), (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
             *length = Length::of(isa, v);
-            let scale = Lanes::splat(E::Acc::from_wide(length.scale));
-            let factor = Lanes::splat(E::Acc::from_wide(g.wide() * length.inverse()));
+            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
+            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * length.inverse()));
             map(isa, v, w, |_, v| (v * scale) * factor);
         }
     }
@@ -168,12 +168,12 @@ impl<E: Elem> Kernel for Backward<'_, E> {
         for (((v, dw), dv), ((g, length), dg)) in rows.zip(params) {
             // The direction is v · unit, or (v · scale) · inverse where one factor would leave the range.
             let inverse = length.inverse();
-            let scale = Lanes::splat(E::Acc::from_wide(length.scale));
-            let unit = Lanes::splat(E::Acc::from_wide(inverse));
+            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
+            let unit = splat::<I, _>(isa, E::Acc::from_wide(inverse));
             let [along] = sums2(isa, v, dw, |_, v, dw| [dw * ((v * scale) * unit)]);
             *dg = along;
-            let along = Lanes::splat(E::Acc::from_wide(along));
-            let factor = Lanes::splat(E::Acc::from_wide(g.wide() * inverse));
+            let along = splat::<I, _>(isa, E::Acc::from_wide(along));
+            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * inverse));
             map2(isa, v, dw, dv, |_, v, dw| {
                 ((dw - ((v * scale) * unit) * along) * factor) * scale
             });

@@ -1,10 +1,13 @@
 //! Sixteen values at a time, on whatever the processor has.
 //!
-//! [`Lanes`] are plain arrays, and a kernel is written once over them. [`Level::run`] compiles it once for each instruction set,
-//! inside a function that has the set enabled: the compiler turns the arrays into registers there. The number of lanes is the same
-//! on every machine and nothing is contracted into fused multiply-adds, so every level computes the same bits. What a compiler
-//! does not find by itself, the conversion of `f16`, is an instruction of the [`Isa`].
+//! A kernel is written once over [`Lanes`], sixteen numbers of the accumulator's type, and [`Level::run`] compiles it for each
+//! instruction set, inside a function that has the set enabled. The number of lanes is the same on every machine and nothing is contracted
+//! into fused multiply-adds, so every level computes the same bits.
+//!
+//! Lanes are registers of the set, not arrays: left to itself the compiler cuts arrays of sixteen into pieces of four and keeps them in
+//! memory, which costs three to five times the time.
 
+mod baseline;
 mod half_bits;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -14,6 +17,7 @@ use std::mem::MaybeUninit;
 use std::ops::{Add, Div, Mul, Sub};
 use std::sync::OnceLock;
 
+use baseline::Baseline;
 use half::{bf16, f16};
 
 /// How many values a kernel takes at a time: 16 `f32` are one register of AVX-512, two of AVX2, four of SSE2 or NEON.
@@ -32,13 +36,18 @@ pub(crate) trait Real:
     + Div<Output = Self>
     + 'static
 {
+    /// Sixteen of them in registers of `I`.
+    type Lanes<I: Isa>: Vector<I, Self>;
+
     fn from_wide(v: f64) -> Self;
     fn wide(self) -> f64;
 }
 
 macro_rules! real {
-    ($t:ty) => {
+    ($t:ty, $lanes:ident) => {
         impl Real for $t {
+            type Lanes<I: Isa> = I::$lanes;
+
             #[inline(always)]
             fn from_wide(v: f64) -> Self {
                 v as $t
@@ -50,98 +59,54 @@ macro_rules! real {
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, F32);
+real!(f64, F64);
 
-/// Sixteen accumulator values.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Lanes<T>(pub(crate) [T; LANES]);
+/// Sixteen accumulator values in registers of `I`.
+pub(crate) type Lanes<I, T> = <T as Real>::Lanes<I>;
 
-impl<T: Real> Lanes<T> {
-    #[inline(always)]
-    pub(crate) fn splat(v: T) -> Self {
-        Self([v; LANES])
-    }
+/// The same value in every lane.
+#[inline(always)]
+pub(crate) fn splat<I: Isa, T: Real>(isa: I, v: T) -> Lanes<I, T> {
+    Vector::splat(isa, v)
+}
 
-    #[inline(always)]
-    pub(crate) fn zero() -> Self {
-        Self::splat(T::default())
-    }
+/// Zero in every lane.
+#[inline(always)]
+pub(crate) fn zero<I: Isa, T: Real>(isa: I) -> Lanes<I, T> {
+    splat(isa, T::default())
+}
 
-    #[inline(always)]
-    fn zip(self, other: Self, f: impl Fn(T, T) -> T) -> Self {
-        let mut out = self;
-        for i in 0..LANES {
-            out.0[i] = f(self.0[i], other.0[i]);
-        }
-        out
-    }
+/// What lanes can do. A value of them proves that the processor has the instruction set `I`.
+pub(crate) trait Vector<I, T: Real>:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self>
+{
+    fn load(isa: I, v: &[T; LANES]) -> Self;
+    fn splat(isa: I, v: T) -> Self;
+    fn to_array(self) -> [T; LANES];
 
     /// The last `count` lanes; zero in the others.
-    #[inline(always)]
-    pub(crate) fn keep_last(self, count: usize) -> Self {
-        let mut out = self;
-        for i in 0..LANES {
-            out.0[i] = if i + count >= LANES {
-                self.0[i]
-            } else {
-                T::default()
-            };
-        }
-        out
-    }
+    fn keep_last(self, count: usize) -> Self;
 
     /// The sum of all lanes, by halves.
     #[inline(always)]
-    pub(crate) fn sum(self) -> f64 {
-        let v = self.0;
-        let mut eight = [T::default(); 8];
-        for i in 0..8 {
-            eight[i] = v[i] + v[i + 8];
-        }
-        let mut four = [T::default(); 4];
-        for i in 0..4 {
-            four[i] = eight[i] + eight[i + 4];
-        }
+    fn sum(self) -> f64 {
+        let v = self.to_array();
+        let eight: [T; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
+        let four: [T; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
         ((four[0] + four[2]) + (four[1] + four[3])).wide()
     }
 }
 
-macro_rules! lanewise {
-    ($trait:ident, $method:ident) => {
-        impl<T: Real> $trait for Lanes<T> {
-            type Output = Self;
-            #[inline(always)]
-            fn $method(self, other: Self) -> Self {
-                self.zip(other, T::$method)
-            }
-        }
-    };
-}
-lanewise!(Add, add);
-lanewise!(Sub, sub);
-lanewise!(Mul, mul);
-
-/// What an instruction set offers beyond arithmetic. A value of it proves that the processor has the set.
+/// An instruction set. A value of it proves that the processor has it.
 pub(crate) trait Isa: Copy {
-    fn widen_f16(self, v: [u16; LANES]) -> [f32; LANES];
-    fn narrow_f16(self, v: [f32; LANES]) -> [u16; LANES];
-}
+    type F32: Vector<Self, f32>;
+    type F64: Vector<Self, f64>;
 
-/// The instructions that every processor of the target has.
-#[derive(Clone, Copy)]
-pub(crate) struct Baseline;
-
-impl Isa for Baseline {
-    #[inline(always)]
-    fn widen_f16(self, v: [u16; LANES]) -> [f32; LANES] {
-        v.map(half_bits::widen_f16)
-    }
-    #[inline(always)]
-    fn narrow_f16(self, v: [f32; LANES]) -> [u16; LANES] {
-        v.map(half_bits::narrow_f16)
-    }
+    fn widen_f16(self, v: [u16; LANES]) -> Self::F32;
+    fn narrow_f16(self, v: Self::F32) -> [u16; LANES];
+    fn widen_bf16(self, v: [u16; LANES]) -> Self::F32;
+    fn narrow_bf16(self, v: Self::F32) -> [u16; LANES];
 }
 
 /// What tensors hold.
@@ -149,21 +114,18 @@ pub(crate) trait Elem: Copy + Default + Send + Sync + 'static {
     /// What it is computed in.
     type Acc: Real;
 
-    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<Self::Acc>;
-    fn narrow<I: Isa>(isa: I, v: Lanes<Self::Acc>) -> [Self; LANES];
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, Self::Acc>;
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, Self::Acc>) -> [Self; LANES];
 
     /// Rounded to this type, and back.
     #[inline(always)]
-    fn round<I: Isa>(isa: I, v: Lanes<Self::Acc>) -> Lanes<Self::Acc> {
+    fn round<I: Isa>(isa: I, v: Lanes<I, Self::Acc>) -> Lanes<I, Self::Acc> {
         Self::load(isa, &Self::narrow(isa, v))
     }
 
     #[inline(always)]
-    fn store<I: Isa>(isa: I, v: Lanes<Self::Acc>, out: &mut [MaybeUninit<Self>; LANES]) {
-        let narrow = Self::narrow(isa, v);
-        for i in 0..LANES {
-            out[i] = MaybeUninit::new(narrow[i]);
-        }
+    fn store<I: Isa>(isa: I, v: Lanes<I, Self::Acc>, out: &mut [MaybeUninit<Self>; LANES]) {
+        *out = Self::narrow(isa, v).map(MaybeUninit::new);
     }
 }
 
@@ -172,12 +134,12 @@ macro_rules! full_precision {
         impl Elem for $t {
             type Acc = $t;
             #[inline(always)]
-            fn load<I: Isa>(_: I, v: &[Self; LANES]) -> Lanes<$t> {
-                Lanes(*v)
+            fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, $t> {
+                Vector::load(isa, v)
             }
             #[inline(always)]
-            fn narrow<I: Isa>(_: I, v: Lanes<$t>) -> [Self; LANES] {
-                v.0
+            fn narrow<I: Isa>(_: I, v: Lanes<I, $t>) -> [Self; LANES] {
+                v.to_array()
             }
         }
     };
@@ -188,24 +150,24 @@ full_precision!(f64);
 impl Elem for bf16 {
     type Acc = f32;
     #[inline(always)]
-    fn load<I: Isa>(_: I, v: &[Self; LANES]) -> Lanes<f32> {
-        Lanes(v.map(|v| half_bits::widen_bf16(v.to_bits())))
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, f32> {
+        isa.widen_bf16(v.map(bf16::to_bits))
     }
     #[inline(always)]
-    fn narrow<I: Isa>(_: I, v: Lanes<f32>) -> [Self; LANES] {
-        v.0.map(|v| bf16::from_bits(half_bits::narrow_bf16(v)))
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, f32>) -> [Self; LANES] {
+        isa.narrow_bf16(v).map(bf16::from_bits)
     }
 }
 
 impl Elem for f16 {
     type Acc = f32;
     #[inline(always)]
-    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<f32> {
-        Lanes(isa.widen_f16(v.map(f16::to_bits)))
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, f32> {
+        isa.widen_f16(v.map(f16::to_bits))
     }
     #[inline(always)]
-    fn narrow<I: Isa>(isa: I, v: Lanes<f32>) -> [Self; LANES] {
-        isa.narrow_f16(v.0).map(f16::from_bits)
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, f32>) -> [Self; LANES] {
+        isa.narrow_f16(v).map(f16::from_bits)
     }
 }
 
