@@ -19,7 +19,10 @@ const ROWS_PER_RUN: usize = 64;
 /// One number for each column, in the accumulator's precision.
 fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
     (0..shape.channels)
-        .flat_map(|channel| std::iter::repeat_n(T::from_wide(f(channel)), shape.inner))
+        .flat_map(
+            #[inline(always)]
+            |channel| std::iter::repeat_n(T::from_wide(f(channel)), shape.inner),
+        )
         .collect()
 }
 
@@ -73,7 +76,10 @@ where
             }
             moments
                 .iter()
-                .map(|m| Stats::new(m.mean, m.var(), eps))
+                .map(
+                    #[inline(always)]
+                    |m| Stats::new(m.mean, m.var(), eps),
+                )
                 .collect()
         }
     };
@@ -117,9 +123,9 @@ impl<E: Elem> Kernel for ColumnMoments<'_, E> {
         let width = self.moments.len();
         for run in self.x.chunks(ROWS_PER_RUN * width) {
             let count = (run.len() / width) as f64;
-            for_column_chunks(width, |at, lanes| {
+            for (at, lanes) in column_chunks(width) {
                 let all = chunk_moments(isa, run, width, at, lanes, self.center);
-                let [shift, rest, m2] = all.map(Vector::to_array);
+                let (shift, rest, m2) = (all[0].to_array(), all[1].to_array(), all[2].to_array());
                 for (i, all) in self.moments[at..at + lanes].iter_mut().enumerate() {
                     let i = LANES - lanes + i;
                     let rest = rest[i].wide() / count;
@@ -129,26 +135,22 @@ impl<E: Elem> Kernel for ColumnMoments<'_, E> {
                         m2: m2[i].wide() - rest * rest * count,
                     });
                 }
-            });
+            }
         }
     }
 }
 
-/// Calls `f` with the first column and the number of columns of each chunk; those of the last one are at its end.
+/// The first column and the number of columns of each chunk; those of the last one are at its end.
 #[inline(always)]
-fn for_column_chunks(width: usize, mut f: impl FnMut(usize, usize)) {
-    let whole = width / LANES * LANES;
-    for at in (0..whole).step_by(LANES) {
-        f(at, LANES);
-    }
-    if whole < width {
-        f(whole, width - whole);
-    }
+fn column_chunks(width: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..width)
+        .step_by(LANES)
+        .map(move |at| (at, LANES.min(width - at)))
 }
 
 /// The lanes of a row for the chunk that starts at column `at` and has `lanes` columns.
 #[inline(always)]
-fn chunk<E: Elem, I: Isa>(isa: I, row: &[E], at: usize, lanes: usize) -> Lanes<I, E::Acc> {
+fn lanes_at<E: Elem, I: Isa>(isa: I, row: &[E], at: usize, lanes: usize) -> Lanes<I, E::Acc> {
     match row[at..].first_chunk() {
         Some(chunk) if lanes == LANES => E::load(isa, chunk),
         _ => tail(isa, row),
@@ -168,14 +170,14 @@ fn chunk_moments<E: Elem, I: Isa>(
     let mut shift = zero::<I, E::Acc>(isa);
     if center {
         for row in run.chunks_exact(width) {
-            shift = shift + chunk(isa, row, at, lanes);
+            shift = shift + lanes_at(isa, row, at, lanes);
         }
         let each = E::Acc::from_wide(1. / (run.len() / width) as f64);
         shift = shift * splat::<I, _>(isa, each);
     }
     let (mut rest, mut m2) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
     for row in run.chunks_exact(width) {
-        let d = chunk(isa, row, at, lanes) - shift;
+        let d = lanes_at(isa, row, at, lanes) - shift;
         rest = rest + d;
         m2 = m2 + d * d;
     }
@@ -212,9 +214,13 @@ where
             .chunks_exact(width)
             .zip(self.y.chunks_exact_mut(width))
         {
-            map(isa, x, y, |k, v| {
-                ((v - high.at(k)) - low.at(k)) * scale.at(k) + bias.at(k)
-            });
+            map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, v| ((v - high.at(k)) - low.at(k)) * scale.at(k) + bias.at(k),
+            );
         }
     }
 }
@@ -317,11 +323,13 @@ where
             .chunks(ROWS_PER_RUN * width)
             .zip(self.dy.chunks(ROWS_PER_RUN * width));
         for (x, dy) in runs {
-            for_column_chunks(width, |at, lanes| {
-                let [high, low, inv_std] = [high, low, inv_std].map(|v| chunk(isa, v, at, lanes));
+            for (at, lanes) in column_chunks(width) {
+                let high = lanes_at(isa, high, at, lanes);
+                let low = lanes_at(isa, low, at, lanes);
+                let inv_std = lanes_at(isa, inv_std, at, lanes);
                 let (mut a, mut s) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
                 for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
-                    let (x, dy) = (chunk(isa, x, at, lanes), chunk(isa, dy, at, lanes));
+                    let (x, dy) = (lanes_at(isa, x, at, lanes), lanes_at(isa, dy, at, lanes));
                     a = a + dy * (((x - high) - low) * inv_std);
                     s = s + dy;
                 }
@@ -331,7 +339,7 @@ where
                         *total += v.wide();
                     }
                 }
-            });
+            }
         }
     }
 }
@@ -357,14 +365,22 @@ where
         let width = self.scale.len();
         let high = Columns::new(isa, &self.spread.high);
         let low = Columns::new(isa, &self.spread.low);
-        let [scale, mean, along] =
-            [self.scale, self.mean, self.along].map(|v| Columns::new(isa, v));
+        let scale = Columns::new(isa, self.scale);
+        let mean = Columns::new(isa, self.mean);
+        let along = Columns::new(isa, self.along);
         let rows = self.x.chunks_exact(width).zip(self.dy.chunks_exact(width));
         for ((x, dy), dx) in rows.zip(self.dx.chunks_exact_mut(width)) {
-            map2(isa, x, dy, dx, |k, x, dy| {
-                let distance = (x - high.at(k)) - low.at(k);
-                ((dy - mean.at(k)) - distance * along.at(k)) * scale.at(k)
-            });
+            map2(
+                isa,
+                x,
+                dy,
+                dx,
+                #[inline(always)]
+                |k, x, dy| {
+                    let distance = (x - high.at(k)) - low.at(k);
+                    ((dy - mean.at(k)) - distance * along.at(k)) * scale.at(k)
+                },
+            );
         }
     }
 }

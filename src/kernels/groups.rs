@@ -6,10 +6,9 @@
 use std::mem::MaybeUninit;
 
 use super::buffer::filled;
-use super::moments::Center;
 use super::par;
-use super::planes::{Normal, Shape};
-use super::rows::{Affine, Gradients, Stats, row_stats};
+use super::planes::{Affined, Shape};
+use super::rows::{self, Affine, Gradients, Stats, row_stats};
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat};
 use super::span::{Columns, map, map2, sums2};
 
@@ -125,27 +124,25 @@ where
             if inner >= LANES {
                 let planes = x.chunks_exact(inner).zip(y.chunks_exact_mut(inner));
                 for (c, (x, y)) in planes.enumerate() {
-                    let normal = Normal::<I, E::Acc>::new(
+                    let affined = Affined::<I, E::Acc>::new(
                         isa,
                         *stats,
                         self.affine,
                         spec.first_channel(row) + c,
                     );
-                    map(isa, x, y, |_, v| normal.of(v));
+                    map(
+                        isa,
+                        x,
+                        y,
+                        #[inline(always)]
+                        |_, v| affined.of(v),
+                    );
                 }
                 continue;
             }
-            let center = Center::<I, E::Acc>::new(isa, stats.mean);
-            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
-            let normal = |v| center.distance(v) * inv_std;
             let weight = spec.columns(isa, self.weight, row);
             let bias = spec.columns(isa, self.bias, row);
-            match (weight, bias) {
-                (None, None) => map(isa, x, y, |_, v| normal(v)),
-                (Some(w), None) => map(isa, x, y, |k, v| normal(v) * w.at(k)),
-                (None, Some(b)) => map(isa, x, y, |k, v| normal(v) + b.at(k)),
-                (Some(w), Some(b)) => map(isa, x, y, |k, v| normal(v) * w.at(k) + b.at(k)),
-            }
+            rows::Normal::<I, E::Acc>::new(isa, *stats).write(isa, x, y, false, weight, bias);
         }
     }
 }
@@ -231,8 +228,7 @@ where
         for (i, (((x, dy), dx), stats)) in groups.enumerate() {
             let row = self.first + i;
             let first = spec.first_channel(row);
-            let center = Center::<I, E::Acc>::new(isa, stats.mean);
-            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
+            let normal = rows::Normal::<I, E::Acc>::new(isa, *stats);
             let weight = |c: usize| self.weight.map_or(1., |w| w[c].wide());
             let (mut along, mut mean) = (0., 0.);
             for (c, (x, dy)) in x
@@ -240,42 +236,74 @@ where
                 .zip(dy.chunks_exact(inner))
                 .enumerate()
             {
-                let [a, s] = plane_sums(isa, x, dy, center, inv_std);
+                let [a, s] = sums2(
+                    isa,
+                    x,
+                    dy,
+                    #[inline(always)]
+                    |_, x, dy| [dy * normal.of(x), dy],
+                );
                 dweight[first + c] += a;
                 dbias[first + c] += s;
                 along += a * weight(first + c);
                 mean += s * weight(first + c);
             }
             let n = len as f64;
-            let mean = splat::<I, _>(isa, E::Acc::from_wide(mean / n));
-            let along = splat::<I, _>(isa, E::Acc::from_wide(along / n * stats.inv_std));
-            let back = |g: Lanes<I, E::Acc>, x| ((g - mean) - center.distance(x) * along) * inv_std;
+            let back = Back::<I, E::Acc> {
+                normal,
+                mean: splat::<I, _>(isa, E::Acc::from_wide(mean / n)),
+                along: splat::<I, _>(isa, E::Acc::from_wide(along / n)),
+                inv_std: splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std)),
+            };
             if inner >= LANES {
                 let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
                 for (c, ((x, dy), dx)) in planes.zip(dx.chunks_exact_mut(inner)).enumerate() {
                     let w = splat::<I, _>(isa, E::Acc::from_wide(weight(first + c)));
-                    map2(isa, x, dy, dx, |_, x, dy| back(dy * w, x));
+                    map2(
+                        isa,
+                        x,
+                        dy,
+                        dx,
+                        #[inline(always)]
+                        |_, x, dy| back.of(x, dy * w),
+                    );
                 }
                 continue;
             }
             match spec.columns(isa, self.spread, row) {
-                None => map2(isa, x, dy, dx, |_, x, dy| back(dy, x)),
-                Some(w) => map2(isa, x, dy, dx, |k, x, dy| back(dy * w.at(k), x)),
+                None => map2(
+                    isa,
+                    x,
+                    dy,
+                    dx,
+                    #[inline(always)]
+                    |_, x, dy| back.of(x, dy),
+                ),
+                Some(w) => map2(
+                    isa,
+                    x,
+                    dy,
+                    dx,
+                    #[inline(always)]
+                    |k, x, dy| back.of(x, dy * w.at(k)),
+                ),
             }
         }
     }
 }
 
-/// The sums of `dy · x̂` and of `dy` over a plane.
-#[inline(always)]
-fn plane_sums<E: Elem, I: Isa>(
-    isa: I,
-    x: &[E],
-    dy: &[E],
-    center: Center<I, E::Acc>,
-    inv_std: Lanes<I, E::Acc>,
-) -> [f64; 2] {
-    sums2(isa, x, dy, |_, x, dy| {
-        [dy * (center.distance(x) * inv_std), dy]
-    })
+/// A group on its way back: `dx = inv_std · (g − mean(g) − x̂ · mean(g · x̂))`, with `g` the gradient of `x̂`.
+#[derive(Clone, Copy)]
+struct Back<I: Isa, T: Real> {
+    normal: rows::Normal<I, T>,
+    mean: Lanes<I, T>,
+    along: Lanes<I, T>,
+    inv_std: Lanes<I, T>,
+}
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
+    #[inline(always)]
+    fn of(&self, x: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
+        ((g - self.mean) - self.normal.of(x) * self.along) * self.inv_std
+    }
 }

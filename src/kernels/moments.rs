@@ -33,13 +33,23 @@ impl Moments {
         slices: impl Fn() -> S,
     ) -> Self {
         let count = count as f64;
-        let [sum] = run_sums(isa, slices(), |v| [v]);
+        let [sum] = run_sums(
+            isa,
+            slices(),
+            #[inline(always)]
+            |v| [v],
+        );
         let shift = E::Acc::from_wide(sum / count);
         let about = splat::<I, _>(isa, shift);
-        let [first, second] = run_sums(isa, slices(), |v| {
-            let d = v - about;
-            [d, d * d]
-        });
+        let [first, second] = run_sums(
+            isa,
+            slices(),
+            #[inline(always)]
+            |v| {
+                let d = v - about;
+                [d, d * d]
+            },
+        );
         let rest = first / count;
         Self {
             count,
@@ -55,7 +65,12 @@ impl Moments {
         count: usize,
         slices: impl Iterator<Item = &'a [E]>,
     ) -> Self {
-        let [m2] = run_sums(isa, slices, |v| [v * v]);
+        let [m2] = run_sums(
+            isa,
+            slices,
+            #[inline(always)]
+            |v| [v * v],
+        );
         Self {
             count: count as f64,
             mean: 0.,

@@ -139,12 +139,18 @@ where
                     Stats::new(moments.mean, moments.var(), eps)
                 }
             };
-            let normal = Normal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+            let normal = Affined::<I, E::Acc>::new(isa, *stats, self.affine, channel);
             for sample in 0..shape.outer {
                 let plane = shape.plane(sample, channel);
                 // SAFETY: this job alone has the channel, and takes each of its planes once.
                 let y = unsafe { self.y.part(plane.clone()) };
-                map(isa, &self.x[plane], y, |_, v| normal.of(v));
+                map(
+                    isa,
+                    &self.x[plane],
+                    y,
+                    #[inline(always)]
+                    |_, v| normal.of(v),
+                );
             }
         }
     }
@@ -174,13 +180,13 @@ fn channel_moments<E: Elem, I: Isa>(
 
 /// `(v − mean) · inv_std · weight + bias` with one value of each.
 #[derive(Clone, Copy)]
-pub(crate) struct Normal<I: Isa, T: Real> {
+pub(crate) struct Affined<I: Isa, T: Real> {
     center: Center<I, T>,
     scale: Lanes<I, T>,
     bias: Lanes<I, T>,
 }
 
-impl<I: Isa, T: Real> Normal<I, T> {
+impl<I: Isa, T: Real> Affined<I, T> {
     #[inline(always)]
     pub(crate) fn new(isa: I, stats: Stats, affine: Affine<T>, channel: usize) -> Self {
         let weight = affine.weight.map_or(1., |w| w[channel].wide());
@@ -277,9 +283,13 @@ where
                 let pairs = shape
                     .slices(self.x, channel, run.clone())
                     .zip(shape.slices(self.dy, channel, run));
-                let [along, sum] = run_sums2(isa, pairs, 0, |_, x, dy| {
-                    [dy * (center.distance(x) * inv_std), dy]
-                });
+                let [along, sum] = run_sums2(
+                    isa,
+                    pairs,
+                    0,
+                    #[inline(always)]
+                    |_, x, dy| [dy * (center.distance(x) * inv_std), dy],
+                );
                 *dweight += along;
                 *dbias += sum;
             }
@@ -297,7 +307,14 @@ where
                 // SAFETY: this job alone has the channel, and takes each of its planes once.
                 let dx: &mut [MaybeUninit<E>] = unsafe { self.dx.part(plane.clone()) };
                 let (x, dy) = (&self.x[plane.clone()], &self.dy[plane]);
-                map2(isa, x, dy, dx, |_, x, dy| back.of(x, dy));
+                map2(
+                    isa,
+                    x,
+                    dy,
+                    dx,
+                    #[inline(always)]
+                    |_, x, dy| back.of(x, dy),
+                );
             }
         }
     }

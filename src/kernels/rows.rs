@@ -6,7 +6,7 @@ use super::buffer::filled;
 use super::moments::{Center, Moments};
 use super::par;
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
-use super::span::{Columns, map, map2, sums, sums2};
+use super::span::{Columns, chunk, map, map2, store_chunk, sums, sums2};
 
 /// What a row is normalized by.
 #[derive(Debug, Clone, Copy)]
@@ -112,23 +112,90 @@ where
             eps,
             round_first,
         } = self.spec;
-        let weight = self.affine.weight.map(|w| Columns::new(isa, w));
-        let bias = self.affine.bias.map(|b| Columns::new(isa, b));
+        let weight = self.affine.weight.map(
+            #[inline(always)]
+            |w| Columns::new(isa, w),
+        );
+        let bias = self.affine.bias.map(
+            #[inline(always)]
+            |b| Columns::new(isa, b),
+        );
         let rows = self.x.chunks_exact(len).zip(self.y.chunks_exact_mut(len));
         for ((x, y), stats) in rows.zip(self.stats) {
             *stats = row_stats(isa, x, center, eps);
-            let mean = Center::<I, E::Acc>::new(isa, stats.mean);
-            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
-            let normal = |v| {
-                let n = mean.distance(v) * inv_std;
-                if round_first { E::round(isa, n) } else { n }
-            };
-            match (&weight, &bias) {
-                (None, None) => map(isa, x, y, |_, v| normal(v)),
-                (Some(w), None) => map(isa, x, y, |k, v| normal(v) * w.at(k)),
-                (None, Some(b)) => map(isa, x, y, |k, v| normal(v) + b.at(k)),
-                (Some(w), Some(b)) => map(isa, x, y, |k, v| normal(v) * w.at(k) + b.at(k)),
-            }
+            Normal::<I, E::Acc>::new(isa, *stats).write(isa, x, y, round_first, weight, bias);
+        }
+    }
+}
+
+/// `x̂ = (x − mean) · inv_std`.
+#[derive(Clone, Copy)]
+pub(crate) struct Normal<I: Isa, T: Real> {
+    mean: Center<I, T>,
+    inv_std: Lanes<I, T>,
+}
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Normal<I, T> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, stats: Stats) -> Self {
+        Self {
+            mean: Center::<I, T>::new(isa, stats.mean),
+            inv_std: splat::<I, _>(isa, T::from_wide(stats.inv_std)),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn of(&self, x: Lanes<I, T>) -> Lanes<I, T> {
+        self.mean.distance(x) * self.inv_std
+    }
+
+    /// `x̂` as the weight is multiplied by it: rounded to `E` or not.
+    #[inline(always)]
+    fn rounded<E: Elem<Acc = T>>(&self, isa: I, x: Lanes<I, T>, round: bool) -> Lanes<I, T> {
+        let normal = self.of(x);
+        if round { E::round(isa, normal) } else { normal }
+    }
+
+    /// `y = x̂ · weight + bias`, column by column.
+    #[inline(always)]
+    pub(crate) fn write<E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[E],
+        y: &mut [MaybeUninit<E>],
+        round: bool,
+        weight: Option<Columns<I, T>>,
+        bias: Option<Columns<I, T>>,
+    ) {
+        match (weight, bias) {
+            (None, None) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |_, x| self.rounded::<E>(isa, x, round),
+            ),
+            (Some(w), None) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k),
+            ),
+            (None, Some(b)) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) + b.at(k),
+            ),
+            (Some(w), Some(b)) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k) + b.at(k),
+            ),
         }
     }
 }
@@ -139,7 +206,12 @@ pub(crate) fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64
         let moments = Moments::of(isa, x);
         (moments.mean, moments.var())
     } else {
-        let [squares] = sums(isa, x, |v| [v * v]);
+        let [squares] = sums(
+            isa,
+            x,
+            #[inline(always)]
+            |v| [v * v],
+        );
         (0., squares / x.len() as f64)
     };
     Stats::new(mean, var, eps)
@@ -234,61 +306,64 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        match self.weight.map(|w| Columns::new(isa, w)) {
-            None => self.rows(isa, |_, v| v),
-            Some(w) => self.rows(isa, move |k, v| v * w.at(k)),
+        let len = self.spec.len;
+        let width = self.partial.len() / 2;
+        let chunks = if width > 0 { len.div_ceil(LANES) } else { 0 };
+        let mut sums = vec![[zero::<I, E::Acc>(isa); 2]; chunks];
+        let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
+        let run = ROWS_PER_RUN;
+        let pairs = self.x.chunks(run * len).zip(self.dy.chunks(run * len));
+        let runs = pairs.zip(self.dx.chunks_mut(run * len));
+        for (((x, dy), dx), stats) in runs.zip(self.stats.chunks(run)) {
+            let mut first = 0;
+            while first < stats.len() {
+                let count = if stats.len() - first >= ROWS { ROWS } else { 1 };
+                let span = first * len..(first + count) * len;
+                let rows = Rows {
+                    x: &x[span.clone()],
+                    dy: &dy[span.clone()],
+                    dx: &mut dx[span],
+                    stats: &stats[first..first + count],
+                    spec: self.spec,
+                };
+                match count {
+                    ROWS => rows.run::<ROWS, I>(isa, weight, &mut sums),
+                    _ => rows.run::<1, I>(isa, weight, &mut sums),
+                }
+                first += count;
+            }
+            flush::<I, E::Acc>(isa, &mut sums, self.partial, width);
+        }
+    }
+}
+
+/// The weight of each column, or one.
+#[derive(Clone, Copy)]
+struct Weight<'a, I: Isa, T: Real>(Option<Columns<'a, I, T>>);
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Weight<'_, I, T> {
+    /// `v` times the weights of chunk `k`.
+    #[inline(always)]
+    fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        match &self.0 {
+            Some(weight) => v * weight.at(k),
+            None => v,
         }
     }
 }
 
 /// A row on its way back: `dx = inv_std · (g − a − x̂ · b)`, with `g` the gradient of `x̂`.
 #[derive(Clone, Copy)]
-struct Row<I: Isa, T: Real> {
-    mean: Center<I, T>,
-    inv_std: Lanes<I, T>,
+struct Back<I: Isa, T: Real> {
+    normal: Normal<I, T>,
     a: Lanes<I, T>,
     b: Lanes<I, T>,
 }
 
-impl<E: Elem> Backward<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    /// `scale(k, dy)` is `dy · weight` in chunk `k`.
+impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
     #[inline(always)]
-    fn rows<I: Isa>(
-        self,
-        isa: I,
-        scale: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc> + Copy,
-    ) {
-        let len = self.spec.len;
-        let width = self.partial.len() / 2;
-        let chunks = len.div_ceil(LANES);
-        let mut sums = vec![[zero::<I, E::Acc>(isa); 2]; if width > 0 { chunks } else { 0 }];
-        let run = ROWS_PER_RUN;
-        let xs = self.x.chunks(run * len).zip(self.dy.chunks(run * len));
-        let runs = xs
-            .zip(self.dx.chunks_mut(run * len))
-            .zip(self.stats.chunks(run));
-        for (((x, dy), dx), stats) in runs {
-            let quads = x.chunks(ROWS * len).zip(dy.chunks(ROWS * len));
-            let quads = quads.zip(dx.chunks_mut(ROWS * len)).zip(stats.chunks(ROWS));
-            for (((x, dy), dx), stats) in quads {
-                match <&[Stats; ROWS]>::try_from(stats) {
-                    Ok(stats) => self
-                        .spec
-                        .group::<ROWS, E, I>(isa, x, dy, dx, stats, &mut sums, scale),
-                    Err(_) => {
-                        let rows = x.chunks(len).zip(dy.chunks(len)).zip(dx.chunks_mut(len));
-                        for (((x, dy), dx), stats) in rows.zip(stats) {
-                            self.spec
-                                .group::<1, E, I>(isa, x, dy, dx, &[*stats], &mut sums, scale);
-                        }
-                    }
-                }
-            }
-            flush::<I, E::Acc>(isa, &mut sums, self.partial, width);
-        }
+    fn of(&self, normal: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
+        self.normal.inv_std * ((g - self.a) - normal * self.b)
     }
 }
 
@@ -312,101 +387,97 @@ fn flush<I: Isa, T: Real>(isa: I, sums: &mut [[Lanes<I, T>; 2]], totals: &mut [f
     }
 }
 
-impl Spec {
-    /// `N` rows at once: first the two sums of each, then all of them column by column.
+/// A few rows that go back together.
+struct Rows<'a, E> {
+    x: &'a [E],
+    dy: &'a [E],
+    dx: &'a mut [MaybeUninit<E>],
+    stats: &'a [Stats],
+    spec: Spec,
+}
+
+impl<E: Elem> Rows<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    /// `N` rows: first the two sums of each, then all of them column by column.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    fn group<const N: usize, E: Elem, I: Isa>(
+    fn run<const N: usize, I: Isa>(
         self,
         isa: I,
-        x: &[E],
-        dy: &[E],
-        dx: &mut [MaybeUninit<E>],
-        stats: &[Stats; N],
+        weight: Weight<I, E::Acc>,
         sums: &mut [[Lanes<I, E::Acc>; 2]],
-        scale: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc> + Copy,
     ) {
-        let len = self.len;
-        let none = zero::<I, E::Acc>(isa);
-        let mut rows = stats.map(|s| Row {
-            mean: Center::<I, E::Acc>::new(isa, s.mean),
-            inv_std: splat::<I, _>(isa, E::Acc::from_wide(s.inv_std)),
-            a: none,
-            b: none,
-        });
-        for (r, row) in rows.iter_mut().enumerate() {
-            let span = r * len..(r + 1) * len;
-            let (x, dy) = (&x[span.clone()], &dy[span]);
-            let n = len as f64;
-            let Row { mean, inv_std, .. } = *row;
-            let [g, gx] = sums2(isa, x, dy, |k, x, dy| {
-                let g = scale(k, dy);
-                [g, g * (mean.distance(x) * inv_std)]
-            });
-            row.b = splat::<I, _>(isa, E::Acc::from_wide(gx / n));
-            if self.center {
-                row.a = splat::<I, _>(isa, E::Acc::from_wide(g / n));
-            }
-        }
-        let back = |row: &Row<I, E::Acc>, k: usize, x: Lanes<I, E::Acc>, dy: Lanes<I, E::Acc>| {
-            let normal = row.mean.distance(x) * row.inv_std;
-            let dx = row.inv_std * ((scale(k, dy) - row.a) - normal * row.b);
-            (normal, dx)
+        let Spec {
+            len, round_first, ..
+        } = self.spec;
+        let start = Back::<I, E::Acc> {
+            normal: Normal::new(isa, Stats::NONE),
+            a: zero::<I, E::Acc>(isa),
+            b: zero::<I, E::Acc>(isa),
         };
+        let mut rows = [start; N];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = self.sums(isa, r, weight);
+        }
         if sums.is_empty() {
             for (r, row) in rows.iter().enumerate() {
                 let span = r * len..(r + 1) * len;
-                let (x, dy) = (&x[span.clone()], &dy[span.clone()]);
-                map2(isa, x, dy, &mut dx[span], |k, x, dy| back(row, k, x, dy).1);
+                map2(
+                    isa,
+                    &self.x[span.clone()],
+                    &self.dy[span.clone()],
+                    &mut self.dx[span],
+                    #[inline(always)]
+                    |k, x, dy| row.of(row.normal.of(x), weight.times(k, dy)),
+                );
             }
             return;
         }
         let whole = len / LANES;
-        let rest = len - whole * LANES;
-        let (whole_sums, rest_sums) = sums.split_at_mut(whole);
-        for (k, sums) in whole_sums.iter_mut().enumerate() {
+        for (k, sums) in sums.iter_mut().enumerate() {
             let [mut dweight, mut dbias] = *sums;
             for (r, row) in rows.iter().enumerate() {
-                let at = r * len + k * LANES;
-                let (x, dy) = (load::<E, I>(isa, x, at), load::<E, I>(isa, dy, at));
-                let (normal, value) = back(row, k, x, dy);
-                dweight = dweight + dy * self.rounded::<E, I>(isa, normal);
-                dbias = dbias + dy;
-                if let Some(out) = dx[at..].first_chunk_mut() {
-                    E::store(isa, value, out);
+                // The last columns are the tail of a row, of which only the end is new.
+                let span = r * len..(r + 1) * len;
+                let (x, dy) = (&self.x[span.clone()], &self.dy[span.clone()]);
+                let (x, dy) = (chunk(isa, x, k), chunk(isa, dy, k));
+                let value = row.of(row.normal.of(x), weight.times(k, dy));
+                let along = dy * row.normal.rounded::<E>(isa, x, round_first);
+                if k < whole {
+                    dweight = dweight + along;
+                    dbias = dbias + dy;
+                } else {
+                    dweight = dweight + along.keep_last(len - whole * LANES);
+                    dbias = dbias + dy.keep_last(len - whole * LANES);
                 }
+                store_chunk(isa, value, &mut self.dx[span], k);
             }
             *sums = [dweight, dbias];
         }
-        if let Some(sums) = rest_sums.first_mut() {
-            for (r, row) in rows.iter().enumerate() {
-                let span = r * len..(r + 1) * len;
-                let (x, dy) = (&x[span.clone()], &dy[span.clone()]);
-                let (x, dy) = (super::span::tail(isa, x), super::span::tail(isa, dy));
-                let (normal, value) = back(row, whole, x, dy);
-                let dweight = dy * self.rounded::<E, I>(isa, normal);
-                sums[0] = sums[0] + dweight.keep_last(rest);
-                sums[1] = sums[1] + dy.keep_last(rest);
-                super::span::store_tail(isa, value, &mut dx[span]);
-            }
-        }
     }
 
-    /// The normalized value as the weight was multiplied by it.
+    /// Row `r`, with its two sums.
     #[inline(always)]
-    fn rounded<E: Elem, I: Isa>(self, isa: I, normal: Lanes<I, E::Acc>) -> Lanes<I, E::Acc> {
-        if self.round_first {
-            E::round(isa, normal)
-        } else {
-            normal
+    fn sums<I: Isa>(&self, isa: I, r: usize, weight: Weight<I, E::Acc>) -> Back<I, E::Acc> {
+        let len = self.spec.len;
+        let span = r * len..(r + 1) * len;
+        let normal = Normal::<I, E::Acc>::new(isa, self.stats[r]);
+        let [g, along] = sums2(
+            isa,
+            &self.x[span.clone()],
+            &self.dy[span],
+            #[inline(always)]
+            |k, x, dy| {
+                let g = weight.times(k, dy);
+                [g, g * normal.of(x)]
+            },
+        );
+        let mean = |sum: f64| splat::<I, _>(isa, E::Acc::from_wide(sum / len as f64));
+        Back {
+            normal,
+            a: mean(if self.spec.center { g } else { 0. }),
+            b: mean(along),
         }
-    }
-}
-
-#[inline(always)]
-fn load<E: Elem, I: Isa>(isa: I, x: &[E], at: usize) -> Lanes<I, E::Acc> {
-    match x[at..].first_chunk() {
-        Some(chunk) => E::load(isa, chunk),
-        None => zero::<I, E::Acc>(isa),
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<I, E::Acc> {
 
 /// Writes the lanes of [`tail`] back.
 #[inline(always)]
-pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
+fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
     match out.last_chunk_mut::<LANES>() {
         Some(last) => E::store(isa, v, last),
         None => {
@@ -33,6 +33,29 @@ pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut
                 *o = MaybeUninit::new(*v);
             }
         }
+    }
+}
+
+/// The lanes of chunk `k` of `x`; the tail follows the last whole chunk.
+#[inline(always)]
+pub(crate) fn chunk<E: Elem, I: Isa>(isa: I, x: &[E], k: usize) -> Lanes<I, E::Acc> {
+    match x.as_chunks::<LANES>().0.get(k) {
+        Some(chunk) => E::load(isa, chunk),
+        None => tail(isa, x),
+    }
+}
+
+/// Writes the lanes of [`chunk`] back.
+#[inline(always)]
+pub(crate) fn store_chunk<E: Elem, I: Isa>(
+    isa: I,
+    v: Lanes<I, E::Acc>,
+    out: &mut [MaybeUninit<E>],
+    k: usize,
+) {
+    match out.as_chunks_mut::<LANES>().0.get_mut(k) {
+        Some(chunk) => E::store(isa, v, chunk),
+        None => store_tail(isa, v, out),
     }
 }
 

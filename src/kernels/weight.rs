@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use super::buffer::filled;
 use super::par;
 use super::simd::{Elem, Isa, Kernel, Level, Real, Vector, splat};
-use super::span::{map, map2, sums, sums2};
+use super::span::{map, map2, sums, sums2, tail};
 
 /// The length of a row after `scale`, a power of two that keeps its squares from over- and underflow.
 #[derive(Debug, Clone, Copy)]
@@ -17,7 +17,12 @@ pub(crate) struct Length {
 impl Length {
     #[inline(always)]
     fn of<E: Elem, I: Isa>(isa: I, v: &[E]) -> Self {
-        let [squares] = sums(isa, v, |v| [v * v]);
+        let [squares] = sums(
+            isa,
+            v,
+            #[inline(always)]
+            |v| [v * v],
+        );
         // Within these bounds no square that counts was lost, in f32 either.
         if (1e-24..1e30).contains(&squares) {
             return Self {
@@ -25,8 +30,13 @@ impl Length {
                 scale: 1.,
             };
         }
-        let largest = v.chunks(1).map(|v| super::span::tail(isa, v).sum().abs());
-        let largest = largest.fold(0., |a, b| if b > a || b.is_nan() { b } else { a });
+        let mut largest = 0f64;
+        for v in v.chunks(1) {
+            let size = tail(isa, v).sum().abs();
+            if size > largest || size.is_nan() {
+                largest = size;
+            }
+        }
         if largest == 0. || !largest.is_finite() {
             return Self {
                 norm: largest,
@@ -35,10 +45,15 @@ impl Length {
         }
         let scale = (-largest.log2().floor()).clamp(-126., 126.).exp2();
         let factor = splat::<I, _>(isa, E::Acc::from_wide(scale));
-        let [squares] = sums(isa, v, |v| {
-            let v = v * factor;
-            [v * v]
-        });
+        let [squares] = sums(
+            isa,
+            v,
+            #[inline(always)]
+            |v| {
+                let v = v * factor;
+                [v * v]
+            },
+        );
         Self {
             norm: squares.sqrt(),
             scale,
@@ -105,7 +120,13 @@ impl<E: Elem> Kernel for Forward<'_, E> {
             *length = Length::of(isa, v);
             let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
             let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * length.inverse()));
-            map(isa, v, w, |_, v| (v * scale) * factor);
+            map(
+                isa,
+                v,
+                w,
+                #[inline(always)]
+                |_, v| (v * scale) * factor,
+            );
         }
     }
 }
@@ -170,13 +191,24 @@ impl<E: Elem> Kernel for Backward<'_, E> {
             let inverse = length.inverse();
             let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
             let unit = splat::<I, _>(isa, E::Acc::from_wide(inverse));
-            let [along] = sums2(isa, v, dw, |_, v, dw| [dw * ((v * scale) * unit)]);
+            let [along] = sums2(
+                isa,
+                v,
+                dw,
+                #[inline(always)]
+                |_, v, dw| [dw * ((v * scale) * unit)],
+            );
             *dg = along;
             let along = splat::<I, _>(isa, E::Acc::from_wide(along));
             let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * inverse));
-            map2(isa, v, dw, dv, |_, v, dw| {
-                ((dw - ((v * scale) * unit) * along) * factor) * scale
-            });
+            map2(
+                isa,
+                v,
+                dw,
+                dv,
+                #[inline(always)]
+                |_, v, dw| ((dw - ((v * scale) * unit) * along) * factor) * scale,
+            );
         }
     }
 }

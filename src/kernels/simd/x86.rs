@@ -148,7 +148,12 @@ impl Isa for Avx2 {
     #[inline(always)]
     fn narrow_f16(self, v: Two256) -> [u16; LANES] {
         // SAFETY: `self` proves F16C; registers and arrays have the same size.
-        unsafe { transmute(v.0.map(|v| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))) }
+        unsafe {
+            transmute([
+                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0[0]),
+                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v.0[1]),
+            ])
+        }
     }
 
     #[inline(always)]
@@ -166,7 +171,8 @@ impl Isa for Avx2 {
 
     #[inline(always)]
     fn narrow_bf16(self, v: Two256) -> [u16; LANES] {
-        let [low, high] = v.0.map(|v| narrow_bf16_256(self, v));
+        let low = narrow_bf16_256(self, v.0[0]);
+        let high = narrow_bf16_256(self, v.0[1]);
         // SAFETY: `self` proves AVX2; registers and arrays have the same size.
         unsafe {
             let packed = _mm256_packus_epi32(low, high);
