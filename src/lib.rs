@@ -80,6 +80,8 @@
 
 pub mod checkpoint;
 pub mod gradcheck;
+#[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
+mod kernels;
 mod layers;
 mod norm;
 pub mod ops;

@@ -1,8 +1,14 @@
 //! Normalization of each channel by statistics over the batch and space, or by fixed ones.
 
-use candle_core::{Result, Tensor};
+use std::sync::OnceLock;
 
-use super::{check, composed, serve};
+use candle_core::{CpuStorage, DType, Device, Result, Tensor};
+
+use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
+use super::group_norm::shape_of;
+use super::{Route, check, composed, route};
+use crate::kernels::planes::{self, Shape, Statistics};
+use crate::kernels::rows;
 
 /// What a batch contributes to running statistics.
 #[derive(Debug, Clone)]
@@ -11,6 +17,25 @@ pub struct BatchStatistics {
     pub mean: Tensor,
     /// The unbiased variance (n / (n − 1)) of each channel, `[C]`.
     pub var: Tensor,
+}
+
+impl BatchStatistics {
+    /// From the mean and the unbiased variance of each channel.
+    pub(super) fn from_channels(
+        channels: impl Iterator<Item = (f64, f64)>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let (mean, var): (Vec<f64>, Vec<f64>) = channels.unzip();
+        let tensor = |v: Vec<f64>| {
+            let len = v.len();
+            Tensor::from_vec(v, len, device)?.to_dtype(dtype)
+        };
+        Ok(Self {
+            mean: tensor(mean)?,
+            var: tensor(var)?,
+        })
+    }
 }
 
 /// Batch normalization of `x` by the statistics of this batch, as in training.
@@ -57,7 +82,7 @@ pub(crate) fn batch_norm_with(
     check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    serve(layer, x)?;
+    let route = route(layer, x)?;
     if x.elem_count() == 0 {
         return Ok((composed::empty(x, &[weight, bias])?, None));
     }
@@ -65,6 +90,16 @@ pub(crate) fn batch_norm_with(
     let count = n * space;
     check::more_than_one_value(layer, count, x)?;
     let acc = composed::accumulator(x.dtype());
+    let unbiased = count as f64 / (count - 1) as f64;
+    if route == Route::Fused {
+        let eps = composed::eps_in(acc, eps);
+        let op = Channels::new(layer, x, Source::Own { center, eps }, weight, bias);
+        let (y, op) = fused::apply(op, x, &[weight, bias])?;
+        let stats = fused::saved(layer, &op.stats)?.iter();
+        let channels = stats.map(|s| (s.mean, s.var * unbiased));
+        let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
+        return Ok((y, Some(statistics)));
+    }
     let channels = x
         .contiguous()?
         .to_dtype(acc)?
@@ -87,7 +122,7 @@ pub(crate) fn batch_norm_with(
         .reshape(x.shape())?;
     let statistics = BatchStatistics {
         mean: standardized.mean,
-        var: (standardized.var * (count as f64 / (count - 1) as f64))?,
+        var: (standardized.var * unbiased)?,
     };
     Ok((y, Some(statistics)))
 }
@@ -126,7 +161,7 @@ pub fn batch_norm_inference(
 /// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own name and
 /// from the rank on that it takes.
 pub(crate) fn normalize_with(
-    layer: &str,
+    layer: &'static str,
     min_rank: usize,
     x: &Tensor,
     (mean, var): (&Tensor, &Tensor),
@@ -143,11 +178,19 @@ pub(crate) fn normalize_with(
         check::shape(layer, name, value, &[c])?;
         check::same_device(layer, name, value, x.device())?;
     }
-    serve(layer, x)?;
+    let route = route(layer, x)?;
     if x.elem_count() == 0 {
         return composed::empty(x, &[weight, bias]);
     }
     let acc = composed::accumulator(x.dtype());
+    if route == Route::Fused {
+        let wide = |s: &Tensor| s.detach().to_dtype(DType::F64)?.to_vec1::<f64>();
+        let eps = composed::eps_in(acc, eps);
+        let channels = wide(mean)?.into_iter().zip(wide(var)?);
+        let given = channels.map(|(mean, var)| rows::Stats::new(mean, var, eps));
+        let op = Channels::new(layer, x, Source::Given(given.collect()), weight, bias);
+        return Ok(fused::apply(op, x, &[weight, bias])?.0);
+    }
     let statistic = |s: &Tensor| s.detach().to_dtype(acc)?.reshape((1, c, 1));
     let inv_std = (statistic(var)? + composed::eps_in(acc, eps))?
         .sqrt()?
@@ -162,4 +205,135 @@ pub(crate) fn normalize_with(
     composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?
         .to_dtype(x.dtype())?
         .reshape(x.shape())
+}
+
+/// Where the statistics of a batch norm come from.
+enum Source {
+    /// The batch, about the means of the channels or about zero.
+    Own { center: bool, eps: f64 },
+    /// The caller, one for each channel: copies, which no later update of running statistics reaches.
+    Given(Vec<rows::Stats>),
+}
+
+/// Batch norm as a node of the graph.
+struct Channels {
+    layer: &'static str,
+    shape: Shape,
+    source: Source,
+    params: Params,
+    stats: OnceLock<Vec<rows::Stats>>,
+}
+
+impl Channels {
+    /// `x` is `[N, C, *]`, and not empty.
+    fn new(
+        layer: &'static str,
+        x: &Tensor,
+        source: Source,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+    ) -> Self {
+        Self {
+            layer,
+            shape: shape_of(x),
+            source,
+            params: Params::of(weight, bias),
+            stats: OnceLock::new(),
+        }
+    }
+
+    fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
+        let (weight, bias) = (
+            self.params.weight(&args[1..])?,
+            self.params.bias(&args[1..])?,
+        );
+        let affine = rows::Affine {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
+        let statistics = match &self.source {
+            Source::Own { center, eps } => Statistics::Own {
+                center: *center,
+                eps: *eps,
+            },
+            Source::Given(stats) => Statistics::Given(stats),
+        };
+        let (y, stats) = planes::forward::<T>(elements(args[0])?, self.shape, affine, statistics);
+        let _ = self.stats.set(stats);
+        Ok(T::to_cpu_storage_owned(y))
+    }
+
+    fn backward_of<T: Native>(&self, args: &[Arg]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        let weight = self.params.weight(&args[2..])?;
+        let (x, dy) = (elements(args[0])?, elements(args[1])?);
+        let stats = fused::saved(self.layer, &self.stats)?;
+        let own = match self.source {
+            Source::Own { center, .. } => Some(center),
+            Source::Given(_) => None,
+        };
+        let grads = planes::backward::<T>(x, dy, self.shape, weight.as_deref(), stats, own);
+        let dparams = self.params.pick(grads.dweight, grads.dbias);
+        Ok((T::to_cpu_storage_owned(grads.dx), dparams))
+    }
+}
+
+impl FusedOp for Channels {
+    fn name(&self) -> &'static str {
+        self.layer
+    }
+
+    fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
+        with_native!(fused::dtype(&args[0]), self.layer, T => self.forward_of::<T>(args))
+    }
+
+    fn backward(&self, args: &[Arg], _: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        with_native!(fused::dtype(&args[0]), self.layer, T => self.backward_of::<T>(args))
+    }
+
+    fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {
+        let Shape {
+            outer,
+            channels,
+            inner,
+        } = self.shape;
+        let x = args[0];
+        let acc = composed::accumulator(x.dtype());
+        // One row a channel, and back.
+        let to_rows = |t: &Tensor| {
+            let t = t.to_dtype(acc)?.contiguous()?;
+            let t = t.reshape((outer, channels, inner))?.transpose(0, 1)?;
+            t.contiguous()?.reshape((channels, outer * inner))
+        };
+        let weight = args.get(1).filter(|_| self.params.weight);
+        let weight = weight.map(|w| w.to_dtype(acc)).transpose()?;
+        let dy_rows = to_rows(dy)?.unsqueeze(0)?;
+        let mut grads = match &self.source {
+            Source::Own { center, eps } => {
+                composed::backward(&to_rows(x)?, &dy_rows, weight.as_ref(), *center, *eps)?
+            }
+            Source::Given(stats) => {
+                let column = |f: fn(&rows::Stats) -> f64| {
+                    let values: Vec<f64> = stats.iter().map(f).collect();
+                    Tensor::from_vec(values, (channels, 1), x.device())?.to_dtype(acc)
+                };
+                let inv_std = column(|s| s.inv_std)?;
+                let normal = to_rows(x)?
+                    .broadcast_sub(&column(|s| s.mean)?)?
+                    .broadcast_mul(&inv_std)?;
+                let dy_rows = dy_rows.squeeze(0)?;
+                let g = composed::scale_shift(&dy_rows.unsqueeze(0)?, weight.as_ref(), None)?;
+                composed::Gradients {
+                    dx: g.squeeze(0)?.broadcast_mul(&inv_std)?,
+                    dweight: (&dy_rows * normal)?.sum(1)?,
+                    dbias: dy_rows.sum(1)?,
+                }
+            }
+        };
+        grads.dx = grads
+            .dx
+            .reshape((channels, outer, inner))?
+            .transpose(0, 1)?
+            .contiguous()?;
+        fused::shaped(args, self.params, grads)
+    }
 }

@@ -408,10 +408,14 @@ pub(crate) fn kernel_fits(
 pub(crate) fn served(layer: &str, x: &Tensor, served: bool) -> Result<()> {
     if !served {
         bail!(
-            "{layer}: expected an input that the fused path serves, got {:?} on {:?}; no fused kernel exists in this version, use Path::Auto",
-            x.dtype(),
+            "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; use Path::Auto",
             x.device().location()
         )
     }
     Ok(())
+}
+
+/// What only a fault of this crate can bring about.
+pub(crate) fn internal<T>(layer: &str, what: &str) -> Result<T> {
+    bail!("{layer}: expected {what}; this is a fault of candle-norm")
 }

@@ -132,6 +132,13 @@ impl Rows {
         self.map(Tensor::sqr)
     }
 
+    /// `f` on every part of both.
+    fn with(&self, other: &Self, f: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let pairs = self.parts.iter().zip(&other.parts);
+        let parts = pairs.map(|(a, b)| f(a, b)).collect::<Result<_>>()?;
+        Ok(Self { parts, ..*self })
+    }
+
     /// The sum of each row, `[rows]`.
     pub(crate) fn sum(&self) -> Result<Tensor> {
         let sum = |part: &Tensor| -> Result<Tensor> {
@@ -187,6 +194,8 @@ pub(crate) struct Standardized {
     pub(crate) mean: Tensor,
     /// `[rows]`, biased; the mean square where rows are not centered.
     pub(crate) var: Tensor,
+    /// `[rows]`, connected to the graph.
+    inv_std: Tensor,
 }
 
 /// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
@@ -205,6 +214,7 @@ pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standard
         y: centered.times(&inv_std)?.join()?,
         mean: mean.detach(),
         var: var.detach(),
+        inv_std,
     })
 }
 
@@ -244,6 +254,44 @@ pub(crate) fn scale_shift(
         y = (y + expand(bias)?)?;
     }
     y.reshape((outer, channels, inner))
+}
+
+/// The gradients of [`standardize`] and [`scale_shift`] together, by tensor operations.
+pub(crate) struct Gradients {
+    /// `[rows, len]`.
+    pub(crate) dx: Tensor,
+    /// `[channels]`.
+    pub(crate) dweight: Tensor,
+    /// `[channels]`.
+    pub(crate) dbias: Tensor,
+}
+
+/// What flows back to the rows of `x` `[rows, len]` from `dy` `[outer, channels, inner]`, the same elements in the same order, with one
+/// factor `weight` `[channels]` per channel.
+pub(crate) fn backward(
+    x: &Tensor,
+    dy: &Tensor,
+    weight: Option<&Tensor>,
+    center: bool,
+    eps: f64,
+) -> Result<Gradients> {
+    let x = x.contiguous()?;
+    let Standardized { y, inv_std, .. } = standardize(&x, center, eps)?;
+    let per_channel = |t: Tensor| t.sum(2)?.sum(0);
+    let dbias = per_channel(dy.clone())?;
+    let dweight = per_channel((dy * y.reshape(dy.shape())?)?)?;
+    let g = scale_shift(&dy.contiguous()?, weight, None)?.reshape(x.shape())?;
+    let (g, y) = (Rows::new(&g)?, Rows::new(&y)?);
+    let along = g.with(&y, |g, y| g * y)?.mean()?;
+    let mut dx = g.with(&y.times(&along)?, |g, y| g - y)?;
+    if center {
+        dx = dx.minus(&g.mean()?)?;
+    }
+    Ok(Gradients {
+        dx: dx.times(&inv_std)?.join()?,
+        dweight,
+        dbias,
+    })
 }
 
 /// The affine pair as the arithmetic takes it: contiguous and in the accumulator's dtype.

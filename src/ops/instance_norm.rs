@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
-use super::{check, composed, serve};
+use super::group_norm::Groups;
+use super::{Route, check, composed, fused, route};
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
@@ -38,13 +39,28 @@ pub fn instance_norm(
     check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
     let (n, c) = (x.dims()[0], x.dims()[1]);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    serve(layer, x)?;
+    let route = route(layer, x)?;
     if x.elem_count() == 0 {
         return Ok((composed::empty(x, &[weight, bias])?, None));
     }
     let space = x.elem_count() / (n * c);
     check::more_than_one_value(layer, space, x)?;
     let acc = composed::accumulator(x.dtype());
+    let unbiased = space as f64 / (space - 1) as f64;
+    if route == Route::Fused {
+        let op = Groups::new(layer, x, c, weight, bias, eps);
+        let (y, op) = fused::apply(op, x, &[weight, bias])?;
+        let mut means = vec![(0., 0.); c];
+        for sample in op.stats()?.chunks(c) {
+            for (mean, stats) in means.iter_mut().zip(sample) {
+                mean.0 += stats.mean / n as f64;
+                mean.1 += stats.var / n as f64;
+            }
+        }
+        let channels = means.into_iter().map(|(mean, var)| (mean, var * unbiased));
+        let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
+        return Ok((y, Some(statistics)));
+    }
     let planes = x.contiguous()?.to_dtype(acc)?.reshape((n * c, space))?;
     let standardized = composed::standardize(&planes, true, eps)?;
     let [weight, bias] = composed::parameters(weight, bias, acc)?;
@@ -59,7 +75,7 @@ pub fn instance_norm(
     };
     let statistics = BatchStatistics {
         mean: mean_over_samples(&standardized.mean)?,
-        var: (mean_over_samples(&standardized.var)? * (space as f64 / (space - 1) as f64))?,
+        var: (mean_over_samples(&standardized.var)? * unbiased)?,
     };
     Ok((y.to_dtype(x.dtype())?.reshape(x.shape())?, Some(statistics)))
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod check;
 pub(crate) mod composed;
+mod fused;
 pub(crate) mod linear_map;
 
 mod batch_norm;
@@ -35,7 +36,7 @@ pub enum Path {
     /// The fastest path that serves the device and dtype of the input.
     #[default]
     Auto,
-    /// The fused CPU kernels. This version has none: forcing them is an error that names the layer.
+    /// The fused CPU kernels, forward and backward: `f16`, `bf16`, `f32`, `f64`.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,
@@ -70,10 +71,22 @@ pub fn with_path<T>(path: Path, f: impl FnOnce() -> T) -> T {
     f()
 }
 
-/// The path that will compute `layer` on `x`. This is the one place where a path is chosen.
-fn serve(layer: &str, x: &Tensor) -> Result<()> {
+/// How a call is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Route {
+    Fused,
+    Composed,
+}
+
+/// The route by which `layer` computes `x`, whose dtype is one of floating point. This is the one place where a path is chosen.
+fn route(layer: &str, x: &Tensor) -> Result<Route> {
+    let served = x.device().is_cpu();
     match PATH.get() {
-        Path::Auto | Path::Composed => Ok(()),
-        Path::Fused => check::served(layer, x, false),
+        Path::Composed => Ok(Route::Composed),
+        Path::Auto if !served => Ok(Route::Composed),
+        Path::Auto | Path::Fused => check::served(layer, x, served).map(|()| Route::Fused),
     }
 }
+
+#[doc(hidden)]
+pub mod hook;

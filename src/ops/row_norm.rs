@@ -1,8 +1,13 @@
 //! Normalization of each row by its own statistics: layer norm and RMS norm.
 
-use candle_core::{Result, Shape, Tensor};
+use std::borrow::Cow;
+use std::sync::OnceLock;
 
-use super::{check, composed, serve};
+use candle_core::{CpuStorage, Result, Shape, Tensor};
+
+use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, elements, with_native};
+use super::{Route, check, composed, route};
+use crate::kernels::rows;
 
 /// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -86,16 +91,21 @@ pub(crate) fn row_norm(
         x,
         &check::Param::affine(weight, bias, normalized_shape),
     )?;
-    serve(layer, x)?;
+    let route = route(layer, x)?;
     if x.elem_count() == 0 {
         return composed::empty(x, &[weight, bias]);
     }
     if norm.channels_first {
-        return channels_first(x, weight, bias, norm);
+        return channels_first(x, weight, bias, norm, route);
     }
-    let len = normalized_shape.iter().product();
-    let rows = x.contiguous()?.reshape(((), len))?;
-    normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
+    match route {
+        Route::Fused => fused_rows(x, normalized_shape.iter().product(), weight, bias, norm),
+        Route::Composed => {
+            let len = normalized_shape.iter().product();
+            let rows = x.contiguous()?.reshape(((), len))?;
+            normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
+        }
+    }
 }
 
 /// `x` is `[N, C, ...]`; every position of the map is a row of `C` values.
@@ -104,6 +114,7 @@ fn channels_first(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     norm: &RowNorm,
+    route: Route,
 ) -> Result<Tensor> {
     let (n, c) = (x.dims()[0], x.dims()[1]);
     let maps = x.contiguous()?.reshape((n, c, ()))?;
@@ -112,8 +123,11 @@ fn channels_first(
         .transpose(1, 2)?
         .contiguous()?
         .reshape((n * space, c))?;
-    normalize_rows(&rows, weight, bias, norm)?
-        .reshape((n, space, c))?
+    let y = match route {
+        Route::Fused => fused_rows(&rows, c, weight, bias, norm)?,
+        Route::Composed => normalize_rows(&rows, weight, bias, norm)?,
+    };
+    y.reshape((n, space, c))?
         .transpose(1, 2)?
         .contiguous()?
         .reshape(x.shape())
@@ -145,6 +159,103 @@ fn normalize_rows(
     };
     composed::scale_shift(&y.reshape((rows, len, 1))?, weight.as_ref(), bias.as_ref())?
         .to_dtype(dtype)
+}
+
+/// `x` is not empty and ends in axes of `len` elements together.
+fn fused_rows(
+    x: &Tensor,
+    len: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<Tensor> {
+    let op = Rows {
+        norm: *norm,
+        spec: rows::Spec {
+            len,
+            center: norm.center,
+            eps: composed::eps_in(composed::accumulator(x.dtype()), norm.eps_for(x.dtype())),
+            round_first: norm.cast == Cast::BeforeWeight,
+        },
+        params: Params::of(weight, bias),
+        stats: OnceLock::new(),
+    };
+    Ok(fused::apply(op, x, &[weight, bias])?.0)
+}
+
+/// Layer norm or RMS norm as a node of the graph.
+struct Rows {
+    norm: RowNorm,
+    spec: rows::Spec,
+    params: Params,
+    stats: OnceLock<Vec<rows::Stats>>,
+}
+
+impl Rows {
+    /// The factor of each column.
+    fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
+        let mut weight = self.params.weight::<A>(params)?;
+        if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
+            let offset = A::from_wide(self.norm.offset);
+            weight.to_mut().iter_mut().for_each(|w| *w = *w + offset);
+        }
+        Ok(weight)
+    }
+
+    fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
+        let weight = self.weight(&args[1..])?;
+        let bias = self.params.bias(&args[1..])?;
+        let affine = rows::Affine {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
+        let (y, stats) = rows::forward::<T>(elements(args[0])?, affine, self.spec);
+        let _ = self.stats.set(stats);
+        Ok(T::to_cpu_storage_owned(y))
+    }
+
+    fn backward_of<T: Native>(
+        &self,
+        args: &[Arg],
+        wanted: bool,
+    ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        let weight = self.weight(&args[2..])?;
+        let (x, dy) = (elements(args[0])?, elements(args[1])?);
+        let stats = fused::saved(self.norm.layer, &self.stats)?;
+        let grads = rows::backward::<T>(x, dy, weight.as_deref(), stats, self.spec, wanted);
+        let dparams = self.params.pick(grads.dweight, grads.dbias);
+        Ok((T::to_cpu_storage_owned(grads.dx), dparams))
+    }
+}
+
+impl FusedOp for Rows {
+    fn name(&self) -> &'static str {
+        self.norm.layer
+    }
+
+    fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
+        with_native!(fused::dtype(&args[0]), self.norm.layer, T => self.forward_of::<T>(args))
+    }
+
+    fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        let params = wanted[1..].contains(&true);
+        with_native!(fused::dtype(&args[0]), self.norm.layer, T => self.backward_of::<T>(args, params))
+    }
+
+    fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {
+        let (x, len) = (args[0], self.spec.len);
+        let acc = composed::accumulator(x.dtype());
+        let weight = args.get(1).filter(|_| self.params.weight);
+        let weight = weight.map(|w| w.to_dtype(acc)?.reshape(len)? + self.norm.offset);
+        let grads = composed::backward(
+            &x.to_dtype(acc)?.reshape(((), len))?,
+            &dy.to_dtype(acc)?.contiguous()?.reshape(((), len, 1))?,
+            weight.transpose()?.as_ref(),
+            self.norm.center,
+            self.spec.eps,
+        )?;
+        fused::shaped(args, self.params, grads)
+    }
 }
 
 /// Layer normalization over the trailing axes `normalized_shape`.

@@ -1,8 +1,12 @@
 //! A weight as a magnitude times a direction.
 
-use candle_core::{DType, Result, Tensor};
+use std::sync::OnceLock;
 
-use super::{check, composed, serve};
+use candle_core::{CpuStorage, DType, Result, Tensor};
+
+use super::fused::{self, Arg, FusedOp, Native, elements, widened, with_native};
+use super::{Route, check, composed, route};
+use crate::kernels::weight;
 
 /// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for `dim: None`.
 ///
@@ -36,29 +40,37 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         shape: &g_shape,
     };
     check::input(layer, v, &[magnitude])?;
-    serve(layer, v)?;
+    let route = route(layer, v)?;
     if v.elem_count() == 0 {
         return composed::empty(v, &[Some(g)]);
     }
-    let acc = composed::accumulator(v.dtype());
     let dim = dim.unwrap_or(0);
     let num_rows = g.elem_count();
-    // Rows of the axis `dim`: [dim, everything else].
-    let by_row = if num_rows == 1 {
-        v.clone()
-    } else {
-        v.transpose(0, dim)?
+    // Rows along the axis `dim`: [dim, everything else].
+    let by_row = match num_rows {
+        1 => v.contiguous()?,
+        _ => v.transpose(0, dim)?.contiguous()?,
     };
-    let rows = by_row
-        .contiguous()?
-        .to_dtype(acc)?
-        .reshape((num_rows, ()))?;
-    let g = g.to_dtype(acc)?.reshape(num_rows)?;
-    scaled_rows(&rows, &g)?
-        .to_dtype(v.dtype())?
-        .reshape(by_row.shape())?
-        .transpose(0, if num_rows == 1 { 0 } else { dim })?
-        .contiguous()
+    let w = match route {
+        Route::Fused => {
+            let op = Rows {
+                len: v.elem_count() / num_rows,
+                lengths: OnceLock::new(),
+            };
+            fused::apply(op, &by_row, &[Some(g)])?.0
+        }
+        Route::Composed => {
+            let acc = composed::accumulator(v.dtype());
+            let rows = by_row.to_dtype(acc)?.reshape((num_rows, ()))?;
+            let g = g.to_dtype(acc)?.reshape(num_rows)?;
+            let w = scaled_rows(&rows, &g)?.to_dtype(v.dtype())?;
+            w.reshape(by_row.shape())?
+        }
+    };
+    match num_rows {
+        1 => Ok(w),
+        _ => w.transpose(0, dim)?.contiguous(),
+    }
 }
 
 /// The shape of the magnitudes of a weight of shape `dims`.
@@ -117,4 +129,66 @@ fn row_scale(v: &Tensor) -> Result<Tensor> {
     };
     let usable = (largest.gt(0.)? * largest.le(bound)?)?;
     usable.where_cond(&largest, &largest.ones_like()?)
+}
+
+/// Weight norm of the rows of a contiguous tensor as a node of the graph.
+struct Rows {
+    len: usize,
+    lengths: OnceLock<Vec<weight::Length>>,
+}
+
+impl Rows {
+    fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
+        let (v, g) = (elements::<T>(args[0])?, widened::<T::Acc>(args[1])?);
+        let (w, lengths) = weight::forward(v, &g, self.len);
+        let _ = self.lengths.set(lengths);
+        Ok(T::to_cpu_storage_owned(w))
+    }
+
+    fn backward_of<T: Native>(&self, args: &[Arg]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        let (v, dw) = (elements::<T>(args[0])?, elements(args[1])?);
+        let g = widened::<T::Acc>(args[2])?;
+        let lengths = fused::saved(self.name(), &self.lengths)?;
+        let (dv, dg) = weight::backward(v, dw, &g, lengths, self.len);
+        Ok((T::to_cpu_storage_owned(dv), vec![dg]))
+    }
+}
+
+impl FusedOp for Rows {
+    fn name(&self) -> &'static str {
+        "WeightNorm"
+    }
+
+    fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
+        with_native!(fused::dtype(&args[0]), self.name(), T => self.forward_of::<T>(args))
+    }
+
+    fn backward(&self, args: &[Arg], _: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        with_native!(fused::dtype(&args[0]), self.name(), T => self.backward_of::<T>(args))
+    }
+
+    fn backward_composed(&self, args: &[&Tensor], dw: &Tensor) -> Result<Vec<Tensor>> {
+        let (v, g) = (args[0], args[1]);
+        let acc = composed::accumulator(v.dtype());
+        let by_row = |t: &Tensor| t.to_dtype(acc)?.contiguous()?.reshape(((), self.len));
+        let (rows, dw) = (by_row(v)?, by_row(dw)?);
+        let num_rows = rows.dims()[0];
+        // The direction of each row, whose derivative by itself is that of `scaled_rows` at length one.
+        let ones = Tensor::ones(num_rows, acc, v.device())?;
+        let direction = scaled_rows(&rows, &ones)?;
+        let dg = (&dw * &direction)?.sum_keepdim(1)?;
+        let across = (dw - direction.broadcast_mul(&dg)?)?;
+        let scale = row_scale(&rows)?;
+        let scaled = rows.broadcast_div(&scale)?;
+        let squares = scaled.sqr()?.sum_keepdim(1)?;
+        let zero = squares.detach().eq(0.)?.to_dtype(acc)?;
+        let inv_norm =
+            ((squares + &zero)?.sqrt()?.recip()? * (1. - zero)?)?.broadcast_div(&scale)?;
+        let factor = (inv_norm * g.to_dtype(acc)?.reshape((num_rows, 1))?)?;
+        let dv = across.broadcast_mul(&factor)?;
+        Ok(vec![
+            dv.reshape(v.shape())?.to_dtype(v.dtype())?,
+            dg.reshape(g.shape())?.to_dtype(g.dtype())?,
+        ])
+    }
 }

@@ -59,7 +59,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
-        fused: false,
+        fused: true,
         plan: layer_norm,
     },
     Op {
@@ -68,7 +68,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
-        fused: false,
+        fused: true,
         plan: rms_norm,
     },
     Op {
@@ -77,7 +77,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
-        fused: false,
+        fused: true,
         plan: group_norm,
     },
     Op {
@@ -86,7 +86,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: true,
-        fused: false,
+        fused: true,
         plan: instance_norm,
     },
     Op {
@@ -95,7 +95,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: true,
-        fused: false,
+        fused: true,
         plan: batch_norm,
     },
     Op {
@@ -104,7 +104,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &["g"],
         optional: &[],
         stateful: false,
-        fused: false,
+        fused: true,
         plan: weight_norm_plan,
     },
 ];

@@ -1,0 +1,126 @@
+//! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub and LeVeque do.
+
+use super::simd::{Elem, Isa, Lanes, Real, splat};
+use super::span::{RUN, run_sums};
+
+/// How many values, their mean, and the sum of their squared distances from it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Moments {
+    pub(crate) count: f64,
+    pub(crate) mean: f64,
+    pub(crate) m2: f64,
+}
+
+impl Moments {
+    /// The moments of a slice of any length.
+    #[inline(always)]
+    pub(crate) fn of<E: Elem, I: Isa>(isa: I, x: &[E]) -> Self {
+        let mut all = Self::default();
+        for run in x.chunks(RUN) {
+            all = all.merge(Self::of_run(isa, run.len(), || std::iter::once(run)));
+        }
+        all
+    }
+
+    /// The moments of slices of together `count` elements, about [`RUN`] of them.
+    ///
+    /// Their mean is first rounded to the accumulator: distances from a number of that precision are exact where it matters, and what
+    /// they leave of the mean is added in `f64`.
+    #[inline(always)]
+    pub(crate) fn of_run<'a, E: Elem, I: Isa, S: Iterator<Item = &'a [E]>>(
+        isa: I,
+        count: usize,
+        slices: impl Fn() -> S,
+    ) -> Self {
+        let count = count as f64;
+        let [sum] = run_sums(
+            isa,
+            slices(),
+            #[inline(always)]
+            |v| [v],
+        );
+        let shift = E::Acc::from_wide(sum / count);
+        let about = splat::<I, _>(isa, shift);
+        let [first, second] = run_sums(
+            isa,
+            slices(),
+            #[inline(always)]
+            |v| {
+                let d = v - about;
+                [d, d * d]
+            },
+        );
+        let rest = first / count;
+        Self {
+            count,
+            mean: shift.wide() + rest,
+            m2: second - first * rest,
+        }
+    }
+
+    /// The same about zero instead of the mean: the variance is then the mean square.
+    #[inline(always)]
+    pub(crate) fn about_zero<'a, E: Elem, I: Isa>(
+        isa: I,
+        count: usize,
+        slices: impl Iterator<Item = &'a [E]>,
+    ) -> Self {
+        let [m2] = run_sums(
+            isa,
+            slices,
+            #[inline(always)]
+            |v| [v * v],
+        );
+        Self {
+            count: count as f64,
+            mean: 0.,
+            m2,
+        }
+    }
+
+    /// The moments of both.
+    #[inline(always)]
+    pub(crate) fn merge(self, other: Self) -> Self {
+        if self.count == 0. {
+            return other;
+        }
+        let count = self.count + other.count;
+        let distance = other.mean - self.mean;
+        Self {
+            count,
+            mean: self.mean + distance * (other.count / count),
+            m2: self.m2 + other.m2 + distance * distance * (self.count * other.count / count),
+        }
+    }
+
+    /// The biased variance.
+    #[inline(always)]
+    pub(crate) fn var(self) -> f64 {
+        let var = self.m2 / self.count;
+        // Not `max`, which would make 0 of a NaN.
+        if var < 0. { 0. } else { var }
+    }
+}
+
+/// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is exact for values near it.
+#[derive(Clone, Copy)]
+pub(crate) struct Center<I: Isa, T: Real> {
+    high: Lanes<I, T>,
+    low: Lanes<I, T>,
+}
+
+impl<I: Isa, T: Real> Center<I, T> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, mean: f64) -> Self {
+        let high = T::from_wide(mean);
+        Self {
+            high: splat::<I, _>(isa, high),
+            low: splat::<I, _>(isa, T::from_wide(mean - high.wide())),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn distance(self, v: Lanes<I, T>) -> Lanes<I, T> {
+        (v - self.high) - self.low
+    }
+}

@@ -1,0 +1,483 @@
+//! Layer norm and RMS norm: each row by its own statistics, each column with its own weight and bias.
+
+use std::mem::MaybeUninit;
+
+use super::buffer::filled;
+use super::moments::{Center, Moments};
+use super::par;
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
+use super::span::{Columns, chunk, map, map2, store_chunk, sums, sums2};
+
+/// What a row is normalized by.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stats {
+    pub(crate) mean: f64,
+    /// Biased; the mean square where the mean is not subtracted.
+    pub(crate) var: f64,
+    pub(crate) inv_std: f64,
+}
+
+impl Stats {
+    pub(crate) const NONE: Self = Self {
+        mean: 0.,
+        var: 0.,
+        inv_std: 0.,
+    };
+
+    #[inline(always)]
+    pub(crate) fn new(mean: f64, var: f64, eps: f64) -> Self {
+        Self {
+            mean,
+            var,
+            inv_std: 1. / (var + eps).sqrt(),
+        }
+    }
+}
+
+/// What layer norm and RMS norm differ in.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spec {
+    /// The length of a row.
+    pub(crate) len: usize,
+    /// Subtract the mean.
+    pub(crate) center: bool,
+    pub(crate) eps: f64,
+    /// Round the normalized value to the element before it is multiplied by the weight.
+    pub(crate) round_first: bool,
+}
+
+/// The weight and bias of each column, in the accumulator's precision.
+#[derive(Debug)]
+pub(crate) struct Affine<'a, T> {
+    pub(crate) weight: Option<&'a [T]>,
+    pub(crate) bias: Option<&'a [T]>,
+}
+
+impl<T> Clone for Affine<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Affine<'_, T> {}
+
+/// `y` for all rows of `x`, and what they were normalized by.
+pub(crate) fn forward<E: Elem>(x: &[E], affine: Affine<E::Acc>, spec: Spec) -> (Vec<E>, Vec<Stats>)
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    let rows = x.len() / spec.len;
+    let per_block = par::items_per_block(rows, spec.len);
+    let level = Level::current();
+    let mut stats = vec![Stats::NONE; rows];
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
+    let y = unsafe {
+        filled(x.len(), |y| {
+            let blocks = x
+                .chunks(per_block * spec.len)
+                .zip(y.chunks_mut(per_block * spec.len))
+                .zip(stats.chunks_mut(per_block))
+                .map(|((x, y), stats)| Forward {
+                    x,
+                    y,
+                    stats,
+                    affine,
+                    spec,
+                })
+                .collect();
+            par::run(blocks, x.len(), |block| level.run(block));
+        })
+    };
+    (y, stats)
+}
+
+struct Forward<'a, E: Elem> {
+    x: &'a [E],
+    y: &'a mut [MaybeUninit<E>],
+    stats: &'a mut [Stats],
+    affine: Affine<'a, E::Acc>,
+    spec: Spec,
+}
+
+impl<E: Elem> Kernel for Forward<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Spec {
+            len,
+            center,
+            eps,
+            round_first,
+        } = self.spec;
+        let weight = self.affine.weight.map(
+            #[inline(always)]
+            |w| Columns::new(isa, w),
+        );
+        let bias = self.affine.bias.map(
+            #[inline(always)]
+            |b| Columns::new(isa, b),
+        );
+        let rows = self.x.chunks_exact(len).zip(self.y.chunks_exact_mut(len));
+        for ((x, y), stats) in rows.zip(self.stats) {
+            *stats = row_stats(isa, x, center, eps);
+            Normal::<I, E::Acc>::new(isa, *stats).write(isa, x, y, round_first, weight, bias);
+        }
+    }
+}
+
+/// `x̂ = (x − mean) · inv_std`.
+#[derive(Clone, Copy)]
+pub(crate) struct Normal<I: Isa, T: Real> {
+    mean: Center<I, T>,
+    inv_std: Lanes<I, T>,
+}
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Normal<I, T> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, stats: Stats) -> Self {
+        Self {
+            mean: Center::<I, T>::new(isa, stats.mean),
+            inv_std: splat::<I, _>(isa, T::from_wide(stats.inv_std)),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn of(&self, x: Lanes<I, T>) -> Lanes<I, T> {
+        self.mean.distance(x) * self.inv_std
+    }
+
+    /// `x̂` as the weight is multiplied by it: rounded to `E` or not.
+    #[inline(always)]
+    fn rounded<E: Elem<Acc = T>>(&self, isa: I, x: Lanes<I, T>, round: bool) -> Lanes<I, T> {
+        let normal = self.of(x);
+        if round { E::round(isa, normal) } else { normal }
+    }
+
+    /// `y = x̂ · weight + bias`, column by column.
+    #[inline(always)]
+    pub(crate) fn write<E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[E],
+        y: &mut [MaybeUninit<E>],
+        round: bool,
+        weight: Option<Columns<I, T>>,
+        bias: Option<Columns<I, T>>,
+    ) {
+        match (weight, bias) {
+            (None, None) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |_, x| self.rounded::<E>(isa, x, round),
+            ),
+            (Some(w), None) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k),
+            ),
+            (None, Some(b)) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) + b.at(k),
+            ),
+            (Some(w), Some(b)) => map(
+                isa,
+                x,
+                y,
+                #[inline(always)]
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k) + b.at(k),
+            ),
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Stats {
+    let (mean, var) = if center {
+        let moments = Moments::of(isa, x);
+        (moments.mean, moments.var())
+    } else {
+        let [squares] = sums(
+            isa,
+            x,
+            #[inline(always)]
+            |v| [v * v],
+        );
+        (0., squares / x.len() as f64)
+    };
+    Stats::new(mean, var, eps)
+}
+
+/// The gradients of a layer: of the input, and, as far as they are wanted, of weight and bias in `f64`.
+pub(crate) struct Gradients<E> {
+    pub(crate) dx: Vec<E>,
+    pub(crate) dweight: Vec<f64>,
+    pub(crate) dbias: Vec<f64>,
+}
+
+/// What flows back into the rows of `x` from `dy`; `dweight` and `dbias` are empty unless `params` are wanted.
+pub(crate) fn backward<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+    spec: Spec,
+    params: bool,
+) -> Gradients<E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    let len = spec.len;
+    let per_block = par::items_per_block(x.len() / len, len).next_multiple_of(ROWS);
+    let level = Level::current();
+    let blocks = x.len().div_ceil(per_block * len);
+    let width = if params { len } else { 0 };
+    let mut partial = vec![0f64; 2 * width * blocks];
+    let mut none: Vec<&mut [f64]> = Vec::new();
+    none.resize_with(if params { 0 } else { blocks }, || &mut []);
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
+    let dx = unsafe {
+        filled(x.len(), |dx| {
+            let partials = partial.chunks_mut((2 * width).max(1)).chain(none);
+            let blocks = x
+                .chunks(per_block * len)
+                .zip(dy.chunks(per_block * len))
+                .zip(dx.chunks_mut(per_block * len))
+                .zip(stats.chunks(per_block))
+                .zip(partials)
+                .map(|((((x, dy), dx), stats), partial)| Backward {
+                    x,
+                    dy,
+                    dx,
+                    stats,
+                    weight,
+                    spec,
+                    partial,
+                })
+                .collect();
+            par::run(blocks, x.len(), |block| level.run(block));
+        })
+    };
+    let mut total = vec![0f64; 2 * width];
+    for partial in partial.chunks(2 * width.max(1)) {
+        for (t, p) in total.iter_mut().zip(partial) {
+            *t += p;
+        }
+    }
+    let dbias = total.split_off(width);
+    Gradients {
+        dx,
+        dweight: total,
+        dbias,
+    }
+}
+
+/// How many rows go through the columns together, so that the sums of a column stay in registers.
+const ROWS: usize = 4;
+
+/// How many rows are added up in the accumulator's precision.
+const ROWS_PER_RUN: usize = 8 * ROWS;
+
+struct Backward<'a, E: Elem> {
+    x: &'a [E],
+    dy: &'a [E],
+    dx: &'a mut [MaybeUninit<E>],
+    stats: &'a [Stats],
+    weight: Option<&'a [E::Acc]>,
+    spec: Spec,
+    /// The sums of this block: those of `dy · x̂` for each column, then those of `dy`; empty if nobody wants them.
+    partial: &'a mut [f64],
+}
+
+impl<E: Elem> Kernel for Backward<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let len = self.spec.len;
+        let width = self.partial.len() / 2;
+        let chunks = if width > 0 { len.div_ceil(LANES) } else { 0 };
+        let mut sums = vec![[zero::<I, E::Acc>(isa); 2]; chunks];
+        let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
+        let run = ROWS_PER_RUN;
+        let pairs = self.x.chunks(run * len).zip(self.dy.chunks(run * len));
+        let runs = pairs.zip(self.dx.chunks_mut(run * len));
+        for (((x, dy), dx), stats) in runs.zip(self.stats.chunks(run)) {
+            let mut first = 0;
+            while first < stats.len() {
+                let count = if stats.len() - first >= ROWS { ROWS } else { 1 };
+                let span = first * len..(first + count) * len;
+                let rows = Rows {
+                    x: &x[span.clone()],
+                    dy: &dy[span.clone()],
+                    dx: &mut dx[span],
+                    stats: &stats[first..first + count],
+                    spec: self.spec,
+                };
+                match count {
+                    ROWS => rows.run::<ROWS, I>(isa, weight, &mut sums),
+                    _ => rows.run::<1, I>(isa, weight, &mut sums),
+                }
+                first += count;
+            }
+            flush::<I, E::Acc>(isa, &mut sums, self.partial, width);
+        }
+    }
+}
+
+/// The weight of each column, or one.
+#[derive(Clone, Copy)]
+struct Weight<'a, I: Isa, T: Real>(Option<Columns<'a, I, T>>);
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Weight<'_, I, T> {
+    /// `v` times the weights of chunk `k`.
+    #[inline(always)]
+    fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        match &self.0 {
+            Some(weight) => v * weight.at(k),
+            None => v,
+        }
+    }
+}
+
+/// A row on its way back: `dx = inv_std · (g − a − x̂ · b)`, with `g` the gradient of `x̂`.
+#[derive(Clone, Copy)]
+struct Back<I: Isa, T: Real> {
+    normal: Normal<I, T>,
+    a: Lanes<I, T>,
+    b: Lanes<I, T>,
+}
+
+impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
+    #[inline(always)]
+    fn of(&self, normal: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
+        self.normal.inv_std * ((g - self.a) - normal * self.b)
+    }
+}
+
+/// Adds the lanes of the columns to the totals, and starts them anew.
+#[inline(always)]
+fn flush<I: Isa, T: Real>(isa: I, sums: &mut [[Lanes<I, T>; 2]], totals: &mut [f64], width: usize) {
+    let whole = width / LANES;
+    let (dweight, dbias) = totals.split_at_mut(width);
+    for (k, sums) in sums.iter_mut().enumerate() {
+        let (from, skip) = if k < whole {
+            (k * LANES, 0)
+        } else {
+            (whole * LANES, LANES - (width - whole * LANES))
+        };
+        for (total, lanes) in [&mut *dweight, &mut *dbias].into_iter().zip(&*sums) {
+            for (t, v) in total[from..].iter_mut().zip(&lanes.to_array()[skip..]) {
+                *t += v.wide();
+            }
+        }
+        *sums = [zero::<I, T>(isa); 2];
+    }
+}
+
+/// A few rows that go back together.
+struct Rows<'a, E> {
+    x: &'a [E],
+    dy: &'a [E],
+    dx: &'a mut [MaybeUninit<E>],
+    stats: &'a [Stats],
+    spec: Spec,
+}
+
+impl<E: Elem> Rows<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    /// `N` rows: first the two sums of each, then all of them column by column.
+    #[inline(always)]
+    fn run<const N: usize, I: Isa>(
+        self,
+        isa: I,
+        weight: Weight<I, E::Acc>,
+        sums: &mut [[Lanes<I, E::Acc>; 2]],
+    ) {
+        let Spec {
+            len, round_first, ..
+        } = self.spec;
+        let start = Back::<I, E::Acc> {
+            normal: Normal::new(isa, Stats::NONE),
+            a: zero::<I, E::Acc>(isa),
+            b: zero::<I, E::Acc>(isa),
+        };
+        let mut rows = [start; N];
+        for (r, row) in rows.iter_mut().enumerate() {
+            *row = self.sums(isa, r, weight);
+        }
+        if sums.is_empty() {
+            for (r, row) in rows.iter().enumerate() {
+                let span = r * len..(r + 1) * len;
+                map2(
+                    isa,
+                    &self.x[span.clone()],
+                    &self.dy[span.clone()],
+                    &mut self.dx[span],
+                    #[inline(always)]
+                    |k, x, dy| row.of(row.normal.of(x), weight.times(k, dy)),
+                );
+            }
+            return;
+        }
+        let whole = len / LANES;
+        for (k, sums) in sums.iter_mut().enumerate() {
+            let [mut dweight, mut dbias] = *sums;
+            for (r, row) in rows.iter().enumerate() {
+                // The last columns are the tail of a row, of which only the end is new.
+                let span = r * len..(r + 1) * len;
+                let (x, dy) = (&self.x[span.clone()], &self.dy[span.clone()]);
+                let (x, dy) = (chunk(isa, x, k), chunk(isa, dy, k));
+                let value = row.of(row.normal.of(x), weight.times(k, dy));
+                let along = dy * row.normal.rounded::<E>(isa, x, round_first);
+                if k < whole {
+                    dweight = dweight + along;
+                    dbias = dbias + dy;
+                } else {
+                    dweight = dweight + along.keep_last(len - whole * LANES);
+                    dbias = dbias + dy.keep_last(len - whole * LANES);
+                }
+                store_chunk(isa, value, &mut self.dx[span], k);
+            }
+            *sums = [dweight, dbias];
+        }
+    }
+
+    /// Row `r`, with its two sums.
+    #[inline(always)]
+    fn sums<I: Isa>(&self, isa: I, r: usize, weight: Weight<I, E::Acc>) -> Back<I, E::Acc> {
+        let len = self.spec.len;
+        let span = r * len..(r + 1) * len;
+        let normal = Normal::<I, E::Acc>::new(isa, self.stats[r]);
+        let [g, along] = sums2(
+            isa,
+            &self.x[span.clone()],
+            &self.dy[span],
+            #[inline(always)]
+            |k, x, dy| {
+                let g = weight.times(k, dy);
+                [g, g * normal.of(x)]
+            },
+        );
+        let mean = |sum: f64| splat::<I, _>(isa, E::Acc::from_wide(sum / len as f64));
+        Back {
+            normal,
+            a: mean(if self.spec.center { g } else { 0. }),
+            b: mean(along),
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! Sixteen values at a time, on whatever the processor has.
+//!
+//! A kernel is written once over [`Lanes`], sixteen numbers of the accumulator's type, and [`Level::run`] compiles it for each
+//! instruction set, inside a function that has the set enabled. The number of lanes is the same on every machine and nothing is contracted
+//! into fused multiply-adds, so every level computes the same bits.
+//!
+//! Lanes are registers of the set, not arrays: left to itself the compiler cuts arrays of sixteen into pieces of four and keeps them in
+//! memory, which costs three to five times the time.
+
+mod baseline;
+mod half_bits;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::ops::{Add, Div, Mul, Sub};
+use std::sync::OnceLock;
+
+use baseline::Baseline;
+use half::{bf16, f16};
+
+/// How many values a kernel takes at a time: 16 `f32` are one register of AVX-512, two of AVX2, four of SSE2 or NEON.
+pub(crate) const LANES: usize = 16;
+
+/// What sums and products are formed in: `f32` or `f64`.
+pub(crate) trait Real:
+    Copy
+    + Default
+    + Send
+    + Sync
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + 'static
+{
+    /// Sixteen of them in registers of `I`.
+    type Lanes<I: Isa>: Vector<I, Self>;
+
+    fn from_wide(v: f64) -> Self;
+    fn wide(self) -> f64;
+}
+
+macro_rules! real {
+    ($t:ty, $lanes:ident) => {
+        impl Real for $t {
+            type Lanes<I: Isa> = I::$lanes;
+
+            #[inline(always)]
+            fn from_wide(v: f64) -> Self {
+                v as $t
+            }
+            #[inline(always)]
+            fn wide(self) -> f64 {
+                self as f64
+            }
+        }
+    };
+}
+real!(f32, F32);
+real!(f64, F64);
+
+/// Sixteen accumulator values in registers of `I`.
+pub(crate) type Lanes<I, T> = <T as Real>::Lanes<I>;
+
+/// The same value in every lane.
+#[inline(always)]
+pub(crate) fn splat<I: Isa, T: Real>(isa: I, v: T) -> Lanes<I, T> {
+    Vector::splat(isa, v)
+}
+
+/// Zero in every lane.
+#[inline(always)]
+pub(crate) fn zero<I: Isa, T: Real>(isa: I) -> Lanes<I, T> {
+    splat(isa, T::default())
+}
+
+/// What lanes can do. A value of them proves that the processor has the instruction set `I`.
+pub(crate) trait Vector<I, T: Real>:
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self>
+{
+    fn load(isa: I, v: &[T; LANES]) -> Self;
+    fn splat(isa: I, v: T) -> Self;
+    fn to_array(self) -> [T; LANES];
+
+    /// The last `count` lanes; zero in the others.
+    fn keep_last(self, count: usize) -> Self;
+
+    /// The sum of all lanes, by halves.
+    #[inline(always)]
+    fn sum(self) -> f64 {
+        let v = self.to_array();
+        let eight: [T; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
+        let four: [T; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
+        ((four[0] + four[2]) + (four[1] + four[3])).wide()
+    }
+}
+
+/// An instruction set. A value of it proves that the processor has it.
+pub(crate) trait Isa: Copy {
+    type F32: Vector<Self, f32>;
+    type F64: Vector<Self, f64>;
+
+    fn widen_f16(self, v: [u16; LANES]) -> Self::F32;
+    fn narrow_f16(self, v: Self::F32) -> [u16; LANES];
+    fn widen_bf16(self, v: [u16; LANES]) -> Self::F32;
+    fn narrow_bf16(self, v: Self::F32) -> [u16; LANES];
+}
+
+/// What tensors hold.
+pub(crate) trait Elem: Copy + Default + Send + Sync + 'static {
+    /// What it is computed in.
+    type Acc: Real;
+
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, Self::Acc>;
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, Self::Acc>) -> [Self; LANES];
+
+    /// Rounded to this type, and back.
+    #[inline(always)]
+    fn round<I: Isa>(isa: I, v: Lanes<I, Self::Acc>) -> Lanes<I, Self::Acc> {
+        Self::load(isa, &Self::narrow(isa, v))
+    }
+
+    #[inline(always)]
+    fn store<I: Isa>(isa: I, v: Lanes<I, Self::Acc>, out: &mut [MaybeUninit<Self>; LANES]) {
+        *out = Self::narrow(isa, v).map(MaybeUninit::new);
+    }
+}
+
+macro_rules! full_precision {
+    ($t:ty) => {
+        impl Elem for $t {
+            type Acc = $t;
+            #[inline(always)]
+            fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, $t> {
+                Vector::load(isa, v)
+            }
+            #[inline(always)]
+            fn narrow<I: Isa>(_: I, v: Lanes<I, $t>) -> [Self; LANES] {
+                v.to_array()
+            }
+        }
+    };
+}
+full_precision!(f32);
+full_precision!(f64);
+
+impl Elem for bf16 {
+    type Acc = f32;
+    #[inline(always)]
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, f32> {
+        isa.widen_bf16(v.map(bf16::to_bits))
+    }
+    #[inline(always)]
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, f32>) -> [Self; LANES] {
+        isa.narrow_bf16(v).map(bf16::from_bits)
+    }
+}
+
+impl Elem for f16 {
+    type Acc = f32;
+    #[inline(always)]
+    fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, f32> {
+        isa.widen_f16(v.map(f16::to_bits))
+    }
+    #[inline(always)]
+    fn narrow<I: Isa>(isa: I, v: Lanes<I, f32>) -> [Self; LANES] {
+        isa.narrow_f16(v).map(f16::from_bits)
+    }
+}
+
+/// A computation on slices, written over any instruction set. `run` and all that it calls must be `#[inline(always)]`: only then is it
+/// compiled with the instructions of its caller.
+pub(crate) trait Kernel {
+    type Output;
+    fn run<I: Isa>(self, isa: I) -> Self::Output;
+}
+
+/// An instruction set that kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What every processor of the target has: SSE2 or NEON.
+    Baseline,
+    /// AVX2 and the conversions of F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+thread_local! {
+    static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+}
+
+impl Level {
+    /// Every level, lowest first.
+    pub const ALL: [Level; 3] = [Level::Baseline, Level::Avx2, Level::Avx512];
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Level::Baseline => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::Avx512::detect().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The highest level of this processor, or the one that the environment variable `CANDLE_NORM_ISA` names (`baseline`, `avx2`,
+    /// `avx512`) if the processor has it.
+    pub(crate) fn current() -> Level {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        FORCED.get().unwrap_or_else(|| {
+            *BEST.get_or_init(|| {
+                let wanted = std::env::var("CANDLE_NORM_ISA").unwrap_or_default();
+                let available = Level::ALL.into_iter().filter(|l| l.is_available());
+                let named = |l: &Level| format!("{l:?}").eq_ignore_ascii_case(&wanted);
+                let levels: Vec<Level> = available.collect();
+                let named = levels.iter().copied().find(named);
+                named.or(levels.last().copied()).unwrap_or(Level::Baseline)
+            })
+        })
+    }
+
+    /// Runs `f` with kernels started on this thread at this level, if the processor has it.
+    pub fn force<T>(self, f: impl FnOnce() -> T) -> Option<T> {
+        struct Restore(Option<Level>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                FORCED.set(self.0);
+            }
+        }
+        if !self.is_available() {
+            return None;
+        }
+        let _restore = Restore(FORCED.replace(Some(self)));
+        Some(f())
+    }
+
+    /// Runs `kernel`, compiled for this level. A level that the processor does not have runs as the baseline.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        match self {
+            Level::Baseline => {}
+            Level::Avx2 => {
+                if let Some(isa) = x86::Avx2::detect() {
+                    return isa.run(kernel);
+                }
+            }
+            Level::Avx512 => {
+                if let Some(isa) = x86::Avx512::detect() {
+                    return isa.run(kernel);
+                }
+            }
+        }
+        kernel.run(Baseline)
+    }
+}

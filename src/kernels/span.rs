@@ -1,0 +1,271 @@
+//! Slices as sixteen lanes at a time.
+//!
+//! What is left at the end of a slice is read as the *last* sixteen elements, of which only the last few lanes are new: a map computes the
+//! rest a second time, to the same result, and a sum leaves them out. A slice of fewer than sixteen elements is read into the
+//! last lanes of a register of zeros.
+
+use std::mem::MaybeUninit;
+
+use super::simd::{Elem, Isa, LANES, Lanes, Real, Vector, zero};
+
+/// The lanes at the end of `x`; the first of them are from before the tail, or zero.
+#[inline(always)]
+pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<I, E::Acc> {
+    match x.last_chunk::<LANES>() {
+        Some(last) => E::load(isa, last),
+        None => {
+            let mut padded = [E::default(); LANES];
+            padded[LANES - x.len()..].copy_from_slice(x);
+            E::load(isa, &padded)
+        }
+    }
+}
+
+/// Writes the lanes of [`tail`] back.
+#[inline(always)]
+fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
+    match out.last_chunk_mut::<LANES>() {
+        Some(last) => E::store(isa, v, last),
+        None => {
+            let narrow = E::narrow(isa, v);
+            let len = out.len();
+            for (o, v) in out.iter_mut().zip(&narrow[LANES - len..]) {
+                *o = MaybeUninit::new(*v);
+            }
+        }
+    }
+}
+
+/// The lanes of chunk `k` of `x`; the tail follows the last whole chunk.
+#[inline(always)]
+pub(crate) fn chunk<E: Elem, I: Isa>(isa: I, x: &[E], k: usize) -> Lanes<I, E::Acc> {
+    match x.as_chunks::<LANES>().0.get(k) {
+        Some(chunk) => E::load(isa, chunk),
+        None => tail(isa, x),
+    }
+}
+
+/// Writes the lanes of [`chunk`] back.
+#[inline(always)]
+pub(crate) fn store_chunk<E: Elem, I: Isa>(
+    isa: I,
+    v: Lanes<I, E::Acc>,
+    out: &mut [MaybeUninit<E>],
+    k: usize,
+) {
+    match out.as_chunks_mut::<LANES>().0.get_mut(k) {
+        Some(chunk) => E::store(isa, v, chunk),
+        None => store_tail(isa, v, out),
+    }
+}
+
+/// A slice of accumulator values that runs alongside elements: a weight, a bias, the sums of columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns<'a, I: Isa, T: Real> {
+    isa: I,
+    chunks: &'a [[T; LANES]],
+    tail: Lanes<I, T>,
+}
+
+impl<'a, I: Isa, T: Elem<Acc = T> + Real> Columns<'a, I, T> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, values: &'a [T]) -> Self {
+        Self {
+            isa,
+            chunks: values.as_chunks().0,
+            tail: tail(isa, values),
+        }
+    }
+
+    /// The lanes of chunk `k`; the tail follows the last whole chunk.
+    #[inline(always)]
+    pub(crate) fn at(&self, k: usize) -> Lanes<I, T> {
+        match self.chunks.get(k) {
+            Some(chunk) => T::load(self.isa, chunk),
+            None => self.tail,
+        }
+    }
+}
+
+/// `out = f(k, x)` for each chunk `k` of `x` and for its tail.
+#[inline(always)]
+pub(crate) fn map<E: Elem, I: Isa>(
+    isa: I,
+    x: &[E],
+    out: &mut [MaybeUninit<E>],
+    f: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
+) {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let (out_chunks, _) = out.as_chunks_mut::<LANES>();
+    for (k, (x, out)) in chunks.iter().zip(out_chunks).enumerate() {
+        E::store(isa, f(k, E::load(isa, x)), out);
+    }
+    if !rest.is_empty() {
+        store_tail(isa, f(chunks.len(), tail(isa, x)), out);
+    }
+}
+
+/// `out = f(k, x, y)` for each chunk `k` of `x` and `y` and for their tails.
+#[inline(always)]
+pub(crate) fn map2<E: Elem, I: Isa>(
+    isa: I,
+    x: &[E],
+    y: &[E],
+    out: &mut [MaybeUninit<E>],
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
+) {
+    let (xs, rest) = x.as_chunks::<LANES>();
+    let (ys, _) = y.as_chunks::<LANES>();
+    let (outs, _) = out.as_chunks_mut::<LANES>();
+    for (k, ((x, y), out)) in xs.iter().zip(ys).zip(outs).enumerate() {
+        E::store(isa, f(k, E::load(isa, x), E::load(isa, y)), out);
+    }
+    if !rest.is_empty() {
+        store_tail(isa, f(xs.len(), tail(isa, x), tail(isa, y)), out);
+    }
+}
+
+/// The longest run that is added up in the accumulator's precision; longer ones are added up in `f64`.
+pub(crate) const RUN: usize = 2048;
+
+/// Sums that are being formed, `N` at once. There are two of each, so that an addition need not wait for the last.
+struct Sums<I: Isa, T: Real, const N: usize> {
+    even: [Lanes<I, T>; N],
+    odd: [Lanes<I, T>; N],
+}
+
+impl<I: Isa, T: Real, const N: usize> Sums<I, T, N> {
+    #[inline(always)]
+    fn new(isa: I) -> Self {
+        Self {
+            even: [zero::<I, T>(isa); N],
+            odd: [zero::<I, T>(isa); N],
+        }
+    }
+
+    #[inline(always)]
+    fn add_even(&mut self, v: [Lanes<I, T>; N]) {
+        for i in 0..N {
+            self.even[i] = self.even[i] + v[i];
+        }
+    }
+
+    #[inline(always)]
+    fn add_odd(&mut self, v: [Lanes<I, T>; N]) {
+        for i in 0..N {
+            self.odd[i] = self.odd[i] + v[i];
+        }
+    }
+
+    #[inline(always)]
+    fn add_tail(&mut self, v: [Lanes<I, T>; N], count: usize) {
+        for i in 0..N {
+            self.odd[i] = self.odd[i] + v[i].keep_last(count);
+        }
+    }
+
+    #[inline(always)]
+    fn totals(self) -> [f64; N] {
+        let mut totals = [0f64; N];
+        for i in 0..N {
+            totals[i] = (self.even[i] + self.odd[i]).sum();
+        }
+        totals
+    }
+}
+
+/// The sums of `f(x)` over slices of together about [`RUN`] elements, any number of sums at once.
+#[inline(always)]
+pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    slices: impl Iterator<Item = &'a [E]>,
+    f: impl Fn(Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
+) -> [f64; N] {
+    let mut sums = Sums::<I, E::Acc, N>::new(isa);
+    for x in slices {
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        let (pairs, single) = chunks.as_chunks::<2>();
+        for [a, b] in pairs {
+            sums.add_even(f(E::load(isa, a)));
+            sums.add_odd(f(E::load(isa, b)));
+        }
+        for a in single {
+            sums.add_even(f(E::load(isa, a)));
+        }
+        if !rest.is_empty() {
+            sums.add_tail(f(tail(isa, x)), rest.len());
+        }
+    }
+    sums.totals()
+}
+
+/// The sums of `f(k, x, y)` over pairs of slices of together about [`RUN`] elements; `k` counts the chunks of a slice, from `first` on.
+#[inline(always)]
+pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    slices: impl Iterator<Item = (&'a [E], &'a [E])>,
+    first: usize,
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
+) -> [f64; N] {
+    let mut sums = Sums::<I, E::Acc, N>::new(isa);
+    for (x, y) in slices {
+        let (xs, rest) = x.as_chunks::<LANES>();
+        let (ys, _) = y.as_chunks::<LANES>();
+        let (x_pairs, x_single) = xs.as_chunks::<2>();
+        let (y_pairs, y_single) = ys.as_chunks::<2>();
+        let mut k = first;
+        for ([xa, xb], [ya, yb]) in x_pairs.iter().zip(y_pairs) {
+            sums.add_even(f(k, E::load(isa, xa), E::load(isa, ya)));
+            sums.add_odd(f(k + 1, E::load(isa, xb), E::load(isa, yb)));
+            k += 2;
+        }
+        for (x, y) in x_single.iter().zip(y_single) {
+            sums.add_even(f(k, E::load(isa, x), E::load(isa, y)));
+            k += 1;
+        }
+        if !rest.is_empty() {
+            sums.add_tail(f(k, tail(isa, x), tail(isa, y)), rest.len());
+        }
+    }
+    sums.totals()
+}
+
+/// The sums of `f(x)` over a slice of any length.
+#[inline(always)]
+pub(crate) fn sums<const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    x: &[E],
+    f: impl Fn(Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N] + Copy,
+) -> [f64; N] {
+    let mut totals = [0f64; N];
+    for run in x.chunks(RUN) {
+        let part = run_sums(isa, std::iter::once(run), f);
+        for i in 0..N {
+            totals[i] += part[i];
+        }
+    }
+    totals
+}
+
+/// The sums of `f(k, x, y)` over two slices of any length; `k` counts chunks.
+#[inline(always)]
+pub(crate) fn sums2<const N: usize, E: Elem, I: Isa>(
+    isa: I,
+    x: &[E],
+    y: &[E],
+    f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N] + Copy,
+) -> [f64; N] {
+    let mut totals = [0f64; N];
+    for (run, pair) in x.chunks(RUN).zip(y.chunks(RUN)).enumerate() {
+        let part = run_sums2(isa, std::iter::once(pair), run * (RUN / LANES), f);
+        for i in 0..N {
+            totals[i] += part[i];
+        }
+    }
+    totals
+}
+
+/// How many slices of `len` elements make a run.
+pub(crate) fn slices_per_run(len: usize) -> usize {
+    (RUN / len.max(1)).max(1)
+}

@@ -1,0 +1,214 @@
+//! Weight norm: each row of `v` at its own length `g`.
+
+use std::mem::MaybeUninit;
+
+use super::buffer::filled;
+use super::par;
+use super::simd::{Elem, Isa, Kernel, Level, Real, Vector, splat};
+use super::span::{map, map2, sums, sums2, tail};
+
+/// The length of a row after `scale`, a power of two that keeps its squares from over- and underflow.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Length {
+    norm: f64,
+    scale: f64,
+}
+
+impl Length {
+    #[inline(always)]
+    fn of<E: Elem, I: Isa>(isa: I, v: &[E]) -> Self {
+        let [squares] = sums(
+            isa,
+            v,
+            #[inline(always)]
+            |v| [v * v],
+        );
+        // Within these bounds no square that counts was lost, in f32 either.
+        if (1e-24..1e30).contains(&squares) {
+            return Self {
+                norm: squares.sqrt(),
+                scale: 1.,
+            };
+        }
+        let mut largest = 0f64;
+        for v in v.chunks(1) {
+            let size = tail(isa, v).sum().abs();
+            if size > largest || size.is_nan() {
+                largest = size;
+            }
+        }
+        if largest == 0. || !largest.is_finite() {
+            return Self {
+                norm: largest,
+                scale: 1.,
+            };
+        }
+        let scale = (-largest.log2().floor()).clamp(-126., 126.).exp2();
+        let factor = splat::<I, _>(isa, E::Acc::from_wide(scale));
+        let [squares] = sums(
+            isa,
+            v,
+            #[inline(always)]
+            |v| {
+                let v = v * factor;
+                [v * v]
+            },
+        );
+        Self {
+            norm: squares.sqrt(),
+            scale,
+        }
+    }
+
+    /// One over the length; zero for a row of zeros, which has no direction.
+    #[inline(always)]
+    fn inverse(self) -> f64 {
+        if self.norm == 0. { 0. } else { 1. / self.norm }
+    }
+}
+
+/// `g · v / ‖v‖` for each row of `len` elements of `v`.
+pub(crate) fn forward<E: Elem>(v: &[E], g: &[E::Acc], len: usize) -> (Vec<E>, Vec<Length>) {
+    let per_block = par::items_per_block(g.len(), len);
+    let level = Level::current();
+    let mut lengths = vec![
+        Length {
+            norm: 0.,
+            scale: 1.
+        };
+        g.len()
+    ];
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
+    let w = unsafe {
+        filled(v.len(), |w| {
+            let blocks = v
+                .chunks(per_block * len)
+                .zip(w.chunks_mut(per_block * len))
+                .zip(g.chunks(per_block).zip(lengths.chunks_mut(per_block)))
+                .map(|((v, w), (g, lengths))| Forward {
+                    v,
+                    w,
+                    g,
+                    lengths,
+                    len,
+                })
+                .collect();
+            par::run(blocks, v.len(), |block| level.run(block));
+        })
+    };
+    (w, lengths)
+}
+
+struct Forward<'a, E: Elem> {
+    v: &'a [E],
+    w: &'a mut [MaybeUninit<E>],
+    g: &'a [E::Acc],
+    lengths: &'a mut [Length],
+    len: usize,
+}
+
+impl<E: Elem> Kernel for Forward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let rows = self
+            .v
+            .chunks_exact(self.len)
+            .zip(self.w.chunks_exact_mut(self.len));
+        for ((v, w), (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
+            *length = Length::of(isa, v);
+            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
+            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * length.inverse()));
+            map(
+                isa,
+                v,
+                w,
+                #[inline(always)]
+                |_, v| (v * scale) * factor,
+            );
+        }
+    }
+}
+
+/// The gradients of `v` and, in `f64`, of `g`, from that of the weight.
+pub(crate) fn backward<E: Elem>(
+    v: &[E],
+    dw: &[E],
+    g: &[E::Acc],
+    lengths: &[Length],
+    len: usize,
+) -> (Vec<E>, Vec<f64>) {
+    let per_block = par::items_per_block(g.len(), len);
+    let level = Level::current();
+    let mut dg = vec![0f64; g.len()];
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
+    let dv = unsafe {
+        filled(v.len(), |dv| {
+            let blocks = v
+                .chunks(per_block * len)
+                .zip(dw.chunks(per_block * len))
+                .zip(dv.chunks_mut(per_block * len))
+                .zip(g.chunks(per_block).zip(lengths.chunks(per_block)))
+                .zip(dg.chunks_mut(per_block))
+                .map(|((((v, dw), dv), (g, lengths)), dg)| Backward {
+                    v,
+                    dw,
+                    dv,
+                    g,
+                    lengths,
+                    dg,
+                    len,
+                })
+                .collect();
+            par::run(blocks, v.len(), |block| level.run(block));
+        })
+    };
+    (dv, dg)
+}
+
+struct Backward<'a, E: Elem> {
+    v: &'a [E],
+    dw: &'a [E],
+    dv: &'a mut [MaybeUninit<E>],
+    g: &'a [E::Acc],
+    lengths: &'a [Length],
+    dg: &'a mut [f64],
+    len: usize,
+}
+
+impl<E: Elem> Kernel for Backward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let len = self.len;
+        let rows = self.v.chunks_exact(len).zip(self.dw.chunks_exact(len));
+        let rows = rows.zip(self.dv.chunks_exact_mut(len));
+        let params = self.g.iter().zip(self.lengths).zip(self.dg);
+        for (((v, dw), dv), ((g, length), dg)) in rows.zip(params) {
+            // The direction is v · unit, or (v · scale) · inverse where one factor would leave the range.
+            let inverse = length.inverse();
+            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
+            let unit = splat::<I, _>(isa, E::Acc::from_wide(inverse));
+            let [along] = sums2(
+                isa,
+                v,
+                dw,
+                #[inline(always)]
+                |_, v, dw| [dw * ((v * scale) * unit)],
+            );
+            *dg = along;
+            let along = splat::<I, _>(isa, E::Acc::from_wide(along));
+            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * inverse));
+            map2(
+                isa,
+                v,
+                dw,
+                dv,
+                #[inline(always)]
+                |_, v, dw| ((dw - ((v * scale) * unit) * along) * factor) * scale,
+            );
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The fused path: how kernels on slices become nodes of candle's graph.
+//!
+//! A [`FusedOp`] is made for one call and lives in the graph: what its forward leaves for the backward stays inside it. The backward
+//! reaches the storages of its arguments as an op does, by an inner op without a backward of its own, on detached
+//! tensors: `storage_and_layout` could wait for ever on a thread that sets a variable, where two arguments share a storage.
+
+use std::borrow::Cow;
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, OnceLock};
+
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType,
+};
+
+use super::check;
+use crate::kernels::simd::{Elem, Real};
+
+/// An element type that both candle and the kernels know.
+pub(super) trait Native: WithDType + Elem<Acc: Accumulator> {}
+impl<T: WithDType + Elem<Acc: Accumulator>> Native for T {}
+
+/// What the kernels compute in.
+pub(super) trait Accumulator: Real + WithDType + Elem<Acc = Self> {}
+impl<T: Real + WithDType + Elem<Acc = T>> Accumulator for T {}
+
+/// Runs `$body` with `$t` as the element type of dtype `$dtype`.
+macro_rules! with_native {
+    ($dtype:expr, $layer:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            _ => crate::ops::check::internal($layer, "a dtype that kernels know"),
+        }
+    };
+}
+pub(super) use with_native;
+
+/// One argument of an op.
+pub(super) type Arg<'a> = (&'a CpuStorage, &'a Layout);
+
+pub(super) fn dtype(arg: &Arg) -> DType {
+    arg.0.dtype()
+}
+
+/// The elements of a contiguous argument.
+pub(super) fn elements<'a, T: WithDType>((storage, layout): Arg<'a>) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
+        None => check::internal("kernel", "a contiguous tensor"),
+    }
+}
+
+/// The elements of a parameter in the precision that it is multiplied in.
+pub(super) fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> {
+    let wide = |v: f64| A::from_wide(v);
+    Ok(match arg.0 {
+        CpuStorage::F16(_) => elements::<half::f16>(arg)?
+            .iter()
+            .map(|v| wide(v.to_f64()))
+            .collect(),
+        CpuStorage::BF16(_) => elements::<half::bf16>(arg)?
+            .iter()
+            .map(|v| wide(v.to_f64()))
+            .collect(),
+        CpuStorage::F32(_) if A::DTYPE == DType::F64 => elements::<f32>(arg)?
+            .iter()
+            .map(|v| wide(f64::from(*v)))
+            .collect(),
+        _ => Cow::Borrowed(elements::<A>(arg)?),
+    })
+}
+
+/// Which parameters an op has, and where they are among its arguments.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Params {
+    pub(super) weight: bool,
+    pub(super) bias: bool,
+}
+
+impl Params {
+    pub(super) fn of(weight: Option<&Tensor>, bias: Option<&Tensor>) -> Self {
+        Self {
+            weight: weight.is_some(),
+            bias: bias.is_some(),
+        }
+    }
+
+    /// The weight among the parameters `args`, in the precision that it is multiplied in.
+    pub(super) fn weight<'a, A: Accumulator>(
+        self,
+        args: &[Arg<'a>],
+    ) -> Result<Option<Cow<'a, [A]>>> {
+        let weight = args.first().filter(|_| self.weight);
+        weight.map(|w| widened(*w)).transpose()
+    }
+
+    /// The bias among the parameters `args`.
+    pub(super) fn bias<'a, A: Accumulator>(self, args: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
+        let bias = args.last().filter(|_| self.bias);
+        bias.map(|b| widened(*b)).transpose()
+    }
+
+    /// The gradients of the parameters that there are, in the order of the arguments.
+    pub(super) fn pick<T>(self, dweight: T, dbias: T) -> Vec<T> {
+        let both = [(self.weight, dweight), (self.bias, dbias)];
+        both.into_iter()
+            .filter(|(has, _)| *has)
+            .map(|(_, d)| d)
+            .collect()
+    }
+}
+
+/// What the forward left for the backward.
+pub(super) fn saved<'a, T>(name: &str, slot: &'a OnceLock<T>) -> Result<&'a T> {
+    match slot.get() {
+        Some(saved) => Ok(saved),
+        None => check::internal(name, "the forward to have run before the backward"),
+    }
+}
+
+/// Gradients by tensor operations, in the shapes and dtypes of the arguments.
+pub(super) fn shaped(
+    args: &[&Tensor],
+    params: Params,
+    grads: super::composed::Gradients,
+) -> Result<Vec<Tensor>> {
+    let mut all = vec![grads.dx];
+    all.extend(params.pick(grads.dweight, grads.dbias));
+    let pairs = all.iter().zip(args);
+    pairs
+        .map(|(g, arg)| g.reshape(arg.shape())?.to_dtype(arg.dtype()))
+        .collect()
+}
+
+/// A layer on the fused path: at most three arguments, all contiguous, the input first.
+pub(super) trait FusedOp: Send + Sync + 'static {
+    fn name(&self) -> &'static str;
+
+    /// The output, of the input's shape and dtype.
+    fn forward(&self, args: &[Arg]) -> Result<CpuStorage>;
+
+    /// The gradient of the input from the arguments and, after them, the gradient of the output; those of the parameters go into the
+    /// second place, in `f64`. `wanted` says which arguments anything tracks.
+    fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)>;
+
+    /// The same gradients by tensor operations, for derivatives of higher order.
+    fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>>;
+}
+
+/// Applies `op` to `x` and the parameters that there are. Also returns the op, with what it saved.
+pub(super) fn apply<F: FusedOp>(
+    op: F,
+    x: &Tensor,
+    params: &[Option<&Tensor>],
+) -> Result<(Tensor, Arc<F>)> {
+    let mut args = vec![x.contiguous()?];
+    for param in params.iter().flatten() {
+        args.push(param.contiguous()?);
+    }
+    let node = Node(Arc::new(op));
+    let (op, recorded) = (node.0.clone(), node.clone());
+    let y = match args.as_slice() {
+        [x] => x.apply_op1(node)?,
+        [x, a] => x.apply_op2(a, node)?,
+        [x, a, b] => x.apply_op3(a, b, node)?,
+        _ => check::internal(op.name(), "at most three arguments")?,
+    };
+    RECORDER.with_borrow_mut(|recorder| {
+        if let Some(slot) = recorder {
+            *slot = Some(Box::new(move |dy| {
+                recorded.bwd(&args.iter().collect::<Vec<_>>(), dy)
+            }));
+        }
+    });
+    Ok((y, op))
+}
+
+/// The backward of an op that ran, of the gradient of its output.
+pub(super) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>>;
+
+thread_local! {
+    static RECORDER: RefCell<Option<Option<Handle>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f`, and returns the backward of the last op that it applied.
+pub(super) fn recording(f: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, Handle)> {
+    RECORDER.set(Some(None));
+    let y = f();
+    match (y, RECORDER.take().flatten()) {
+        (Ok(y), Some(handle)) => Ok((y, handle)),
+        (Ok(_), None) => check::internal("hook", "a call on the fused path"),
+        (Err(e), _) => Err(e),
+    }
+}
+
+/// A [`FusedOp`] as candle's op of as many arguments as it has.
+struct Node<F>(Arc<F>);
+
+impl<F> Clone for Node<F> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<F: FusedOp> Node<F> {
+    fn fwd(&self, args: &[Arg]) -> Result<(CpuStorage, Shape)> {
+        Ok((self.0.forward(args)?, args[0].1.shape().clone()))
+    }
+
+    fn bwd(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        if higher_order() {
+            let grads = self.0.backward_composed(args, dy)?;
+            return Ok(grads.into_iter().map(Some).collect());
+        }
+        let (dx, dparams) = gradients(&*self.0, args, dy)?;
+        Ok(std::iter::once(Some(dx)).chain(dparams).collect())
+    }
+}
+
+/// Whether candle keeps the graph of gradients; it reads the variable once for each thread, as this does.
+fn higher_order() -> bool {
+    thread_local! {
+        static KEPT: Cell<Option<bool>> = const { Cell::new(None) };
+    }
+    KEPT.get().unwrap_or_else(|| {
+        let value = std::env::var("CANDLE_GRAD_DO_NOT_DETACH").unwrap_or_default();
+        let kept = !value.is_empty() && value != "0";
+        KEPT.set(Some(kept));
+        kept
+    })
+}
+
+/// The gradients of `op`: of the input, and of each parameter that anything tracks.
+pub(super) fn gradients<F: FusedOp>(
+    op: &F,
+    args: &[&Tensor],
+    dy: &Tensor,
+) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+    // Of the parameters, only the first can be a factor of the gradients: a bias is left out.
+    let mut inputs = vec![args[0].detach(), dy.detach().contiguous()?];
+    inputs.extend(args.get(1).map(|weight| weight.detach()));
+    let wanted: Vec<bool> = args.iter().map(|t| t.track_op()).collect();
+    let inner = Backward {
+        op,
+        wanted: &wanted,
+        dparams: OnceLock::new(),
+    };
+    let dx = match inputs.as_slice() {
+        [x, dy, weight] => x.apply_op3_no_bwd(dy, weight, &inner)?,
+        [x, dy] => x.apply_op2_no_bwd(dy, &inner)?,
+        _ => check::internal(op.name(), "an argument")?,
+    };
+    let mut dparams = inner.dparams.into_inner().unwrap_or_default().into_iter();
+    let dparams = args[1..]
+        .iter()
+        .zip(&wanted[1..])
+        .map(|(param, wanted)| match (dparams.next(), wanted) {
+            (Some(grad), true) => {
+                let grad = Tensor::from_vec(grad, param.shape(), param.device())?;
+                grad.to_dtype(param.dtype()).map(Some)
+            }
+            _ => Ok(None),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok((dx, dparams))
+}
+
+/// The backward of a [`FusedOp`] as an op of the input, the gradient of the output, and the weight.
+struct Backward<'a, F> {
+    op: &'a F,
+    wanted: &'a [bool],
+    dparams: OnceLock<Vec<Vec<f64>>>,
+}
+
+impl<F: FusedOp> Backward<'_, F> {
+    fn run(&self, args: &[Arg]) -> Result<(CpuStorage, Shape)> {
+        let (dx, dparams) = self.op.backward(args, self.wanted)?;
+        let _ = self.dparams.set(dparams);
+        Ok((dx, args[0].1.shape().clone()))
+    }
+}
+
+impl<F: FusedOp> CustomOp2 for Backward<'_, F> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.run(&[(s1, l1), (s2, l2)])
+    }
+}
+
+impl<F: FusedOp> CustomOp3 for Backward<'_, F> {
+    fn name(&self) -> &'static str {
+        self.op.name()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.run(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+}
+
+impl<F: FusedOp> CustomOp1 for Node<F> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s, l)])
+    }
+    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.bwd(&[x], dy)?.swap_remove(0))
+    }
+}
+
+impl<F: FusedOp> CustomOp2 for Node<F> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s1, l1), (s2, l2)])
+    }
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let mut grads = self.bwd(&[x, a], dy)?.into_iter();
+        Ok((grads.next().flatten(), grads.next().flatten()))
+    }
+}
+
+impl<F: FusedOp> CustomOp3 for Node<F> {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.fwd(&[(s1, l1), (s2, l2), (s3, l3)])
+    }
+    fn bwd(
+        &self,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut grads = self.bwd(&[x, a, b], dy)?.into_iter();
+        Ok((
+            grads.next().flatten(),
+            grads.next().flatten(),
+            grads.next().flatten(),
+        ))
+    }
+}

@@ -1,0 +1,96 @@
+//! For the tests and benches of this crate only: the backward of an op without candle's engine around it, and the instruction set of the
+//! kernels.
+
+use candle_core::{Result, Tensor};
+
+use super::fused::Handle;
+pub use crate::kernels::simd::Level;
+
+/// An op of this module with default options.
+#[derive(Debug, Clone)]
+pub enum Op {
+    /// Over the last axis.
+    LayerNorm,
+    /// Over the last axis.
+    RmsNorm,
+    /// Over groups of channels.
+    GroupNorm {
+        /// The number of groups.
+        num_groups: usize,
+    },
+    /// Over space.
+    InstanceNorm,
+    /// By the statistics of the batch.
+    BatchNorm,
+    /// By given statistics.
+    BatchNormInference {
+        /// Of each channel.
+        mean: Tensor,
+        /// Of each channel.
+        var: Tensor,
+    },
+    /// Of the direction `x` and the magnitude `weight`.
+    WeightNorm {
+        /// The axis of the magnitudes.
+        dim: Option<usize>,
+    },
+}
+
+/// An op that ran forward.
+#[allow(missing_debug_implementations)]
+pub struct Saved {
+    output: Tensor,
+    handle: Handle,
+}
+
+/// Runs `op` forward on the fused path.
+///
+/// # Errors
+/// Those of the op.
+pub fn saved(
+    op: Op,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Saved> {
+    let (output, handle) = super::fused::recording(|| {
+        super::with_path(super::Path::Fused, || match &op {
+            Op::LayerNorm => super::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
+            Op::RmsNorm => {
+                let len = x.dims()[x.rank() - 1];
+                super::rms_norm(x, len, weight, Some(eps), 0., super::Cast::AfterWeight)
+            }
+            Op::GroupNorm { num_groups } => super::group_norm(x, *num_groups, weight, bias, eps),
+            Op::InstanceNorm => Ok(super::instance_norm(x, weight, bias, eps)?.0),
+            Op::BatchNorm => Ok(super::batch_norm(x, weight, bias, eps)?.0),
+            Op::BatchNormInference { mean, var } => {
+                super::batch_norm_inference(x, mean, var, weight, bias, eps)
+            }
+            Op::WeightNorm { dim } => match weight {
+                Some(g) => super::weight_norm(x, g, *dim),
+                None => super::check::internal("WeightNorm", "a magnitude"),
+            },
+        })
+    })?;
+    Ok(Saved { output, handle })
+}
+
+impl Saved {
+    /// What the forward gave.
+    pub fn output(&self) -> &Tensor {
+        &self.output
+    }
+
+    /// The gradients of the input and the parameters.
+    ///
+    /// # Errors
+    /// Those of the op.
+    pub fn backward(&self, dy: &Tensor) -> Result<(Tensor, Option<Tensor>, Option<Tensor>)> {
+        let mut grads = (self.handle)(dy)?.into_iter();
+        match grads.next().flatten() {
+            Some(dx) => Ok((dx, grads.next().flatten(), grads.next().flatten())),
+            None => super::check::internal("hook", "a gradient of the input"),
+        }
+    }
+}
