@@ -49,12 +49,12 @@ impl Shape {
 
     /// The slices of one of [`runs`](Self::runs).
     #[inline(always)]
-    fn slices<'a, E>(
+    fn slices<E>(
         self,
-        x: &'a [E],
+        x: &[E],
         channel: usize,
         (samples, part): (Range<usize>, Range<usize>),
-    ) -> impl Iterator<Item = &'a [E]> {
+    ) -> impl Iterator<Item = &[E]> {
         samples.map(move |sample| &x[self.plane(sample, channel)][part.clone()])
     }
 }

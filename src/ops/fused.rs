@@ -191,7 +191,7 @@ pub(super) fn apply<F: FusedOp>(
 }
 
 /// The backward of an op that ran, of the gradient of its output.
-pub(super) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>>>;
+pub(super) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
 
 thread_local! {
     static RECORDER: RefCell<Option<Option<Handle>>> = const { RefCell::new(None) };

@@ -197,7 +197,9 @@ impl Rows {
         let mut weight = self.params.weight::<A>(params)?;
         if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
             let offset = A::from_wide(self.norm.offset);
-            weight.to_mut().iter_mut().for_each(|w| *w = *w + offset);
+            for w in weight.to_mut() {
+                *w += offset;
+            }
         }
         Ok(weight)
     }

@@ -14,7 +14,7 @@ mod x86;
 
 use std::cell::Cell;
 use std::mem::MaybeUninit;
-use std::ops::{Add, Div, Mul, Sub};
+use std::ops::{Add, AddAssign, Div, Mul, Sub};
 use std::sync::OnceLock;
 
 use baseline::Baseline;
@@ -31,6 +31,7 @@ pub(crate) trait Real:
     + Sync
     + PartialOrd
     + Add<Output = Self>
+    + AddAssign
     + Sub<Output = Self>
     + Mul<Output = Self>
     + Div<Output = Self>
