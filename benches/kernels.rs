@@ -6,8 +6,6 @@
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "peers/case.rs"]
 mod case;
-#[path = "peers/hook.rs"]
-mod hook;
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "peers/ours.rs"]
 mod ours;

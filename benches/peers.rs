@@ -12,8 +12,6 @@ mod candle;
 mod case;
 #[path = "peers/check.rs"]
 mod check;
-#[path = "peers/hook.rs"]
-mod hook;
 #[path = "peers/list.rs"]
 mod list;
 #[path = "peers/ours.rs"]

@@ -10,8 +10,6 @@ mod candle;
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "../peers/case.rs"]
 mod case;
-#[path = "../peers/hook.rs"]
-mod hook;
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "../peers/ours.rs"]
 mod ours;

@@ -2,10 +2,10 @@
 
 use candle_core::Result;
 use candle_nn::{Module, ModuleT};
-use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, ops, with_path};
+use candle_norm::ops::{self, hook};
+use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
 use super::case::{Case, EPS, GROUPS, Inputs, Op};
-use super::hook;
 use super::step::{Layer, Step};
 
 /// The layer as a user calls it.
