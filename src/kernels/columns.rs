@@ -6,7 +6,7 @@
 use std::mem::MaybeUninit;
 
 use super::buffer::filled;
-use super::moments::Moments;
+use super::moments::{Mean, Moments, parts};
 use super::par;
 use super::planes::{Shape, Statistics};
 use super::rows::{Affine, Gradients, Stats};
@@ -35,10 +35,9 @@ struct Spread<T> {
 
 impl<T: Real> Spread<T> {
     fn new(shape: Shape, stats: &[Stats]) -> Self {
-        let rest = |mean: f64| mean - T::from_wide(mean).wide();
         Self {
-            high: per_column(shape, |c| stats[c].mean),
-            low: per_column(shape, |c| rest(stats[c].mean)),
+            high: per_column(shape, |c| parts::<T>(stats[c].mean).0.wide()),
+            low: per_column(shape, |c| parts::<T>(stats[c].mean).1.wide()),
             inv_std: per_column(shape, |c| stats[c].inv_std),
         }
     }
@@ -131,7 +130,7 @@ impl<E: Elem> Kernel for ColumnMoments<'_, E> {
                     let rest = rest[i].wide() / count;
                     *all = all.merge(Moments {
                         count,
-                        mean: shift[i].wide() + rest,
+                        mean: Mean::sum(shift[i].wide(), rest),
                         m2: m2[i].wide() - rest * rest * count,
                     });
                 }

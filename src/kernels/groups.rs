@@ -66,6 +66,13 @@ where
     E::Acc: Elem<Acc = E::Acc>,
 {
     let len = spec.len();
+    assert_eq!(x.len(), spec.shape.elements());
+    assert!(
+        [affine.weight, affine.bias]
+            .into_iter()
+            .flatten()
+            .all(|p| p.len() == spec.shape.channels)
+    );
     let rows = x.len() / len;
     let per_block = par::items_per_block(rows, len);
     let level = Level::current();
@@ -160,6 +167,10 @@ where
 {
     let (len, channels) = (spec.len(), spec.shape.channels);
     let rows = x.len() / len;
+    assert_eq!(x.len(), spec.shape.elements());
+    assert_eq!(x.len(), dy.len());
+    assert_eq!(stats.len(), rows);
+    assert!(weight.is_none_or(|w| w.len() == channels));
     let per_block = par::items_per_block(rows, len);
     let level = Level::current();
     let spread = spec.spread(weight);

@@ -3,11 +3,49 @@
 use super::simd::{Elem, Isa, Lanes, Real, splat};
 use super::span::{RUN, run_sums};
 
+/// A mean in two numbers, of which the second is what the first was rounded by: twice the precision of `f64`, and so of every
+/// accumulator.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Mean {
+    pub(crate) high: f64,
+    pub(crate) low: f64,
+}
+
+impl Mean {
+    /// `a + b`, exactly (Knuth's two-sum).
+    #[inline(always)]
+    pub(crate) fn sum(a: f64, b: f64) -> Self {
+        let high = a + b;
+        let back = high - a;
+        Self {
+            high,
+            low: (a - (high - back)) + (b - back),
+        }
+    }
+
+    /// This and `distance`, which is small beside it.
+    #[inline(always)]
+    fn plus(self, distance: f64) -> Self {
+        Self::sum(self.high, self.low + distance)
+    }
+
+    #[inline(always)]
+    fn minus(self, other: Self) -> f64 {
+        (self.high - other.high) + (self.low - other.low)
+    }
+}
+
+impl From<f64> for Mean {
+    fn from(high: f64) -> Self {
+        Self { high, low: 0. }
+    }
+}
+
 /// How many values, their mean, and the sum of their squared distances from it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Moments {
     pub(crate) count: f64,
-    pub(crate) mean: f64,
+    pub(crate) mean: Mean,
     pub(crate) m2: f64,
 }
 
@@ -53,7 +91,7 @@ impl Moments {
         let rest = first / count;
         Self {
             count,
-            mean: shift.wide() + rest,
+            mean: Mean::sum(shift.wide(), rest),
             m2: second - first * rest,
         }
     }
@@ -73,7 +111,7 @@ impl Moments {
         );
         Self {
             count: count as f64,
-            mean: 0.,
+            mean: Mean::default(),
             m2,
         }
     }
@@ -85,10 +123,10 @@ impl Moments {
             return other;
         }
         let count = self.count + other.count;
-        let distance = other.mean - self.mean;
+        let distance = other.mean.minus(self.mean);
         Self {
             count,
-            mean: self.mean + distance * (other.count / count),
+            mean: self.mean.plus(distance * (other.count / count)),
             m2: self.m2 + other.m2 + distance * distance * (self.count * other.count / count),
         }
     }
@@ -102,6 +140,13 @@ impl Moments {
     }
 }
 
+/// A mean as two numbers of the accumulator.
+#[inline(always)]
+pub(crate) fn parts<T: Real>(mean: Mean) -> (T, T) {
+    let high = T::from_wide(mean.high);
+    (high, T::from_wide((mean.high - high.wide()) + mean.low))
+}
+
 /// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is exact for values near it.
 #[derive(Clone, Copy)]
 pub(crate) struct Center<I: Isa, T: Real> {
@@ -111,11 +156,11 @@ pub(crate) struct Center<I: Isa, T: Real> {
 
 impl<I: Isa, T: Real> Center<I, T> {
     #[inline(always)]
-    pub(crate) fn new(isa: I, mean: f64) -> Self {
-        let high = T::from_wide(mean);
+    pub(crate) fn new(isa: I, mean: Mean) -> Self {
+        let (high, low) = parts::<T>(mean);
         Self {
             high: splat::<I, _>(isa, high),
-            low: splat::<I, _>(isa, T::from_wide(mean - high.wide())),
+            low: splat::<I, _>(isa, low),
         }
     }
 

@@ -24,6 +24,10 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    pub(crate) fn elements(self) -> usize {
+        self.outer * self.channels * self.inner
+    }
+
     /// How many elements a channel has.
     pub(crate) fn per_channel(self) -> f64 {
         (self.outer * self.inner) as f64
@@ -82,6 +86,13 @@ pub(crate) fn forward<E: Elem>(
 where
     E::Acc: Elem<Acc = E::Acc>,
 {
+    assert_eq!(x.len(), shape.elements());
+    assert!(
+        [affine.weight, affine.bias]
+            .into_iter()
+            .flatten()
+            .all(|p| p.len() == shape.channels)
+    );
     if shape.inner < LANES {
         return columns::forward(x, shape, affine, statistics);
     }
@@ -217,6 +228,10 @@ pub(crate) fn backward<E: Elem>(
 where
     E::Acc: Elem<Acc = E::Acc>,
 {
+    assert_eq!(x.len(), shape.elements());
+    assert_eq!(x.len(), dy.len());
+    assert_eq!(stats.len(), shape.channels);
+    assert!(weight.is_none_or(|w| w.len() == shape.channels));
     if shape.inner < LANES {
         return columns::backward(x, dy, shape, weight, stats, own);
     }

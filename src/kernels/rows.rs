@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use super::buffer::filled;
-use super::moments::{Center, Moments};
+use super::moments::{Center, Mean, Moments};
 use super::par;
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
 use super::span::{Columns, chunk, map, map2, store_chunk, sums, sums2};
@@ -11,7 +11,7 @@ use super::span::{Columns, chunk, map, map2, store_chunk, sums, sums2};
 /// What a row is normalized by.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stats {
-    pub(crate) mean: f64,
+    pub(crate) mean: Mean,
     /// Biased; the mean square where the mean is not subtracted.
     pub(crate) var: f64,
     pub(crate) inv_std: f64,
@@ -19,13 +19,13 @@ pub(crate) struct Stats {
 
 impl Stats {
     pub(crate) const NONE: Self = Self {
-        mean: 0.,
+        mean: Mean { high: 0., low: 0. },
         var: 0.,
         inv_std: 0.,
     };
 
     #[inline(always)]
-    pub(crate) fn new(mean: f64, var: f64, eps: f64) -> Self {
+    pub(crate) fn new(mean: Mean, var: f64, eps: f64) -> Self {
         Self {
             mean,
             var,
@@ -66,6 +66,13 @@ where
     E::Acc: Elem<Acc = E::Acc>,
 {
     let rows = x.len() / spec.len;
+    assert_eq!(x.len(), rows * spec.len);
+    assert!(
+        [affine.weight, affine.bias]
+            .into_iter()
+            .flatten()
+            .all(|p| p.len() == spec.len)
+    );
     let per_block = par::items_per_block(rows, spec.len);
     let level = Level::current();
     let mut stats = vec![Stats::NONE; rows];
@@ -212,7 +219,7 @@ pub(crate) fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64
             #[inline(always)]
             |v| [v * v],
         );
-        (0., squares / x.len() as f64)
+        (Mean::default(), squares / x.len() as f64)
     };
     Stats::new(mean, var, eps)
 }
@@ -237,7 +244,10 @@ where
     E::Acc: Elem<Acc = E::Acc>,
 {
     let len = spec.len;
-    let per_block = par::items_per_block(x.len() / len, len).next_multiple_of(ROWS);
+    assert_eq!(x.len(), stats.len() * len);
+    assert_eq!(x.len(), dy.len());
+    assert!(weight.is_none_or(|w| w.len() == len));
+    let per_block = par::items_per_block(stats.len(), len).next_multiple_of(ROWS);
     let level = Level::current();
     let blocks = x.len().div_ceil(per_block * len);
     let width = if params { len } else { 0 };

@@ -43,7 +43,9 @@ impl Length {
                 scale: 1.,
             };
         }
-        let scale = (-largest.log2().floor()).clamp(-126., 126.).exp2();
+        let scale = (-largest.log2().floor())
+            .clamp(-E::Acc::LARGEST_EXPONENT, E::Acc::LARGEST_EXPONENT)
+            .exp2();
         let factor = splat::<I, _>(isa, E::Acc::from_wide(scale));
         let [squares] = sums(
             isa,
@@ -69,6 +71,7 @@ impl Length {
 
 /// `g · v / ‖v‖` for each row of `len` elements of `v`.
 pub(crate) fn forward<E: Elem>(v: &[E], g: &[E::Acc], len: usize) -> (Vec<E>, Vec<Length>) {
+    assert_eq!(v.len(), g.len() * len);
     let per_block = par::items_per_block(g.len(), len);
     let level = Level::current();
     let mut lengths = vec![
@@ -139,6 +142,9 @@ pub(crate) fn backward<E: Elem>(
     lengths: &[Length],
     len: usize,
 ) -> (Vec<E>, Vec<f64>) {
+    assert_eq!(v.len(), g.len() * len);
+    assert_eq!(v.len(), dw.len());
+    assert_eq!(lengths.len(), g.len());
     let per_block = par::items_per_block(g.len(), len);
     let level = Level::current();
     let mut dg = vec![0f64; g.len()];

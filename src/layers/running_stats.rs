@@ -291,8 +291,8 @@ fn path(vb: &VarBuilder, name: &str) -> String {
 /// back in force afterwards. Returns the number of batches.
 ///
 /// # Errors
-/// What `forward` returns; the statistics are then what they were before. No batches, or no statistics in `norms`, is an
-/// error too.
+/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode; no statistics in `norms`. The
+/// statistics are then what they were before.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -327,7 +327,14 @@ pub fn recalibrate(
             forward(&batch)?;
             count += 1;
         }
-        check::at_least_one("recalibrate", "batch", count)?;
+        for s in &stats {
+            let updates = s.0.counter()?;
+            check::at_least_one(
+                "recalibrate",
+                "batch that trains each layer",
+                updates as usize,
+            )?;
+        }
         Ok(count)
     };
     let outcome = run();

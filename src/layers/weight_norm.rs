@@ -81,14 +81,22 @@ impl<L: Weighted> WeightNorm<L> {
             .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
             .transpose()?;
         let (g_name, v_name) = (name_in(vb, MAGNITUDE), name_in(vb, DIRECTION));
+        let mut plain = None;
         if !vb.contains_tensor(v_name) && vb.contains_tensor("weight") {
-            let plain = vb.get(shape, "weight")?;
-            return Self::from_weight(&plain, bias.as_ref(), config, dim);
+            let weight = vb.get(shape.as_slice(), "weight")?;
+            // A checkpoint holds plain tensors, which become variables here; a VarMap makes its own below.
+            if !weight.is_variable() {
+                return Self::from_weight(&weight, bias.as_ref(), config, dim);
+            }
+            plain = Some(weight.detach().copy()?);
         }
         let fresh = !vb.contains_tensor(g_name);
         let g_shape = ops::magnitude_shape(&shape, dim);
         let v = vb.get_with_hints(shape, v_name, weight_init)?;
         let g = get(vb, g_shape, MAGNITUDE, 1.)?;
+        if let Some(plain) = plain {
+            Var::from_tensor(&v)?.set(&plain)?;
+        }
         if fresh && g.is_variable() {
             Var::from_tensor(&g)?.set(&ops::norms(&v.detach(), dim)?)?;
         }

@@ -96,7 +96,7 @@ pub(crate) fn batch_norm_with(
         let op = Channels::new(layer, x, Source::Own { center, eps }, weight, bias);
         let (y, op) = fused::apply(op, x, &[weight, bias])?;
         let stats = fused::saved(layer, &op.stats)?.iter();
-        let channels = stats.map(|s| (s.mean, s.var * unbiased));
+        let channels = stats.map(|s| (s.mean.high, s.var * unbiased));
         let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
         return Ok((y, Some(statistics)));
     }
@@ -187,7 +187,7 @@ pub(crate) fn normalize_with(
         let wide = |s: &Tensor| s.detach().to_dtype(DType::F64)?.to_vec1::<f64>();
         let eps = composed::eps_in(acc, eps);
         let channels = wide(mean)?.into_iter().zip(wide(var)?);
-        let given = channels.map(|(mean, var)| rows::Stats::new(mean, var, eps));
+        let given = channels.map(|(mean, var)| rows::Stats::new(mean.into(), var, eps));
         let op = Channels::new(layer, x, Source::Given(given.collect()), weight, bias);
         return Ok(fused::apply(op, x, &[weight, bias])?.0);
     }
@@ -318,7 +318,7 @@ impl FusedOp for Channels {
                 };
                 let inv_std = column(|s| s.inv_std)?;
                 let normal = to_rows(x)?
-                    .broadcast_sub(&column(|s| s.mean)?)?
+                    .broadcast_sub(&column(|s| s.mean.high)?)?
                     .broadcast_mul(&inv_std)?;
                 let dy_rows = dy_rows.squeeze(0)?;
                 let g = composed::scale_shift(&dy_rows.unsqueeze(0)?, weight.as_ref(), None)?;

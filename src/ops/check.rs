@@ -286,7 +286,7 @@ pub(crate) fn varying(layer: &str, var: &Tensor) -> Result<()> {
 pub(crate) fn dtype(layer: &str, name: &str, value: &Tensor, expected: DType) -> Result<()> {
     if value.dtype() != expected {
         bail!(
-            "{layer}: expected {name} with dtype {expected:?}, got {:?}; the VarMap holds a variable of that name made elsewhere",
+            "{layer}: expected {name} with dtype {expected:?}, got {:?}",
             value.dtype()
         )
     }

@@ -223,6 +223,9 @@ impl<F: FusedOp> Node<F> {
     }
 
     fn bwd(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let x = args[0];
+        check::shape(self.0.name(), "the gradient of the output", dy, x.dims())?;
+        check::dtype(self.0.name(), "the gradient of the output", dy, x.dtype())?;
         if higher_order() {
             let grads = self.0.backward_composed(args, dy)?;
             return Ok(grads.into_iter().map(Some).collect());

@@ -53,7 +53,7 @@ pub fn instance_norm(
         let mut means = vec![(0., 0.); c];
         for sample in op.stats()?.chunks(c) {
             for (mean, stats) in means.iter_mut().zip(sample) {
-                mean.0 += stats.mean / n as f64;
+                mean.0 += stats.mean.high / n as f64;
                 mean.1 += stats.var / n as f64;
             }
         }

@@ -39,15 +39,18 @@ pub(crate) trait Real:
 {
     /// Sixteen of them in registers of `I`.
     type Lanes<I: Isa>: Vector<I, Self>;
+    /// Of a power of two whose inverse is a normal number too.
+    const LARGEST_EXPONENT: f64;
 
     fn from_wide(v: f64) -> Self;
     fn wide(self) -> f64;
 }
 
 macro_rules! real {
-    ($t:ty, $lanes:ident) => {
+    ($t:ident, $lanes:ident) => {
         impl Real for $t {
             type Lanes<I: Isa> = I::$lanes;
+            const LARGEST_EXPONENT: f64 = -($t::MIN_EXP as f64 - 1.);
 
             #[inline(always)]
             fn from_wide(v: f64) -> Self {
