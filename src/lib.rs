@@ -79,7 +79,8 @@
 //!
 //! In the repository: `docs/guide.md` (which norm when, and the usual mistakes), `docs/migration.md` (from candle-nn, PyTorch,
 //! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/math.md` (how the gradients come
-//! about), `docs/performance.md`. The README lists the limits of this version, and faults of candle on the CPU that reach models with norms in them.
+//! about), `docs/performance.md`. The README lists the limits of this version, and faults of candle on the CPU that reach models with
+//! norms in them.
 //!
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
