@@ -21,6 +21,12 @@
 //!
 //! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with PyTorch's defaults.
 //!
+//! # Two paths
+//!
+//! On the CPU every layer has fused kernels, forward and backward, for AVX-512, AVX2 or what the target has, on threads; their results depend
+//! on neither. On other devices a layer is composed of candle's tensor operations. [`Path`] has the choice, which is made for each call;
+//! both paths keep one numeric contract.
+//!
 //! # Example
 //!
 //! A convolution with batch normalization learns to tell two kinds of noise apart:
@@ -67,13 +73,14 @@
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
-//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the implementations.
+//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
 //!
 //! # Further reading
 //!
 //! In the repository: `docs/guide.md` (which norm when, and the usual mistakes), `docs/migration.md` (from candle-nn, PyTorch,
-//! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/performance.md`. The README lists
-//! the limits of this version, and faults of candle on the CPU that reach models with norms in them.
+//! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/math.md` (how the gradients come
+//! about), `docs/performance.md`. The README lists the limits of this version, and faults of candle on the CPU that reach models with
+//! norms in them.
 //!
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
