@@ -10,8 +10,8 @@ use super::moments::{Mean, Moments, parts};
 use super::par;
 use super::planes::{Shape, Statistics};
 use super::rows::{Affine, Gradients, Stats};
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
-use super::span::{Columns, map, map2, tail};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, zero};
+use super::span::{Columns, chunk, map, map2};
 
 /// How many rows are added up in the accumulator's precision.
 const ROWS_PER_RUN: usize = 64;
@@ -107,6 +107,53 @@ where
     (y, stats)
 }
 
+/// How many rows fit a second pass from cache.
+fn rows_per_pass(width: usize) -> usize {
+    (PASS / width.max(1)).clamp(ROWS_PER_RUN, 8 * ROWS_PER_RUN)
+}
+
+/// The elements of such a pass.
+const PASS: usize = 1 << 16;
+
+/// Sums down the columns: `f(row, k)` added up over `rows` for each chunk `k`, in lanes over [`ROWS_PER_RUN`] rows and then in `f64`. The result
+/// has one number for each lane of each chunk; the columns of the last chunk are at its end.
+#[inline(always)]
+fn column_sums<const N: usize, I: Isa, T: Real>(
+    isa: I,
+    rows: usize,
+    chunks: usize,
+    f: impl Fn(usize, usize) -> [Lanes<I, T>; N],
+) -> Vec<[[f64; LANES]; N]> {
+    let mut totals = vec![[[0f64; LANES]; N]; chunks];
+    for first in (0..rows).step_by(ROWS_PER_RUN) {
+        let rows = first..(first + ROWS_PER_RUN).min(rows);
+        for (k, totals) in totals.iter_mut().enumerate() {
+            let mut sums = [zero::<I, T>(isa); N];
+            for row in rows.clone() {
+                let new = f(row, k);
+                for i in 0..N {
+                    sums[i] = sums[i] + new[i];
+                }
+            }
+            for i in 0..N {
+                let sums = sums[i].to_array();
+                for lane in 0..LANES {
+                    totals[i][lane] += sums[lane].wide();
+                }
+            }
+        }
+    }
+    totals
+}
+
+/// The columns of [`column_sums`], in order, from the lanes of their chunks.
+#[inline(always)]
+fn column_of(column: usize, width: usize) -> (usize, usize) {
+    let (k, lane) = (column / LANES, column % LANES);
+    let missing = ((k + 1) * LANES).saturating_sub(width);
+    (k, lane + missing)
+}
+
 /// The moments of each column of `x`.
 struct ColumnMoments<'a, E> {
     x: &'a [E],
@@ -114,76 +161,60 @@ struct ColumnMoments<'a, E> {
     center: bool,
 }
 
-impl<E: Elem> Kernel for ColumnMoments<'_, E> {
+impl<E: Elem> Kernel for ColumnMoments<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let width = self.moments.len();
-        for run in self.x.chunks(ROWS_PER_RUN * width) {
-            let count = (run.len() / width) as f64;
-            for (at, lanes) in column_chunks(width) {
-                let all = chunk_moments(isa, run, width, at, lanes, self.center);
-                let (shift, rest, m2) = (all[0].to_array(), all[1].to_array(), all[2].to_array());
-                for (i, all) in self.moments[at..at + lanes].iter_mut().enumerate() {
-                    let i = LANES - lanes + i;
-                    let rest = rest[i].wide() / count;
-                    *all = all.merge(Moments {
-                        count,
-                        mean: Mean::sum(shift[i].wide(), rest),
-                        m2: m2[i].wide() - rest * rest * count,
-                    });
+        let chunks = width.div_ceil(LANES);
+        for x in self.x.chunks(rows_per_pass(width) * width) {
+            let rows = x.len() / width;
+            let count = rows as f64;
+            let mut shifts = vec![E::Acc::default(); width];
+            if self.center {
+                let sums = column_sums::<1, I, E::Acc>(
+                    isa,
+                    rows,
+                    chunks,
+                    #[inline(always)]
+                    |row, k| [chunk(isa, &x[row * width..][..width], k)],
+                );
+                for (column, shift) in shifts.iter_mut().enumerate() {
+                    let (k, lane) = column_of(column, width);
+                    *shift = E::Acc::from_wide(sums[k][0][lane] / count);
                 }
             }
+            let shift = Columns::new(isa, &shifts);
+            let sums = column_sums::<2, I, E::Acc>(
+                isa,
+                rows,
+                chunks,
+                #[inline(always)]
+                |row, k| {
+                    let d = chunk(isa, &x[row * width..][..width], k) - shift.at(k);
+                    [d, d * d]
+                },
+            );
+            let joint = self.moments[0].joint(count);
+            for (column, all) in self.moments.iter_mut().enumerate() {
+                let (k, lane) = column_of(column, width);
+                // About zero the sums say nothing of a mean: an infinite one would spoil the squares.
+                let first = if self.center { sums[k][0][lane] } else { 0. };
+                let (rest, second) = (first / count, sums[k][1][lane]);
+                *all = all.merge_by(
+                    Moments {
+                        count,
+                        mean: Mean::sum(shifts[column].wide(), rest),
+                        m2: second - first * rest,
+                    },
+                    joint,
+                );
+            }
         }
-    }
-}
-
-/// The first column and the number of columns of each chunk; those of the last one are at its end.
-#[inline(always)]
-fn column_chunks(width: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..width)
-        .step_by(LANES)
-        .map(move |at| (at, LANES.min(width - at)))
-}
-
-/// The lanes of a row for the chunk that starts at column `at` and has `lanes` columns.
-#[inline(always)]
-fn lanes_at<E: Elem, I: Isa>(isa: I, row: &[E], at: usize, lanes: usize) -> Lanes<I, E::Acc> {
-    match row[at..].first_chunk() {
-        Some(chunk) if lanes == LANES => E::load(isa, chunk),
-        _ => tail(isa, row),
-    }
-}
-
-/// A first mean of each column, what is left of the sums, and the sums of squares about it.
-#[inline(always)]
-fn chunk_moments<E: Elem, I: Isa>(
-    isa: I,
-    run: &[E],
-    width: usize,
-    at: usize,
-    lanes: usize,
-    center: bool,
-) -> [Lanes<I, E::Acc>; 3] {
-    let mut shift = zero::<I, E::Acc>(isa);
-    if center {
-        for row in run.chunks_exact(width) {
-            shift = shift + lanes_at(isa, row, at, lanes);
-        }
-        let each = E::Acc::from_wide(1. / (run.len() / width) as f64);
-        shift = shift * splat::<I, _>(isa, each);
-    }
-    let (mut rest, mut m2) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
-    for row in run.chunks_exact(width) {
-        let d = lanes_at(isa, row, at, lanes) - shift;
-        rest = rest + d;
-        m2 = m2 + d * d;
-    }
-    if center {
-        [shift, rest, m2]
-    } else {
-        [shift, zero::<I, E::Acc>(isa), m2]
     }
 }
 
@@ -316,29 +347,26 @@ where
     fn run<I: Isa>(self, isa: I) {
         let (along, sum) = self.sums.split_at_mut(self.sums.len() / 2);
         let width = along.len();
-        let Spread { high, low, inv_std } = self.spread;
-        let runs = self
-            .x
-            .chunks(ROWS_PER_RUN * width)
-            .zip(self.dy.chunks(ROWS_PER_RUN * width));
-        for (x, dy) in runs {
-            for (at, lanes) in column_chunks(width) {
-                let high = lanes_at(isa, high, at, lanes);
-                let low = lanes_at(isa, low, at, lanes);
-                let inv_std = lanes_at(isa, inv_std, at, lanes);
-                let (mut a, mut s) = (zero::<I, E::Acc>(isa), zero::<I, E::Acc>(isa));
-                for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
-                    let (x, dy) = (lanes_at(isa, x, at, lanes), lanes_at(isa, dy, at, lanes));
-                    a = a + dy * (((x - high) - low) * inv_std);
-                    s = s + dy;
-                }
-                for (totals, lanes_of) in [(&mut *along, a), (&mut *sum, s)] {
-                    let new = &lanes_of.to_array()[LANES - lanes..];
-                    for (total, v) in totals[at..at + lanes].iter_mut().zip(new) {
-                        *total += v.wide();
-                    }
-                }
-            }
+        let high = Columns::new(isa, &self.spread.high);
+        let low = Columns::new(isa, &self.spread.low);
+        let inv_std = Columns::new(isa, &self.spread.inv_std);
+        let (x, dy) = (self.x, self.dy);
+        let sums = column_sums::<2, I, E::Acc>(
+            isa,
+            x.len() / width,
+            width.div_ceil(LANES),
+            #[inline(always)]
+            |row, k| {
+                let x = chunk(isa, &x[row * width..][..width], k);
+                let dy = chunk(isa, &dy[row * width..][..width], k);
+                let normal = ((x - high.at(k)) - low.at(k)) * inv_std.at(k);
+                [dy * normal, dy]
+            },
+        );
+        for (column, (along, sum)) in along.iter_mut().zip(sum).enumerate() {
+            let (k, lane) = column_of(column, width);
+            *along = sums[k][0][lane];
+            *sum = sums[k][1][lane];
         }
     }
 }

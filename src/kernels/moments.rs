@@ -119,15 +119,29 @@ impl Moments {
     /// The moments of both.
     #[inline(always)]
     pub(crate) fn merge(self, other: Self) -> Self {
+        self.merge_by(other, self.joint(other.count))
+    }
+
+    /// How moments of `count` more values are merged into these.
+    #[inline(always)]
+    pub(crate) fn joint(self, count: f64) -> Joint {
+        let total = self.count + count;
+        Joint {
+            total,
+            share: count / total,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn merge_by(self, other: Self, joint: Joint) -> Self {
         if self.count == 0. {
             return other;
         }
-        let count = self.count + other.count;
         let distance = other.mean.minus(self.mean);
         Self {
-            count,
-            mean: self.mean.plus(distance * (other.count / count)),
-            m2: self.m2 + other.m2 + distance * distance * (self.count * other.count / count),
+            count: joint.total,
+            mean: self.mean.plus(distance * joint.share),
+            m2: self.m2 + other.m2 + distance * distance * (self.count * joint.share),
         }
     }
 
@@ -138,6 +152,13 @@ impl Moments {
         // Not `max`, which would make 0 of a NaN.
         if var < 0. { 0. } else { var }
     }
+}
+
+/// The count of two sets of values, and the share of the second: the same for all columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Joint {
+    total: f64,
+    share: f64,
 }
 
 /// A mean as two numbers of the accumulator.
