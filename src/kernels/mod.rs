@@ -19,4 +19,5 @@ pub(crate) mod rows;
 mod shared;
 pub(crate) mod simd;
 mod span;
+mod totals;
 pub(crate) mod weight;
