@@ -18,7 +18,7 @@ pub(crate) const WIDTHS: [usize; 16] = [
 const COUNTS: [usize; 12] = [1, 2, 3, 4, 5, 9, 33, 65, 257, 1031, 4099, 16391];
 
 /// The most elements of a shape: enough that the largest have several blocks on several threads.
-const LIMIT: usize = 140_000;
+const LIMIT: usize = 100_000;
 
 /// Every width with every count, up to about `limit` elements, numbered so that both meet every form of parameters.
 fn sizes(limit: usize) -> impl Iterator<Item = (usize, usize, usize)> {
