@@ -65,7 +65,7 @@ impl Parameters {
         Ok(Self { tensors, numbers })
     }
 
-    /// What comes out for `x` and `dy`.
+    /// What comes out of `x` and `dy`.
     fn want(&self, subject: Subject, dims: &[usize], x: &[f64], dy: &[f64]) -> Want {
         let (norm, n) = (subject.oracle(dims), &self.numbers);
         Want {
