@@ -37,7 +37,7 @@ mod tests {
     fn what_hangs_or_panics_fails() {
         let short = Duration::from_millis(50);
         ends_within(short, || ());
-        assert!(catch_unwind(|| ends_within(short, || thread::park())).is_err());
+        assert!(catch_unwind(|| ends_within(short, thread::park)).is_err());
         assert!(catch_unwind(|| ends_within(short, || panic!("on purpose"))).is_err());
     }
 }
