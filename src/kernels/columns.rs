@@ -10,12 +10,12 @@ use super::moments::{Mean, Moments, parts};
 use super::par;
 use super::planes::{Shape, Statistics, Wanted};
 use super::rows::{Affine, Gradients, Stats};
-use super::simd::{Elem, Isa, Kernel, Level, Real};
+use super::simd::{Elem, Isa, Kernel, Lanes, Level, Real};
 use super::span::{Columns, map, map2};
 use super::totals::{ColumnSums, combined, rows_per_block};
 
 /// One number for each column, in the accumulator's precision.
-fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
+pub(super) fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
     (0..shape.channels)
         .flat_map(
             #[inline(always)]
@@ -24,19 +24,97 @@ fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
         .collect()
 }
 
-/// The mean of a channel for each of its columns.
-struct Spread<T> {
+/// What a channel is normalized by, for each of its columns.
+pub(super) struct Factors<T> {
     high: Vec<T>,
     low: Vec<T>,
+    scale: Vec<T>,
+    bias: Vec<T>,
 }
 
-impl<T: Real> Spread<T> {
-    fn new(shape: Shape, stats: &[Stats]) -> Self {
+impl<T: Elem<Acc = T> + Real> Factors<T> {
+    pub(super) fn new(shape: Shape, stats: &[Stats], affine: Affine<T>) -> Self {
+        let weight = |c: usize| affine.weight.map_or(1., |w| w[c].wide());
         Self {
             high: per_column(shape, |c| parts::<T>(stats[c].mean).0.wide()),
             low: per_column(shape, |c| parts::<T>(stats[c].mean).1.wide()),
+            scale: per_column(shape, |c| stats[c].inv_std * weight(c)),
+            bias: per_column(shape, |c| affine.bias.map_or(0., |b| b[c].wide())),
         }
     }
+
+    #[inline(always)]
+    pub(super) fn lanes<I: Isa>(&self, isa: I) -> FactorLanes<'_, I, T> {
+        FactorLanes {
+            high: Columns::new(isa, &self.high),
+            low: Columns::new(isa, &self.low),
+            scale: Columns::new(isa, &self.scale),
+            bias: Columns::new(isa, &self.bias),
+        }
+    }
+}
+
+/// [`Factors`] in lanes.
+#[derive(Clone, Copy)]
+pub(super) struct FactorLanes<'a, I: Isa, T: Real> {
+    high: Columns<'a, I, T>,
+    low: Columns<'a, I, T>,
+    pub(super) scale: Columns<'a, I, T>,
+    bias: Columns<'a, I, T>,
+}
+
+impl<I: Isa, T: Elem<Acc = T> + Real> FactorLanes<'_, I, T> {
+    /// The result for chunk `k` of a row.
+    #[inline(always)]
+    pub(super) fn of(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        self.distance(k, v) * self.scale.at(k) + self.bias.at(k)
+    }
+
+    /// The distance from the mean.
+    #[inline(always)]
+    pub(super) fn distance(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        (v - self.high.at(k)) - self.low.at(k)
+    }
+
+    /// The distance from the first number of the mean, for [`about_mean`](super::moments::about_mean).
+    #[inline(always)]
+    pub(super) fn from_high(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        v - self.high.at(k)
+    }
+}
+
+/// What each channel is normalized by: what is given, or what `x` gives.
+pub(super) fn moments<E: Elem>(x: &[E], shape: Shape, statistics: Statistics) -> Vec<Stats>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    let (center, eps) = match statistics {
+        Statistics::Given(given) => return given.to_vec(),
+        Statistics::Own { center, eps } => (center, eps),
+    };
+    let width = shape.channels * shape.inner;
+    let per_block = rows_per_block(shape.outer, width);
+    let level = Level::current();
+    let mut blocks = vec![Moments::default(); shape.outer.div_ceil(per_block) * width];
+    let jobs = x
+        .chunks(per_block * width)
+        .zip(blocks.chunks_mut(width))
+        .map(|(x, moments)| ColumnMoments { x, moments, center })
+        .collect();
+    par::run(jobs, x.len(), |job| level.run(job));
+    let mut moments = vec![Moments::default(); shape.channels];
+    for block in blocks.chunks(width) {
+        for (channel, columns) in moments.iter_mut().zip(block.chunks(shape.inner)) {
+            for column in columns {
+                *channel = channel.merge(*column);
+            }
+        }
+    }
+    let stats = moments.iter().map(
+        #[inline(always)]
+        |m| Stats::new(m.mean, m.var(), eps),
+    );
+    stats.collect()
 }
 
 pub(super) fn forward<E: Elem>(
@@ -51,38 +129,8 @@ where
     let width = shape.channels * shape.inner;
     let per_block = rows_per_block(shape.outer, width);
     let level = Level::current();
-    let stats: Vec<Stats> = match statistics {
-        Statistics::Given(given) => given.to_vec(),
-        Statistics::Own { center, eps } => {
-            let mut blocks = vec![Moments::default(); shape.outer.div_ceil(per_block) * width];
-            let jobs = x
-                .chunks(per_block * width)
-                .zip(blocks.chunks_mut(width))
-                .map(|(x, moments)| ColumnMoments { x, moments, center })
-                .collect();
-            par::run(jobs, x.len(), |job| level.run(job));
-            let mut moments = vec![Moments::default(); shape.channels];
-            for block in blocks.chunks(width) {
-                for (channel, columns) in moments.iter_mut().zip(block.chunks(shape.inner)) {
-                    for column in columns {
-                        *channel = channel.merge(*column);
-                    }
-                }
-            }
-            moments
-                .iter()
-                .map(
-                    #[inline(always)]
-                    |m| Stats::new(m.mean, m.var(), eps),
-                )
-                .collect()
-        }
-    };
-    let spread = Spread::<E::Acc>::new(shape, &stats);
-    let scale = per_column(shape, |c| {
-        stats[c].inv_std * affine.weight.map_or(1., |w| w[c].wide())
-    });
-    let bias = per_column(shape, |c| affine.bias.map_or(0., |b| b[c].wide()));
+    let stats = moments(x, shape, statistics);
+    let factors = Factors::<E::Acc>::new(shape, &stats, affine);
     // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
     let y = unsafe {
         filled(x.len(), |y| {
@@ -92,9 +140,7 @@ where
                 .map(|(x, y)| Forward {
                     x,
                     y,
-                    spread: &spread,
-                    scale: &scale,
-                    bias: &bias,
+                    factors: &factors,
                 })
                 .collect();
             par::run(jobs, x.len(), |job| level.run(job));
@@ -183,9 +229,7 @@ where
 struct Forward<'a, E: Elem> {
     x: &'a [E],
     y: &'a mut [MaybeUninit<E>],
-    spread: &'a Spread<E::Acc>,
-    scale: &'a [E::Acc],
-    bias: &'a [E::Acc],
+    factors: &'a Factors<E::Acc>,
 }
 
 impl<E: Elem> Kernel for Forward<'_, E>
@@ -196,22 +240,16 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let width = self.scale.len();
-        let high = Columns::new(isa, &self.spread.high);
-        let low = Columns::new(isa, &self.spread.low);
-        let scale = Columns::new(isa, self.scale);
-        let bias = Columns::new(isa, self.bias);
-        for (x, y) in self
-            .x
-            .chunks_exact(width)
-            .zip(self.y.chunks_exact_mut(width))
-        {
+        let width = self.factors.scale.len();
+        let normal = self.factors.lanes(isa);
+        let rows = self.x.chunks_exact(width);
+        for (x, y) in rows.zip(self.y.chunks_exact_mut(width)) {
             map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, v| ((v - high.at(k)) - low.at(k)) * scale.at(k) + bias.at(k),
+                |k, v| normal.of(k, v),
             );
         }
     }
@@ -231,10 +269,7 @@ where
     let width = shape.channels * shape.inner;
     let per_block = rows_per_block(shape.outer, width);
     let level = Level::current();
-    let spread = Spread::<E::Acc>::new(shape, stats);
-    let scale = per_column(shape, |c| {
-        stats[c].inv_std * weight.map_or(1., |w| w[c].wide())
-    });
+    let factors = Factors::<E::Acc>::new(shape, stats, Affine { weight, bias: None });
     let mut blocks = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
     let pairs = x
         .chunks(per_block * width)
@@ -243,7 +278,7 @@ where
     let sums_of = |((x, dy), sums)| Sums {
         x,
         dy,
-        spread: &spread,
+        factors: &factors,
         sums,
     };
     let Some(center) = wanted.own else {
@@ -254,7 +289,6 @@ where
                     .zip(dx.chunks_mut(per_block * width))
                     .map(|(pair, dx)| Given {
                         sums: sums_of(pair),
-                        scale: &scale,
                         dx,
                         params: wanted.params,
                     })
@@ -282,8 +316,7 @@ where
                     x,
                     dy,
                     dx,
-                    spread: &spread,
-                    scale: &scale,
+                    factors: &factors,
                     mean: &mean,
                     along: &along,
                 })
@@ -295,7 +328,7 @@ where
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel, from those that each block has of its columns.
-fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f64>; 2] {
+pub(super) fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f64>; 2] {
     let columns = combined(blocks, 2 * shape.channels * shape.inner);
     let (about_high, sum) = columns.split_at(columns.len() / 2);
     let [mut along, sum] = [about_high, sum].map(|columns| -> Vec<f64> {
@@ -312,7 +345,7 @@ fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f
 struct Sums<'a, E: Elem> {
     x: &'a [E],
     dy: &'a [E],
-    spread: &'a Spread<E::Acc>,
+    factors: &'a Factors<E::Acc>,
     sums: &'a mut [f64],
 }
 
@@ -325,7 +358,7 @@ where
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let width = self.sums.len() / 2;
-        let high = Columns::new(isa, &self.spread.high);
+        let normal = self.factors.lanes(isa);
         let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, self.sums);
         let rows = self.x.chunks_exact(width).zip(self.dy.chunks_exact(width));
         for (x, dy) in rows {
@@ -334,7 +367,7 @@ where
                 x,
                 dy,
                 #[inline(always)]
-                |k, x, dy| [dy * (x - high.at(k)), dy],
+                |k, x, dy| [dy * normal.from_high(k, x), dy],
             );
         }
         columns.finish(isa);
@@ -344,7 +377,6 @@ where
 /// Back through statistics that do not depend on `x`: `dx = dy · scale`, and the sums where anybody wants them.
 struct Given<'a, E: Elem> {
     sums: Sums<'a, E>,
-    scale: &'a [E::Acc],
     dx: &'a mut [MaybeUninit<E>],
     params: bool,
 }
@@ -357,9 +389,8 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let width = self.scale.len();
-        let high = Columns::new(isa, &self.sums.spread.high);
-        let scale = Columns::new(isa, self.scale);
+        let width = self.sums.sums.len() / 2;
+        let normal = self.sums.factors.lanes(isa);
         let rows = self.sums.dy.chunks_exact(width);
         let rows = rows.zip(self.dx.chunks_exact_mut(width));
         if !self.params {
@@ -369,7 +400,7 @@ where
                     dy,
                     dx,
                     #[inline(always)]
-                    |k, dy| dy * scale.at(k),
+                    |k, dy| dy * normal.scale.at(k),
                 );
             }
             return;
@@ -380,9 +411,9 @@ where
                 isa,
                 (x, dy, dx),
                 #[inline(always)]
-                |k, x, dy| [dy * (x - high.at(k)), dy],
+                |k, x, dy| [dy * normal.from_high(k, x), dy],
                 #[inline(always)]
-                |k, _, dy| dy * scale.at(k),
+                |k, _, dy| dy * normal.scale.at(k),
             );
         }
         columns.finish(isa);
@@ -393,8 +424,7 @@ struct Backward<'a, E: Elem> {
     x: &'a [E],
     dy: &'a [E],
     dx: &'a mut [MaybeUninit<E>],
-    spread: &'a Spread<E::Acc>,
-    scale: &'a [E::Acc],
+    factors: &'a Factors<E::Acc>,
     mean: &'a [E::Acc],
     along: &'a [E::Acc],
 }
@@ -407,10 +437,8 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let width = self.scale.len();
-        let high = Columns::new(isa, &self.spread.high);
-        let low = Columns::new(isa, &self.spread.low);
-        let scale = Columns::new(isa, self.scale);
+        let width = self.mean.len();
+        let normal = self.factors.lanes(isa);
         let mean = Columns::new(isa, self.mean);
         let along = Columns::new(isa, self.along);
         let rows = self.x.chunks_exact(width).zip(self.dy.chunks_exact(width));
@@ -422,8 +450,8 @@ where
                 dx,
                 #[inline(always)]
                 |k, x, dy| {
-                    let distance = (x - high.at(k)) - low.at(k);
-                    ((dy - mean.at(k)) - distance * along.at(k)) * scale.at(k)
+                    let g = (dy - mean.at(k)) - normal.distance(k, x) * along.at(k);
+                    g * normal.scale.at(k)
                 },
             );
         }

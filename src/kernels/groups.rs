@@ -67,12 +67,7 @@ where
 {
     let len = spec.len();
     assert_eq!(x.len(), spec.shape.elements());
-    assert!(
-        [affine.weight, affine.bias]
-            .into_iter()
-            .flatten()
-            .all(|p| p.len() == spec.shape.channels)
-    );
+    assert!(affine.fits(spec.shape.channels));
     let rows = x.len() / len;
     let per_block = par::items_per_block(rows, len);
     let level = Level::current();

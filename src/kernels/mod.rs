@@ -10,6 +10,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod buffer;
+pub(crate) mod channels_last;
 mod columns;
 pub(crate) mod groups;
 mod moments;

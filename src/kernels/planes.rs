@@ -34,7 +34,7 @@ impl Shape {
     }
 
     #[inline(always)]
-    fn plane(self, sample: usize, channel: usize) -> Range<usize> {
+    pub(super) fn plane(self, sample: usize, channel: usize) -> Range<usize> {
         let start = (sample * self.channels + channel) * self.inner;
         start..start + self.inner
     }
@@ -87,12 +87,7 @@ where
     E::Acc: Elem<Acc = E::Acc>,
 {
     assert_eq!(x.len(), shape.elements());
-    assert!(
-        [affine.weight, affine.bias]
-            .into_iter()
-            .flatten()
-            .all(|p| p.len() == shape.channels)
-    );
+    assert!(affine.fits(shape.channels));
     if shape.inner < LANES {
         return columns::forward(x, shape, affine, statistics);
     }

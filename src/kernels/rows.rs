@@ -69,6 +69,14 @@ impl<T> Clone for Affine<'_, T> {
 }
 impl<T> Copy for Affine<'_, T> {}
 
+impl<T> Affine<'_, T> {
+    /// Whether what there is has `len` values.
+    pub(crate) fn fits(&self, len: usize) -> bool {
+        let params = [self.weight, self.bias].into_iter().flatten();
+        params.into_iter().all(|p| p.len() == len)
+    }
+}
+
 /// `y` for all rows of `x`, and what they were normalized by.
 pub(crate) fn forward<E: Elem>(x: &[E], affine: Affine<E::Acc>, spec: Spec) -> (Vec<E>, Vec<Stats>)
 where
@@ -76,12 +84,7 @@ where
 {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
-    assert!(
-        [affine.weight, affine.bias]
-            .into_iter()
-            .flatten()
-            .all(|p| p.len() == spec.len)
-    );
+    assert!(affine.fits(spec.len));
     let per_block = par::items_per_block(rows, spec.len);
     let level = Level::current();
     let mut stats = vec![Stats::NONE; rows];

@@ -45,20 +45,6 @@ pub(crate) fn chunk<E: Elem, I: Isa>(isa: I, x: &[E], k: usize) -> Lanes<I, E::A
     }
 }
 
-/// Writes the lanes of [`chunk`] back.
-#[inline(always)]
-pub(crate) fn store_chunk<E: Elem, I: Isa>(
-    isa: I,
-    v: Lanes<I, E::Acc>,
-    out: &mut [MaybeUninit<E>],
-    k: usize,
-) {
-    match out.as_chunks_mut::<LANES>().0.get_mut(k) {
-        Some(chunk) => E::store(isa, v, chunk),
-        None => store_tail(isa, v, out),
-    }
-}
-
 /// A slice of accumulator values that runs alongside elements: a weight, a bias, the sums of columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns<'a, I: Isa, T: Real> {
