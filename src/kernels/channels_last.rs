@@ -1,8 +1,9 @@
 //! Batch norm of `[outer, channels, inner]` that lies in memory as `[outer, inner, channels]`.
 //!
 //! A position of a sample is a row of channels: lanes run along them, sums down the rows, as in [`columns`](super::columns). What goes out, and the
-//! gradient that comes in, has the channels first: sixteen positions of sixteen channels at a time are turned in a tile.
+//! gradient that comes in, has the channels first: some positions of sixteen channels at a time are turned in a tile.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::buffer::filled;
@@ -15,18 +16,68 @@ use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level};
 use super::span::{Columns, chunk};
 use super::totals::{ColumnSums, rows_per_block};
 
-/// `tile[position][channel]`, or the other way round.
-type Tile<E> = [[E; LANES]; LANES];
+/// The positions of a tile: enough that a part of a plane is read and written along a few cache lines, which the processor then fetches ahead.
+const POSITIONS: usize = 4 * LANES;
 
-#[inline(always)]
-fn turned<E: Elem>(tile: &Tile<E>) -> Tile<E> {
-    let mut out = [[E::default(); LANES]; LANES];
-    for i in 0..LANES {
-        for j in 0..LANES {
-            out[j][i] = tile[i][j];
+/// Some positions of [`LANES`] channels, in both orders.
+struct Tile<E> {
+    by_channel: [[E; POSITIONS]; LANES],
+    by_position: [[E; LANES]; POSITIONS],
+}
+
+impl<E: Elem> Tile<E> {
+    fn new() -> Self {
+        Self {
+            by_channel: [[E::default(); POSITIONS]; LANES],
+            by_position: [[E::default(); LANES]; POSITIONS],
         }
     }
-    out
+
+    /// Reads the planes of the channels that are new in chunk `k`.
+    #[inline(always)]
+    fn read(&mut self, from: &[E], shape: Shape, at: &Positions, k: usize) {
+        for (lane, channel) in new_channels(shape, k) {
+            let from = &from[part(shape, at, channel)];
+            match from.first_chunk() {
+                Some(from) => self.by_channel[lane] = *from,
+                None => self.by_channel[lane][..from.len()].copy_from_slice(from),
+            }
+        }
+        for first in (0..at.range.len()).step_by(LANES) {
+            for p in 0..LANES {
+                for c in 0..LANES {
+                    self.by_position[first + p][c] = self.by_channel[c][first + p];
+                }
+            }
+        }
+    }
+
+    /// Writes the planes of the channels that are new in chunk `k`.
+    ///
+    /// # Safety
+    /// Nobody else may have these parts of `out` in use.
+    #[inline(always)]
+    unsafe fn write(&mut self, out: Shared<E>, shape: Shape, at: &Positions, k: usize) {
+        for first in (0..at.range.len()).step_by(LANES) {
+            for c in 0..LANES {
+                for p in 0..LANES {
+                    self.by_channel[c][first + p] = self.by_position[first + p][c];
+                }
+            }
+        }
+        for (lane, channel) in new_channels(shape, k) {
+            // SAFETY: as the caller promises; parts of different channels do not overlap.
+            let out = unsafe { out.part(part(shape, at, channel)) };
+            match out.first_chunk_mut() {
+                Some(out) => *out = self.by_channel[lane].map(MaybeUninit::new),
+                None => {
+                    for (out, v) in out.iter_mut().zip(&self.by_channel[lane]) {
+                        out.write(*v);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// The shape in which all positions of all samples are rows.
@@ -53,7 +104,7 @@ fn tiles(shape: Shape, rows: Range<usize>) -> impl Iterator<Item = Positions> {
     let mut next = rows.start;
     std::iter::from_fn(move || {
         let (sample, from) = (next / shape.inner, next % shape.inner);
-        let count = LANES.min(shape.inner - from).min(rows.end - next);
+        let count = POSITIONS.min(shape.inner - from).min(rows.end - next);
         let row = next - rows.start;
         next += count;
         (count > 0).then_some(Positions {
@@ -77,32 +128,6 @@ fn new_channels(shape: Shape, k: usize) -> impl Iterator<Item = (usize, usize)> 
 fn part(shape: Shape, at: &Positions, channel: usize) -> Range<usize> {
     let plane = shape.plane(at.sample, channel).start;
     plane + at.range.start..plane + at.range.end
-}
-
-/// Writes a tile to the planes of its new channels.
-///
-/// # Safety
-/// Nobody else may have these parts of `out` in use.
-#[inline(always)]
-unsafe fn write<E: Elem>(out: Shared<E>, shape: Shape, at: &Positions, k: usize, tile: &Tile<E>) {
-    let tile = turned(tile);
-    for (lane, channel) in new_channels(shape, k) {
-        // SAFETY: as the caller promises; parts of different channels do not overlap.
-        let out = unsafe { out.part(part(shape, at, channel)) };
-        for (out, v) in out.iter_mut().zip(&tile[lane]) {
-            out.write(*v);
-        }
-    }
-}
-
-/// Reads a tile from the planes of its new channels.
-#[inline(always)]
-fn read<E: Elem>(from: &[E], shape: Shape, at: &Positions, k: usize) -> Tile<E> {
-    let mut tile = [[E::default(); LANES]; LANES];
-    for (lane, channel) in new_channels(shape, k) {
-        tile[lane][..at.range.len()].copy_from_slice(&from[part(shape, at, channel)]);
-    }
-    turned(&tile)
 }
 
 pub(crate) fn forward<E: Elem>(
@@ -160,16 +185,16 @@ where
     fn run<I: Isa>(self, isa: I) {
         let width = self.shape.channels;
         let normal = self.factors.lanes(isa);
+        let mut tile = Tile::new();
         let rows = self.first..self.first + self.x.len() / width;
         for at in tiles(self.shape, rows) {
             let x = &self.x[at.row * width..][..at.range.len() * width];
             for k in 0..width.div_ceil(LANES) {
-                let mut tile = [[E::default(); LANES]; LANES];
-                for (row, out) in x.chunks_exact(width).zip(&mut tile) {
+                for (row, out) in x.chunks_exact(width).zip(&mut tile.by_position) {
                     *out = E::narrow(isa, normal.of(k, chunk(isa, row, k)));
                 }
                 // SAFETY: these positions are this job's alone.
-                unsafe { write(self.y, self.shape, &at, k, &tile) };
+                unsafe { tile.write(self.y, self.shape, &at, k) };
             }
         }
     }
@@ -268,12 +293,13 @@ where
         let width = self.shape.channels;
         let normal = self.factors.lanes(isa);
         let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, self.sums);
+        let mut tile = Tile::new();
         let rows = self.first..self.first + self.x.len() / width;
         for at in tiles(self.shape, rows) {
             let x = &self.x[at.row * width..][..at.range.len() * width];
             for (k, sums) in columns.chunks().iter_mut().enumerate() {
-                let tile = read(self.dy, self.shape, &at, k);
-                for (row, dy) in x.chunks_exact(width).zip(&tile) {
+                tile.read(self.dy, self.shape, &at, k);
+                for (row, dy) in x.chunks_exact(width).zip(&tile.by_position) {
                     let dy = E::load(isa, dy);
                     sums[0] = sums[0] + dy * normal.from_high(k, chunk(isa, row, k));
                     sums[1] = sums[1] + dy;
@@ -307,18 +333,19 @@ where
         let width = self.shape.channels;
         let normal = self.factors.lanes(isa);
         let (mean, along) = (Columns::new(isa, self.mean), Columns::new(isa, self.along));
+        let mut tile = Tile::new();
         let rows = self.first..self.first + self.x.len() / width;
         for at in tiles(self.shape, rows) {
             let x = &self.x[at.row * width..][..at.range.len() * width];
             for k in 0..width.div_ceil(LANES) {
-                let mut tile = read(self.dy, self.shape, &at, k);
-                for (row, dy) in x.chunks_exact(width).zip(&mut tile) {
+                tile.read(self.dy, self.shape, &at, k);
+                for (row, dy) in x.chunks_exact(width).zip(&mut tile.by_position) {
                     let distance: Lanes<I, E::Acc> = normal.distance(k, chunk(isa, row, k));
                     let g = (E::load(isa, dy) - mean.at(k)) - distance * along.at(k);
                     *dy = E::narrow(isa, g * normal.scale.at(k));
                 }
                 // SAFETY: these positions are this job's alone.
-                unsafe { write(self.dx, self.shape, &at, k, &tile) };
+                unsafe { tile.write(self.dx, self.shape, &at, k) };
             }
         }
     }
