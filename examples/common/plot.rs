@@ -1,4 +1,5 @@
 //! Line charts as SVG whose colors are left to a style sheet, so that one drawing serves light, dark and print.
+#![allow(dead_code)] // Each example uses some of it.
 
 use crate::axis::Axis;
 use plotters::coord::Shift;

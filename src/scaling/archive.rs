@@ -68,7 +68,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Adds the variables of a model under their own names.
+    /// Adds the variables of a model under their own names, with the values that they have now.
     ///
     /// # Errors
     /// A name is in use; nothing is added then.
@@ -79,9 +79,12 @@ impl Archive {
             let taken = self.tensors.contains_key(name) || belongs(name, &starts);
             check::scaling::free_name(LAYER, name, taken)?;
         }
-        let named = vars.iter();
-        self.tensors
-            .extend(named.map(|(name, var)| (name.clone(), var.as_detached_tensor())));
+        let mut named = BTreeMap::new();
+        for (name, var) in vars.iter() {
+            // A variable that is trained on would change what is archived.
+            named.insert(name.clone(), var.as_detached_tensor().copy()?);
+        }
+        self.tensors.extend(named);
         Ok(())
     }
 

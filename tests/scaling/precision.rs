@@ -82,6 +82,32 @@ fn half_precision_data_are_summed_in_f64() {
     }
 }
 
+/// Half precision data go through a transform and its inverse with two roundings to their dtype, and no more.
+#[test]
+fn half_precision_data_come_back_to_their_rounding() {
+    let numbers: Vec<f64> = Draw::new(2)
+        .normal(300)
+        .iter()
+        .map(|z| 40. + 9. * z)
+        .collect();
+    for (dtype, eps) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+        let x = rows(&numbers, 3).to_dtype(dtype).unwrap();
+        each(|kind, scaler| {
+            scaler.fit(&x).unwrap();
+            let y = scaler.transform(&x).unwrap();
+            let back = values(&scaler.inverse_transform(&y).unwrap()).unwrap();
+            let exact = values(&x).unwrap();
+            let largest = exact.iter().fold(0., |m: f64, v| m.max(v.abs()));
+            for (got, want) in back.iter().zip(&exact) {
+                assert!(
+                    (got - want).abs() <= 2. * eps * largest,
+                    "{kind} {dtype:?}: {got}, {want}"
+                );
+            }
+        });
+    }
+}
+
 /// All of them take data in which a feature is a few axes, and those of any layout.
 #[test]
 fn features_are_the_trailing_axes_as_they_are_shaped() {
