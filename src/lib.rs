@@ -93,6 +93,7 @@ mod layers;
 mod norm;
 pub mod ops;
 mod optim;
+pub mod scaling;
 
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};

@@ -12,11 +12,12 @@
 mod buffer;
 mod columns;
 pub(crate) mod groups;
-mod moments;
+pub(crate) mod moments;
 mod par;
 pub(crate) mod planes;
 pub(crate) mod rows;
 mod shared;
 pub(crate) mod simd;
+pub(crate) mod slices;
 mod span;
 pub(crate) mod weight;

@@ -80,15 +80,16 @@ pub(crate) fn instance_norm_by(
     eps: f64,
 ) -> Result<(Tensor, [Tensor; 2])> {
     let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
-        let none = Tensor::zeros((x.dims()[0], x.dims()[1]), composed::accumulator(x.dtype()), x.device())?;
-        return Ok((
-            composed::empty(x, &[weight, bias])?,
-            [none.clone(), none],
-        ));
+        let none = Tensor::zeros(
+            (x.dims()[0], x.dims()[1]),
+            composed::accumulator(x.dtype()),
+            x.device(),
+        )?;
+        return Ok((composed::empty(x, &[weight, bias])?, [none.clone(), none]));
     };
     let Planes { n, c, acc, .. } = planes;
     let by_channel =
-        |mean: Tensor, std: Tensor| Ok([mean.reshape((n, c))?, std.reshape((n, c))?]);
+        |mean: Tensor, std: Tensor| Result::Ok([mean.reshape((n, c))?, std.reshape((n, c))?]);
     if planes.route == Route::Fused {
         let op = Groups::new(layer, x, c, weight, bias, eps);
         let (y, op) = fused::apply(op, x, &[weight, bias])?;

@@ -194,8 +194,8 @@ impl RevIn {
         }
         let wide = xs.to_dtype(std.dtype())?;
         let center = wide.narrow(1, wide.dims()[1] - 1, 1)?.squeeze(1)?;
-        let mut ys = (wide.broadcast_sub(&center.unsqueeze(1)?)?)
-            .broadcast_div(&std.unsqueeze(1)?)?;
+        let mut ys =
+            (wide.broadcast_sub(&center.unsqueeze(1)?)?).broadcast_div(&std.unsqueeze(1)?)?;
         if let Some([weight, bias]) = &self.affine {
             ys = ys
                 .broadcast_mul(&weight.to_dtype(ys.dtype())?)?
@@ -235,7 +235,8 @@ impl RevIn {
     fn params(&self) -> Vec<check::Param<'_>> {
         let named = [(WEIGHT, self.weight()), (BIAS, self.bias())];
         let shape = std::slice::from_ref(&self.num_features);
-        let param = |(name, value): (_, Option<_>)| value.map(|value| check::Param { name, value, shape });
+        let param =
+            |(name, value): (_, Option<_>)| value.map(|value| check::Param { name, value, shape });
         named.into_iter().filter_map(param).collect()
     }
 }

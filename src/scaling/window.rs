@@ -1,6 +1,6 @@
 //! Moments of the last rows of a series, in constant time a row and without drift.
 
-use crate::ops::moments::Moments;
+use crate::ops::Moments;
 
 /// The rows that a window holds, summed so that the oldest can be left out.
 ///
@@ -67,7 +67,7 @@ impl Window {
         }
         let at = self.place(self.end);
         for (feature, &value) in row.iter().enumerate() {
-            let one = Moments::of_one(value);
+            let one = one(value);
             self.ring[at + feature] = one;
             self.recent[feature] = self.recent[feature].merge(one);
         }
@@ -126,5 +126,13 @@ impl Window {
                     self.ring[here + feature].merge(self.ring[next + feature]);
             }
         }
+    }
+}
+
+/// The moments of one value; of none if it is NaN.
+pub(super) fn one(value: f64) -> Moments {
+    match value.is_nan() {
+        true => Moments::default(),
+        false => Moments::from_parts(1., value, 0., 0.),
     }
 }

@@ -35,9 +35,7 @@ pub(crate) fn same_windows(layer: &str, forecasts: usize, windows: usize) -> Res
 
 /// A weight that can be divided by.
 pub(crate) fn invertible(layer: &str, name: &str, weight: &Tensor) -> Result<()> {
-    let values = weight
-        .to_dtype(candle_core::DType::F64)?
-        .to_vec1::<f64>()?;
+    let values = weight.to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()?;
     match values.iter().position(|v| *v == 0.) {
         Some(series) => bail!(
             "{layer}: expected {name} that can be divided by, got 0 for series {series}; a series that is multiplied by 0 cannot be restored"
