@@ -5,7 +5,7 @@
 //! | `layers/` | `layers`, `ops`, the trait `Norm` that they implement | storages, threads, custom ops |
 //! | `ops/` | `ops`, `kernels` | |
 //! | `kernels/` | `kernels` | candle |
-//! | `scaling/` | `scaling`, `ops` | storages, threads, custom ops |
+//! | `scaling/` | `scaling`, `ops`, `checkpoint` | storages, threads, custom ops |
 //!
 //! `unsafe` is in kernels alone, no operation drops gradients, messages for users are made in `ops/check`, and nothing panics.
 
@@ -281,7 +281,7 @@ const RULES: [Rules; 4] = [
     },
     Rules {
         room: "scaling",
-        may_name: &["scaling", "ops"],
+        may_name: &["scaling", "ops", "checkpoint"],
         never: below_tensors,
     },
     Rules {

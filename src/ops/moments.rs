@@ -85,6 +85,7 @@ pub fn moments(x: &Tensor) -> Result<Vec<Moments>> {
     let mut all = vec![Moments::default(); x.dims()[1..].iter().product()];
     columns(x, |column, values| {
         all[column] = all[column].merge(Moments::of_values(values));
+        Ok(())
     })?;
     Ok(all)
 }
@@ -93,7 +94,7 @@ pub fn moments(x: &Tensor) -> Result<Vec<Moments>> {
 const BLOCK: usize = 1 << 20;
 
 /// Calls `f(column, values)` for the columns of `x`, `[N, *]`, in `f64`: with blocks of rows in their order, and for each with every column.
-pub(crate) fn columns(x: &Tensor, mut f: impl FnMut(usize, &[f64])) -> Result<()> {
+pub(crate) fn columns(x: &Tensor, mut f: impl FnMut(usize, &[f64]) -> Result<()>) -> Result<()> {
     let (rows, width) = (x.dims()[0], x.dims()[1..].iter().product::<usize>());
     if rows == 0 || width == 0 {
         return Ok(());
@@ -111,7 +112,7 @@ pub(crate) fn columns(x: &Tensor, mut f: impl FnMut(usize, &[f64])) -> Result<()
         for c in 0..width {
             column.clear();
             column.extend(values.iter().skip(c).step_by(width));
-            f(c, &column);
+            f(c, &column)?;
         }
     }
     Ok(())

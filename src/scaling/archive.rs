@@ -57,9 +57,13 @@ impl Archive {
     /// The prefix is in use; nothing is added then.
     pub fn put(&mut self, prefix: &str, state: &State) -> Result<()> {
         let key = format!("{KEY}{prefix}");
-        check::scaling::free_name(LAYER, prefix, self.metadata.contains_key(&key))?;
+        let start = format!("{prefix}.");
+        let taken = |name: &String| name.starts_with(&start);
+        let taken = self.metadata.contains_key(&key) || self.tensors.keys().any(taken);
+        check::scaling::free_name(LAYER, prefix, taken)?;
         let named = state.tensors().iter();
-        self.add(named.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())))?;
+        self.tensors
+            .extend(named.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())));
         self.metadata.insert(key, state.metadata());
         Ok(())
     }
@@ -70,15 +74,14 @@ impl Archive {
     /// A name is in use; nothing is added then.
     pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
         let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-        self.add((vars.iter()).map(|(name, var)| (name.clone(), var.as_detached_tensor())))
-    }
-
-    fn add(&mut self, named: impl Iterator<Item = (String, Tensor)>) -> Result<()> {
-        let named: Vec<_> = named.collect();
-        for (name, _) in &named {
-            check::scaling::free_name(LAYER, name, self.tensors.contains_key(name))?;
+        let starts = self.starts();
+        for name in vars.keys() {
+            let taken = self.tensors.contains_key(name) || belongs(name, &starts);
+            check::scaling::free_name(LAYER, name, taken)?;
         }
-        self.tensors.extend(named);
+        let named = vars.iter();
+        self.tensors
+            .extend(named.map(|(name, var)| (name.clone(), var.as_detached_tensor())));
         Ok(())
     }
 
@@ -106,11 +109,15 @@ impl Archive {
         State::from_metadata(text, named.collect())
     }
 
+    /// What the names of the tensors of states begin with.
+    fn starts(&self) -> Vec<String> {
+        self.parts().iter().map(|p| format!("{p}.")).collect()
+    }
+
     /// The tensors that belong to no state: the variables of a model.
     pub(crate) fn others(&self) -> HashMap<String, Tensor> {
-        let starts: Vec<_> = self.parts().iter().map(|p| format!("{p}.")).collect();
-        let others = (self.tensors.iter())
-            .filter(|(name, _)| !starts.iter().any(|start| name.starts_with(start)));
+        let starts = self.starts();
+        let others = (self.tensors.iter()).filter(|(name, _)| !belongs(name, &starts));
         others.map(|(n, t)| (n.clone(), t.clone())).collect()
     }
 
@@ -151,6 +158,11 @@ impl Archive {
         }
         check::scaling::file(LAYER, path, written)
     }
+}
+
+/// Whether `name` is that of a tensor of a state.
+fn belongs(name: &str, starts: &[String]) -> bool {
+    starts.iter().any(|start| name.starts_with(start))
 }
 
 /// A file beside `path`, which becomes it once it is whole.

@@ -73,6 +73,14 @@ impl Features {
         self.clone().with_axes(layer, &x.dims()[1..])
     }
 
+    /// The names alone.
+    pub(crate) fn without_axes(&self) -> Self {
+        Self {
+            axes: None,
+            names: self.names.clone(),
+        }
+    }
+
     /// These, with the axes of data.
     fn with_axes(mut self, layer: &str, axes: &[usize]) -> Result<Self> {
         let count = product(axes);

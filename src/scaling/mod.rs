@@ -1,9 +1,22 @@
 //! Scalers for data and targets, which are fitted once, saved with the model, and watched.
 
+mod affine;
 mod archive;
+mod balancer;
+mod data;
+mod extremes;
 mod features;
+mod fitted;
+mod half;
+mod max_abs;
+mod min_max;
+mod pipeline;
+mod registry;
 mod rev_in;
+mod robust;
+mod standard;
 mod state;
+mod target;
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -12,9 +25,19 @@ use candle_core::{Result, Tensor};
 
 pub use crate::ops::Moments;
 pub use archive::Archive;
+pub use balancer::{LossBalancer, LossBalancerOptions};
+pub use data::Nan;
 pub use features::Features;
+pub use half::{HalfFinding, HalfProblem, half_precision};
+pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
+pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
+pub use pipeline::Pipeline;
+pub use registry::{from_state, load};
 pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
+pub use robust::{RobustScaler, RobustScalerOptions};
+pub use standard::{StandardScaler, StandardScalerOptions};
 pub use state::{Seen, State};
+pub use target::{Deviation, TargetError, TargetScaler};
 
 /// The prefix under which [`Scaler::save`] puts a scaler into a file.
 pub const PREFIX: &str = "scaler";

@@ -97,6 +97,34 @@ pub(crate) fn has_values(layer: &str, feature: &dyn Display, values: u64) -> Res
     Ok(())
 }
 
+/// One number, such as a term of a loss.
+pub(crate) fn scalar(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    if value.elem_count() != 1 {
+        bail!(
+            "{layer}: expected {name} as one number, got shape {:?}; take its mean",
+            value.dims()
+        )
+    }
+    Ok(())
+}
+
+/// As many as there are names.
+pub(crate) fn term_count(
+    layer: &str,
+    expected: usize,
+    got: usize,
+    first: &dyn Display,
+) -> Result<()> {
+    if expected != got {
+        let what = match got < expected {
+            true => "is missing",
+            false => "is too many",
+        };
+        bail!("{layer}: expected {expected} terms, got {got}: {first} {what}")
+    }
+    Ok(())
+}
+
 /// What has been fitted.
 pub(crate) fn fitted<T>(layer: &str, fitted: Option<T>) -> Result<T> {
     match fitted {
@@ -230,4 +258,10 @@ pub(crate) fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
         )
     }
     Ok(())
+}
+
+/// A kind that a state can be of.
+pub(crate) fn known_kind<T>(kinds: &[&str], got: &str) -> Result<T> {
+    let layer = "scaling";
+    bail!("{layer}: expected the state of one of {kinds:?}, got that of a {got:?}")
 }
