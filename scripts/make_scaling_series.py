@@ -53,8 +53,8 @@ def sliding(rng: np.random.Generator) -> None:
     for ddof in (0, 1):
         by_river = np.full((2, *x.shape), NAN)
         for feature in range(x.shape[1]):
-            mean = utils.Rolling(stats.Mean(), window)
-            var = utils.Rolling(stats.Var(ddof=ddof), window)
+            mean = utils.Rolling(stats.Mean, window_size=window)
+            var = utils.Rolling(stats.Var, window_size=window, ddof=ddof)
             for step, value in enumerate(x[:, feature]):
                 mean.update(value)
                 var.update(value)
@@ -177,8 +177,8 @@ def rev_in(rng: np.random.Generator) -> None:
         center = x[:, -1:] if subtract_last else x.mean(1, keepdim=True)
         std = torch.sqrt(x.var(1, keepdim=True, unbiased=False) + eps)
         y = (x - center) / std * weight + bias
-        # The forecast repeats the last normalized step, so that the gradient goes both ways.
-        ahead = forecast + y[:, -1:]
+        # The forecast follows the last normalized step, so that the gradient goes both ways.
+        ahead = forecast + torch.tanh(y[:, -1:])
         restored = (ahead - bias) / weight * std + center
         ((restored - target) ** 2 / 1e4).sum().backward()
         as_authors = (ahead - bias) / (weight + eps**2) * std + center

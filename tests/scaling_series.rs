@@ -3,6 +3,10 @@
 
 mod common;
 
+#[path = "scaling_series/drift.rs"]
+mod drift;
+#[path = "scaling_series/following.rs"]
+mod following;
 #[path = "scaling_series/rev_in.rs"]
 mod rev_in;
 

@@ -1,12 +1,16 @@
 //! Scalers for data and targets, which are fitted once, saved with the model, and watched.
 
+mod adaptive;
 mod affine;
 mod archive;
 mod balancer;
 mod data;
+mod drift;
+mod ewm;
 mod extremes;
 mod features;
 mod fitted;
+mod follow;
 mod half;
 mod max_abs;
 mod min_max;
@@ -14,9 +18,13 @@ mod pipeline;
 mod registry;
 mod rev_in;
 mod robust;
+mod sliding;
 mod standard;
 mod state;
 mod target;
+mod two_samples;
+mod watch;
+mod window;
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -24,10 +32,14 @@ use std::path::Path;
 use candle_core::{Result, Tensor};
 
 pub use crate::ops::Moments;
+pub use adaptive::{AdaptiveScaler, OnDrift};
 pub use archive::Archive;
 pub use balancer::{LossBalancer, LossBalancerOptions};
 pub use data::Nan;
+pub use drift::{DriftEvent, DriftMetric, DriftMonitor, DriftOptions, DriftReport};
+pub use ewm::{EwmScaler, EwmScalerOptions};
 pub use features::Features;
+pub use follow::{Causal, SeriesStats};
 pub use half::{HalfFinding, HalfProblem, half_precision};
 pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
 pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
@@ -35,6 +47,7 @@ pub use pipeline::Pipeline;
 pub use registry::{from_state, load};
 pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
 pub use robust::{RobustScaler, RobustScalerOptions};
+pub use sliding::{SlidingScaler, SlidingScalerOptions};
 pub use standard::{StandardScaler, StandardScalerOptions};
 pub use state::{Seen, State};
 pub use target::{Deviation, TargetError, TargetScaler};

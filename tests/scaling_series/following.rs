@@ -1,0 +1,682 @@
+//! Windows and exponential weights: the numbers of river, pandas and numpy, what must hold of them, files, errors, threads.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_norm::gradcheck::gradcheck;
+use candle_norm::scaling::{
+    Archive, Causal, EwmScaler, EwmScalerOptions, Nan, Scaler, SeriesStats, SlidingScaler,
+    SlidingScalerOptions, from_state,
+};
+use proptest::prelude::*;
+
+use crate::common::compare::{assert_near, assert_same_bits};
+use crate::common::data::{Draw, tensor, values};
+use crate::{Fixture, message};
+
+fn column(values: &[f64]) -> Tensor {
+    tensor(values, &[values.len()], DType::F64).unwrap()
+}
+
+/// Both scalers by one signature.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Sliding(SlidingScalerOptions),
+    Ewm(EwmScalerOptions),
+}
+
+enum Built {
+    Sliding(SlidingScaler),
+    Ewm(EwmScaler),
+}
+
+impl Kind {
+    fn both(causal: Causal, nan: Nan) -> [Self; 2] {
+        [
+            Self::Sliding(SlidingScalerOptions {
+                causal,
+                nan,
+                ..7.into()
+            }),
+            Self::Ewm(EwmScalerOptions {
+                causal,
+                nan,
+                ..EwmScalerOptions::alpha(0.2).unwrap()
+            }),
+        ]
+    }
+
+    fn build(self) -> Built {
+        match self {
+            Self::Sliding(options) => Built::Sliding(SlidingScaler::new(options).unwrap()),
+            Self::Ewm(options) => Built::Ewm(EwmScaler::new(options).unwrap()),
+        }
+    }
+}
+
+impl Built {
+    fn scaler(&self) -> &dyn Scaler {
+        match self {
+            Self::Sliding(s) => s,
+            Self::Ewm(s) => s,
+        }
+    }
+
+    fn transform_series(&self, x: &Tensor) -> Result<(Tensor, SeriesStats)> {
+        match self {
+            Self::Sliding(s) => s.transform_series(x),
+            Self::Ewm(s) => s.transform_series(x),
+        }
+    }
+
+    fn restored(&self) -> Self {
+        let state = self.scaler().state().unwrap();
+        match self {
+            Self::Sliding(_) => Self::Sliding(SlidingScaler::from_state(&state).unwrap()),
+            Self::Ewm(_) => Self::Ewm(EwmScaler::from_state(&state).unwrap()),
+        }
+    }
+}
+
+/// A series of three features at levels and spreads that are far apart.
+fn series(rows: usize, seed: u64) -> Tensor {
+    let noise = Draw::new(seed).normal(3 * rows);
+    let values: Vec<f64> = (noise.iter().enumerate())
+        .map(|(i, z)| [0., 500., -3e4][i % 3] + [1., 5., 20.][i % 3] * z)
+        .collect();
+    tensor(&values, &[rows, 3], DType::F64).unwrap()
+}
+
+fn with_gaps(x: &Tensor, seed: u64) -> Tensor {
+    let gap = Draw::new(seed).normal(x.elem_count());
+    let mut v = values(x).unwrap();
+    for (v, gap) in v.iter_mut().zip(gap).skip(3) {
+        if gap > 0.8 {
+            *v = f64::NAN;
+        }
+    }
+    tensor(&v, x.dims(), DType::F64).unwrap()
+}
+
+/// Each feature of `[T, 3]` against the same, at its own scale.
+#[track_caller]
+fn assert_features(what: &str, got: &[f64], want: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), want.len());
+    for feature in 0..3 {
+        let pick = |v: &[f64]| {
+            v.iter()
+                .copied()
+                .skip(feature)
+                .step_by(3)
+                .collect::<Vec<_>>()
+        };
+        let (got, want) = (pick(got), pick(want));
+        let known: Vec<usize> = (0..want.len()).filter(|&i| !want[i].is_nan()).collect();
+        for i in 0..want.len() {
+            assert_eq!(
+                got[i].is_nan(),
+                want[i].is_nan(),
+                "{what}: row {i} of feature {feature}"
+            );
+        }
+        let at = |v: &[f64]| known.iter().map(|&i| v[i]).collect::<Vec<_>>();
+        let zeros = vec![0.; known.len()];
+        assert_near(
+            &format!("{what}, feature {feature}"),
+            &at(&got),
+            &at(&want),
+            &zeros,
+            tolerance,
+        );
+    }
+}
+
+/// The mean and the variance after each row.
+fn after_each_row(scaler: &Built, x: &Tensor) -> [Vec<f64>; 2] {
+    let mut all = [vec![], vec![]];
+    for row in 0..x.dims()[0] {
+        scaler
+            .scaler()
+            .partial_fit(&x.narrow(0, row, 1).unwrap())
+            .unwrap();
+        let (mean, var) = match scaler {
+            Built::Sliding(s) => (s.mean(), s.var()),
+            Built::Ewm(s) => (s.mean(), s.var()),
+        };
+        all[0].extend(mean.unwrap());
+        all[1].extend(var.unwrap());
+    }
+    all
+}
+
+#[test]
+fn windows_of_river_and_numpy() -> Result<()> {
+    let fixture = Fixture::load("sliding")?;
+    let window = fixture.values("window")[0] as usize;
+    for ddof in [0, 1] {
+        let options = SlidingScalerOptions {
+            ddof,
+            ..window.into()
+        };
+        let [mean, var] = after_each_row(&Kind::Sliding(options).build(), &fixture.tensor("x"));
+        assert_features("mean of river", &mean, &fixture.values("mean"), 1e-10);
+        assert_features(
+            "var of numpy",
+            &var,
+            &fixture.values(&format!("var_{ddof}")),
+            1e-10,
+        );
+        // river has 0 for the unbiased variance of one value, which is none.
+        let by_river = fixture.values(&format!("river_var_{ddof}"));
+        assert_features(
+            "var of river",
+            &var[3 * ddof..],
+            &by_river[3 * ddof..],
+            1e-10,
+        );
+    }
+    let options = SlidingScalerOptions {
+        nan: Nan::Ignore,
+        ..window.into()
+    };
+    let [mean, var] = after_each_row(&Kind::Sliding(options).build(), &fixture.tensor("gaps"));
+    assert_features("mean with gaps", &mean, &fixture.values("gaps_mean"), 1e-10);
+    assert_features("var with gaps", &var, &fixture.values("gaps_var"), 1e-10);
+    Ok(())
+}
+
+#[test]
+fn weights_of_pandas_and_river() -> Result<()> {
+    let fixture = Fixture::load("ewm")?;
+    let alpha = fixture.values("alpha")[0];
+    for (data, nan) in [("x", Nan::Refuse), ("gaps", Nan::Ignore)] {
+        for (adjust, word) in [(false, "plain"), (true, "adjust")] {
+            for (ignore_na, age) in [(false, "age"), (true, "skip")] {
+                for bias in [false, true] {
+                    let options = EwmScalerOptions {
+                        adjust,
+                        ignore_na,
+                        bias,
+                        nan,
+                        ..EwmScalerOptions::alpha(alpha)?
+                    };
+                    let x = fixture.tensor(data);
+                    let [mean, var] = after_each_row(&Kind::Ewm(options).build(), &x);
+                    let key = format!("{data}_{word}_{age}");
+                    let biased = if bias { "_biased" } else { "" };
+                    assert_features(&key, &mean, &fixture.values(&format!("{key}_mean")), 1e-10);
+                    let want = fixture.values(&format!("{key}_var{biased}"));
+                    assert_features(&key, &var, &want, 1e-10);
+                    if data == "x" && !adjust && bias {
+                        assert_features("river", &mean, &fixture.values("river_mean"), 1e-10);
+                    }
+                }
+            }
+        }
+    }
+    // river's variance is a difference of mean squares, which cancels where the level is far from zero; feature 0 has none.
+    let options = EwmScalerOptions {
+        adjust: false,
+        bias: true,
+        ..EwmScalerOptions::alpha(alpha)?
+    };
+    let [_, var] = after_each_row(&Kind::Ewm(options).build(), &fixture.tensor("x"));
+    let first = |v: &[f64]| v.iter().copied().step_by(3).collect::<Vec<_>>();
+    let want = first(&fixture.values("river_var"));
+    assert_near("river", &first(&var), &want, &vec![0.; want.len()], 1e-10);
+    Ok(())
+}
+
+#[test]
+fn a_decay_may_be_said_in_four_ways() -> Result<()> {
+    let by_pandas = Fixture::load("ewm")?.values("decays");
+    let ours = [
+        EwmScalerOptions::alpha(0.3)?,
+        EwmScalerOptions::com(4.)?,
+        EwmScalerOptions::span(9.)?,
+        EwmScalerOptions::halflife(2.5)?,
+    ];
+    for (options, mean) in ours.iter().zip(by_pandas) {
+        assert!(
+            (1. / (2. - options.alpha) - mean).abs() < 1e-15,
+            "{options:?}"
+        );
+    }
+    Ok(())
+}
+
+/// A million rows at a mean of 10⁹ standard deviations: every so often the window is compared with its own two passes.
+#[test]
+fn a_million_rows_far_from_zero() -> Result<()> {
+    const ROWS: usize = 1_000_000;
+    const WINDOW: usize = 1000;
+    let x: Vec<f64> = Draw::new(11).normal(ROWS).iter().map(|z| 1e9 + z).collect();
+    let sliding = SlidingScaler::new(WINDOW)?;
+    let alpha = 2. / (WINDOW as f64 + 1.);
+    let ewm = EwmScaler::new(EwmScalerOptions::alpha(alpha)?)?;
+    let mut worst = [0f64; 4];
+    for end in (10_000..=ROWS).step_by(10_000) {
+        let rows = tensor(&x[end - 10_000..end], &[10_000], DType::F64)?;
+        sliding.partial_fit(&rows)?;
+        ewm.partial_fit(&rows)?;
+        // In distances from 10⁹, which are exact.
+        let recent: Vec<f64> = x[end - WINDOW..end].iter().map(|v| v - 1e9).collect();
+        let mean = recent.iter().sum::<f64>() / WINDOW as f64;
+        let var = recent.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / WINDOW as f64;
+        // What is older than 40 windows has a weight below 10⁻³⁴.
+        let (mut weight, mut sums) = (1., [0.; 4]);
+        for v in x[..end].iter().rev().take(40 * WINDOW).map(|v| v - 1e9) {
+            let terms = [weight, weight * v, weight * v * v, weight * weight];
+            sums.iter_mut()
+                .zip(terms)
+                .for_each(|(sum, term)| *sum += term);
+            weight *= 1. - alpha;
+        }
+        let ewm_mean = sums[1] / sums[0];
+        let all = sums[0] * sums[0];
+        let ewm_var = (sums[2] / sums[0] - ewm_mean * ewm_mean) * all / (all - sums[3]);
+        let errors = [
+            (sliding.mean()?[0] - 1e9) - mean,
+            sliding.var()?[0] / var - 1.,
+            (ewm.mean()?[0] - 1e9) - ewm_mean,
+            ewm.var()?[0] / ewm_var - 1.,
+        ];
+        for (worst, error) in worst.iter_mut().zip(errors) {
+            *worst = worst.max(error.abs());
+        }
+    }
+    println!("mean and variance of the window, and by weights, off by at most {worst:?}");
+    // A mean near 10⁹ is a multiple of 1.2·10⁻⁷.
+    assert!(worst[0] < 1.3e-7 && worst[2] < 1.3e-7, "{worst:?}");
+    assert!(worst[1] < 1e-12 && worst[3] < 1e-12, "{worst:?}");
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Every window of a random series, with gaps, is that of two passes over its rows.
+    #[test]
+    fn a_window_is_its_rows(window in 1usize..12, rows in 1usize..80, seed in 0u64..1000) {
+        let x = with_gaps(&series(rows, seed), seed + 1);
+        let v = values(&x).unwrap();
+        let options = SlidingScalerOptions { nan: Nan::Ignore, ..window.into() };
+        let [mean, var] = after_each_row(&Kind::Sliding(options).build(), &x);
+        for row in 0..rows {
+            for feature in 0..3 {
+                let start = (row + 1usize).saturating_sub(window);
+                let numbers: Vec<f64> = (start..=row)
+                    .map(|r| v[3 * r + feature])
+                    .filter(|v| !v.is_nan())
+                    .collect();
+                let n = numbers.len() as f64;
+                let i = 3 * row + feature;
+                if n == 0. {
+                    prop_assert!(mean[i].is_nan() && var[i].is_nan());
+                    continue;
+                }
+                let m = numbers.iter().sum::<f64>() / n;
+                let s = numbers.iter().map(|v| (v - m).powi(2)).sum::<f64>() / n;
+                prop_assert!((mean[i] - m).abs() <= 1e-12 * (1. + m.abs()));
+                prop_assert!((var[i] - s).abs() <= 1e-9 * (1. + s), "{} {}", var[i], s);
+            }
+        }
+    }
+
+    /// However the rows of a series are cut into calls, and wherever the scaler is saved and restored, the same bits come out.
+    #[test]
+    fn calls_and_files_do_not_show(cuts in prop::collection::vec(1usize..20, 1..8), seed in 0u64..1000) {
+        let rows: usize = cuts.iter().sum();
+        let x = with_gaps(&series(rows, seed), seed + 1);
+        for causal in [Causal::Before, Causal::Through] {
+            for kind in Kind::both(causal, Nan::Ignore) {
+                let (whole, _) = kind.build().transform_series(&x).unwrap();
+                let mut scaler = kind.build();
+                let mut parts = vec![];
+                let mut start = 0;
+                for cut in &cuts {
+                    parts.push(scaler.transform_series(&x.narrow(0, start, *cut).unwrap()).unwrap().0);
+                    scaler = scaler.restored();
+                    start += cut;
+                }
+                assert_same_bits("rows", &Tensor::cat(&parts, 0).unwrap(), &whole);
+            }
+        }
+    }
+
+    /// No row shows what comes after it.
+    #[test]
+    fn nothing_looks_ahead(rows in 2usize..40, change in 0.0f64..1.0, seed in 0u64..1000) {
+        let x = series(rows, seed);
+        let kept = ((rows as f64 * change) as usize).max(1);
+        let other = Tensor::cat(&[x.narrow(0, 0, kept).unwrap(), (series(rows - kept, seed + 7) * 1e3).unwrap()], 0).unwrap();
+        for causal in [Causal::Before, Causal::Through] {
+            for kind in Kind::both(causal, Nan::Refuse) {
+                let past = |x: &Tensor| kind.build().transform_series(x).unwrap().0.narrow(0, 0, kept).unwrap();
+                assert_same_bits("the past", &past(&other), &past(&x));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_is_scaled_by_the_rows_before_it_or_with_itself() -> Result<()> {
+    let x = series(30, 3);
+    for kind in
+        [Causal::Before, Causal::Through].map(|causal| (causal, Kind::both(causal, Nan::Refuse)))
+    {
+        let (causal, kinds) = kind;
+        for kind in kinds {
+            let (y, stats) = kind.build().transform_series(&x)?;
+            let stepwise = kind.build();
+            for row in 0..30 {
+                let one = x.narrow(0, row, 1)?;
+                let want = match causal {
+                    Causal::Before if row == 0 => {
+                        stepwise.scaler().partial_fit(&one)?;
+                        assert!(values(&y.narrow(0, 0, 1)?)?.iter().all(|v| v.is_nan()));
+                        assert!(stats.mean()[..3].iter().all(|v| v.is_nan()));
+                        continue;
+                    }
+                    Causal::Before => {
+                        let want = stepwise.scaler().transform(&one)?;
+                        stepwise.scaler().partial_fit(&one)?;
+                        want
+                    }
+                    Causal::Through => {
+                        stepwise.scaler().partial_fit(&one)?;
+                        stepwise.scaler().transform(&one)?
+                    }
+                };
+                assert_same_bits("row", &y.narrow(0, row, 1)?, &want);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn back_is_the_inverse_and_gradients_pass_both_ways() -> Result<()> {
+    let x = series(12, 5);
+    for kind in Kind::both(Causal::Through, Nan::Refuse) {
+        let scaler = kind.build();
+        let (y, stats) = scaler.transform_series(&x)?;
+        assert_features(
+            "back",
+            &values(&stats.inverse_transform(&y)?)?,
+            &values(&x)?,
+            1e-13,
+        );
+        assert_features(
+            "now",
+            &values(
+                &scaler
+                    .scaler()
+                    .inverse_transform(&scaler.scaler().transform(&x)?)?,
+            )?,
+            &values(&x)?,
+            1e-13,
+        );
+        let small = x.narrow(0, 4, 8)?;
+        let later = scaler.transform_series(&small)?.1;
+        let inputs = [later.transform(&small)?];
+        gradcheck(|v| later.transform(&v[0])?.tanh(), &inputs)?;
+        gradcheck(|v| later.inverse_transform(&v[0]), &inputs)?;
+        gradcheck(|v| scaler.scaler().transform(&v[0]), &inputs)?;
+        gradcheck(|v| scaler.scaler().inverse_transform(&v[0]), &inputs)?;
+        // A series that is part of a graph gets its gradient.
+        let var = Var::from_tensor(&x)?;
+        let gradients = kind
+            .build()
+            .transform_series(&var)?
+            .0
+            .sqr()?
+            .sum_all()?
+            .backward()?;
+        assert!(gradients.get(&var).is_some());
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let (y, stats) = kind.build().transform_series(&x.to_dtype(dtype)?)?;
+            assert_eq!(
+                (y.dtype(), stats.inverse_transform(&y)?.dtype()),
+                (dtype, dtype)
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gaps_stay_gaps_and_what_is_not_known_is_nan() -> Result<()> {
+    let nan = f64::NAN;
+    let x = column(&[nan, nan, 1., 3., nan, nan, nan, 5.]);
+    let options = SlidingScalerOptions {
+        nan: Nan::Ignore,
+        ..3.into()
+    };
+    let scaler = SlidingScaler::new(options)?;
+    let (y, stats) = scaler.transform_series(&x)?;
+    let y = values(&y)?;
+    let want = [nan, nan, 0., 1., nan, nan, nan, 0.];
+    for (i, (y, want)) in y.iter().zip(want).enumerate() {
+        assert!(*y == want || (y.is_nan() && want.is_nan()), "{i}: {y}");
+    }
+    let means = stats.mean();
+    assert!(
+        means[1].is_nan() && means[4] == 2. && means[6].is_nan(),
+        "{means:?}"
+    );
+    let seen = scaler.seen();
+    assert_eq!((seen[0].values, seen[0].nan), (3, 5));
+    Ok(())
+}
+
+#[test]
+fn a_constant_and_a_first_row_have_a_scale_of_one() -> Result<()> {
+    for kind in Kind::both(Causal::Through, Nan::Refuse) {
+        let scaler = kind.build();
+        let x = tensor(&[1e9; 20], &[20], DType::F64)?;
+        let (y, stats) = scaler.transform_series(&x)?;
+        assert_eq!(values(&y)?, [0.; 20]);
+        assert_eq!(stats.scale(), [1.; 20]);
+    }
+    Ok(())
+}
+
+#[test]
+fn files_of_any_kind_are_told_apart() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for kind in Kind::both(Causal::Before, Nan::Ignore) {
+        let scaler = kind.build();
+        let file = folder.path().join(scaler.scaler().kind());
+        scaler.scaler().partial_fit(&series(10, 1))?;
+        scaler.scaler().save(&file)?;
+        let restored = from_state(&Archive::read(&file)?.state(candle_norm::scaling::PREFIX)?)?;
+        assert_eq!(restored.kind(), scaler.scaler().kind());
+        let next = series(5, 2);
+        restored.partial_fit(&next)?;
+        scaler.scaler().partial_fit(&next)?;
+        assert_same_bits(
+            "next",
+            &restored.transform(&next)?,
+            &scaler.scaler().transform(&next)?,
+        );
+    }
+    let sliding = SlidingScaler::new(4)?;
+    let error = message(sliding.load(&folder.path().join("EwmScaler")));
+    assert!(
+        error.contains(
+            "SlidingScaler: expected the state of a SlidingScaler, got that of a EwmScaler"
+        ),
+        "{error}"
+    );
+    Ok(())
+}
+
+/// A window takes memory for the rows that it has, not for those that it may have.
+#[test]
+fn a_window_may_be_longer_than_any_series() -> Result<()> {
+    let scaler = SlidingScaler::new(usize::MAX)?;
+    scaler.partial_fit(&column(&[1., 3.]))?;
+    let scaler = SlidingScaler::from_state(&scaler.state()?)?;
+    scaler.partial_fit(&column(&[8.]))?;
+    assert_eq!(scaler.mean()?, [4.]);
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
+    for kind in Kind::both(Causal::Through, Nan::Refuse) {
+        let scaler = kind.build();
+        let scaler = scaler.scaler();
+        let name = scaler.kind();
+        let error = message(scaler.transform(&series(2, 1)));
+        assert!(
+            error.contains(name) && error.contains("expected a fitted scaler"),
+            "{error}"
+        );
+        scaler.partial_fit(&series(20, 1))?;
+        let probe = series(3, 9);
+        let before = scaler.transform(&probe)?;
+        let with = |value: f64| {
+            let mut v = values(&series(2, 3)).unwrap();
+            v[4] = value;
+            tensor(&v, &[2, 3], DType::F64).unwrap()
+        };
+        for (x, want) in [
+            (with(f64::NAN), "sample 1 of feature 1"),
+            (with(f64::INFINITY), "got inf in sample 1 of feature 1"),
+            (series(2, 1).narrow(1, 0, 2)?, "feature 2 is missing"),
+            (series(0, 1), "at least one sample"),
+            (
+                series(2, 1).to_dtype(DType::U32)?,
+                "dtype F16, BF16, F32 or F64",
+            ),
+        ] {
+            let error = message(scaler.partial_fit(&x));
+            assert!(error.contains(name) && error.contains(want), "{error}");
+            assert_same_bits(want, &scaler.transform(&probe)?, &before);
+        }
+        let error = message(scaler.merge(scaler));
+        assert!(error.contains("order"), "{error}");
+    }
+    assert!(message(SlidingScaler::new(0)).contains("window of at least 1, got 0"));
+    for (options, want) in [
+        (EwmScalerOptions::alpha(0.), "alpha above 0"),
+        (EwmScalerOptions::alpha(1.5), "alpha above 0"),
+        (EwmScalerOptions::alpha(f64::NAN), "alpha above 0"),
+        (EwmScalerOptions::halflife(0.), "halflife above 0"),
+        (EwmScalerOptions::span(0.5), "span of at least 1"),
+        (EwmScalerOptions::com(-1.), "com of at least 0"),
+    ] {
+        assert!(message(options).contains(want), "{want}");
+    }
+    Ok(())
+}
+
+/// A damaged state is refused, whatever is missing or wrong.
+#[test]
+fn a_damaged_state_is_refused() -> Result<()> {
+    let sliding = SlidingScaler::new(4)?;
+    sliding.partial_fit(&series(9, 1))?;
+    let state = sliding.state()?;
+    for (damaged, want) in [
+        (
+            state.clone().with_option("stretches", "0 1 2 3"),
+            "five ascending ends",
+        ),
+        (
+            state.clone().with_option("stretches", "0 1 2 3 9"),
+            "five ascending ends",
+        ),
+        (
+            state.clone().with_option("stretches", "3 2 1 0 4"),
+            "five ascending ends",
+        ),
+        (state.clone().with_option("stretches", "a"), "well-formed"),
+        (
+            state.clone().with_option("window", 0),
+            "window of at least 1",
+        ),
+        (state.clone().with_values("rows", &[1.])?, "values of rows"),
+        (
+            state.clone().with_values("rows", &[f64::NAN; 48])?,
+            "a possible sum",
+        ),
+    ] {
+        let error = message(SlidingScaler::from_state(&damaged));
+        assert!(
+            error.contains("SlidingScaler") && error.contains(want),
+            "{error}"
+        );
+    }
+    let ewm = EwmScaler::new(EwmScalerOptions::alpha(0.1)?)?;
+    ewm.partial_fit(&series(9, 1))?;
+    let state = ewm.state()?;
+    for (damaged, want) in [
+        (
+            state.clone().with_values("weight", &[-1.; 3])?,
+            "a possible weight",
+        ),
+        (
+            state.clone().with_values("mean", &[f64::NAN; 3])?,
+            "a possible mean",
+        ),
+        (state.clone().with_values("m2", &[1.; 2])?, "values of m2"),
+        (state.clone().with_option("alpha", 7), "alpha above 0"),
+    ] {
+        let error = message(EwmScaler::from_state(&damaged));
+        assert!(
+            error.contains("EwmScaler") && error.contains(want),
+            "{error}"
+        );
+    }
+    Ok(())
+}
+
+/// One thread feeds rows, alternately at two levels, in calls that fill the window; whoever transforms meanwhile sees one level or the other.
+#[test]
+fn a_scaler_that_is_fed_is_the_old_or_the_new_one() -> Result<()> {
+    let level = |at: f64| -> Result<Tensor> {
+        let rows: Vec<f64> = (0..64)
+            .map(|i| at * (1. + 0.5 * f64::from(i % 2 * 2 - 1)))
+            .collect();
+        tensor(&rows, &[64], DType::F64)
+    };
+    let (low, high) = (level(1.)?, level(1000.)?);
+    let probe = Tensor::new(&[0f64, 1.], &Device::Cpu)?;
+    // A weight of 1 − 10⁻⁹ leaves nothing of 64 rows ago; `fit` of the same does too.
+    let sliding = SlidingScaler::new(64)?;
+    let by_fit = EwmScaler::new(EwmScalerOptions::alpha(0.1)?)?;
+    let feed: [(&dyn Scaler, fn(&dyn Scaler, &Tensor) -> Result<()>); 2] = [
+        (&sliding, |s, x| s.partial_fit(x)),
+        (&by_fit, |s, x| s.fit(x)),
+    ];
+    for (scaler, feed) in feed {
+        let seen = [&low, &high].map(|x| {
+            feed(scaler, x).unwrap();
+            values(&scaler.transform(&probe).unwrap()).unwrap()
+        });
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..300 {
+                    feed(scaler, &low).unwrap();
+                    feed(scaler, &high).unwrap();
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        let now = values(&scaler.transform(&probe).unwrap()).unwrap();
+                        let near = |want: &Vec<f64>| {
+                            now.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-9)
+                        };
+                        assert!(seen.iter().any(near), "{now:?} is neither of {seen:?}");
+                    }
+                });
+            }
+        });
+    }
+    Ok(())
+}
