@@ -59,15 +59,16 @@ impl FromStr for OnDrift {
 /// use candle_core::{Device, Tensor};
 /// use candle_norm::scaling::{AdaptiveScaler, DriftOptions, OnDrift, Scaler, StandardScaler};
 ///
-/// let options = DriftOptions { window: 50, min_count: 50, cool_down: 50, ..Default::default() };
-/// let scaler = AdaptiveScaler::new(StandardScaler::default(), options, OnDrift::Refit)?;
+/// let scaler = AdaptiveScaler::new(StandardScaler::default(), DriftOptions::default(), OnDrift::Refit)?;
 /// let season = |level: f64, rows: usize| {
 ///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 0.9).sin()).collect();
 ///     Tensor::new(rows, &Device::Cpu)
 /// };
-/// scaler.fit(&season(0., 200)?)?;
-/// assert!(scaler.observe(&season(0., 200)?)?.is_empty());
-/// assert!(!scaler.observe(&season(9., 200)?)?.is_empty());
+/// scaler.fit(&season(0., 1000)?)?;
+/// assert!(scaler.observe(&season(0., 400)?)?.is_empty());
+/// // The first event comes early, when most of the recent rows are of before; the second settles it.
+/// let events = scaler.observe(&season(9., 600)?)?;
+/// assert_eq!((events[0].step, events[events.len() - 1].step), (410, 620));
 /// let y = scaler.transform(&Tensor::new(&[9f64], &Device::Cpu)?)?;
 /// assert!(y.to_vec1::<f64>()?[0].abs() < 0.1);
 /// # Ok::<(), candle_core::Error>(())

@@ -92,7 +92,8 @@ pub struct DriftReport {
 /// Options of a [`DriftMonitor`]. A threshold of `None` leaves its metric out of the events; reports have all.
 ///
 /// Metrics are looked at again and again, and values of a series are not independent: so the thresholds are far from what one look at
-/// independent values would need.
+/// independent values would need. They are for windows as long as the default: in a shorter one, or after a short reference, chance alone moves
+/// the metrics farther. The population stability index is about `(bins − 1) · (1/n + 1/m)` where nothing changes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DriftOptions {
     /// How many rows are recent. Default 200.
@@ -152,18 +153,17 @@ impl Default for DriftOptions {
 /// use candle_core::{Device, Tensor};
 /// use candle_norm::scaling::{DriftMetric, DriftMonitor, DriftOptions};
 ///
-/// let options = DriftOptions { window: 20, min_count: 20, ..Default::default() };
-/// let monitor = DriftMonitor::new(options)?.with_names(["ppm"])?;
+/// let monitor = DriftMonitor::new(DriftOptions::default())?.with_names(["ppm"])?;
 /// let season = |level: f64, rows: usize| {
 ///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 0.9).sin()).collect();
 ///     Tensor::new(rows, &Device::Cpu)
 /// };
-/// monitor.fit(&season(315., 100)?)?;
-/// assert!(monitor.observe(&season(315., 100)?)?.is_empty());
+/// monitor.fit(&season(315., 1000)?)?;
+/// assert!(monitor.observe(&season(315., 400)?)?.is_empty());
 ///
 /// let events = monitor.observe(&season(318., 100)?)?;
-/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::MeanShift, 110));
-/// assert!(events[0].to_string().starts_with(r#"step 110: feature 0 "ppm": mean shift"#));
+/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::MeanShift, 430));
+/// assert!(events[0].to_string().starts_with(r#"step 430: feature 0 "ppm": mean shift"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug)]
