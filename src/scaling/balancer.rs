@@ -229,7 +229,7 @@ fn check_decay(decay: f64) -> Result<()> {
 }
 
 fn restored(state: &State) -> Result<Sizes> {
-    state.expect(KIND, VERSION)?;
+    state.require(KIND, VERSION)?;
     let count = state.features().count();
     check::at_least_one(KIND, "term", count)?;
     check::scaling::saved_length(KIND, "counts", count, state.seen().len())?;

@@ -101,7 +101,7 @@ impl<R: Rule> Snapshot<R> {
     }
 
     fn restored(state: &State) -> Result<Self> {
-        state.expect(R::KIND, VERSION)?;
+        state.require(R::KIND, VERSION)?;
         let features = state.features().clone();
         let seen = state.seen().to_vec();
         if !seen.is_empty() {

@@ -111,13 +111,12 @@ impl Rule for MinMaxScalerOptions {
 
     fn map(&self, extremes: &Extremes) -> Result<Map> {
         let (a, b) = self.feature_range;
-        // Halves, since the whole of a range may be beyond the largest number.
-        let half = extremes.max / 2. - extremes.min / 2.;
+        let range = extremes.max - extremes.min;
         Ok(Map {
             center: [extremes.min, 0.],
-            scale: match half {
+            scale: match range {
                 0. => 1. / (b - a),
-                half => half / ((b - a) / 2.),
+                range => range / (b - a),
             },
             offset: a,
         })

@@ -81,8 +81,13 @@ impl<M> Pipeline<M> {
 
     /// This with a scaler for what goes into the model.
     pub fn with_inputs(self, scaler: impl Scaler + 'static) -> Self {
+        self.with_boxed_inputs(Box::new(scaler))
+    }
+
+    /// [`with_inputs`](Self::with_inputs) for a scaler of any kind.
+    pub fn with_boxed_inputs(self, scaler: Box<dyn Scaler>) -> Self {
         Self {
-            inputs: Some(Box::new(scaler)),
+            inputs: Some(scaler),
             ..self
         }
     }
@@ -168,7 +173,7 @@ impl<M> Pipeline<M> {
         build: impl FnOnce(VarBuilder) -> Result<M>,
     ) -> Result<Self> {
         let state = archive.state(SELF)?;
-        state.expect(KIND, VERSION)?;
+        state.require(KIND, VERSION)?;
         let scaler = |option: &str, prefix: &str| match state.option(option)? {
             true => from_state(&archive.state(prefix)?).map(Some),
             false => Ok(None),

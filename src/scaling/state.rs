@@ -117,7 +117,7 @@ impl State {
     ///
     /// # Errors
     /// Another kind or version.
-    pub fn expect(&self, kind: &str, version: u32) -> Result<()> {
+    pub fn require(&self, kind: &str, version: u32) -> Result<()> {
         check::scaling::kind(kind, &self.kind)?;
         check::scaling::version(kind, version, self.version)
     }

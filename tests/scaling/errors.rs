@@ -40,7 +40,10 @@ fn every_error_leaves_the_scaler_as_it_was() {
                 tensor(&[], &[0, 2], DType::F64).unwrap(),
                 "at least one sample",
             ),
-            (tensor(&[1.], &[], DType::F64).unwrap(), "rank at least 1"),
+            (
+                tensor(&[1.], &[], DType::F64).unwrap(),
+                "at least one sample",
+            ),
             (
                 rows(&[1., 2.], 2).to_dtype(DType::I64).unwrap(),
                 "convert it with to_dtype",
@@ -52,8 +55,7 @@ fn every_error_leaves_the_scaler_as_it_was() {
         }
         // A fit from anew takes other features, and nothing else.
         for (x, expected) in &wrong[2..] {
-            let expected = expected.replace("rank at least 1", "at least one sample");
-            assert_message(scaler.fit(x), &expected);
+            assert_message(scaler.fit(x), expected);
             assert_eq!(everything(&*scaler).unwrap(), before, "{kind}: {expected}");
         }
         for (x, expected) in wrong.iter().take(2) {
@@ -213,7 +215,7 @@ fn options_have_ranges() {
 #[test]
 fn data_of_a_dtype_that_cannot_hold_the_statistics_are_refused() {
     each(|kind, scaler| {
-        scaler.fit(&rows(&[1e300, 1., 3e300, 2.], 2)).unwrap();
+        scaler.fit(&rows(&[1e150, 1., 3e150, 2.], 2)).unwrap();
         let probe = rows(&[1e30, 1.], 2);
         let expected = format!("{kind}: expected statistics of feature 0 that F32 can hold");
         assert_message(
@@ -225,11 +227,11 @@ fn data_of_a_dtype_that_cannot_hold_the_statistics_are_refused() {
 }
 
 #[test]
-fn a_range_of_all_numbers_is_a_range() {
+fn a_range_that_f64_cannot_hold_is_refused() {
     let scaler = MinMaxScaler::default();
     scaler.fit(&rows(&[f64::MIN, f64::MAX], 1)).unwrap();
-    let y = scaler.transform(&rows(&[0.], 1)).unwrap();
-    assert_eq!(y.to_vec2::<f64>().unwrap(), [[0.5]]);
+    let expected = "expected statistics of feature 0 that F64 can hold, got inf";
+    assert_message(scaler.transform(&rows(&[0.], 1)), expected);
 }
 
 #[test]

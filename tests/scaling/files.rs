@@ -178,7 +178,7 @@ fn another_kind_version_or_feature_set_is_refused() {
                 .with_names(["a"])
                 .unwrap()
                 .load(&file),
-            r#"feature 1 is too many"#,
+            "expected as many features as names, 1, got 2: feature 1 has no name",
         ),
     ] {
         let message = message(result);

@@ -98,7 +98,7 @@ fn a_finding_names_the_feature_and_the_remedy() {
 /// What a division by the largest value leaves of data far from zero, a center brings back.
 #[test]
 fn a_center_brings_the_resolution_back() {
-    let data = [1e4, 1e4 + 1., 1e4 + 2., 1e4 + 3.];
+    let data = [1e5, 1e5 + 1., 1e5 + 2., 1e5 + 3.];
     let (by_size, by_spread) = (MaxAbsScaler::default(), StandardScaler::default());
     by_size.fit(&rows(&data, 1)).unwrap();
     by_spread.fit(&rows(&data, 1)).unwrap();

@@ -138,7 +138,7 @@ fn quantiles_of_a_stream_are_within_their_bound() {
         for percent in [1., 25., 50., 75., 99.] {
             let got = scaler.quantile(percent).unwrap()[0];
             let rank = sorted.partition_point(|v| *v < got) as f64 / data.len() as f64;
-            // The bound has a confidence of 99 %, and random bits have no seed: three times it fails for nobody.
+            // The bound has a confidence of 99 % and the random bits no seed; three times the bound is beyond chance.
             assert!(
                 (rank - percent / 100.).abs() < 3. * bound,
                 "{percent}: rank {rank}"

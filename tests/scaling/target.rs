@@ -1,11 +1,10 @@
 //! Targets in two units.
 
 use candle_core::DType;
-use candle_norm::scaling::{MinMaxScaler, Scaler, StandardScaler, TargetScaler};
+use candle_norm::scaling::{MinMaxScaler, Nan, StandardScaler, TargetScaler};
 
 use super::kinds::{each_built, rows};
 use crate::common::data::{tensor, values};
-use candle_norm::scaling::Nan;
 
 #[test]
 fn the_error_is_reported_in_both_units_for_each_output() {

@@ -54,7 +54,7 @@ pub(crate) fn name_count(
             false => "has no name",
         };
         bail!(
-            "{layer}: expected {names} features, as many as names, got {features}: {first} {what}"
+            "{layer}: expected as many features as names, {names}, got {features}: {first} {what}"
         )
     }
     Ok(())
@@ -144,7 +144,7 @@ pub(crate) fn representable(
 ) -> Result<()> {
     if !value.is_finite() {
         bail!(
-            "{layer}: expected statistics of {feature} that {dtype:?} can hold, got {value}; convert the data to F64"
+            "{layer}: expected statistics of {feature} that {dtype:?} can hold, got {value}; convert the data to F64, or to a larger unit"
         )
     }
     Ok(())
