@@ -1,6 +1,6 @@
 """Writes tests/fixtures/scaling/series_*.safetensors: what river, pandas, scipy, evidently and PyTorch make of series.
 
-    pip install torch numpy scipy river pandas evidently
+    pip install torch numpy scipy river "pandas<3" evidently
     python scripts/make_scaling_series.py
 
 Each file holds inputs and what the tests must get from them. Where two libraries mean the same, they are compared here first, and

@@ -8,6 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use crate::axis::Axis;
 use crate::data::Series;
 use crate::scales::Scaling;
 use crate::walk::Outcome;
@@ -25,8 +26,6 @@ const ALARM: RGBColor = RGBColor(166, 60, 133);
 const INK: RGBColor = RGBColor(28, 30, 33);
 /// Rows that an error is averaged over.
 const SMOOTH: usize = 60;
-/// Errors beyond this, in those of repeating the last value, are cut.
-const MOST: f64 = 30.;
 
 /// A line with its name.
 struct Line {
@@ -63,34 +62,22 @@ fn rows_of(series: &Series, alarms: &[DriftEvent]) -> Vec<f64> {
 fn levels(area: &Area, series: &Series, alarms: &[DriftEvent]) -> Result<(), Box<dyn Error>> {
     let scales = Scaling::Static.scales(series)?;
     let width = series.width();
-    let lines: Vec<Line> = (0..width)
-        .map(|s| Line {
-            name: series.names[s].clone(),
-            points: (0..series.rows())
-                .map(|row| {
-                    let at = row * width + s;
-                    (
-                        row as f64,
-                        (series.values[at] - scales.center[at]) / scales.scale[at],
-                    )
-                })
-                .collect(),
-        })
-        .collect();
+    let line = |s: usize| Line {
+        name: series.names[s].clone(),
+        points: (0..series.rows())
+            .map(|row| {
+                let at = row * width + s;
+                let level = (series.values[at] - scales.center[at]) / scales.scale[at];
+                (row as f64, level)
+            })
+            .collect(),
+    };
+    let lines: Vec<Line> = (0..width).map(line).collect();
     let title = format!(
-        "{}, in standard deviations of the rows that train; alarms of the monitor",
+        "{}: level in standard deviations of the rows that train, and alarms",
         series.name
     );
-    let axis = format!("{} of the series", series.row);
-    draw(
-        area,
-        &title,
-        &axis,
-        &lines,
-        0.0..series.rows() as f64,
-        Some(series.train as f64),
-        &rows_of(series, alarms),
-    )
+    draw(area, &title, series, alarms, &lines, false)
 }
 
 fn errors(
@@ -105,58 +92,75 @@ fn errors(
         Scaling::Sliding,
         Scaling::Reversible,
     ];
-    let lines: Vec<Line> = (shown.iter())
-        .filter_map(|scaling| outcomes.iter().find(|o| o.scaling == *scaling))
-        .map(|outcome| Line {
-            name: outcome.scaling.name().to_string(),
-            points: (outcome.errors.windows(SMOOTH).enumerate())
-                .map(|(i, errors)| {
-                    let mean = errors.iter().sum::<f64>() / SMOOTH as f64;
-                    ((series.train + i + SMOOTH) as f64, mean.min(MOST))
-                })
-                .collect(),
-        })
-        .collect();
+    let found = shown
+        .iter()
+        .filter_map(|s| outcomes.iter().find(|o| o.scaling == *s));
+    let line = |outcome: &Outcome| Line {
+        name: outcome.scaling.name().to_string(),
+        points: (outcome.errors.windows(SMOOTH).enumerate())
+            .map(|(i, errors)| {
+                let mean = errors.iter().sum::<f64>() / SMOOTH as f64;
+                ((series.train + i + SMOOTH) as f64, mean)
+            })
+            .collect(),
+    };
+    let lines: Vec<Line> = found.map(line).collect();
     let title = format!(
-        "error of the forecasts, over that of repeating the last value: mean of {SMOOTH} {}s",
+        "error over that of repeating the last value, mean of {SMOOTH} {}s",
         series.row
     );
-    let axis = format!("{} of the series", series.row);
-    draw(
-        area,
-        &title,
-        &axis,
-        &lines,
-        0.0..series.rows() as f64,
-        Some(series.train as f64),
-        &rows_of(series, alarms),
-    )
+    draw(area, &title, series, alarms, &lines, true)
 }
 
-fn draw(
-    area: &Area,
-    title: &str,
-    axis: &str,
-    lines: &[Line],
-    x: Range<f64>,
-    split: Option<f64>,
-    alarms: &[f64],
-) -> Result<(), Box<dyn Error>> {
-    let heights = || {
+/// The range that all lines are within, with some room.
+fn heights(lines: &[Line], log: bool) -> Range<f64> {
+    let all = || {
         lines
             .iter()
             .flat_map(|line| line.points.iter().map(|p| p.1))
     };
-    let (low, high) = (heights().fold(0., f64::min), heights().fold(0., f64::max));
-    let room = 0.05 * (high - low);
+    let (low, high) = (
+        all().fold(f64::INFINITY, f64::min),
+        all().fold(f64::NEG_INFINITY, f64::max),
+    );
+    match log {
+        true => low.max(1e-3) / 1.2..high.max(2e-3) * 1.2,
+        false => low - 0.05 * (high - low)..high + 0.05 * (high - low),
+    }
+}
+
+/// Lines over the rows of the series, with the first row of the test and the alarms.
+fn draw(
+    area: &Area,
+    title: &str,
+    series: &Series,
+    alarms: &[DriftEvent],
+    lines: &[Line],
+    log: bool,
+) -> Result<(), Box<dyn Error>> {
     let text = |size: i32| ("sans-serif", size).into_font().color(&INK);
+    let format: fn(f64) -> String = |value| format!("{value}");
+    let x = Axis {
+        label: series.row,
+        range: 0.0..series.rows() as f64,
+        log: false,
+        format,
+    };
+    let y = Axis {
+        label: "",
+        range: heights(lines, log),
+        log,
+        format,
+    };
+    let Range { start, end } = y.range;
+    let rows = format!("{} of the series", x.label);
     let mut chart = ChartBuilder::on(area)
         .caption(title, text(17))
         .margin(10)
         .margin_right(120)
         .x_label_area_size(40)
         .y_label_area_size(50)
-        .build_cartesian_2d(x, (low - room)..(high + room))?;
+        .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
         .bold_line_style(INK.mix(0.12))
@@ -164,49 +168,45 @@ fn draw(
         .label_style(text(13))
         .axis_desc_style(text(14))
         .x_labels(8)
-        .x_label_formatter(&|v| format!("{v:.0}"))
-        .y_label_formatter(&|v| format!("{v:.0}"))
-        .x_desc(axis)
+        .y_labels(7)
+        .x_desc(rows)
         .draw()?;
-    let upright = |at: f64| vec![(at, low - room), (at, high + room)];
-    for &alarm in alarms {
-        chart.draw_series([PathElement::new(
-            upright(alarm),
-            ALARM.mix(0.6).stroke_width(1),
-        )])?;
+    let upright = |at: f64| vec![(at, start), (at, end)];
+    for alarm in rows_of(series, alarms) {
+        let line = PathElement::new(upright(alarm), ALARM.mix(0.6).stroke_width(1));
+        chart.draw_series([line])?;
     }
-    if let Some(split) = split {
-        chart.draw_series(DashedLineSeries::new(
-            upright(split),
-            6,
-            4,
-            INK.mix(0.7).stroke_width(1),
-        ))?;
-    }
+    let test = upright(series.train as f64);
+    let dashed = DashedLineSeries::new(test, 6, 4, INK.mix(0.7).stroke_width(1));
+    chart.draw_series(dashed)?;
     let mut ends = vec![];
     for (i, line) in lines.iter().enumerate() {
         let color = COLORS[i % COLORS.len()];
-        chart.draw_series(LineSeries::new(
-            line.points.iter().copied(),
-            color.stroke_width(2),
-        ))?;
+        let points = line.points.iter().copied();
+        chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?;
         if let Some(end) = line.points.last() {
             ends.push((chart.backend_coord(end).1, &line.name, color));
         }
     }
     drop(chart);
-    // Names stand at the ends of their lines, apart from each other.
+    names(area, ends)
+}
+
+/// Names stand at the ends of their lines, apart from each other.
+fn names(area: &Area, mut ends: Vec<(i32, &String, RGBColor)>) -> Result<(), Box<dyn Error>> {
     ends.sort_by_key(|end| end.0);
-    let right = area.get_pixel_range().0.end - area.get_pixel_range().0.start - 115;
+    let (columns, rows) = area.get_pixel_range();
+    let right = columns.end - columns.start - 115;
     let mut free = i32::MIN;
-    let top = area.get_pixel_range().1.start;
     for (height, name, color) in ends {
-        let height = (height - top).max(free);
+        let height = (height - rows.start).max(free);
         free = height + 17;
-        let style = text(14)
-            .color(&color)
-            .pos(Pos::new(HPos::Left, VPos::Center));
+        let style = text_of(&color).pos(Pos::new(HPos::Left, VPos::Center));
         area.draw(&Text::new(name.clone(), (right, height), style))?;
     }
     Ok(())
+}
+
+fn text_of(color: &RGBColor) -> TextStyle<'_> {
+    ("sans-serif", 14).into_font().color(color)
 }

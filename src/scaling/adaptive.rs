@@ -61,7 +61,7 @@ impl FromStr for OnDrift {
 ///
 /// let scaler = AdaptiveScaler::new(StandardScaler::default(), DriftOptions::default(), OnDrift::Refit)?;
 /// let season = |level: f64, rows: usize| {
-///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 0.9).sin()).collect();
+///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 2.4).sin()).collect();
 ///     Tensor::new(rows, &Device::Cpu)
 /// };
 /// scaler.fit(&season(0., 1000)?)?;
@@ -292,7 +292,7 @@ impl Scaler for AdaptiveScaler {
 
 /// What a state is made of.
 fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
-    state.expect(LAYER, VERSION)?;
+    state.require(LAYER, VERSION)?;
     let part = |part: &str| -> Result<State> {
         let metadata: String = state.option(part)?;
         let start = format!("{part}.");

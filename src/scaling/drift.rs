@@ -155,15 +155,16 @@ impl Default for DriftOptions {
 ///
 /// let monitor = DriftMonitor::new(DriftOptions::default())?.with_names(["ppm"])?;
 /// let season = |level: f64, rows: usize| {
-///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 0.9).sin()).collect();
+///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 2.4).sin()).collect();
 ///     Tensor::new(rows, &Device::Cpu)
 /// };
 /// monitor.fit(&season(315., 1000)?)?;
 /// assert!(monitor.observe(&season(315., 400)?)?.is_empty());
 ///
 /// let events = monitor.observe(&season(318., 100)?)?;
-/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::MeanShift, 430));
-/// assert!(events[0].to_string().starts_with(r#"step 430: feature 0 "ppm": mean shift"#));
+/// // Rows of both levels together are wider than those of either.
+/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::VarianceRatio, 420));
+/// assert!(events[0].to_string().starts_with(r#"step 420: feature 0 "ppm": variance ratio"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug)]

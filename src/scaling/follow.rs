@@ -88,7 +88,7 @@ impl<M: Memory> Course<M> {
     }
 
     fn restored(state: &State) -> Result<Self> {
-        state.expect(M::KIND, VERSION)?;
+        state.require(M::KIND, VERSION)?;
         let (features, seen) = (state.features().clone(), state.seen().to_vec());
         if !seen.is_empty() {
             check::scaling::saved_length(M::KIND, "counts", features.count(), seen.len())?;

@@ -10,6 +10,12 @@
 //! | [`MinMaxScaler`] | `(x − min) / (max − min)`, or another range | bounded data, such as pixels |
 //! | [`MaxAbsScaler`] | `x / max abs x` | sparse data: zeros stay zeros |
 //! | [`RobustScaler`] | `(x − median) / (q75 − q25)` | data with outliers |
+//! | [`SlidingScaler`] | `(x − mean) / std` of the last rows | series whose level moves |
+//! | [`EwmScaler`] | the same, rows weighted the less the older they are | series whose level moves |
+//! | [`AdaptiveScaler`] | what it wraps, fitted again after drift | data that change now and then |
+//!
+//! [`RevIn`] normalizes each window of a series inside a model, and brings the forecast back; [`DriftMonitor`] says when data are no longer
+//! those of the past.
 //!
 //! Around them: [`TargetScaler`] for what a model predicts, with errors in both units; [`Pipeline`] for scaler, model and inverse in one file;
 //! [`Archive`] for any number of scalers beside a model; [`half_precision`] for what `f16` would lose; [`LossBalancer`] for several losses.

@@ -354,7 +354,7 @@ impl Watch {
     }
 
     pub(super) fn restored(state: &State) -> Result<Self> {
-        state.expect(LAYER, VERSION)?;
+        state.require(LAYER, VERSION)?;
         let threshold = |name| -> Result<Option<f64>> {
             let value: f64 = state.option(name)?;
             Ok((!value.is_nan()).then_some(value))
