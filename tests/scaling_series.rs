@@ -7,6 +7,8 @@ mod common;
 mod drift;
 #[path = "scaling_series/following.rs"]
 mod following;
+#[path = "scaling_series/following_edges.rs"]
+mod following_edges;
 #[path = "scaling_series/rev_in.rs"]
 mod rev_in;
 
