@@ -130,5 +130,9 @@ struct Migration;
 struct Numerics;
 
 #[cfg(doctest)]
+#[doc = include_str!("../docs/scaling.md")]
+struct Scaling;
+
+#[cfg(doctest)]
 #[doc = include_str!("../CONTRIBUTING.md")]
 struct Contributing;

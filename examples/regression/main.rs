@@ -113,14 +113,14 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         settings.seeds
     );
     print!("{}", report::table(&arms, settings));
-    let std = cars.test.prices.var(0)?.sqrt()?.to_vec1::<f32>()?[0];
-    println!("\n{}\n\nMistakes:", report::goal(f64::from(std)));
+    let std = f64::from(cars.test.prices.var(0)?.sqrt()?.to_vec1::<f32>()?[0]);
+    println!("\n{}\n\nMistakes:", report::goal(std));
     for mistake in mistakes::mistakes(&arms, &leak, &cars)? {
         println!("- {mistake}");
     }
 
     let figure = options.out.join("regression.svg");
-    fs::write(&figure, report::chart(&arms, settings)?)?;
+    fs::write(&figure, report::chart(&arms, settings, std)?)?;
     println!("\nFigure: {}", figure.display());
     let best = arms.into_iter().find(|arm| arm.scheme == BEST);
     let best = best.and_then(|mut arm| arm.runs.pop()).ok_or("no run")?;

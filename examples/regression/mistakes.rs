@@ -66,8 +66,11 @@ fn half(cars: &Split) -> Result<String> {
     let raw = error(prices.clone(), &|t| Ok(t.clone()))?;
     let by_scaler = error(scaled.transform(prices)?, &|t| scaled.inverse_transform(t))?;
     let left = half_precision(&scaled, prices)?.len();
+    let raw = match raw.is_finite() {
+        true => format!("is off by up to ${raw:.2}"),
+        false => "comes back infinite".to_string(),
+    };
     Ok(format!(
-        "Dollars in f16: {finding}. A price there and back is off by up to ${raw:.2}; scaled by the z-score, by ${by_scaler:.2}, with {left} \
-         findings."
+        "Dollars in f16: {finding}. The worst price {raw}; scaled by the z-score, it is off by ${by_scaler:.2}, with {left} findings."
     ))
 }

@@ -85,7 +85,13 @@ fn aligned(rows: &[Vec<String>]) -> String {
 }
 
 /// The error of the test against the steps, a line for each way.
-pub(crate) fn chart(arms: &[Arm], settings: Settings) -> Result<String, Box<dyn Error>> {
+///
+/// The height of one price for all cars is marked.
+pub(crate) fn chart(
+    arms: &[Arm],
+    settings: Settings,
+    price_std: f64,
+) -> Result<String, Box<dyn Error>> {
     let curves = arms.iter().enumerate().map(|(class, arm)| {
         let points = arm.runs[0].curve.iter().enumerate();
         let points = points.map(|(i, &(step, _))| {
@@ -118,7 +124,7 @@ pub(crate) fn chart(arms: &[Arm], settings: Settings) -> Result<String, Box<dyn 
             log: true,
             format: |dollars| format!("{dollars:.0}"),
         },
-        mark: None,
+        mark: Some(price_std),
         family: 'r',
         curves: curves.collect(),
     };
