@@ -250,6 +250,27 @@ fn an_event_is_followed_by_quiet() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn what_is_not_there_does_not_count() -> Result<()> {
+    let options = DriftOptions {
+        window: 50,
+        min_count: 30,
+        nan: Nan::Ignore,
+        ..Default::default()
+    };
+    let monitor = DriftMonitor::new(options)?;
+    monitor.fit(&noise(500, 1, 0., 1.))?;
+    let far: Vec<f64> = (0..50)
+        .map(|i| if i % 2 == 0 { 9. } else { f64::NAN })
+        .collect();
+    // 25 values in the window, which are too few; then more, until there are 30.
+    assert_eq!(monitor.observe(&column(&far))?, []);
+    assert_eq!(monitor.report()?[0].recent, 25);
+    let events = monitor.observe(&column(&[9.; 50]))?;
+    assert_eq!(events[0].step, 60);
+    Ok(())
+}
+
 /// However rows are cut into calls, and wherever the monitor is saved, the same events come.
 #[test]
 fn calls_and_files_do_not_show() -> Result<()> {

@@ -226,6 +226,24 @@ fn weights_of_pandas_and_river() -> Result<()> {
 }
 
 #[test]
+fn weights_are_worth_a_number_of_rows() -> Result<()> {
+    let x = column(&Draw::new(1).normal(500));
+    for adjust in [false, true] {
+        let options = EwmScalerOptions {
+            adjust,
+            ..EwmScalerOptions::alpha(0.2)?
+        };
+        let scaler = EwmScaler::new(options)?;
+        scaler.partial_fit(&x.narrow(0, 0, 1)?)?;
+        assert_eq!(scaler.effective_count()?, [1.]);
+        // In the end (2 − α) / α.
+        scaler.partial_fit(&x)?;
+        assert!((scaler.effective_count()?[0] - 9.).abs() < 1e-12);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_decay_may_be_said_in_four_ways() -> Result<()> {
     let by_pandas = Fixture::load("ewm")?.values("decays");
     let ours = [
