@@ -174,14 +174,15 @@ fn a_scaler_that_is_fed_is_the_old_or_the_new_one() -> Result<()> {
     };
     let (low, high) = (level(1.)?, level(1000.)?);
     let probe = Tensor::new(&[0f64, 1.], &Device::Cpu)?;
-    // A weight of 1 − 10⁻⁹ leaves nothing of 64 rows ago; `fit` of the same does too.
+    // A window of 64 rows holds those of one call, and so does what is fitted anew.
     let sliding = SlidingScaler::new(64)?;
     let by_fit = EwmScaler::new(EwmScalerOptions::alpha(0.1)?)?;
-    let feed: [(&dyn Scaler, fn(&dyn Scaler, &Tensor) -> Result<()>); 2] = [
+    type Feed = fn(&dyn Scaler, &Tensor) -> Result<()>;
+    let feeds: [(&dyn Scaler, Feed); 2] = [
         (&sliding, |s, x| s.partial_fit(x)),
         (&by_fit, |s, x| s.fit(x)),
     ];
-    for (scaler, feed) in feed {
+    for (scaler, feed) in feeds {
         let seen = [&low, &high].map(|x| {
             feed(scaler, x).unwrap();
             values(&scaler.transform(&probe).unwrap()).unwrap()
