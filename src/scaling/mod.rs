@@ -10,6 +10,12 @@
 //! | [`MinMaxScaler`] | `(x − min) / (max − min)`, or another range | bounded data, such as pixels |
 //! | [`MaxAbsScaler`] | `x / max abs x` | sparse data: zeros stay zeros |
 //! | [`RobustScaler`] | `(x − median) / (q75 − q25)` | data with outliers |
+//! | [`SlidingScaler`] | `(x − mean) / std` of the last rows | series whose level moves |
+//! | [`EwmScaler`] | the same, rows weighted the less the older they are | series whose level moves |
+//! | [`AdaptiveScaler`] | what it wraps, fitted again after drift | data that change now and then |
+//!
+//! [`RevIn`] normalizes each window of a series inside a model, and brings the forecast back; [`DriftMonitor`] says when data are no longer
+//! those of the past.
 //!
 //! Around them: [`TargetScaler`] for what a model predicts, with errors in both units; [`Pipeline`] for scaler, model and inverse in one file;
 //! [`Archive`] for any number of scalers beside a model; [`half_precision`] for what `f16` would lose; [`LossBalancer`] for several losses.
@@ -45,22 +51,31 @@
 //!
 //! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
 
+mod adaptive;
 mod affine;
 mod archive;
 mod balancer;
 mod data;
+mod drift;
+mod ewm;
 mod extremes;
 mod features;
 mod fitted;
+mod follow;
 mod half;
 mod max_abs;
 mod min_max;
 mod pipeline;
 mod registry;
+mod rev_in;
 mod robust;
+mod sliding;
 mod standard;
 mod state;
 mod target;
+mod two_samples;
+mod watch;
+mod window;
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -68,16 +83,22 @@ use std::path::Path;
 use candle_core::{Result, Tensor};
 
 pub use crate::ops::Moments;
+pub use adaptive::{AdaptiveScaler, OnDrift};
 pub use archive::Archive;
 pub use balancer::{LossBalancer, LossBalancerOptions};
 pub use data::Nan;
+pub use drift::{DriftEvent, DriftMetric, DriftMonitor, DriftOptions, DriftReport};
+pub use ewm::{EwmScaler, EwmScalerOptions};
 pub use features::Features;
+pub use follow::{Causal, SeriesStats};
 pub use half::{HalfFinding, HalfProblem, half_precision};
 pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
 pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
 pub use pipeline::Pipeline;
 pub use registry::{from_state, load};
+pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
 pub use robust::{RobustScaler, RobustScalerOptions};
+pub use sliding::{SlidingScaler, SlidingScalerOptions};
 pub use standard::{StandardScaler, StandardScalerOptions};
 pub use state::{Seen, State};
 pub use target::{Deviation, TargetError, TargetScaler};

@@ -5,7 +5,8 @@ use std::path::Path;
 use candle_core::Result;
 
 use super::{
-    Archive, MaxAbsScaler, MinMaxScaler, PREFIX, RobustScaler, Scaler, StandardScaler, State,
+    AdaptiveScaler, Archive, EwmScaler, MaxAbsScaler, MinMaxScaler, PREFIX, RobustScaler, Scaler,
+    SlidingScaler, StandardScaler, State,
 };
 use crate::ops::check;
 
@@ -22,9 +23,12 @@ macro_rules! entry {
 }
 
 const KINDS: &[Entry] = &[
+    entry!(AdaptiveScaler),
+    entry!(EwmScaler),
     entry!(MaxAbsScaler),
     entry!(MinMaxScaler),
     entry!(RobustScaler),
+    entry!(SlidingScaler),
     entry!(StandardScaler),
 ];
 
