@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::PoisonError;
 
-use candle_core::{Device, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candle_nn::VarMap;
 
 use crate::layers::params::{ALIASES, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR};
@@ -19,7 +19,7 @@ pub struct LoadReport {
     pub loaded: Vec<String>,
     /// Of these, the ones that the file has under another name: the variable's, the file's.
     pub renamed: Vec<(String, String)>,
-    /// Counters of batches that the file lacks, set to 0.
+    /// Counters of batches that the file lacks beside its statistics, set to 0.
     pub counters_reset: Vec<String>,
     /// Variables that the file lacks, left as they were.
     pub missing: Vec<String>,
@@ -91,6 +91,23 @@ pub fn load_into(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
 /// # Errors
 /// As [`load_into`]; also variables that the file lacks and tensors that no variable takes, all of them named. No variable is
 /// changed then.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_norm::{checkpoint, layer_norm};
+///
+/// let file = std::env::temp_dir().join("candle-norm-load-into-strict.safetensors");
+/// let weight = Tensor::ones(2, DType::F32, &Device::Cpu)?;
+/// candle_core::safetensors::save(&[("weight", weight)].into(), &file)?;
+///
+/// let vars = VarMap::new();
+/// layer_norm(2, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// let error = checkpoint::load_into_strict(&vars, &file).unwrap_err();
+/// assert!(error.to_string().contains(r#"missing: ["bias"]"#));
+/// # std::fs::remove_file(&file)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub fn load_into_strict(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
     load(vars, path.as_ref(), true)
 }
@@ -125,7 +142,7 @@ fn set(
     let mut unexpected: BTreeSet<&String> = tensors.keys().collect();
     for (name, var) in sorted(&vars) {
         let Some((found, tensor)) = find(name, tensors) else {
-            if last_part(name) == NUM_BATCHES_TRACKED {
+            if last_part(name) == NUM_BATCHES_TRACKED && has_statistics(name, tensors) {
                 report.counters_reset.push(name.clone());
                 values.push((var, var.zeros_like()?.detach()));
             } else {
@@ -181,6 +198,14 @@ fn find<'a>(name: &str, tensors: &'a HashMap<String, Tensor>) -> Option<(&'a Str
     })
 }
 
+/// Whether the file has the statistics that the counter `name` belongs to: without them it says nothing about its batches.
+fn has_statistics(name: &str, tensors: &HashMap<String, Tensor>) -> bool {
+    let prefix = name.strip_suffix(NUM_BATCHES_TRACKED).unwrap_or(name);
+    [RUNNING_MEAN[0], RUNNING_VAR[0]]
+        .iter()
+        .any(|statistic| find(&format!("{prefix}{statistic}"), tensors).is_some())
+}
+
 /// `tensor` as the variable holds it, checked.
 fn value_for(name: &str, var: &Var, found: &str, tensor: &Tensor) -> Result<Tensor> {
     let counter = last_part(name) == NUM_BATCHES_TRACKED;
@@ -202,6 +227,16 @@ fn value_for(name: &str, var: &Var, found: &str, tensor: &Tensor) -> Result<Tens
             tensor.dtype()
         )
     }
+    let tensor = match tensor.dtype() {
+        // candle 0.11.1 never comes back from converting these to f64.
+        DType::F8E4M3 => tensor.to_dtype(DType::F32)?,
+        DType::F8E8M0 | DType::F6E2M3 | DType::F6E3M2 | DType::F4 => bail!(
+            "{found}: expected dtype {:?}, got {:?}, which candle cannot convert",
+            var.dtype(),
+            tensor.dtype()
+        ),
+        _ => tensor,
+    };
     if counter {
         check::counter("checkpoint", found, &tensor)?;
     }

@@ -22,6 +22,20 @@ pub struct ParamGroups {
 impl ParamGroups {
     /// Moves the parameters of `norm` to `no_decay`, where their shape alone does not tell: a weight of two axes or more without a
     /// bias.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_norm::{param_groups, rms_norm};
+    ///
+    /// let vars = VarMap::new();
+    /// let norm = rms_norm((4, 8), 1e-6, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    /// let mut groups = param_groups(&vars);
+    /// assert_eq!((groups.decay.len(), groups.no_decay.len()), (1, 0));
+    /// groups.exempt(&norm);
+    /// assert_eq!((groups.decay.len(), groups.no_decay.len()), (0, 1));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn exempt(&mut self, norm: &dyn Norm) {
         let ids: Vec<_> = norm.parameters().iter().map(|(_, p)| p.id()).collect();
         let (exempt, decay) = std::mem::take(&mut self.decay)

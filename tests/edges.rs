@@ -260,7 +260,11 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     );
     assert_message(
         weight.forward(&x(&[2, 5], f32)?),
-        &["WeightNorm", "[4]", "got [2, 5]"],
+        &[
+            "WeightNorm",
+            "expected 4 features on the last axis",
+            "[2, 5]",
+        ],
     );
 
     for dtype in [DType::U8, DType::U32, DType::I64] {

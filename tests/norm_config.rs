@@ -307,6 +307,21 @@ fn features_of_batch_are_the_batch_norm_of_the_transposed() -> Result<()> {
     Ok(())
 }
 
+/// What came is said as it came, not transposed.
+#[test]
+fn features_of_another_number_are_refused_in_the_shape_that_came() -> Result<()> {
+    for name in ["batch", "group:2", "instance"] {
+        let norm = config(name).features(4, vb(&VarMap::new()))?;
+        let text = message(norm.forward_t(&random(&[2, 4, 3], 0)?, true));
+        let parts = [
+            "expected 4 features on the last axis",
+            "got input size [2, 4, 3]",
+        ];
+        assert!(parts.iter().all(|p| text.contains(p)), "{text}");
+    }
+    Ok(())
+}
+
 #[test]
 fn features_pass_gradients_through_the_transposition() -> Result<()> {
     let cotangent = random(&[3, 5, 4], 1)?;

@@ -128,7 +128,7 @@ fn check_layer(kind: Kind, dims: &[usize]) -> Result<()> {
         };
         subject.forward(&t[0], &params)
     };
-    for path in [Path::Auto, Path::Composed] {
+    for path in [Path::Fused, Path::Composed] {
         let what = format!("{kind:?} of {dims:?}, {path:?}");
         with_path(path, || check(&what, &inputs, forward))?;
     }

@@ -7,9 +7,8 @@ mod common;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::Duration;
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarBuilder, VarMap};
@@ -21,27 +20,9 @@ use candle_norm::{
 use common::compare::assert_same_bits;
 use common::data::{Draw, bits, tensor, values, variable};
 use common::subjects::{Kind, Numbers, Subject, backward, gradient};
+use common::watch::without_deadlock;
 
 const THREADS: usize = 8;
-
-/// Runs `body` on another thread, and fails if it does not end.
-fn without_deadlock(body: impl FnOnce() + Send + 'static) {
-    const LIMIT: Duration = Duration::from_secs(120);
-    let (sender, receiver) = mpsc::channel();
-    let worker = thread::spawn(move || {
-        body();
-        // Dropped instead of sent where the body panics.
-        sender.send(()).expect("somebody who waits");
-    });
-    match receiver.recv_timeout(LIMIT) {
-        Err(mpsc::RecvTimeoutError::Timeout) => panic!("deadlock: not done after {LIMIT:?}"),
-        _ => {
-            if let Err(panic) = worker.join() {
-                std::panic::resume_unwind(panic)
-            }
-        }
-    }
-}
 
 /// A batch or instance norm that keeps statistics, by one signature.
 #[derive(Clone)]

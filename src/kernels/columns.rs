@@ -8,13 +8,11 @@ use std::mem::MaybeUninit;
 use super::buffer::filled;
 use super::moments::{Mean, Moments, parts};
 use super::par;
-use super::planes::{Shape, Statistics};
+use super::planes::{Shape, Statistics, Wanted};
 use super::rows::{Affine, Gradients, Stats};
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, zero};
-use super::span::{Columns, chunk, map, map2};
-
-/// How many rows are added up in the accumulator's precision.
-const ROWS_PER_RUN: usize = 64;
+use super::simd::{Elem, Isa, Kernel, Level, Real};
+use super::span::{Columns, map, map2};
+use super::totals::{ColumnSums, combined, rows_per_block};
 
 /// One number for each column, in the accumulator's precision.
 fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
@@ -26,11 +24,10 @@ fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
         .collect()
 }
 
-/// The statistics of a channel for each of its columns.
+/// The mean of a channel for each of its columns.
 struct Spread<T> {
     high: Vec<T>,
     low: Vec<T>,
-    inv_std: Vec<T>,
 }
 
 impl<T: Real> Spread<T> {
@@ -38,7 +35,6 @@ impl<T: Real> Spread<T> {
         Self {
             high: per_column(shape, |c| parts::<T>(stats[c].mean).0.wide()),
             low: per_column(shape, |c| parts::<T>(stats[c].mean).1.wide()),
-            inv_std: per_column(shape, |c| stats[c].inv_std),
         }
     }
 }
@@ -53,7 +49,7 @@ where
     E::Acc: Elem<Acc = E::Acc>,
 {
     let width = shape.channels * shape.inner;
-    let per_block = par::items_per_block(shape.outer, width);
+    let per_block = rows_per_block(shape.outer, width);
     let level = Level::current();
     let stats: Vec<Stats> = match statistics {
         Statistics::Given(given) => given.to_vec(),
@@ -109,50 +105,11 @@ where
 
 /// How many rows fit a second pass from cache.
 fn rows_per_pass(width: usize) -> usize {
-    (PASS / width.max(1)).clamp(ROWS_PER_RUN, 8 * ROWS_PER_RUN)
+    (PASS / width.max(1)).clamp(64, 512)
 }
 
 /// The elements of such a pass.
 const PASS: usize = 1 << 16;
-
-/// Sums down the columns: `f(row, k)` added up over `rows` for each chunk `k`, in lanes over [`ROWS_PER_RUN`] rows and then in `f64`. The result
-/// has one number for each lane of each chunk; the columns of the last chunk are at its end.
-#[inline(always)]
-fn column_sums<const N: usize, I: Isa, T: Real>(
-    isa: I,
-    rows: usize,
-    chunks: usize,
-    f: impl Fn(usize, usize) -> [Lanes<I, T>; N],
-) -> Vec<[[f64; LANES]; N]> {
-    let mut totals = vec![[[0f64; LANES]; N]; chunks];
-    for first in (0..rows).step_by(ROWS_PER_RUN) {
-        let rows = first..(first + ROWS_PER_RUN).min(rows);
-        for (k, totals) in totals.iter_mut().enumerate() {
-            let mut sums = [zero::<I, T>(isa); N];
-            for row in rows.clone() {
-                let new = f(row, k);
-                for i in 0..N {
-                    sums[i] = sums[i] + new[i];
-                }
-            }
-            for i in 0..N {
-                let sums = sums[i].to_array();
-                for lane in 0..LANES {
-                    totals[i][lane] += sums[lane].wide();
-                }
-            }
-        }
-    }
-    totals
-}
-
-/// The columns of [`column_sums`], in order, from the lanes of their chunks.
-#[inline(always)]
-fn column_of(column: usize, width: usize) -> (usize, usize) {
-    let (k, lane) = (column / LANES, column % LANES);
-    let missing = ((k + 1) * LANES).saturating_sub(width);
-    (k, lane + missing)
-}
 
 /// The moments of each column of `x`.
 struct ColumnMoments<'a, E> {
@@ -170,46 +127,51 @@ where
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let width = self.moments.len();
-        let chunks = width.div_ceil(LANES);
         for x in self.x.chunks(rows_per_pass(width) * width) {
-            let rows = x.len() / width;
-            let count = rows as f64;
+            let count = (x.len() / width) as f64;
+            let mut sums = vec![0f64; 2 * width];
             let mut shifts = vec![E::Acc::default(); width];
             if self.center {
-                let sums = column_sums::<1, I, E::Acc>(
-                    isa,
-                    rows,
-                    chunks,
-                    #[inline(always)]
-                    |row, k| [chunk(isa, &x[row * width..][..width], k)],
-                );
-                for (column, shift) in shifts.iter_mut().enumerate() {
-                    let (k, lane) = column_of(column, width);
-                    *shift = E::Acc::from_wide(sums[k][0][lane] / count);
+                let mut columns = ColumnSums::<I, E::Acc, 1>::new(isa, &mut sums[..width]);
+                for rows in x.chunks_exact(width) {
+                    columns.add(
+                        isa,
+                        rows,
+                        #[inline(always)]
+                        |_, v| [v],
+                    );
+                }
+                columns.finish(isa);
+                for (shift, sum) in shifts.iter_mut().zip(&sums) {
+                    *shift = E::Acc::from_wide(*sum / count);
                 }
             }
             let shift = Columns::new(isa, &shifts);
-            let sums = column_sums::<2, I, E::Acc>(
-                isa,
-                rows,
-                chunks,
-                #[inline(always)]
-                |row, k| {
-                    let d = chunk(isa, &x[row * width..][..width], k) - shift.at(k);
-                    [d, d * d]
-                },
-            );
+            sums.fill(0.);
+            let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, &mut sums);
+            for rows in x.chunks_exact(width) {
+                columns.add(
+                    isa,
+                    rows,
+                    #[inline(always)]
+                    |k, v| {
+                        let d = v - shift.at(k);
+                        [d, d * d]
+                    },
+                );
+            }
+            columns.finish(isa);
+            let (first, second) = sums.split_at(width);
             let joint = self.moments[0].joint(count);
             for (column, all) in self.moments.iter_mut().enumerate() {
-                let (k, lane) = column_of(column, width);
                 // About zero the sums say nothing of a mean: an infinite one would spoil the squares.
-                let first = if self.center { sums[k][0][lane] } else { 0. };
-                let (rest, second) = (first / count, sums[k][1][lane]);
+                let first = if self.center { first[column] } else { 0. };
+                let rest = first / count;
                 *all = all.merge_by(
                     Moments {
                         count,
                         mean: Mean::sum(shifts[column].wide(), rest),
-                        m2: second - first * rest,
+                        m2: second[column] - first * rest,
                     },
                     joint,
                 );
@@ -261,51 +223,54 @@ pub(super) fn backward<E: Elem>(
     shape: Shape,
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
-    own: Option<bool>,
+    wanted: Wanted,
 ) -> Gradients<E>
 where
     E::Acc: Elem<Acc = E::Acc>,
 {
     let width = shape.channels * shape.inner;
-    let per_block = par::items_per_block(shape.outer, width);
+    let per_block = rows_per_block(shape.outer, width);
     let level = Level::current();
     let spread = Spread::<E::Acc>::new(shape, stats);
-    let mut blocks = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
-    let jobs = x
-        .chunks(per_block * width)
-        .zip(dy.chunks(per_block * width))
-        .zip(blocks.chunks_mut(2 * width))
-        .map(|((x, dy), sums)| ColumnSums {
-            x,
-            dy,
-            spread: &spread,
-            sums,
-        })
-        .collect();
-    par::run(jobs, x.len(), |job| level.run(job));
-    let mut dweight = vec![0f64; shape.channels];
-    let mut dbias = vec![0f64; shape.channels];
-    for block in blocks.chunks(2 * width) {
-        let (along, sum) = block.split_at(width);
-        for (totals, columns) in [(&mut dweight, along), (&mut dbias, sum)] {
-            for (total, columns) in totals.iter_mut().zip(columns.chunks(shape.inner)) {
-                *total += columns.iter().sum::<f64>();
-            }
-        }
-    }
-    let count = shape.per_channel();
-    let of_own = |v: f64| if own.is_some() { v / count } else { 0. };
     let scale = per_column(shape, |c| {
         stats[c].inv_std * weight.map_or(1., |w| w[c].wide())
     });
-    let mean = per_column(shape, |c| {
-        if own == Some(true) {
-            dbias[c] / count
-        } else {
-            0.
-        }
-    });
-    let along = per_column(shape, |c| of_own(dweight[c]) * stats[c].inv_std);
+    let mut blocks = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
+    let pairs = x
+        .chunks(per_block * width)
+        .zip(dy.chunks(per_block * width))
+        .zip(blocks.chunks_mut(2 * width));
+    let sums_of = |((x, dy), sums)| Sums {
+        x,
+        dy,
+        spread: &spread,
+        sums,
+    };
+    let Some(center) = wanted.own else {
+        // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
+        let dx = unsafe {
+            filled(x.len(), |dx| {
+                let jobs = pairs
+                    .zip(dx.chunks_mut(per_block * width))
+                    .map(|(pair, dx)| Given {
+                        sums: sums_of(pair),
+                        scale: &scale,
+                        dx,
+                        params: wanted.params,
+                    })
+                    .collect();
+                par::run(jobs, x.len(), |job| level.run(job));
+            })
+        };
+        let [dweight, dbias] = per_channel::<E::Acc>(shape, stats, &blocks);
+        return Gradients { dx, dweight, dbias };
+    };
+    let jobs = pairs.map(sums_of).collect();
+    par::run(jobs, x.len(), |job: Sums<E>| level.run(job));
+    let [dweight, dbias] = per_channel::<E::Acc>(shape, stats, &blocks);
+    let count = shape.per_channel();
+    let mean = per_column(shape, |c| if center { dbias[c] / count } else { 0. });
+    let along = per_column(shape, |c| dweight[c] / count * stats[c].inv_std);
     // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
     let dx = unsafe {
         filled(x.len(), |dx| {
@@ -329,15 +294,29 @@ where
     Gradients { dx, dweight, dbias }
 }
 
-/// The sums of `dy · x̂` of each column, then those of `dy`.
-struct ColumnSums<'a, E: Elem> {
+/// The sums of `dy · x̂` and of `dy` of each channel, from those that each block has of its columns.
+fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f64>; 2] {
+    let columns = combined(blocks, 2 * shape.channels * shape.inner);
+    let (about_high, sum) = columns.split_at(columns.len() / 2);
+    let [mut along, sum] = [about_high, sum].map(|columns| -> Vec<f64> {
+        let channels = columns.chunks(shape.inner);
+        channels.map(|columns| columns.iter().sum()).collect()
+    });
+    for ((along, sum), stats) in along.iter_mut().zip(&sum).zip(stats) {
+        *along = stats.along::<T>([*along, *sum]);
+    }
+    [along, sum]
+}
+
+/// The sums of `dy · (x − high)` of each column, then those of `dy`.
+struct Sums<'a, E: Elem> {
     x: &'a [E],
     dy: &'a [E],
     spread: &'a Spread<E::Acc>,
     sums: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for ColumnSums<'_, E>
+impl<E: Elem> Kernel for Sums<'_, E>
 where
     E::Acc: Elem<Acc = E::Acc>,
 {
@@ -345,29 +324,68 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (along, sum) = self.sums.split_at_mut(self.sums.len() / 2);
-        let width = along.len();
+        let width = self.sums.len() / 2;
         let high = Columns::new(isa, &self.spread.high);
-        let low = Columns::new(isa, &self.spread.low);
-        let inv_std = Columns::new(isa, &self.spread.inv_std);
-        let (x, dy) = (self.x, self.dy);
-        let sums = column_sums::<2, I, E::Acc>(
-            isa,
-            x.len() / width,
-            width.div_ceil(LANES),
-            #[inline(always)]
-            |row, k| {
-                let x = chunk(isa, &x[row * width..][..width], k);
-                let dy = chunk(isa, &dy[row * width..][..width], k);
-                let normal = ((x - high.at(k)) - low.at(k)) * inv_std.at(k);
-                [dy * normal, dy]
-            },
-        );
-        for (column, (along, sum)) in along.iter_mut().zip(sum).enumerate() {
-            let (k, lane) = column_of(column, width);
-            *along = sums[k][0][lane];
-            *sum = sums[k][1][lane];
+        let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, self.sums);
+        let rows = self.x.chunks_exact(width).zip(self.dy.chunks_exact(width));
+        for (x, dy) in rows {
+            columns.add2(
+                isa,
+                x,
+                dy,
+                #[inline(always)]
+                |k, x, dy| [dy * (x - high.at(k)), dy],
+            );
         }
+        columns.finish(isa);
+    }
+}
+
+/// Back through statistics that do not depend on `x`: `dx = dy · scale`, and the sums where anybody wants them.
+struct Given<'a, E: Elem> {
+    sums: Sums<'a, E>,
+    scale: &'a [E::Acc],
+    dx: &'a mut [MaybeUninit<E>],
+    params: bool,
+}
+
+impl<E: Elem> Kernel for Given<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let width = self.scale.len();
+        let high = Columns::new(isa, &self.sums.spread.high);
+        let scale = Columns::new(isa, self.scale);
+        let rows = self.sums.dy.chunks_exact(width);
+        let rows = rows.zip(self.dx.chunks_exact_mut(width));
+        if !self.params {
+            for (dy, dx) in rows {
+                map(
+                    isa,
+                    dy,
+                    dx,
+                    #[inline(always)]
+                    |k, dy| dy * scale.at(k),
+                );
+            }
+            return;
+        }
+        let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, self.sums.sums);
+        for (x, (dy, dx)) in self.sums.x.chunks_exact(width).zip(rows) {
+            columns.add_and_map(
+                isa,
+                (x, dy, dx),
+                #[inline(always)]
+                |k, x, dy| [dy * (x - high.at(k)), dy],
+                #[inline(always)]
+                |k, _, dy| dy * scale.at(k),
+            );
+        }
+        columns.finish(isa);
     }
 }
 

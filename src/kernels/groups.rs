@@ -252,8 +252,9 @@ where
                     x,
                     dy,
                     #[inline(always)]
-                    |_, x, dy| [dy * normal.of(x), dy],
+                    |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
                 );
+                let a = stats.along::<E::Acc>([a, s]);
                 dweight[first + c] += a;
                 dbias[first + c] += s;
                 along += a * weight(first + c);

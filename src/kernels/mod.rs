@@ -20,4 +20,5 @@ mod shared;
 pub(crate) mod simd;
 pub(crate) mod slices;
 mod span;
+mod totals;
 pub(crate) mod weight;

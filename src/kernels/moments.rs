@@ -165,7 +165,26 @@ pub(crate) struct Joint {
 #[inline(always)]
 pub(crate) fn parts<T: Real>(mean: Mean) -> (T, T) {
     let high = T::from_wide(mean.high);
-    (high, T::from_wide((mean.high - high.wide()) + mean.low))
+    (high, T::from_wide(rest(mean, high)))
+}
+
+/// What `high` leaves of a mean.
+#[inline(always)]
+fn rest<T: Real>(mean: Mean, high: T) -> f64 {
+    (mean.high - high.wide()) + mean.low
+}
+
+/// `Σ w · (x − mean)` from `Σ w · (x − high)`, whose distances are exact near the mean, and `Σ w`. Taken off each distance, the rest of the mean
+/// would be rounded alike for many `x`, and in a long sum that adds up.
+#[inline(always)]
+pub(crate) fn about_mean<T: Real>(mean: Mean, about_high: f64, sum: f64) -> f64 {
+    let rest = rest(mean, T::from_wide(mean.high));
+    // Not where it is zero and the sum infinite.
+    if rest == 0. {
+        about_high
+    } else {
+        about_high - rest * sum
+    }
 }
 
 /// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is exact for values near it.
@@ -188,5 +207,11 @@ impl<I: Isa, T: Real> Center<I, T> {
     #[inline(always)]
     pub(crate) fn distance(self, v: Lanes<I, T>) -> Lanes<I, T> {
         (v - self.high) - self.low
+    }
+
+    /// The distance from the first number of the mean, for [`about_mean`].
+    #[inline(always)]
+    pub(crate) fn distance_from_high(self, v: Lanes<I, T>) -> Lanes<I, T> {
+        v - self.high
     }
 }

@@ -216,14 +216,23 @@ impl<I: Isa, T: Real> Affined<I, T> {
     }
 }
 
-/// What flows back into `x` from `dy`. Statistics that were given stay what they are; the batch's own move with it.
+/// What a backward is to account for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    /// Whether the statistics are the batch's own, which move with `x`, and then whether the mean is among them.
+    pub(crate) own: Option<bool>,
+    /// Whether anybody wants the gradients of weight or bias; statistics of the batch need these sums anyway.
+    pub(crate) params: bool,
+}
+
+/// What flows back into `x` from `dy`.
 pub(crate) fn backward<E: Elem>(
     x: &[E],
     dy: &[E],
     shape: Shape,
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
-    own: Option<bool>,
+    wanted: Wanted,
 ) -> Gradients<E>
 where
     E::Acc: Elem<Acc = E::Acc>,
@@ -233,7 +242,7 @@ where
     assert_eq!(stats.len(), shape.channels);
     assert!(weight.is_none_or(|w| w.len() == shape.channels));
     if shape.inner < LANES {
-        return columns::backward(x, dy, shape, weight, stats, own);
+        return columns::backward(x, dy, shape, weight, stats, wanted);
     }
     let level = Level::current();
     let per_job = channels_per_job(shape);
@@ -255,7 +264,7 @@ where
                     first: job * per_job,
                     weight,
                     stats,
-                    own,
+                    wanted,
                     dweight,
                     dbias,
                 })
@@ -274,8 +283,7 @@ struct Backward<'a, E: Elem> {
     first: usize,
     weight: Option<&'a [E::Acc]>,
     stats: &'a [Stats],
-    /// Whether the statistics are the batch's own, and then whether the mean is among them.
-    own: Option<bool>,
+    wanted: Wanted,
     dweight: &'a mut [f64],
     dbias: &'a mut [f64],
 }
@@ -287,56 +295,116 @@ where
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let shape = self.shape;
-        for (i, (dweight, dbias)) in self.dweight.iter_mut().zip(self.dbias).enumerate() {
-            let channel = self.first + i;
-            let stats = self.stats[channel];
-            let center = Center::<I, E::Acc>::new(isa, stats.mean);
-            let inv_std = splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std));
-            for run in shape.runs() {
-                let pairs = shape
-                    .slices(self.x, channel, run.clone())
-                    .zip(shape.slices(self.dy, channel, run));
-                let [along, sum] = run_sums2(
-                    isa,
-                    pairs,
-                    0,
-                    #[inline(always)]
-                    |_, x, dy| [dy * (center.distance(x) * inv_std), dy],
-                );
-                *dweight += along;
-                *dbias += sum;
-            }
-            let weight = self.weight.map_or(1., |w| w[channel].wide());
-            let back = Back::<I, E::Acc>::new(
-                isa,
-                stats,
-                weight,
-                [*dweight, *dbias],
-                shape.per_channel(),
-                self.own,
-            );
-            for sample in 0..shape.outer {
-                let plane = shape.plane(sample, channel);
-                // SAFETY: this job alone has the channel, and takes each of its planes once.
-                let dx: &mut [MaybeUninit<E>] = unsafe { self.dx.part(plane.clone()) };
-                let (x, dy) = (&self.x[plane.clone()], &self.dy[plane]);
-                map2(
-                    isa,
-                    x,
-                    dy,
-                    dx,
-                    #[inline(always)]
-                    |_, x, dy| back.of(x, dy),
-                );
+    fn run<I: Isa>(mut self, isa: I) {
+        for i in 0..self.dweight.len() {
+            match self.wanted {
+                Wanted {
+                    own: Some(center), ..
+                } => self.through_own(isa, i, center),
+                Wanted { own: None, params } => self.through_given(isa, i, params),
             }
         }
     }
 }
 
-/// `dx = inv_std · weight · (dy − mean(dy) − x̂ · mean(dy · x̂))` with one value of each statistic; the means are absent where the statistics do
-/// not depend on `x`.
+impl<E: Elem> Backward<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    /// Channel `i` of this job, whose statistics move with `x`: first the sums, then the gradient.
+    #[inline(always)]
+    fn through_own<I: Isa>(&mut self, isa: I, i: usize, centered: bool) {
+        let (shape, channel) = (self.shape, self.first + i);
+        let stats = self.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        for run in shape.runs() {
+            let pairs = shape
+                .slices(self.x, channel, run.clone())
+                .zip(shape.slices(self.dy, channel, run));
+            let [along, sum] = run_sums2(
+                isa,
+                pairs,
+                0,
+                #[inline(always)]
+                |_, x, dy| [dy * center.distance_from_high(x), dy],
+            );
+            self.dweight[i] += stats.along::<E::Acc>([along, sum]);
+            self.dbias[i] += sum;
+        }
+        let back = Back::<I, E::Acc>::new(
+            isa,
+            stats,
+            self.weight_of(channel),
+            [self.dweight[i], if centered { self.dbias[i] } else { 0. }],
+            shape.per_channel(),
+        );
+        for sample in 0..shape.outer {
+            let (x, dy, dx) = self.planes(sample, channel);
+            map2(
+                isa,
+                x,
+                dy,
+                dx,
+                #[inline(always)]
+                |_, x, dy| back.of(x, dy),
+            );
+        }
+    }
+
+    /// Channel `i` of this job, whose statistics stay: all in one sweep.
+    #[inline(always)]
+    fn through_given<I: Isa>(&mut self, isa: I, i: usize, params: bool) {
+        let (shape, channel) = (self.shape, self.first + i);
+        let stats = self.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let scale = E::Acc::from_wide(stats.inv_std * self.weight_of(channel));
+        let scale = splat::<I, _>(isa, scale);
+        for run in shape.runs() {
+            if params {
+                let pairs = shape.slices(self.x, channel, run.clone()).zip(shape.slices(
+                    self.dy,
+                    channel,
+                    run.clone(),
+                ));
+                let [along, sum] = run_sums2(
+                    isa,
+                    pairs,
+                    0,
+                    #[inline(always)]
+                    |_, x, dy| [dy * center.distance_from_high(x), dy],
+                );
+                self.dweight[i] += stats.along::<E::Acc>([along, sum]);
+                self.dbias[i] += sum;
+            }
+            let (samples, part) = run;
+            for sample in samples {
+                let (_, dy, dx) = self.planes(sample, channel);
+                map(
+                    isa,
+                    &dy[part.clone()],
+                    &mut dx[part.clone()],
+                    #[inline(always)]
+                    |_, dy| dy * scale,
+                );
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn weight_of(&self, channel: usize) -> f64 {
+        self.weight.map_or(1., |w| w[channel].wide())
+    }
+
+    #[inline(always)]
+    fn planes(&self, sample: usize, channel: usize) -> (&[E], &[E], &mut [MaybeUninit<E>]) {
+        let plane = self.shape.plane(sample, channel);
+        // SAFETY: this job alone has the channel, and takes one of its planes at a time.
+        let dx = unsafe { self.dx.part(plane.clone()) };
+        (&self.x[plane.clone()], &self.dy[plane], dx)
+    }
+}
+
+/// `dx = inv_std · weight · (dy − mean(dy) − x̂ · mean(dy · x̂))` with one value of each statistic.
 #[derive(Clone, Copy)]
 pub(crate) struct Back<I: Isa, T: Real> {
     center: Center<I, T>,
@@ -347,23 +415,12 @@ pub(crate) struct Back<I: Isa, T: Real> {
 
 impl<I: Isa, T: Real> Back<I, T> {
     #[inline(always)]
-    fn new(
-        isa: I,
-        stats: Stats,
-        weight: f64,
-        [along, sum]: [f64; 2],
-        count: f64,
-        own: Option<bool>,
-    ) -> Self {
-        let (mean, along) = match own {
-            None => (0., 0.),
-            Some(center) => (if center { sum / count } else { 0. }, along / count),
-        };
+    fn new(isa: I, stats: Stats, weight: f64, [along, sum]: [f64; 2], count: f64) -> Self {
         Self {
             center: Center::new(isa, stats.mean),
             scale: splat::<I, _>(isa, T::from_wide(stats.inv_std * weight)),
-            mean: splat::<I, _>(isa, T::from_wide(mean)),
-            along: splat::<I, _>(isa, T::from_wide(along * stats.inv_std)),
+            mean: splat::<I, _>(isa, T::from_wide(sum / count)),
+            along: splat::<I, _>(isa, T::from_wide(along / count * stats.inv_std)),
         }
     }
 

@@ -3,10 +3,11 @@
 use std::mem::MaybeUninit;
 
 use super::buffer::filled;
-use super::moments::{Center, Mean, Moments};
+use super::moments::{Center, Mean, Moments, about_mean};
 use super::par;
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, Vector, splat, zero};
-use super::span::{Columns, chunk, map, map2, store_chunk, sums, sums2};
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat, zero};
+use super::span::{Columns, map, map2, store_tail, sums, sums2, tail};
+use super::totals::{ColumnSums, combined, rows_per_block, whole_chunks};
 
 /// What a row is normalized by.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +32,14 @@ impl Stats {
             var,
             inv_std: 1. / (var + eps).sqrt(),
         }
+    }
+}
+
+impl Stats {
+    /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
+    #[inline(always)]
+    pub(crate) fn along<T: Real>(self, [about_high, sum]: [f64; 2]) -> f64 {
+        about_mean::<T>(self.mean, about_high, sum) * self.inv_std
     }
 }
 
@@ -138,7 +147,7 @@ where
 /// `x̂ = (x − mean) · inv_std`.
 #[derive(Clone, Copy)]
 pub(crate) struct Normal<I: Isa, T: Real> {
-    mean: Center<I, T>,
+    pub(crate) mean: Center<I, T>,
     inv_std: Lanes<I, T>,
 }
 
@@ -247,7 +256,11 @@ where
     assert_eq!(x.len(), stats.len() * len);
     assert_eq!(x.len(), dy.len());
     assert!(weight.is_none_or(|w| w.len() == len));
-    let per_block = par::items_per_block(stats.len(), len).next_multiple_of(ROWS);
+    let per_block = if params {
+        rows_per_block(stats.len(), len)
+    } else {
+        par::items_per_block(stats.len(), len)
+    };
     let level = Level::current();
     let blocks = x.len().div_ceil(per_block * len);
     let width = if params { len } else { 0 };
@@ -277,25 +290,13 @@ where
             par::run(blocks, x.len(), |block| level.run(block));
         })
     };
-    let mut total = vec![0f64; 2 * width];
-    for partial in partial.chunks(2 * width.max(1)) {
-        for (t, p) in total.iter_mut().zip(partial) {
-            *t += p;
-        }
-    }
-    let dbias = total.split_off(width);
-    Gradients {
-        dx,
-        dweight: total,
-        dbias,
-    }
+    let mut dweight = combined(&partial, 2 * width);
+    let dbias = dweight.split_off(width);
+    Gradients { dx, dweight, dbias }
 }
 
-/// How many rows go through the columns together, so that the sums of a column stay in registers.
+/// How many rows go through the columns together, so that the sums of a column are read and written once for all of them.
 const ROWS: usize = 4;
-
-/// How many rows are added up in the accumulator's precision.
-const ROWS_PER_RUN: usize = 8 * ROWS;
 
 struct Backward<'a, E: Elem> {
     x: &'a [E],
@@ -317,33 +318,37 @@ where
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let len = self.spec.len;
-        let width = self.partial.len() / 2;
-        let chunks = if width > 0 { len.div_ceil(LANES) } else { 0 };
-        let mut sums = vec![[zero::<I, E::Acc>(isa); 2]; chunks];
+        let mut sums = ColumnSums::<I, E::Acc, 2>::new(isa, self.partial);
         let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
-        let run = ROWS_PER_RUN;
-        let pairs = self.x.chunks(run * len).zip(self.dy.chunks(run * len));
-        let runs = pairs.zip(self.dx.chunks_mut(run * len));
-        for (((x, dy), dx), stats) in runs.zip(self.stats.chunks(run)) {
-            let mut first = 0;
-            while first < stats.len() {
-                let count = if stats.len() - first >= ROWS { ROWS } else { 1 };
-                let span = first * len..(first + count) * len;
+        let pairs = self.x.chunks(ROWS * len).zip(self.dy.chunks(ROWS * len));
+        let groups = pairs.zip(self.dx.chunks_mut(ROWS * len));
+        for (((x, dy), dx), stats) in groups.zip(self.stats.chunks(ROWS)) {
+            if stats.len() == ROWS {
                 let rows = Rows {
-                    x: &x[span.clone()],
-                    dy: &dy[span.clone()],
-                    dx: &mut dx[span],
-                    stats: &stats[first..first + count],
+                    x,
+                    dy,
+                    dx,
+                    stats,
                     spec: self.spec,
                 };
-                match count {
-                    ROWS => rows.run::<ROWS, I>(isa, weight, &mut sums),
-                    _ => rows.run::<1, I>(isa, weight, &mut sums),
+                rows.run::<ROWS, I>(isa, weight, sums.chunks());
+            } else {
+                let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
+                let rows = pairs.zip(dx.chunks_exact_mut(len));
+                for (((x, dy), dx), stats) in rows.zip(stats.chunks(1)) {
+                    let row = Rows {
+                        x,
+                        dy,
+                        dx,
+                        stats,
+                        spec: self.spec,
+                    };
+                    row.run::<1, I>(isa, weight, sums.chunks());
                 }
-                first += count;
             }
-            flush::<I, E::Acc>(isa, &mut sums, self.partial, width);
+            sums.added(isa, stats.len());
         }
+        sums.finish(isa);
     }
 }
 
@@ -374,26 +379,6 @@ impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
     #[inline(always)]
     fn of(&self, normal: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
         self.normal.inv_std * ((g - self.a) - normal * self.b)
-    }
-}
-
-/// Adds the lanes of the columns to the totals, and starts them anew.
-#[inline(always)]
-fn flush<I: Isa, T: Real>(isa: I, sums: &mut [[Lanes<I, T>; 2]], totals: &mut [f64], width: usize) {
-    let whole = width / LANES;
-    let (dweight, dbias) = totals.split_at_mut(width);
-    for (k, sums) in sums.iter_mut().enumerate() {
-        let (from, skip) = if k < whole {
-            (k * LANES, 0)
-        } else {
-            (whole * LANES, LANES - (width - whole * LANES))
-        };
-        for (total, lanes) in [&mut *dweight, &mut *dbias].into_iter().zip(&*sums) {
-            for (t, v) in total[from..].iter_mut().zip(&lanes.to_array()[skip..]) {
-                *t += v.wide();
-            }
-        }
-        *sums = [zero::<I, T>(isa); 2];
     }
 }
 
@@ -444,24 +429,41 @@ where
             }
             return;
         }
-        let whole = len / LANES;
-        for (k, sums) in sums.iter_mut().enumerate() {
+        let (whole, rest) = sums.split_at_mut(len / LANES);
+        let (xs, dys) = (
+            whole_chunks::<N, E>(self.x, len),
+            whole_chunks::<N, E>(self.dy, len),
+        );
+        let mut row = self.dx.chunks_exact_mut(len);
+        let dxs: [&mut [[MaybeUninit<E>; LANES]]; N] = std::array::from_fn(|_| {
+            let row = row.next().unwrap_or_default();
+            &mut row.as_chunks_mut::<LANES>().0[..len / LANES]
+        });
+        for (k, sums) in whole.iter_mut().enumerate() {
+            let [mut dweight, mut dbias] = *sums;
+            let mut values = [zero::<I, E::Acc>(isa); N];
+            for r in 0..N {
+                let (x, dy) = (E::load(isa, &xs[r][k]), E::load(isa, &dys[r][k]));
+                values[r] = rows[r].of(rows[r].normal.of(x), weight.times(k, dy));
+                dweight = dweight + dy * rows[r].normal.rounded::<E>(isa, x, round_first);
+                dbias = dbias + dy;
+            }
+            for r in 0..N {
+                E::store(isa, values[r], &mut dxs[r][k]);
+            }
+            *sums = [dweight, dbias];
+        }
+        let k = len / LANES;
+        for sums in rest {
             let [mut dweight, mut dbias] = *sums;
             for (r, row) in rows.iter().enumerate() {
-                // The last columns are the tail of a row, of which only the end is new.
                 let span = r * len..(r + 1) * len;
                 let (x, dy) = (&self.x[span.clone()], &self.dy[span.clone()]);
-                let (x, dy) = (chunk(isa, x, k), chunk(isa, dy, k));
+                let (x, dy) = (tail(isa, x), tail(isa, dy));
                 let value = row.of(row.normal.of(x), weight.times(k, dy));
-                let along = dy * row.normal.rounded::<E>(isa, x, round_first);
-                if k < whole {
-                    dweight = dweight + along;
-                    dbias = dbias + dy;
-                } else {
-                    dweight = dweight + along.keep_last(len - whole * LANES);
-                    dbias = dbias + dy.keep_last(len - whole * LANES);
-                }
-                store_chunk(isa, value, &mut self.dx[span], k);
+                dweight = dweight + dy * row.normal.rounded::<E>(isa, x, round_first);
+                dbias = dbias + dy;
+                store_tail(isa, value, &mut self.dx[span]);
             }
             *sums = [dweight, dbias];
         }
@@ -473,21 +475,21 @@ where
         let len = self.spec.len;
         let span = r * len..(r + 1) * len;
         let normal = Normal::<I, E::Acc>::new(isa, self.stats[r]);
-        let [g, along] = sums2(
+        let [along, g] = sums2(
             isa,
             &self.x[span.clone()],
             &self.dy[span],
             #[inline(always)]
             |k, x, dy| {
                 let g = weight.times(k, dy);
-                [g, g * normal.of(x)]
+                [g * normal.mean.distance_from_high(x), g]
             },
         );
         let mean = |sum: f64| splat::<I, _>(isa, E::Acc::from_wide(sum / len as f64));
         Back {
             normal,
             a: mean(if self.spec.center { g } else { 0. }),
-            b: mean(along),
+            b: mean(self.stats[r].along::<E::Acc>([along, g])),
         }
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn tail<E: Elem, I: Isa>(isa: I, x: &[E]) -> Lanes<I, E::Acc> {
 
 /// Writes the lanes of [`tail`] back.
 #[inline(always)]
-fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
+pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut [MaybeUninit<E>]) {
     match out.last_chunk_mut::<LANES>() {
         Some(last) => E::store(isa, v, last),
         None => {

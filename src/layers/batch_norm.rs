@@ -336,6 +336,25 @@ impl BatchNorm {
     ///
     /// # Errors
     /// A layer that tracks no statistics.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let norm = candle_norm::batch_norm(3, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    /// let x = Tensor::randn(5f32, 2., (4, 3, 8), &Device::Cpu)?;
+    /// norm.forward_t(&x, true)?;
+    /// let frozen = norm.frozen()?;
+    /// let y = frozen.forward(&x)?;
+    /// assert_eq!(y.to_vec3::<f32>()?, norm.forward_t(&x, false)?.to_vec3::<f32>()?);
+    /// // Training goes on in the layer, but not in its frozen statistics; its weight is the same variable.
+    /// norm.forward_t(&x, true)?;
+    /// assert_eq!(y.to_vec3::<f32>()?, frozen.forward(&x)?.to_vec3::<f32>()?);
+    /// let gradients = y.sum_all()?.backward()?;
+    /// assert!(gradients.get(norm.weight().unwrap()).is_some());
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn frozen(&self) -> Result<FrozenNorm> {
         let statistics = check::tracked(LAYER, self.running_stats())?.snapshot()?;
         let params = self.params.clone();
@@ -352,6 +371,21 @@ impl BatchNorm {
     ///
     /// # Errors
     /// A layer that tracks no statistics, or does not fit.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_nn::{Linear, Module};
+    /// use candle_norm::BatchNorm;
+    ///
+    /// let line = |v: f64| Tensor::new(&[v], &Device::Cpu);
+    /// let norm = BatchNorm::new_no_bias(1, line(2.)?, line(4.)?, 1e-12)?;
+    /// let layer = Linear::new(Tensor::new(&[[6f64]], &Device::Cpu)?, None);
+    /// // (6x − 2) / 2
+    /// let both = norm.fold_into(&layer)?;
+    /// let y = both.forward(&Tensor::new(&[[1f64]], &Device::Cpu)?)?;
+    /// assert!((y.to_vec2::<f64>()?[0][0] - 2.).abs() < 1e-9);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn fold_into<L: Foldable>(&self, layer: &L) -> Result<L> {
         self.frozen()?.fold_into(layer)
     }

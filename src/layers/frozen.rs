@@ -83,6 +83,10 @@ impl FrozenNorm {
             &weight,
             self.mean.device(),
         )?;
+        if let Some(bias) = layer.bias() {
+            check::shape(self.layer, "the bias to fold into", bias, &[c])?;
+            check::float(self.layer, "the bias to fold into", bias)?;
+        }
         let dtype = weight.dtype();
         let acc = composed::accumulator(dtype);
         let wide = |t: &Tensor| t.detach().to_dtype(acc);

@@ -82,6 +82,7 @@ pub fn group_norm(
     let GroupNormOptions { eps, affine } = options.into();
     check::eps("GroupNorm", eps)?;
     check::groups("GroupNorm", num_groups, num_channels)?;
+    check::countable("GroupNorm", "a channel axis", &[num_channels])?;
     Ok(GroupNorm {
         params: AffineParams::new(&vb, num_channels, affine, 1.)?,
         eps,

@@ -114,6 +114,7 @@ pub fn layer_norm<C: Into<LayerNormOptions>>(
         ..RowNorm::layer_norm(options.eps)
     };
     check::eps(norm.layer, options.eps)?;
+    check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let params = AffineParams::new(&vb, &shape, options.affine, 1.)?;
     LayerNorm::from_params(shape.dims(), params, norm, &vb)
 }
@@ -122,6 +123,17 @@ pub fn layer_norm<C: Into<LayerNormOptions>>(
 ///
 /// # Errors
 /// As [`layer_norm`].
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::layer_norm_no_bias(768, 1e-5, vb)?;
+/// assert_eq!((norm.weight().dims(), norm.bias().is_none()), (&[768][..], true));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub fn layer_norm_no_bias(
     normalized_shape: impl Into<Shape>,
     eps: f64,
@@ -208,6 +220,11 @@ impl LayerNorm {
     /// The trailing shape that statistics are taken over.
     pub fn normalized_shape(&self) -> &[usize] {
         &self.normalized_shape
+    }
+
+    /// Added to the weight; 0 but in an RMS norm.
+    pub(super) fn offset(&self) -> f64 {
+        self.norm.offset
     }
 
     /// What the weight starts from: with an offset, the factor starts at one all the same.

@@ -103,6 +103,7 @@ pub fn rms_norm(
     };
     check::eps(norm.layer, norm.eps_for(vb.dtype()))?;
     check::finite(norm.layer, "offset", options.offset)?;
+    check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let params = AffineParams::new(&vb, &shape, options.affine, 1. - options.offset)?;
     LayerNorm::from_params(shape.dims(), params, norm, &vb).map(RmsNorm)
 }
@@ -121,6 +122,30 @@ impl RmsNorm {
     /// The scale, without the offset; ones where `affine` is [`Affine::None`].
     pub fn weight(&self) -> &Tensor {
         self.0.weight()
+    }
+
+    /// The shift, if there is one.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_norm::{Affine, RmsNormOptions, rms_norm};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let options = RmsNormOptions { affine: Affine::WeightAndBias, offset: 1., ..Default::default() };
+    /// let norm = rms_norm(4, options, vb)?;
+    /// assert_eq!(norm.bias().unwrap().dims(), [4]);
+    /// assert_eq!((norm.offset(), norm.weight().to_vec1::<f32>()?), (1., vec![0.; 4]));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.0.bias()
+    }
+
+    /// What is added to the weight.
+    pub fn offset(&self) -> f64 {
+        self.0.offset()
     }
 
     /// ε, added to the mean square.

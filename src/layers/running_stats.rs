@@ -19,7 +19,19 @@ use crate::ops::{BatchStatistics, check};
 /// They are variables of the model's `VarMap`, so that they are saved and loaded with it, but they are never part of a
 /// graph: no optimizer changes them. Clones of a layer, and layers built twice from the same variables, share them;
 /// threads that train them lose no update, and [`snapshot`](Self::snapshot) and inference never see half of one. Saving
-/// the `VarMap` reads one variable after the other: save between steps.
+/// or loading the `VarMap` goes from one variable to the next: do it between steps.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+///
+/// let vars = VarMap::new();
+/// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// norm.forward_t(&Tensor::new(&[[0f32], [20.]], &Device::Cpu)?, true)?;
+/// let stats = norm.running_stats().unwrap().snapshot()?;
+/// assert_eq!((stats.mean.to_vec1::<f32>()?, stats.num_batches_tracked), (vec![1.], 1));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct RunningStats(Arc<Inner>);
 
@@ -85,6 +97,7 @@ impl RunningStats {
         track: bool,
         vb: &VarBuilder,
     ) -> Result<Self> {
+        check::countable(layer, "a channel axis", &[num_features])?;
         if track {
             return Self::from_vb(layer, num_features, momentum, vb);
         }

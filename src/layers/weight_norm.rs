@@ -132,7 +132,20 @@ impl<L: Weighted> WeightNorm<L> {
     /// [`parameters`](Norm::parameters) hands to an optimizer.
     ///
     /// # Errors
-    /// A `dim` that the weight does not have.
+    /// A `dim` that the weight does not have, a weight of integers.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Linear, Module};
+    /// use candle_norm::{WeightNorm, WeightNormOptions};
+    ///
+    /// let trained = Linear::new(Tensor::new(&[[3f64, 4.]], &Device::Cpu)?, None);
+    /// let layer = WeightNorm::from_layer(&trained, WeightNormOptions::default())?;
+    /// assert_eq!(layer.g().to_vec2::<f64>()?, [[5.]]);
+    /// let x = Tensor::ones((1, 2), DType::F64, &Device::Cpu)?;
+    /// assert!((layer.forward(&x)?.to_vec2::<f64>()?[0][0] - 7.).abs() < 1e-12);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
     pub fn from_layer(layer: &L, options: impl Into<WeightNormOptions>) -> Result<Self> {
         let dim = options.into().dim;
         Self::from_weight(layer.weight(), layer.bias(), layer.config(), dim)
@@ -141,15 +154,17 @@ impl<L: Weighted> WeightNorm<L> {
     /// Sets the variables of this layer so that it computes what `layer` does.
     ///
     /// # Errors
-    /// A weight or bias of another shape or dtype; parameters that are not variables. Nothing is changed then.
+    /// A weight or bias of another shape, or of integers; parameters that are not variables. Nothing is changed then.
     pub fn copy_from(&self, layer: &L) -> Result<()> {
         let weight = layer.weight().detach();
         check::shape(LAYER, "weight", &weight, self.v.dims())?;
+        check::float(LAYER, "weight", &weight)?;
         let g = ops::norms(&weight, self.dim)?;
         let mut values = vec![(&self.v, weight), (&self.g, g)];
         match (&self.bias, layer.bias()) {
             (Some(mine), Some(theirs)) => {
                 check::shape(LAYER, "bias", theirs, mine.dims())?;
+                check::float(LAYER, "bias", theirs)?;
                 values.push((mine, theirs.detach()));
             }
             (Some(mine), None) => values.push((mine, mine.zeros_like()?.detach())),
@@ -217,14 +232,18 @@ impl<L: Weighted> WeightNorm<L> {
         let ones = self.g.ones_like()?.detach();
         let unit = ops::weight_norm(&self.v.detach(), &ones, self.dim)?;
         let t = map.apply(LAYER, &xs.detach(), &unit, None)?;
+        let filled = (t.elem_count() > 0).then_some(());
+        check::not_empty(LAYER, filled, xs)?;
         // Batch normalization sees channels on axis 1.
         let t = match map {
             LinearMap::Dense => t.reshape(((), outputs))?,
             LinearMap::Convolution(_) => t,
         };
+        let count = t.elem_count() / outputs;
+        check::more_than_one_output(LAYER, count, xs)?;
         let (_, statistics) = ops::batch_norm(&t, None, None, f64::MIN_POSITIVE)?;
         let statistics = check::not_empty(LAYER, statistics, xs)?;
-        let count = (t.elem_count() / outputs) as f64;
+        let count = count as f64;
         let biased = (statistics.var * ((count - 1.) / count))?;
         check::varying(LAYER, &biased)?;
         let g = biased.sqrt()?.recip()?;
@@ -336,13 +355,29 @@ pub fn linear_no_bias(
 
 /// The free function of a convolution, with or without a bias.
 macro_rules! convolution {
-    ($name:ident, $layer:ident, $config:ident, bias: $bias:literal, $doc:literal) => {
+    (
+        $name:ident, $layer:ident, $config:ident, bias: $bias:literal, $input:literal => $output:literal, $doc:literal
+    ) => {
         #[doc = $doc]
         ///
         /// Names as for [`linear`]; the initial values of `v` and the bias are drawn as candle-nn draws them.
         ///
         /// # Errors
         /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape.
+        ///
+        /// ```
+        /// use candle_core::{DType, Device, Tensor};
+        /// use candle_nn::{Module, VarBuilder, VarMap};
+        /// use candle_norm::{WeightNormOptions, weight_norm};
+        ///
+        /// let vars = VarMap::new();
+        /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        /// let options = WeightNormOptions::default();
+        #[doc = concat!("let layer = weight_norm::", stringify!($name), "(3, 4, 2, Default::default(), options, vb)?;")]
+        #[doc = concat!("let x = Tensor::zeros(", $input, ", DType::F32, &Device::Cpu)?;")]
+        #[doc = concat!("assert_eq!(layer.forward(&x)?.dims(), ", $output, ");")]
+        /// # Ok::<(), candle_core::Error>(())
+        /// ```
         pub fn $name(
             in_channels: usize,
             out_channels: usize,
@@ -366,28 +401,34 @@ macro_rules! convolution {
 }
 
 convolution!(
-    conv1d, Conv1d, Conv1dConfig, bias: true,
+    conv1d, Conv1d, Conv1dConfig, bias: true, "(2, 3, 8)" => "[2, 4, 7]",
     "A weight-normalized [`Conv1d`] over `[N, C, L]`, with a bias, its parameters taken from `vb`."
 );
-convolution!(conv1d_no_bias, Conv1d, Conv1dConfig, bias: false, "[`conv1d`] without a bias.");
 convolution!(
-    conv2d, Conv2d, Conv2dConfig, bias: true,
+    conv1d_no_bias, Conv1d, Conv1dConfig, bias: false, "(2, 3, 8)" => "[2, 4, 7]",
+    "[`conv1d`] without a bias."
+);
+convolution!(
+    conv2d, Conv2d, Conv2dConfig, bias: true, "(2, 3, 8, 8)" => "[2, 4, 7, 7]",
     "A weight-normalized [`Conv2d`] over `[N, C, H, W]`, with a bias, its parameters taken from `vb`."
 );
-convolution!(conv2d_no_bias, Conv2d, Conv2dConfig, bias: false, "[`conv2d`] without a bias.");
 convolution!(
-    conv_transpose1d, ConvTranspose1d, ConvTranspose1dConfig, bias: true,
+    conv2d_no_bias, Conv2d, Conv2dConfig, bias: false, "(2, 3, 8, 8)" => "[2, 4, 7, 7]",
+    "[`conv2d`] without a bias."
+);
+convolution!(
+    conv_transpose1d, ConvTranspose1d, ConvTranspose1dConfig, bias: true, "(2, 3, 8)" => "[2, 4, 9]",
     "A weight-normalized [`ConvTranspose1d`] over `[N, C, L]`, with a bias, its parameters taken from `vb`."
 );
 convolution!(
-    conv_transpose1d_no_bias, ConvTranspose1d, ConvTranspose1dConfig, bias: false,
+    conv_transpose1d_no_bias, ConvTranspose1d, ConvTranspose1dConfig, bias: false, "(2, 3, 8)" => "[2, 4, 9]",
     "[`conv_transpose1d`] without a bias."
 );
 convolution!(
-    conv_transpose2d, ConvTranspose2d, ConvTranspose2dConfig, bias: true,
+    conv_transpose2d, ConvTranspose2d, ConvTranspose2dConfig, bias: true, "(2, 3, 8, 8)" => "[2, 4, 9, 9]",
     "A weight-normalized [`ConvTranspose2d`] over `[N, C, H, W]`, with a bias, its parameters taken from `vb`."
 );
 convolution!(
-    conv_transpose2d_no_bias, ConvTranspose2d, ConvTranspose2dConfig, bias: false,
+    conv_transpose2d_no_bias, ConvTranspose2d, ConvTranspose2dConfig, bias: false, "(2, 3, 8, 8)" => "[2, 4, 9, 9]",
     "[`conv_transpose2d`] without a bias."
 );

@@ -19,6 +19,17 @@ use crate::{
 ///
 /// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
 /// `[N, C, *]`, [`features`](Self::features) the one for `[*, F]`.
+///
+/// ```
+/// use candle_norm::{BatchNormOptions, NormConfig};
+///
+/// let norm: NormConfig = "group:8".parse()?;
+/// assert_eq!(norm.to_string(), "group:8");
+/// let cumulative = BatchNormOptions { momentum: None, ..Default::default() };
+/// assert_eq!(NormConfig::Batch(cumulative).to_string(), "batch");
+/// assert!("groups".parse::<NormConfig>().is_err());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(into = "serde_form::Form"))]
@@ -104,7 +115,10 @@ impl NormConfig {
             }
             Self::None => Box::new(Identity),
             Self::Batch(_) | Self::Group { .. } | Self::Instance(_) | Self::Weight(_) => {
-                Box::new(OnLastAxis(self.channels(num_features, vb)?))
+                Box::new(OnLastAxis {
+                    norm: self.channels(num_features, vb)?,
+                    num_features,
+                })
             }
         })
     }

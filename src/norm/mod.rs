@@ -10,6 +10,7 @@ pub use config::NormConfig;
 pub use normed_layer::NormedLayer;
 
 use crate::layers::RunningStats;
+use crate::ops::check;
 
 /// A normalization layer, whichever it is. A `Box<dyn Norm>` is itself a [`ModuleT`].
 ///
@@ -86,15 +87,19 @@ impl Norm for Identity {
 
 /// A layer for channels on axis 1, applied to features on the last axis.
 #[derive(Debug)]
-struct OnLastAxis(Box<dyn Norm>);
+struct OnLastAxis {
+    norm: Box<dyn Norm>,
+    num_features: usize,
+}
 
 impl ModuleT for OnLastAxis {
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         if xs.rank() <= 2 {
-            return self.0.forward_t(xs, train);
+            return self.norm.forward_t(xs, train);
         }
+        check::features("NormConfig", xs, self.num_features)?;
         let last = xs.rank() - 1;
-        self.0
+        self.norm
             .forward_t(&xs.transpose(1, last)?, train)?
             .transpose(1, last)?
             .contiguous()
@@ -103,18 +108,18 @@ impl ModuleT for OnLastAxis {
 
 impl Norm for OnLastAxis {
     fn kind(&self) -> &'static str {
-        self.0.kind()
+        self.norm.kind()
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        self.0.parameters()
+        self.norm.parameters()
     }
 
     fn running_stats(&self) -> Option<&RunningStats> {
-        self.0.running_stats()
+        self.norm.running_stats()
     }
 
     fn reset(&self) -> Result<()> {
-        self.0.reset()
+        self.norm.reset()
     }
 }

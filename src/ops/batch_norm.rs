@@ -263,7 +263,11 @@ impl Channels {
         Ok(T::to_cpu_storage_owned(y))
     }
 
-    fn backward_of<T: Native>(&self, args: &[Arg]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+    fn backward_of<T: Native>(
+        &self,
+        args: &[Arg],
+        params: bool,
+    ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.params.weight(&args[2..])?;
         let (x, dy) = (elements(args[0])?, elements(args[1])?);
         let stats = fused::saved(self.layer, &self.stats)?;
@@ -271,7 +275,8 @@ impl Channels {
             Source::Own { center, .. } => Some(center),
             Source::Given(_) => None,
         };
-        let grads = planes::backward::<T>(x, dy, self.shape, weight.as_deref(), stats, own);
+        let wanted = planes::Wanted { own, params };
+        let grads = planes::backward::<T>(x, dy, self.shape, weight.as_deref(), stats, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }
@@ -286,8 +291,9 @@ impl FusedOp for Channels {
         with_native!(fused::dtype(&args[0]), self.layer, T => self.forward_of::<T>(args))
     }
 
-    fn backward(&self, args: &[Arg], _: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        with_native!(fused::dtype(&args[0]), self.layer, T => self.backward_of::<T>(args))
+    fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
+        let params = wanted[1..].contains(&true);
+        with_native!(fused::dtype(&args[0]), self.layer, T => self.backward_of::<T>(args, params))
     }
 
     fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {

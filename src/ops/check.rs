@@ -66,6 +66,18 @@ pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize])
     Ok(())
 }
 
+/// A tensor to be made: no more elements than memory has addresses for.
+pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
+    let most = isize::MAX as usize / size_of::<f64>();
+    let count = dims
+        .iter()
+        .try_fold(1usize, |count, size| count.checked_mul(*size));
+    if count.is_none_or(|count| count > most) {
+        bail!("{layer}: expected {name} with at most {most} elements, got shape {dims:?}")
+    }
+    Ok(())
+}
+
 pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Device) -> Result<()> {
     if !value.device().same_device(device) {
         bail!(
@@ -92,6 +104,17 @@ pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     if got != expected {
         bail!(
             "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// What runs along the last axis.
+pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
+    if x.dims().last() != Some(&expected) {
+        bail!(
+            "{layer}: expected {expected} features on the last axis, got input size {:?}",
             x.dims()
         )
     }
@@ -161,6 +184,17 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     if values == 1 {
         bail!(
             "{layer}: expected more than 1 value per channel when training, got input size {:?}; use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A batch to initialize from: what has one output for each channel has no variance.
+pub(crate) fn more_than_one_output(layer: &str, outputs: usize, x: &Tensor) -> Result<()> {
+    if outputs == 1 {
+        bail!(
+            "{layer}: expected more than one output per channel to initialize from, got one of input size {:?}; use a larger batch",
             x.dims()
         )
     }
@@ -260,7 +294,7 @@ pub(crate) fn geometry(layer: &str, g: &Geometry) -> Result<()> {
         ("groups", g.groups),
     ] {
         if value == 0 {
-            bail!("{layer}: expected a {name} of at least 1, got 0")
+            bail!("{layer}: expected {name} of at least 1, got 0")
         }
     }
     if g.output_padding > 0 && g.output_padding >= g.stride.max(g.dilation) {
@@ -358,7 +392,7 @@ pub(crate) fn not_empty<T>(layer: &str, statistics: Option<T>, x: &Tensor) -> Re
     match statistics {
         Some(s) => Ok(s),
         None => bail!(
-            "{layer}: expected a batch to initialize from, got input size {:?}",
+            "{layer}: expected a batch with outputs to initialize from, got input size {:?}",
             x.dims()
         ),
     }

@@ -54,25 +54,31 @@ pub fn saved(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Saved> {
-    let (output, handle) = super::fused::recording(|| {
-        super::with_path(super::Path::Fused, || match &op {
-            Op::LayerNorm => super::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
-            Op::RmsNorm => {
-                let len = x.dims()[x.rank() - 1];
-                super::rms_norm(x, len, weight, Some(eps), 0., super::Cast::AfterWeight)
-            }
-            Op::GroupNorm { num_groups } => super::group_norm(x, *num_groups, weight, bias, eps),
-            Op::InstanceNorm => Ok(super::instance_norm(x, weight, bias, eps)?.0),
-            Op::BatchNorm => Ok(super::batch_norm(x, weight, bias, eps)?.0),
-            Op::BatchNormInference { mean, var } => {
-                super::batch_norm_inference(x, mean, var, weight, bias, eps)
-            }
-            Op::WeightNorm { dim } => match weight {
-                Some(g) => super::weight_norm(x, g, *dim),
-                None => super::check::internal("WeightNorm", "a magnitude"),
-            },
-        })
-    })?;
+    recorded(|| match &op {
+        Op::LayerNorm => super::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
+        Op::RmsNorm => {
+            let len = x.dims()[x.rank() - 1];
+            super::rms_norm(x, len, weight, Some(eps), 0., super::Cast::AfterWeight)
+        }
+        Op::GroupNorm { num_groups } => super::group_norm(x, *num_groups, weight, bias, eps),
+        Op::InstanceNorm => Ok(super::instance_norm(x, weight, bias, eps)?.0),
+        Op::BatchNorm => Ok(super::batch_norm(x, weight, bias, eps)?.0),
+        Op::BatchNormInference { mean, var } => {
+            super::batch_norm_inference(x, mean, var, weight, bias, eps)
+        }
+        Op::WeightNorm { dim } => match weight {
+            Some(g) => super::weight_norm(x, g, *dim),
+            None => super::check::internal("WeightNorm", "a magnitude"),
+        },
+    })
+}
+
+/// Runs `f`, which calls one op or layer, on the fused path.
+///
+/// # Errors
+/// Those of `f`.
+pub fn recorded(f: impl FnOnce() -> Result<Tensor>) -> Result<Saved> {
+    let (output, handle) = super::fused::recording(|| super::with_path(super::Path::Fused, f))?;
     Ok(Saved { output, handle })
 }
 

@@ -41,7 +41,11 @@ impl LinearMap {
         kernel_size: usize,
     ) -> Result<Vec<usize>> {
         let g = match self {
-            Self::Dense => return Ok(vec![outputs, inputs]),
+            Self::Dense => {
+                let shape = vec![outputs, inputs];
+                check::countable(layer, "weight", &shape)?;
+                return Ok(shape);
+            }
             Self::Convolution(g) => g,
         };
         check::geometry(layer, &g)?;
@@ -51,13 +55,14 @@ impl LinearMap {
             true => vec![inputs, outputs / g.groups],
         };
         shape.extend(std::iter::repeat_n(kernel_size, g.axes));
+        check::countable(layer, "weight", &shape)?;
         Ok(shape)
     }
 
     /// The axis of the weight that the outputs lie on, and how many there are.
     pub(crate) fn outputs(self, weight: &Tensor) -> (usize, usize) {
         match self {
-            Self::Convolution(g) if g.transposed => (1, weight.dims()[1] * g.groups),
+            Self::Convolution(g) if g.transposed => (1, weight.dims()[1].saturating_mul(g.groups)),
             _ => (0, weight.dims()[0]),
         }
     }
@@ -95,7 +100,7 @@ impl LinearMap {
 fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     check::rank(layer, "weight", weight, 2)?;
     let (outputs, inputs) = weight.dims2()?;
-    check::trailing(layer, x, &[inputs])?;
+    check::features(layer, x, inputs)?;
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = outputs;
     if x.elem_count() == 0 || outputs == 0 {
@@ -121,17 +126,21 @@ impl Geometry {
         check::rank(layer, "weight", weight, 2 + self.axes)?;
         check::rank(layer, "input", x, 2 + self.axes)?;
         let inputs = match self.transposed {
-            false => weight.dims()[1] * self.groups,
+            false => weight.dims()[1].saturating_mul(self.groups),
             true => weight.dims()[0],
         };
-        check::channels(layer, x, inputs)?;
         let outputs = LinearMap::Convolution(self).outputs(weight).1;
+        check::grouped_channels(layer, self.groups, inputs, outputs)?;
+        check::channels(layer, x, inputs)?;
         let mut dims = vec![x.dims()[0], outputs];
+        let mut padded = vec![x.dims()[0], inputs.max(outputs)];
         for axis in 2..x.rank() {
             let (size, kernel) = (x.dims()[axis], weight.dims()[axis]);
             let output = self.output_size(size, kernel);
             dims.push(check::kernel_fits(layer, output, x, weight, &self)?);
+            padded.extend(self.padded_size(size, kernel));
         }
+        check::countable(layer, "a padded tensor", &padded)?;
         if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
             return empty(&dims, 1, x, weight, bias);
         }
@@ -150,17 +159,30 @@ impl Geometry {
     }
 
     fn span(self, kernel: usize) -> Option<usize> {
-        Some(kernel.checked_sub(1)?.checked_mul(self.dilation)? + 1)
+        kernel
+            .checked_sub(1)?
+            .checked_mul(self.dilation)?
+            .checked_add(1)
+    }
+
+    /// The size of an axis with its padding: of the input, or, transposed, of the output that it is taken off from.
+    fn padded_size(self, size: usize, kernel: usize) -> Option<usize> {
+        if self.transposed {
+            let moved = size.checked_sub(1)?.checked_mul(self.stride)?;
+            let full = moved.checked_add(self.span(kernel)?)?;
+            full.checked_add(self.output_padding)
+        } else {
+            size.checked_add(self.padding.checked_mul(2)?)
+        }
     }
 
     /// The size of an output axis; none where the kernel does not fit.
     fn output_size(self, size: usize, kernel: usize) -> Option<usize> {
-        let span = self.span(kernel)?;
+        let padded = self.padded_size(size, kernel)?;
         if self.transposed {
-            let full = size.checked_sub(1)?.checked_mul(self.stride)? + span;
-            (full + self.output_padding).checked_sub(2 * self.padding)
+            padded.checked_sub(self.padding.checked_mul(2)?)
         } else {
-            Some((size + 2 * self.padding).checked_sub(span)? / self.stride + 1)
+            Some(padded.checked_sub(self.span(kernel)?)? / self.stride + 1)
         }
     }
 

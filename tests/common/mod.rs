@@ -7,6 +7,8 @@ pub(crate) mod compare;
 pub(crate) mod data;
 pub(crate) mod oracle;
 pub(crate) mod subjects;
+pub(crate) mod view;
+pub(crate) mod watch;
 
 use candle_core::{Device, Shape, Tensor};
 use rand::{Rng, SeedableRng, rngs::StdRng};

@@ -152,6 +152,11 @@ impl Norm {
         }
     }
 
+    /// The slot of an element.
+    pub(crate) fn slot(&self, element: usize) -> usize {
+        self.slots[element]
+    }
+
     /// The row of an element.
     pub(crate) fn row(&self, element: usize) -> usize {
         self.rows[element]

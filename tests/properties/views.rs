@@ -10,59 +10,8 @@ use proptest::prelude::*;
 use crate::common::compare::{assert_close, assert_same_bits, tolerance};
 use crate::common::data::{Draw, tensor, values, variable};
 use crate::common::subjects::{Params, Subject, backward, gradient};
+use crate::common::view::View;
 use crate::{Case, cases, config, dtypes};
-
-/// A way to lay out a tensor in memory.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum View {
-    /// Two axes of the storage are swapped.
-    Transposed(usize, usize),
-    /// Elements lie before and after it along an axis.
-    Sliced(usize),
-    /// The storage has one index of an axis, read over and over.
-    Broadcast(usize),
-    /// All axes in reverse order, and a slice.
-    ReversedAndSliced,
-}
-
-impl View {
-    /// Every view of a tensor of a rank.
-    fn all(rank: usize) -> Vec<Self> {
-        let mut views = vec![View::ReversedAndSliced];
-        for axis in 0..rank {
-            views.extend([View::Sliced(axis), View::Broadcast(axis)]);
-            views.extend((0..axis).map(|other| View::Transposed(other, axis)));
-        }
-        views
-    }
-
-    /// A variable of random numbers, contiguous, and a view of it of shape `dims`.
-    fn draw(self, dims: &[usize], dtype: DType, draw: &mut Draw) -> Result<(Tensor, Tensor)> {
-        let mut stored = dims.to_vec();
-        match self {
-            View::Transposed(a, b) => stored.swap(a, b),
-            View::Sliced(axis) => stored[axis] += 3,
-            View::Broadcast(axis) => stored[axis] = 1,
-            View::ReversedAndSliced => {
-                stored.reverse();
-                stored[0] += 2;
-            }
-        }
-        let base = variable(&draw.normal(stored.iter().product()), &stored, dtype)?;
-        let view = match self {
-            View::Transposed(a, b) => base.transpose(a, b)?,
-            View::Sliced(axis) => base.narrow(axis, 2, dims[axis])?,
-            View::Broadcast(_) => base.broadcast_as(dims)?,
-            View::ReversedAndSliced => {
-                let axes: Vec<usize> = (0..dims.len()).rev().collect();
-                base.permute(axes)?
-                    .narrow(dims.len() - 1, 1, dims[dims.len() - 1])?
-            }
-        };
-        assert_eq!(view.dims(), dims);
-        Ok((base, view))
-    }
-}
 
 /// A variable that holds a contiguous copy.
 fn copied(view: &Tensor) -> Result<Tensor> {
