@@ -117,13 +117,32 @@ fn load(vars: &VarMap, path: &Path, strict: bool) -> Result<LoadReport> {
         Ok(tensors) => tensors,
         Err(e) => bail!("cannot read {}: {e}", path.display()),
     };
+    set(vars, &tensors, &path.display().to_string(), strict)
+}
+
+/// Sets all variables to `tensors`, which must be all of them and nothing else, as [`load_into_strict`] does. `source` is what a message calls
+/// the tensors.
+pub(crate) fn set_all(
+    vars: &VarMap,
+    tensors: &HashMap<String, Tensor>,
+    source: &str,
+) -> Result<()> {
+    set(vars, tensors, source, true).map(|_| ())
+}
+
+fn set(
+    vars: &VarMap,
+    tensors: &HashMap<String, Tensor>,
+    source: &str,
+    strict: bool,
+) -> Result<LoadReport> {
     let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
     let mut report = LoadReport::default();
     let mut values = vec![];
     let mut unexpected: BTreeSet<&String> = tensors.keys().collect();
     for (name, var) in sorted(&vars) {
-        let Some((found, tensor)) = find(name, &tensors) else {
-            if last_part(name) == NUM_BATCHES_TRACKED && has_statistics(name, &tensors) {
+        let Some((found, tensor)) = find(name, tensors) else {
+            if last_part(name) == NUM_BATCHES_TRACKED && has_statistics(name, tensors) {
                 report.counters_reset.push(name.clone());
                 values.push((var, var.zeros_like()?.detach()));
             } else {
@@ -141,8 +160,7 @@ fn load(vars: &VarMap, path: &Path, strict: bool) -> Result<LoadReport> {
     report.unexpected = unexpected.into_iter().cloned().collect();
     if strict && !(report.missing.is_empty() && report.unexpected.is_empty()) {
         bail!(
-            "{}: expected exactly the tensors of the model; missing: {:?}, unexpected: {:?}",
-            path.display(),
+            "{source}: expected exactly the tensors of the model; missing: {:?}, unexpected: {:?}",
             report.missing,
             report.unexpected
         )

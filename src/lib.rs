@@ -73,14 +73,15 @@
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
+//! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
 //! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
 //!
 //! # Further reading
 //!
 //! In the repository: `docs/guide.md` (which norm when, and the usual mistakes), `docs/migration.md` (from candle-nn, PyTorch,
 //! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/math.md` (how the gradients come
-//! about), `docs/performance.md`. The README lists the limits of this version, and faults of candle on the CPU that reach models with
-//! norms in them.
+//! about), `docs/performance.md`, `docs/scaling.md` (data and targets). The README lists the limits of this version, and faults of candle on
+//! the CPU that reach models with norms in them.
 //!
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
@@ -93,6 +94,7 @@ mod layers;
 mod norm;
 pub mod ops;
 mod optim;
+pub mod scaling;
 
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
@@ -126,6 +128,10 @@ struct Migration;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/numerics.md")]
 struct Numerics;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/scaling.md")]
+struct Scaling;
 
 #[cfg(doctest)]
 #[doc = include_str!("../CONTRIBUTING.md")]

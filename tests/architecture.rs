@@ -5,8 +5,9 @@
 //! | `layers/` | `layers`, `ops`, the trait `Norm` that they implement | storages, threads, custom ops |
 //! | `ops/` | `ops`, `kernels` | |
 //! | `kernels/` | `kernels` | candle |
+//! | `scaling/` | `scaling`, `ops`, `checkpoint` | storages, threads, custom ops |
 //!
-//! `unsafe` is in kernels alone, no operation drops gradients, messages for users are made in `ops/check.rs`, and nothing panics.
+//! `unsafe` is in kernels alone, no operation drops gradients, messages for users are made in `ops/check`, and nothing panics.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -272,15 +273,16 @@ struct Rules {
     never: fn(&str) -> bool,
 }
 
-const RULES: [Rules; 3] = [
+const RULES: [Rules; 4] = [
     Rules {
         room: "layers",
         may_name: &["layers", "ops", "Norm"],
-        never: |word| {
-            let storage = word.contains("storage") || word.contains("Storage");
-            let op = word.starts_with("CustomOp") || word.starts_with("apply_op");
-            storage || op || ["kernels", "rayon", "thread"].contains(&word)
-        },
+        never: below_tensors,
+    },
+    Rules {
+        room: "scaling",
+        may_name: &["scaling", "ops", "checkpoint"],
+        never: below_tensors,
     },
     Rules {
         room: "ops",
@@ -293,6 +295,13 @@ const RULES: [Rules; 3] = [
         never: |word| word.starts_with("candle"),
     },
 ];
+
+/// What only `ops` and `kernels` know of.
+fn below_tensors(word: &str) -> bool {
+    let storage = word.contains("storage") || word.contains("Storage");
+    let op = word.starts_with("CustomOp") || word.starts_with("apply_op");
+    storage || op || ["kernels", "rayon", "thread"].contains(&word)
+}
 
 fn broken_rules(source: &Source) -> Vec<String> {
     let (room, depth) = source.room();
@@ -343,15 +352,20 @@ fn arrows_point_one_way() {
 #[test]
 fn every_room_has_its_files() {
     let sources = sources();
-    for room in ["layers", "ops"] {
+    for room in ["layers", "ops", "scaling"] {
         let files = sources.iter().filter(|s| s.room().0 == room).count();
         assert!(files > 3, "{room} has {files} files");
     }
-    assert!(sources.iter().any(|s| s.path == CHECKS), "no {CHECKS}");
+    assert!(sources.iter().any(makes_messages), "no {CHECKS}.rs");
 }
 
-/// Where messages for users are made.
-const CHECKS: &str = "ops/check.rs";
+/// Where messages for users are made: the file of this name and those in its folder.
+const CHECKS: &str = "ops/check";
+
+fn makes_messages(source: &Source) -> bool {
+    let rest = source.path.strip_prefix(CHECKS);
+    rest.is_some_and(|rest| rest.starts_with(['.', '/']))
+}
 
 /// Files and folders that make messages of their own, since they are about things that no layer knows: files, configurations
 /// and functions of the caller's own.
@@ -381,12 +395,12 @@ fn messages(source: &Source) -> Vec<String> {
 }
 
 #[test]
-fn messages_are_made_in_one_file() {
+fn messages_are_made_in_one_place() {
     let sources = sources();
     let mut broken = vec![];
     for source in &sources {
         let path = source.path.as_str();
-        if path == CHECKS || OWN_MESSAGES.iter().any(|own| path.starts_with(own)) {
+        if makes_messages(source) || OWN_MESSAGES.iter().any(|own| path.starts_with(own)) {
             continue;
         }
         let messages = messages(source);
@@ -401,11 +415,8 @@ fn messages_are_made_in_one_file() {
 #[test]
 fn messages_name_the_layer_and_what_it_expected() {
     let all = sources();
-    let checks = all
-        .iter()
-        .find(|s| s.path == CHECKS)
-        .expect("the file of checks");
-    let messages = messages(checks);
+    let checks = all.iter().filter(|s| makes_messages(s));
+    let messages: Vec<String> = checks.flat_map(messages).collect();
     assert!(messages.len() > 10, "only {} messages", messages.len());
     let unclear = messages
         .into_iter()
@@ -524,6 +535,8 @@ mod scanner {
             ("layers/a.rs", "x.apply_op1(f)"),
             ("layers/a.rs", "unsafe { }"),
             ("norm/a.rs", "crate::kernels::rows()"),
+            ("scaling/a.rs", "use crate::kernels::moments;"),
+            ("scaling/a.rs", "use crate::layers::params;"),
             ("ops/a.rs", "use crate::{check, layers};"),
             ("ops/a.rs", "fn f(norm: &dyn crate::Norm) {}"),
             ("ops/a.rs", "unsafe fn a() {}"),

@@ -1,7 +1,9 @@
 //! What the examples share: the digits, how they are learned, and a start that is the same on every run.
 #![allow(dead_code)] // Each example uses some of it.
 
+use std::env;
 use std::io::Read;
+use std::process::{Command, ExitCode};
 
 use candle_core::{DType, Device, Error, IndexOp, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, VarMap, loss::cross_entropy};
@@ -94,4 +96,28 @@ pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     let differences = (a - b)?.abs()?.flatten_all()?.to_vec1::<f32>()?;
     let or_infinite = |d: f32| if d.is_nan() { f32::INFINITY } else { d };
     Ok(differences.into_iter().map(or_infinite).fold(0., f32::max))
+}
+
+/// Runs this program again with candle's own threads switched off, unless that was done or decided before.
+///
+/// Networks this small train fastest on one thread each. Candle reads the number of its threads from the
+/// environment; with more than one they wait for each other by spinning, and every matrix product looks the number of
+/// cores up anew, which together multiplies the time of a step on a busy machine.
+pub(crate) fn in_single_threaded_candle() -> Option<ExitCode> {
+    let unset: Vec<_> = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
+        .into_iter()
+        .filter(|name| env::var_os(name).is_none())
+        .collect();
+    if unset.is_empty() {
+        return None;
+    }
+    let mut program = Command::new(env::current_exe().ok()?);
+    program
+        .args(env::args_os().skip(1))
+        .envs(unset.into_iter().map(|name| (name, "1")));
+    let code = program.status().ok()?.code();
+    Some(
+        code.and_then(|code| u8::try_from(code).ok())
+            .map_or(ExitCode::FAILURE, ExitCode::from),
+    )
 }

@@ -9,7 +9,10 @@
 //! To compare on your own data and network change two files: `data.rs` loads the images, `model.rs` is the network, whose
 //! layers are built through a `NormConfig` and so change their norm by value. `train.rs` is the training loop.
 
+#[path = "../common/axis.rs"]
 mod axis;
+#[path = "../common/mod.rs"]
+mod common;
 mod curves;
 mod data;
 mod figures;
@@ -17,6 +20,7 @@ mod files;
 mod findings;
 mod model;
 mod options;
+#[path = "../common/plot.rs"]
 mod plot;
 mod report;
 mod summary;
@@ -28,11 +32,10 @@ use files::{Files, write_steps, write_summary};
 use findings::{findings, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use options::Options;
-use std::env;
 use std::error::Error;
 use std::fs;
 use std::io::{self, ErrorKind, Write};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -45,7 +48,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(code) = in_single_threaded_candle() {
+    if let Some(code) = common::in_single_threaded_candle() {
         return code;
     }
     match compare(&options) {
@@ -55,30 +58,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Runs this program again with candle's own threads switched off, unless that was done or decided before.
-///
-/// Networks this small train fastest side by side, each on one thread. Candle reads the number of its threads from the
-/// environment; with more than one they wait for each other by spinning, and every matrix product looks the number of
-/// cores up anew, which together multiplies the time of a step on a busy machine.
-fn in_single_threaded_candle() -> Option<ExitCode> {
-    let unset: Vec<_> = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
-        .into_iter()
-        .filter(|name| env::var_os(name).is_none())
-        .collect();
-    if unset.is_empty() {
-        return None;
-    }
-    let mut program = Command::new(env::current_exe().ok()?);
-    program
-        .args(env::args_os().skip(1))
-        .envs(unset.into_iter().map(|name| (name, "1")));
-    let code = program.status().ok()?.code();
-    Some(
-        code.and_then(|code| u8::try_from(code).ok())
-            .map_or(ExitCode::FAILURE, ExitCode::from),
-    )
 }
 
 fn compare(options: &Options) -> Result<(), Box<dyn Error>> {

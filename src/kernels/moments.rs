@@ -43,7 +43,7 @@ impl From<f64> for Mean {
 
 /// How many values, their mean, and the sum of their squared distances from it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Moments {
+pub struct Moments {
     pub(crate) count: f64,
     pub(crate) mean: Mean,
     pub(crate) m2: f64,
@@ -118,7 +118,7 @@ impl Moments {
 
     /// The moments of both.
     #[inline(always)]
-    pub(crate) fn merge(self, other: Self) -> Self {
+    pub fn merge(self, other: Self) -> Self {
         self.merge_by(other, self.joint(other.count))
     }
 
@@ -147,7 +147,7 @@ impl Moments {
 
     /// The biased variance.
     #[inline(always)]
-    pub(crate) fn var(self) -> f64 {
+    pub fn var(self) -> f64 {
         let var = self.m2 / self.count;
         // Not `max`, which would make 0 of a NaN.
         if var < 0. { 0. } else { var }

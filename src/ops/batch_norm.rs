@@ -122,8 +122,8 @@ pub(crate) fn batch_norm_with(
         .contiguous()?
         .reshape(x.shape())?;
     let statistics = BatchStatistics {
-        mean: standardized.mean,
-        var: (standardized.var * unbiased)?,
+        mean: standardized.mean.detach(),
+        var: (standardized.var.detach() * unbiased)?,
     };
     Ok((y, Some(statistics)))
 }

@@ -2,6 +2,9 @@
 //!
 //! A message names the layer, says what was expected and what came, and, where there is one, the remedy.
 
+pub(crate) mod scaling;
+pub(crate) mod series;
+
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::linear_map::Geometry;

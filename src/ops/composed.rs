@@ -186,7 +186,7 @@ impl Rows {
     }
 }
 
-/// Rows of mean 0 and variance 1, and the detached statistics they were brought there by.
+/// Rows of mean 0 and variance 1, and the statistics they were brought there by, all connected to the graph.
 pub(crate) struct Standardized {
     /// `[rows, len]`.
     pub(crate) y: Tensor,
@@ -194,13 +194,15 @@ pub(crate) struct Standardized {
     pub(crate) mean: Tensor,
     /// `[rows]`, biased; the mean square where rows are not centered.
     pub(crate) var: Tensor,
-    /// `[rows]`, connected to the graph.
+    /// `[rows]`: `√(var + eps)`.
+    pub(crate) std: Tensor,
+    /// `[rows]`
     inv_std: Tensor,
 }
 
-/// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
-/// `center`, μ is 0 and σ² the mean square.
-pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standardized> {
+/// The rows of `x`, contiguous, `[rows, len]`, in the accumulator's dtype, less their means; the means, and the biased variances, both `[rows]`
+/// and connected to the graph. Without `center`, the means are 0 and the variances mean squares.
+fn moments(x: &Tensor, center: bool) -> Result<(Rows, Tensor, Tensor)> {
     let rows = Rows::new(x)?;
     let (centered, mean) = if center {
         rows.centered(x)?
@@ -209,11 +211,30 @@ pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standard
         (rows, zero)
     };
     let var = centered.sqr()?.mean()?;
-    let inv_std = (&var + eps_in(x.dtype(), eps))?.sqrt()?.recip()?;
+    Ok((centered, mean, var))
+}
+
+fn std(var: &Tensor, eps: f64) -> Result<Tensor> {
+    (var + eps_in(var.dtype(), eps))?.sqrt()
+}
+
+/// μ and `√(σ² + ε)` of each row of `x`, as [`standardize`] has them, connected to the graph: `[rows]` each.
+pub(crate) fn mean_and_std(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let (_, mean, var) = moments(x, true)?;
+    Ok((mean, std(&var, eps)?))
+}
+
+/// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
+/// `center`, μ is 0 and σ² the mean square.
+pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standardized> {
+    let (centered, mean, var) = moments(x, center)?;
+    let std = std(&var, eps)?;
+    let inv_std = std.recip()?;
     Ok(Standardized {
         y: centered.times(&inv_std)?.join()?,
-        mean: mean.detach(),
-        var: var.detach(),
+        mean,
+        var,
+        std,
         inv_std,
     })
 }

@@ -1,10 +1,11 @@
 //! Normalization of each channel of each sample by its own statistics.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
 use super::group_norm::Groups;
 use super::{Route, check, composed, fused, route};
+use crate::kernels::rows;
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
@@ -35,19 +36,14 @@ pub fn instance_norm(
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
     let layer = "InstanceNorm";
-    check::eps(layer, eps)?;
-    check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
-    let (n, c) = (x.dims()[0], x.dims()[1]);
-    check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    let route = route(layer, x)?;
-    if x.elem_count() == 0 {
+    let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
         return Ok((composed::empty(x, &[weight, bias])?, None));
-    }
-    let space = x.elem_count() / (n * c);
-    check::more_than_one_value(layer, space, x)?;
-    let acc = composed::accumulator(x.dtype());
+    };
+    let Planes {
+        n, c, space, acc, ..
+    } = planes;
     let unbiased = space as f64 / (space - 1) as f64;
-    if route == Route::Fused {
+    if planes.route == Route::Fused {
         let op = Groups::new(layer, x, c, weight, bias, eps);
         let (y, op) = fused::apply(op, x, &[weight, bias])?;
         let mut means = vec![(0., 0.); c];
@@ -61,21 +57,114 @@ pub fn instance_norm(
         let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
         return Ok((y, Some(statistics)));
     }
-    let planes = x.contiguous()?.to_dtype(acc)?.reshape((n * c, space))?;
-    let standardized = composed::standardize(&planes, true, eps)?;
-    let [weight, bias] = composed::parameters(weight, bias, acc)?;
-    let y = composed::scale_shift(
-        &standardized.y.reshape((n, c, space))?,
-        weight.as_ref(),
-        bias.as_ref(),
-    )?;
+    let standardized = composed::standardize(&planes.rows(x)?, true, eps)?;
+    let y = planes.affine(x, &standardized.y, weight, bias)?;
     let mean_over_samples = |s: &Tensor| {
-        let by_channel = s.reshape((n, c))?.t()?.contiguous()?;
+        let by_channel = s.detach().reshape((n, c))?.t()?.contiguous()?;
         composed::Rows::new(&by_channel)?.mean()
     };
     let statistics = BatchStatistics {
         mean: mean_over_samples(&standardized.mean)?,
         var: (mean_over_samples(&standardized.var)? * unbiased)?,
     };
-    Ok((y.to_dtype(x.dtype())?.reshape(x.shape())?, Some(statistics)))
+    Ok((y, Some(statistics)))
+}
+
+/// [`instance_norm`] in the name of `layer`, and the mean and `√(var + eps)` that each channel of each sample was normalized by, `[N, C]`
+/// in the accumulator's dtype: they are part of the graph, so that what is restored by them has its whole gradient.
+pub(crate) fn instance_norm_by(
+    layer: &'static str,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<(Tensor, [Tensor; 2])> {
+    let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
+        let none = Tensor::zeros(
+            (x.dims()[0], x.dims()[1]),
+            composed::accumulator(x.dtype()),
+            x.device(),
+        )?;
+        return Ok((composed::empty(x, &[weight, bias])?, [none.clone(), none]));
+    };
+    let Planes { n, c, acc, .. } = planes;
+    let by_channel =
+        |mean: Tensor, std: Tensor| Result::Ok([mean.reshape((n, c))?, std.reshape((n, c))?]);
+    if planes.route == Route::Fused {
+        let op = Groups::new(layer, x, c, weight, bias, eps);
+        let (y, op) = fused::apply(op, x, &[weight, bias])?;
+        if x.track_op() {
+            let (mean, std) = composed::mean_and_std(&planes.rows(x)?, eps)?;
+            return Ok((y, by_channel(mean, std)?));
+        }
+        let saved = |of: fn(&rows::Stats) -> f64| {
+            let values: Vec<f64> = op.stats()?.iter().map(of).collect();
+            Tensor::from_vec(values, (n, c), x.device())?.to_dtype(acc)
+        };
+        return Ok((y, [saved(|s| s.mean.high)?, saved(|s| s.inv_std.recip())?]));
+    }
+    let standardized = composed::standardize(&planes.rows(x)?, true, eps)?;
+    let y = planes.affine(x, &standardized.y, weight, bias)?;
+    Ok((y, by_channel(standardized.mean, standardized.std)?))
+}
+
+/// The channels of samples as rows of numbers.
+struct Planes {
+    n: usize,
+    c: usize,
+    space: usize,
+    acc: DType,
+    route: Route,
+}
+
+impl Planes {
+    /// Those of `x`, which meets every rule; none where it is empty.
+    fn checked(
+        layer: &'static str,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+    ) -> Result<Option<Self>> {
+        check::eps(layer, eps)?;
+        check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
+        let (n, c) = (x.dims()[0], x.dims()[1]);
+        check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
+        let route = route(layer, x)?;
+        if x.elem_count() == 0 {
+            return Ok(None);
+        }
+        let space = x.elem_count() / (n * c);
+        check::more_than_one_value(layer, space, x)?;
+        let acc = composed::accumulator(x.dtype());
+        Ok(Some(Self {
+            n,
+            c,
+            space,
+            acc,
+            route,
+        }))
+    }
+
+    fn rows(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.contiguous()?.to_dtype(self.acc)?;
+        x.reshape((self.n * self.c, self.space))
+    }
+
+    /// Normalized rows, scaled and shifted, in the shape and dtype of `x`.
+    fn affine(
+        &self,
+        x: &Tensor,
+        rows: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let [weight, bias] = composed::parameters(weight, bias, self.acc)?;
+        let y = composed::scale_shift(
+            &rows.reshape((self.n, self.c, self.space))?,
+            weight.as_ref(),
+            bias.as_ref(),
+        )?;
+        y.to_dtype(x.dtype())?.reshape(x.shape())
+    }
 }

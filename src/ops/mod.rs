@@ -12,6 +12,7 @@ pub(crate) mod linear_map;
 mod batch_norm;
 mod group_norm;
 mod instance_norm;
+mod moments;
 mod row_norm;
 mod weight_norm;
 
@@ -23,6 +24,9 @@ pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
 pub use group_norm::group_norm;
 pub use instance_norm::instance_norm;
+pub(crate) use instance_norm::instance_norm_by;
+pub(crate) use moments::columns;
+pub use moments::{Moments, moments};
 pub use row_norm::{Cast, layer_norm, rms_norm};
 pub(crate) use row_norm::{RowNorm, row_norm};
 pub use weight_norm::weight_norm;

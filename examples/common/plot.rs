@@ -1,4 +1,5 @@
 //! Line charts as SVG whose colors are left to a style sheet, so that one drawing serves light, dark and print.
+#![allow(dead_code)] // Each example uses some of it.
 
 use crate::axis::Axis;
 use plotters::coord::Shift;
@@ -70,6 +71,28 @@ impl Chart {
             );
         }
         Ok(svg)
+    }
+
+    /// The chart as a file of its own, on white; `colors` are those of the curves, by their classes.
+    pub(crate) fn standalone(&self, colors: &[&str]) -> Result<String, Box<dyn Error>> {
+        let mut style =
+            "svg { color: #1c1e21; background: #fff } .line { fill: none; stroke-linejoin: round }"
+                .to_string();
+        for (class, color) in colors.iter().enumerate() {
+            let name = format!("{}{class}", self.family);
+            style +=
+                &format!(" .line.{name} {{ stroke: {color} }} .area.{name} {{ fill: {color} }}");
+        }
+        let (width, height) = self.size;
+        let head =
+            format!(r#"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}""#);
+        let (first, rest) = self
+            .svg()?
+            .split_once('>')
+            .map_or_else(Default::default, |(f, r)| {
+                (f.replacen("<svg", &head, 1), r.to_string())
+            });
+        Ok(format!("{first}><style>{style}</style>{rest}"))
     }
 
     fn draw(&self, root: DrawingArea<SVGBackend, Shift>) -> Result<(), Box<dyn Error>> {
@@ -234,5 +257,16 @@ mod tests {
         );
         assert!(svg.contains(r#"class="line s3""#) && svg.contains(r#"class="area s3""#));
         assert!(!svg.contains(r##""#"##), "{svg}");
+
+        let file = chart
+            .standalone(&["red", "green", "blue", "#0b5cad"])
+            .unwrap();
+        assert!(file.starts_with(
+            r#"<svg xmlns="http://www.w3.org/2000/svg" width="400" height="300" viewBox"#
+        ));
+        assert!(
+            file.contains(".line.s3 { stroke: #0b5cad }") && file.ends_with("</svg>\n"),
+            "{file}"
+        );
     }
 }

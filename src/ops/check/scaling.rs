@@ -1,0 +1,267 @@
+//! Messages about data, its features, and files of scalers.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use candle_core::{DType, Result, Tensor, bail};
+
+/// Data of features: `[N, features...]`, a float tensor of at least one sample.
+pub(crate) fn samples(layer: &str, x: &Tensor) -> Result<()> {
+    super::float(layer, "data", x)?;
+    if x.rank() == 0 || x.dims()[0] == 0 {
+        bail!(
+            "{layer}: expected data [N, features...] of at least one sample, got shape {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// The trailing axes of data against those of the features. `first` is the first feature that one of them lacks.
+pub(crate) fn feature_shape(
+    layer: &str,
+    expected: &[usize],
+    got: &[usize],
+    first: &dyn Display,
+) -> Result<()> {
+    if expected != got {
+        let (expected_count, count) = (
+            expected.iter().product::<usize>(),
+            got.iter().product::<usize>(),
+        );
+        let what = match count.cmp(&expected_count) {
+            std::cmp::Ordering::Less => format!("{count}: {first} is missing"),
+            std::cmp::Ordering::Greater => format!("{count}: {first} is too many"),
+            std::cmp::Ordering::Equal => {
+                format!("the axes {got:?}; reshape the data: {first} would be another")
+            }
+        };
+        bail!("{layer}: expected {expected_count} features of axes {expected:?}, got {what}")
+    }
+    Ok(())
+}
+
+/// As many names as features. `first` is the first feature that has no name, or the first name that has no feature.
+pub(crate) fn name_count(
+    layer: &str,
+    names: usize,
+    features: usize,
+    first: &dyn Display,
+) -> Result<()> {
+    if names != features {
+        let what = match features < names {
+            true => "has no data",
+            false => "has no name",
+        };
+        bail!(
+            "{layer}: expected as many features as names, {names}, got {features}: {first} {what}"
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn same_name(layer: &str, index: usize, expected: &str, got: &str) -> Result<()> {
+    if expected != got {
+        bail!("{layer}: expected feature {index} to be {expected:?}, got {got:?}")
+    }
+    Ok(())
+}
+
+pub(crate) fn distinct_names(layer: &str, names: &[String]) -> Result<()> {
+    for (index, name) in names.iter().enumerate() {
+        if let Some(first) = names[..index].iter().position(|other| other == name) {
+            bail!("{layer}: expected distinct names, got {name:?} for features {first} and {index}")
+        }
+    }
+    Ok(())
+}
+
+/// Infinite data, and NaN where it is refused.
+pub(crate) fn usable(layer: &str, feature: &dyn Display, row: usize, value: f64) -> Result<()> {
+    match value {
+        v if v.is_nan() => bail!(
+            "{layer}: expected data without NaN, got one in sample {row} of {feature}; set nan to Nan::Ignore or leave the sample out"
+        ),
+        v if v.is_infinite() => {
+            bail!("{layer}: expected finite data, got {v} in sample {row} of {feature}")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A feature of which something is known.
+pub(crate) fn has_values(layer: &str, feature: &dyn Display, values: u64) -> Result<()> {
+    if values == 0 {
+        bail!("{layer}: expected at least one value of {feature}, got only NaN")
+    }
+    Ok(())
+}
+
+/// One number, such as a term of a loss.
+pub(crate) fn scalar(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    if value.elem_count() != 1 {
+        bail!(
+            "{layer}: expected {name} as one number, got shape {:?}; take its mean",
+            value.dims()
+        )
+    }
+    Ok(())
+}
+
+/// As many as there are names.
+pub(crate) fn term_count(
+    layer: &str,
+    expected: usize,
+    got: usize,
+    first: &dyn Display,
+) -> Result<()> {
+    if expected != got {
+        let what = match got < expected {
+            true => "is missing",
+            false => "is too many",
+        };
+        bail!("{layer}: expected {expected} terms, got {got}: {first} {what}")
+    }
+    Ok(())
+}
+
+/// What has been fitted.
+pub(crate) fn fitted<T>(layer: &str, fitted: Option<T>) -> Result<T> {
+    match fitted {
+        Some(fitted) => Ok(fitted),
+        None => {
+            bail!("{layer}: expected a fitted scaler, got one without data; call fit or restore it")
+        }
+    }
+}
+
+/// A statistic that the dtype of a computation can hold.
+pub(crate) fn representable(
+    layer: &str,
+    feature: &dyn Display,
+    value: f64,
+    dtype: DType,
+) -> Result<()> {
+    if !value.is_finite() {
+        bail!(
+            "{layer}: expected statistics of {feature} that {dtype:?} can hold, got {value}; convert the data to F64, or to a larger unit"
+        )
+    }
+    Ok(())
+}
+
+/// An option that has a range.
+pub(crate) fn option(
+    layer: &str,
+    name: &str,
+    holds: bool,
+    expected: &str,
+    got: &dyn Display,
+) -> Result<()> {
+    if !holds {
+        bail!("{layer}: expected {name} {expected}, got {got}")
+    }
+    Ok(())
+}
+
+/// What a scaler of this kind cannot do at all.
+pub(crate) fn unsupported<T>(layer: &str, what: &str, remedy: &str) -> Result<T> {
+    bail!("{layer}: expected {what}, got a call that needs it; {remedy}")
+}
+
+pub(crate) fn kind(layer: &str, got: &str) -> Result<()> {
+    if layer != got {
+        bail!("{layer}: expected the state of a {layer}, got that of a {got}")
+    }
+    Ok(())
+}
+
+pub(crate) fn version(layer: &str, expected: u32, got: u32) -> Result<()> {
+    if expected != got {
+        bail!(
+            "{layer}: expected state of version {expected}, got version {got}; it was written by another version of candle-norm"
+        )
+    }
+    Ok(())
+}
+
+/// Something of a saved state.
+pub(crate) fn present<T>(layer: &str, what: &str, found: Option<T>) -> Result<T> {
+    match found {
+        Some(found) => Ok(found),
+        None => {
+            bail!("{layer}: expected {what} in the saved state, got none; the file is not whole")
+        }
+    }
+}
+
+pub(crate) fn well_formed<T, E: Display>(
+    layer: &str,
+    what: &str,
+    parsed: std::result::Result<T, E>,
+) -> Result<T> {
+    match parsed {
+        Ok(parsed) => Ok(parsed),
+        Err(e) => bail!("{layer}: expected {what} of the saved state to be well-formed, got: {e}"),
+    }
+}
+
+pub(crate) fn saved_length(layer: &str, what: &str, expected: usize, got: usize) -> Result<()> {
+    if expected != got {
+        bail!("{layer}: expected {expected} values of {what} in the saved state, got {got}")
+    }
+    Ok(())
+}
+
+/// A saved statistic in its range.
+pub(crate) fn saved_value(
+    layer: &str,
+    what: &str,
+    feature: &dyn Display,
+    value: f64,
+    holds: bool,
+) -> Result<()> {
+    if !holds {
+        bail!("{layer}: expected a possible {what} of {feature} in the saved state, got {value}")
+    }
+    Ok(())
+}
+
+/// What a file operation said.
+pub(crate) fn file<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    done: std::result::Result<T, E>,
+) -> Result<T> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(e) => bail!(
+            "{layer}: expected a whole safetensors file at {}, got: {e}",
+            path.display()
+        ),
+    }
+}
+
+/// A part of a file.
+pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
+    if !parts.iter().any(|p| p == prefix) {
+        bail!("{layer}: expected a part {prefix:?} in the file, got the parts {parts:?}")
+    }
+    Ok(())
+}
+
+/// A name that nothing in the file has yet.
+pub(crate) fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
+    if taken {
+        bail!(
+            "{layer}: expected names that are not in use, got {name:?} twice; choose another prefix"
+        )
+    }
+    Ok(())
+}
+
+/// A kind that a state can be of.
+pub(crate) fn known_kind<T>(kinds: &[&str], got: &str) -> Result<T> {
+    let layer = "scaling";
+    bail!("{layer}: expected the state of one of {kinds:?}, got that of a {got:?}")
+}

@@ -1,0 +1,93 @@
+//! Messages about series: their windows, their steps, and what is watched in them.
+
+use std::fmt::Display;
+
+use candle_core::{DType, Result, Tensor, bail};
+
+/// Windows of series, `[N, T, C]`.
+pub(crate) fn windows(layer: &str, x: &Tensor, series: usize) -> Result<()> {
+    match x.dims() {
+        [_, _, c] if *c == series => Ok(()),
+        dims => bail!(
+            "{layer}: expected windows [N, T, {series}], the series on the last axis, got shape {dims:?}"
+        ),
+    }
+}
+
+/// Windows that have a variance.
+pub(crate) fn more_than_one_step(layer: &str, x: &Tensor) -> Result<()> {
+    if x.dims()[1] < 2 && x.elem_count() > 0 {
+        bail!(
+            "{layer}: expected windows of at least 2 steps, got shape {:?}; one step has no variance",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Statistics of as many windows as there are forecasts.
+pub(crate) fn same_windows(layer: &str, forecasts: usize, windows: usize) -> Result<()> {
+    if forecasts != windows {
+        bail!(
+            "{layer}: expected forecasts of the {windows} windows that the statistics are of, got {forecasts}"
+        )
+    }
+    Ok(())
+}
+
+/// A weight that can be divided by.
+pub(crate) fn invertible(layer: &str, name: &str, weight: &Tensor) -> Result<()> {
+    let values = weight.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    match values.iter().position(|v| *v == 0.) {
+        Some(series) => bail!(
+            "{layer}: expected {name} that can be divided by, got 0 for series {series}; a series that is multiplied by 0 cannot be restored"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// What is known of a feature.
+pub(crate) fn known<T>(layer: &str, feature: &dyn Display, known: Option<T>) -> Result<T> {
+    match known {
+        Some(known) => Ok(known),
+        None => bail!(
+            "{layer}: expected at least one value of {feature} among the rows that it remembers, got only NaN"
+        ),
+    }
+}
+
+/// The stretches of a saved window.
+pub(crate) fn stretches(layer: &str, text: &str, hold: bool) -> Result<()> {
+    if !hold {
+        bail!(
+            "{layer}: expected five ascending ends of stretches within the window in the saved state, got {text:?}"
+        )
+    }
+    Ok(())
+}
+
+/// A reference with a variance.
+pub(crate) fn two_values(layer: &str, feature: &dyn Display, values: usize) -> Result<()> {
+    if values < 2 {
+        bail!("{layer}: expected a reference of at least 2 values of {feature}, got {values}")
+    }
+    Ok(())
+}
+
+pub(crate) fn recent_values(layer: &str, feature: &dyn Display, values: usize) -> Result<()> {
+    if values == 0 {
+        bail!("{layer}: expected recent values of {feature}, got none; observe some rows first")
+    }
+    Ok(())
+}
+
+/// A saved scaler that does the same after an event.
+pub(crate) fn same_reaction(layer: &str, expected: &dyn Display, got: &dyn Display) -> Result<()> {
+    let (expected, got) = (expected.to_string(), got.to_string());
+    if expected != got {
+        bail!(
+            "{layer}: expected the state of a scaler that answers drift by {expected}, got {got}; use from_state"
+        )
+    }
+    Ok(())
+}

@@ -1,0 +1,119 @@
+//! Count, mean and squared distances: the statistics that batch norm takes of a batch and scalers take of a data set.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::check;
+use crate::kernels::moments::Mean;
+pub use crate::kernels::moments::Moments;
+use crate::kernels::slices;
+
+impl Moments {
+    /// The moments of `values`.
+    ///
+    /// ```
+    /// use candle_norm::ops::Moments;
+    ///
+    /// let whole = Moments::of_values(&[1., 2., 4., 9.]);
+    /// assert_eq!((whole.count(), whole.mean(), whole.var()), (4., 4., 9.5));
+    /// let parts = Moments::of_values(&[1., 2.]).merge(Moments::of_values(&[4., 9.]));
+    /// assert_eq!(parts, whole);
+    /// ```
+    pub fn of_values(values: &[f64]) -> Self {
+        slices::moments(values)
+    }
+
+    /// How many values.
+    pub fn count(self) -> f64 {
+        self.count
+    }
+
+    /// The mean.
+    pub fn mean(self) -> f64 {
+        self.mean.high
+    }
+
+    /// What [`mean`](Self::mean) was rounded by.
+    pub fn mean_error(self) -> f64 {
+        self.mean.low
+    }
+
+    /// The sum of the squared distances from the mean.
+    pub fn m2(self) -> f64 {
+        self.m2
+    }
+
+    /// The variance by n − 1 in place of n, which is NaN for one value.
+    pub fn unbiased_var(self) -> f64 {
+        self.m2.max(0.) / (self.count - 1.)
+    }
+
+    /// Moments from what [`count`](Self::count), [`mean`](Self::mean), [`mean_error`](Self::mean_error) and [`m2`](Self::m2) returned.
+    pub fn from_parts(count: f64, mean: f64, mean_error: f64, m2: f64) -> Self {
+        Self {
+            count,
+            mean: Mean {
+                high: mean,
+                low: mean_error,
+            },
+            m2,
+        }
+    }
+}
+
+/// The moments of each feature of `x`, in `f64` whatever the dtype.
+///
+/// Count, mean and sum of squared distances, in two passes over blocks, which are merged (Chan, Golub and LeVeque, 1979).
+///
+/// # Shapes
+/// `x`: `[N, *]`; the result has one entry for each element of the trailing axes, in their order.
+///
+/// # Errors
+/// An input of rank 0, or of a dtype that is not one of floating point.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+///
+/// let x = Tensor::new(&[[1f32, 10.], [3., 10.]], &Device::Cpu)?;
+/// let moments = candle_norm::ops::moments(&x)?;
+/// assert_eq!((moments[0].mean(), moments[0].var()), (2., 1.));
+/// assert_eq!((moments[1].mean(), moments[1].var()), (10., 0.));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn moments(x: &Tensor) -> Result<Vec<Moments>> {
+    check::rank_at_least("moments", x, 1, "[N, ...]")?;
+    check::float("moments", "input", x)?;
+    let mut all = vec![Moments::default(); x.dims()[1..].iter().product()];
+    columns(x, |column, values| {
+        all[column] = all[column].merge(Moments::of_values(values));
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// How many elements are brought to the host at a time.
+const BLOCK: usize = 1 << 20;
+
+/// Calls `f(column, values)` for the columns of `x`, `[N, *]`, in `f64`: with blocks of rows in their order, and for each with every column.
+pub(crate) fn columns(x: &Tensor, mut f: impl FnMut(usize, &[f64]) -> Result<()>) -> Result<()> {
+    let (rows, width) = (x.dims()[0], x.dims()[1..].iter().product::<usize>());
+    if rows == 0 || width == 0 {
+        return Ok(());
+    }
+    let x = x.detach().reshape((rows, width))?;
+    let per_block = (BLOCK / width).max(1);
+    let mut column = Vec::with_capacity(per_block.min(rows));
+    for start in (0..rows).step_by(per_block) {
+        let block = x.narrow(0, start, per_block.min(rows - start))?;
+        let values = block
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::F64)?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
+        for c in 0..width {
+            column.clear();
+            column.extend(values.iter().skip(c).step_by(width));
+            f(c, &column)?;
+        }
+    }
+    Ok(())
+}

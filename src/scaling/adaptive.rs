@@ -1,0 +1,307 @@
+//! A scaler that is fitted again when its data have changed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use candle_core::{Result, Tensor};
+
+use super::watch::Watch;
+use super::{DriftEvent, DriftOptions, DriftReport, Features, Scaler, Seen, State, from_state};
+use crate::ops::check;
+
+const LAYER: &str = "AdaptiveScaler";
+const VERSION: u32 = 1;
+
+/// What an [`AdaptiveScaler`] is fitted to after an event.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum OnDrift {
+    /// The recent rows.
+    Refit,
+    /// Recent rows, and rows of what it was fitted to before: as many, evenly spaced, as leave the recent ones this share of all, between
+    /// 0 and 1.
+    Blend(f64),
+}
+
+impl fmt::Display for OnDrift {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refit => f.write_str("refit"),
+            Self::Blend(share) => write!(f, "blend {share}"),
+        }
+    }
+}
+
+impl FromStr for OnDrift {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let blend = |share: &str| share.parse().ok().map(Self::Blend);
+        match text {
+            "refit" => Some(Self::Refit),
+            _ => text.strip_prefix("blend ").and_then(blend),
+        }
+        .ok_or_else(|| format!("{text:?} is neither refit nor blend with a share"))
+    }
+}
+
+/// A scaler and the monitor that watches its data: after an event the scaler is fitted anew, and the monitor compares with what it was
+/// fitted to.
+///
+/// Rows go in by [`observe`](Self::observe), and are scaled by [`transform`](Scaler::transform): first the one or first the other, as the
+/// rows should be scaled with or without themselves. The scaler is replaced as a whole, so that other threads see the old or the new one.
+///
+/// The recent rows of an event are, in part, from before the change. Where that matters there is a second event, once the rest of them
+/// differs from the mixture.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::scaling::{AdaptiveScaler, DriftOptions, OnDrift, Scaler, StandardScaler};
+///
+/// let scaler = AdaptiveScaler::new(StandardScaler::default(), DriftOptions::default(), OnDrift::Refit)?;
+/// let season = |level: f64, rows: usize| {
+///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 2.4).sin()).collect();
+///     Tensor::new(rows, &Device::Cpu)
+/// };
+/// scaler.fit(&season(0., 1000)?)?;
+/// assert!(scaler.observe(&season(0., 400)?)?.is_empty());
+/// // The first event comes early, when most of the recent rows are of before; the second settles it.
+/// let events = scaler.observe(&season(9., 600)?)?;
+/// assert_eq!((events[0].step, events[events.len() - 1].step), (410, 620));
+/// let y = scaler.transform(&Tensor::new(&[9f64], &Device::Cpu)?)?;
+/// assert!(y.to_vec1::<f64>()?[0].abs() < 0.1);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct AdaptiveScaler {
+    scaler: Box<dyn Scaler>,
+    watch: Mutex<Watch>,
+    on_drift: OnDrift,
+}
+
+impl AdaptiveScaler {
+    /// `scaler`, which is fitted again by `fit` or by events; what it was fitted to before is not known here.
+    ///
+    /// # Errors
+    /// Options outside of their ranges; names of features that differ.
+    pub fn new(
+        scaler: impl Scaler + 'static,
+        options: DriftOptions,
+        on_drift: OnDrift,
+    ) -> Result<Self> {
+        Self::of(Box::new(scaler), Watch::new(options)?, on_drift)
+    }
+
+    fn of(scaler: Box<dyn Scaler>, mut watch: Watch, on_drift: OnDrift) -> Result<Self> {
+        if let OnDrift::Blend(share) = on_drift {
+            let holds = share > 0. && share < 1.;
+            check::scaling::option(
+                LAYER,
+                "the share of a blend",
+                holds,
+                "between 0 and 1",
+                &share,
+            )?;
+        }
+        if let Some(names) = scaler.features().names() {
+            watch.set_names(names.to_vec())?;
+        }
+        Ok(Self {
+            scaler,
+            watch: Mutex::new(watch),
+            on_drift,
+        })
+    }
+
+    /// The scaler that `state` is of, which goes on as that would have.
+    ///
+    /// # Errors
+    /// A state of another kind or version, one that is damaged, or one around a scaler that is not of this crate.
+    pub fn from_state(state: &State) -> Result<Self> {
+        let (scaler, watch, on_drift) = parts(state)?;
+        Self::of(from_state(&scaler)?, watch, on_drift)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The scaler as it is fitted now.
+    pub fn scaler(&self) -> &dyn Scaler {
+        &*self.scaler
+    }
+
+    /// What is done after an event.
+    pub fn on_drift(&self) -> OnDrift {
+        self.on_drift
+    }
+
+    /// All metrics of each feature, by the recent rows of now.
+    ///
+    /// # Errors
+    /// A scaler without data, or a feature without recent values.
+    pub fn report(&self) -> Result<Vec<DriftReport>> {
+        self.lock().report()
+    }
+
+    /// Takes in rows `[N, features...]` in their order; where metrics cross their thresholds, returns the events and fits the scaler anew.
+    ///
+    /// Rows that come in one call give what they give one by one.
+    ///
+    /// # Errors
+    /// A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
+    pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
+        let mut current = self.lock();
+        let rows = current.rows(x)?;
+        let mut watch = current.clone();
+        let mut events = vec![];
+        for row in rows.values.chunks(rows.seen.len().max(1)) {
+            let now = watch.row(row);
+            if !now.is_empty() {
+                let reference = self.next_reference(&watch);
+                watch.refer_to(reference)?;
+            }
+            events.extend(now);
+        }
+        if let (false, Some(reference)) = (events.is_empty(), &watch.reference) {
+            self.scaler.fit(&watch.tensor(&reference.values)?)?;
+        }
+        *current = watch;
+        Ok(events)
+    }
+
+    /// The rows that the scaler is fitted to after an event.
+    fn next_reference(&self, watch: &Watch) -> Vec<f64> {
+        let recent = watch.recent();
+        let OnDrift::Blend(share) = self.on_drift else {
+            return recent;
+        };
+        let features = watch.features.count().max(1);
+        let before = watch.reference.as_ref().map_or(&[][..], |r| &r.values);
+        let (rows, all) = (recent.len() / features, before.len() / features);
+        let wanted = rows as f64 * (1. - share) / share;
+        // Where there are too few rows of before, all of them, and less of the recent ones.
+        let (new, old) = match wanted <= all as f64 {
+            true => (rows, wanted.round() as usize),
+            false => (
+                (all as f64 * share / (1. - share)).round().max(1.) as usize,
+                all,
+            ),
+        };
+        let mut blended = evenly(before, features, old);
+        blended.extend(evenly(&recent, features, new.min(rows)));
+        blended
+    }
+}
+
+/// `count` rows of `values`, evenly spaced, the last of them included.
+fn evenly(values: &[f64], features: usize, count: usize) -> Vec<f64> {
+    let rows = values.len() / features;
+    (1..=count)
+        .flat_map(|i| {
+            let row = (i * rows / count.max(1)).max(1) - 1;
+            &values[row * features..(row + 1) * features]
+        })
+        .copied()
+        .collect()
+}
+
+impl Scaler for AdaptiveScaler {
+    fn kind(&self) -> &'static str {
+        LAYER
+    }
+
+    fn features(&self) -> Features {
+        self.scaler.features()
+    }
+
+    fn seen(&self) -> Vec<Seen> {
+        self.scaler.seen()
+    }
+
+    fn fit(&self, x: &Tensor) -> Result<()> {
+        let mut current = self.lock();
+        let mut watch = Watch::new(current.options)?;
+        watch.step = current.step;
+        watch.features = current.features.without_axes();
+        watch.fit(x)?;
+        self.scaler.fit(x)?;
+        *current = watch;
+        Ok(())
+    }
+
+    /// [`observe`](AdaptiveScaler::observe) without its events; before any data, [`fit`](Scaler::fit). Rows change the scaler when there is
+    /// an event, and not before.
+    fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        match self.is_fitted() {
+            true => self.observe(x).map(|_| ()),
+            false => self.fit(x),
+        }
+    }
+
+    /// Always an error: the rows that one of two scalers was fitted to are no reference for the other.
+    fn merge(&self, _: &dyn Scaler) -> Result<()> {
+        check::scaling::unsupported(
+            LAYER,
+            "data whose order does not matter to be merged",
+            "merge scalers first, and wrap the result",
+        )
+    }
+
+    fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.scaler.transform(x)
+    }
+
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.scaler.inverse_transform(x)
+    }
+
+    fn reset(&self) {
+        let mut current = self.lock();
+        current.reset();
+        self.scaler.reset();
+    }
+
+    fn state(&self) -> Result<State> {
+        let watch = self.lock();
+        let mut state = State::new(LAYER, VERSION)
+            .with_features(self.features(), self.seen())
+            .with_option("on_drift", self.on_drift);
+        for (part, inner) in [
+            ("scaler", self.scaler.state()?),
+            ("monitor", watch.state()?),
+        ] {
+            state = state.with_option(part, inner.metadata());
+            for (name, tensor) in inner.tensors() {
+                state = state.with_tensor(&format!("{part}.{name}"), tensor.clone());
+            }
+        }
+        Ok(state)
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let (scaler, watch, on_drift) = parts(state)?;
+        check::series::same_reaction(LAYER, &self.on_drift, &on_drift)?;
+        let mut current = self.lock();
+        self.scaler.restore(&scaler)?;
+        *current = watch;
+        Ok(())
+    }
+}
+
+/// What a state is made of.
+fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
+    state.require(LAYER, VERSION)?;
+    let part = |part: &str| -> Result<State> {
+        let metadata: String = state.option(part)?;
+        let start = format!("{part}.");
+        let named = state.tensors().iter().filter_map(|(name, tensor)| {
+            let name = name.strip_prefix(&start)?;
+            Some((name.to_string(), tensor.clone()))
+        });
+        State::from_metadata(&metadata, named.collect::<BTreeMap<_, _>>())
+    };
+    let watch = Watch::restored(&part("monitor")?)?;
+    Ok((part("scaler")?, watch, state.option("on_drift")?))
+}

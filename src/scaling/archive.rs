@@ -1,0 +1,176 @@
+//! Files: states of scalers beside each other and beside the variables of a model.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+
+use candle_core::{Device, Result, Tensor};
+use candle_nn::VarMap;
+use safetensors::SafeTensors;
+
+use super::State;
+use crate::ops::check;
+
+const LAYER: &str = "Archive";
+
+/// What the keys of the metadata begin with, before the prefix of a part.
+const KEY: &str = "candle_norm:";
+
+/// The contents of a safetensors file that holds states, each under a prefix, and any other tensors, such as a model's variables.
+///
+/// A state under the prefix `p` has its tensors at `p.NAME`, and in the metadata, at the key `candle_norm:p`, a JSON object: `kind`, `version`,
+/// `axes` and `names` of the features, the counts `values` and `nan` of each, `options`. Readers of safetensors that know nothing of
+/// scalers, `VarMap::load` among them, take the other tensors and leave these.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_norm::scaling::{Archive, Scaler, StandardScaler};
+///
+/// let vars = VarMap::new();
+/// candle_nn::linear(2, 1, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// let scaler = StandardScaler::default();
+/// scaler.fit(&Tensor::new(&[[1f32, 10.], [3., 30.]], &Device::Cpu)?)?;
+///
+/// let file = std::env::temp_dir().join("candle-norm-archive.safetensors");
+/// let mut archive = Archive::default();
+/// archive.put_vars(&vars)?;
+/// archive.put("inputs", &scaler.state()?)?;
+/// archive.write(&file)?;
+///
+/// let restored = StandardScaler::from_state(&Archive::read(&file)?.state("inputs")?)?;
+/// assert_eq!(restored.mean()?, [2., 20.]);
+/// # std::fs::remove_file(&file)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct Archive {
+    tensors: BTreeMap<String, Tensor>,
+    metadata: HashMap<String, String>,
+}
+
+impl Archive {
+    /// Adds a state under a prefix.
+    ///
+    /// # Errors
+    /// The prefix is in use; nothing is added then.
+    pub fn put(&mut self, prefix: &str, state: &State) -> Result<()> {
+        let key = format!("{KEY}{prefix}");
+        let start = format!("{prefix}.");
+        let taken = |name: &String| name.starts_with(&start);
+        let taken = self.metadata.contains_key(&key) || self.tensors.keys().any(taken);
+        check::scaling::free_name(LAYER, prefix, taken)?;
+        let named = state.tensors().iter();
+        self.tensors
+            .extend(named.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())));
+        self.metadata.insert(key, state.metadata());
+        Ok(())
+    }
+
+    /// Adds the variables of a model under their own names, with the values that they have now.
+    ///
+    /// # Errors
+    /// A name is in use; nothing is added then.
+    pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
+        let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+        let starts = self.starts();
+        for name in vars.keys() {
+            let taken = self.tensors.contains_key(name) || belongs(name, &starts);
+            check::scaling::free_name(LAYER, name, taken)?;
+        }
+        let mut named = BTreeMap::new();
+        for (name, var) in vars.iter() {
+            // A variable that is trained on would change what is archived.
+            named.insert(name.clone(), var.as_detached_tensor().copy()?);
+        }
+        self.tensors.extend(named);
+        Ok(())
+    }
+
+    /// The prefixes of the states, in order.
+    pub fn parts(&self) -> Vec<String> {
+        let keys = self.metadata.keys().filter_map(|k| k.strip_prefix(KEY));
+        let mut parts: Vec<String> = keys.map(str::to_string).collect();
+        parts.sort();
+        parts
+    }
+
+    /// The state under a prefix.
+    ///
+    /// # Errors
+    /// There is none, or its metadata does not describe one.
+    pub fn state(&self, prefix: &str) -> Result<State> {
+        check::scaling::part(LAYER, prefix, &self.parts())?;
+        let text = self.metadata.get(&format!("{KEY}{prefix}"));
+        let text = check::scaling::present(LAYER, prefix, text)?;
+        let start = format!("{prefix}.");
+        let named = self.tensors.iter().filter_map(|(name, tensor)| {
+            let name = name.strip_prefix(&start)?;
+            Some((name.to_string(), tensor.clone()))
+        });
+        State::from_metadata(text, named.collect())
+    }
+
+    /// What the names of the tensors of states begin with.
+    fn starts(&self) -> Vec<String> {
+        self.parts().iter().map(|p| format!("{p}.")).collect()
+    }
+
+    /// The tensors that belong to no state: the variables of a model.
+    pub(crate) fn others(&self) -> HashMap<String, Tensor> {
+        let starts = self.starts();
+        let others = (self.tensors.iter()).filter(|(name, _)| !belongs(name, &starts));
+        others.map(|(n, t)| (n.clone(), t.clone())).collect()
+    }
+
+    /// Reads a file, all of it.
+    ///
+    /// # Errors
+    /// It cannot be read, or is not a whole safetensors file.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = check::scaling::file(LAYER, path, fs::read(path))?;
+        let header = SafeTensors::read_metadata(&bytes);
+        let (_, header) = check::scaling::file(LAYER, path, header)?;
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
+        let tensors = check::scaling::file(LAYER, path, tensors)?;
+        Ok(Self {
+            tensors: tensors.into_iter().collect(),
+            metadata: header.metadata().clone().unwrap_or_default(),
+        })
+    }
+
+    /// Writes the file, which appears whole or not at all.
+    ///
+    /// # Errors
+    /// Those of the file system and of devices; a file that was there before is then as it was.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let mut named = vec![];
+        for (name, tensor) in &self.tensors {
+            named.push((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
+        }
+        let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
+        let bytes = safetensors::serialize(named, metadata);
+        let bytes = check::scaling::file(LAYER, path, bytes)?;
+        let unfinished = unfinished(path);
+        let written = fs::write(&unfinished, bytes).and_then(|()| fs::rename(&unfinished, path));
+        if written.is_err() {
+            let _ = fs::remove_file(&unfinished);
+        }
+        check::scaling::file(LAYER, path, written)
+    }
+}
+
+/// Whether `name` is that of a tensor of a state.
+fn belongs(name: &str, starts: &[String]) -> bool {
+    starts.iter().any(|start| name.starts_with(start))
+}
+
+/// A file beside `path`, which becomes it once it is whole.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.unfinished", std::process::id()));
+    path.with_file_name(name)
+}

@@ -1,0 +1,162 @@
+//! What a scaler knows of the features of its data: their axes and their names.
+
+use std::fmt;
+
+use candle_core::{Result, Tensor};
+
+use crate::ops::check;
+
+/// The features of a data set: the axes after the first, and a name for each of their elements if there are names.
+///
+/// Features are counted along the trailing axes in row-major order: data `[N, 2, 3]` has six.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Features {
+    axes: Option<Vec<usize>>,
+    names: Option<Vec<String>>,
+}
+
+impl Features {
+    /// Features with names, which data that comes later must be as many as.
+    pub(crate) fn named(layer: &str, names: Vec<String>) -> Result<Self> {
+        check::scaling::distinct_names(layer, &names)?;
+        Ok(Self {
+            axes: None,
+            names: Some(names),
+        })
+    }
+
+    /// Features as they were saved.
+    pub(crate) fn from_parts(
+        layer: &str,
+        axes: Option<Vec<usize>>,
+        names: Option<Vec<String>>,
+    ) -> Result<Self> {
+        let features = match names {
+            Some(names) => Self::named(layer, names)?,
+            None => Self::default(),
+        };
+        match axes {
+            Some(axes) => features.with_axes(layer, &axes),
+            None => Ok(features),
+        }
+    }
+
+    /// The axes of the features, which are those of the data without the first; none before there was data.
+    pub fn axes(&self) -> Option<&[usize]> {
+        self.axes.as_deref()
+    }
+
+    /// The names, if there are any.
+    pub fn names(&self) -> Option<&[String]> {
+        self.names.as_deref()
+    }
+
+    /// How many features there are; 0 where neither data nor names said so yet.
+    pub fn count(&self) -> usize {
+        match (&self.axes, &self.names) {
+            (Some(axes), _) => product(axes),
+            (None, names) => names.as_ref().map_or(0, Vec::len),
+        }
+    }
+
+    /// How a message calls feature `index`: `feature 3 "doors"`, or `feature [1, 0]` where there are several axes and no names.
+    pub fn label(&self, index: usize) -> impl fmt::Display + '_ {
+        Label {
+            features: self,
+            index,
+        }
+    }
+
+    /// The features of `x`, `[N, features...]`, which must be these as far as anything is known of them.
+    pub(crate) fn of(&self, layer: &str, x: &Tensor) -> Result<Self> {
+        check::rank_at_least(layer, x, 1, "[N, features...]")?;
+        self.clone().with_axes(layer, &x.dims()[1..])
+    }
+
+    /// The names alone.
+    pub(crate) fn without_axes(&self) -> Self {
+        Self {
+            axes: None,
+            names: self.names.clone(),
+        }
+    }
+
+    /// These, with the axes of data.
+    fn with_axes(mut self, layer: &str, axes: &[usize]) -> Result<Self> {
+        let count = product(axes);
+        if let Some(expected) = &self.axes {
+            let first = count.min(self.count());
+            check::scaling::feature_shape(layer, expected, axes, &self.label(first))?;
+        } else if let Some(names) = &self.names {
+            let first = count.min(names.len());
+            check::scaling::name_count(layer, names.len(), count, &self.label(first))?;
+        }
+        self.axes = Some(axes.to_vec());
+        Ok(self)
+    }
+
+    /// Whether `other` are the same features, as far as both are known; both together.
+    pub(crate) fn joined(&self, layer: &str, other: &Self) -> Result<Self> {
+        let mut joined = match &other.axes {
+            Some(axes) => self.clone().with_axes(layer, axes)?,
+            None => self.clone(),
+        };
+        if let Some(names) = &other.names {
+            joined.check_names(layer, names)?;
+            joined.names = Some(names.clone());
+        }
+        Ok(joined)
+    }
+
+    /// Whether `names` are the names of these features, in their order. Features without names take any.
+    pub(crate) fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
+        for (index, (expected, got)) in self.names.iter().flatten().zip(names).enumerate() {
+            check::scaling::same_name(layer, index, expected, got.as_ref())?;
+        }
+        let known = self.axes.is_some() || self.names.is_some();
+        if known {
+            let first = self.count().min(names.len());
+            let named = Self {
+                axes: None,
+                names: Some(names.iter().map(|n| n.as_ref().to_string()).collect()),
+            };
+            let label = match first < self.count() {
+                true => self.label(first).to_string(),
+                false => named.label(first).to_string(),
+            };
+            check::scaling::name_count(layer, names.len(), self.count(), &label)?;
+        }
+        Ok(())
+    }
+}
+
+/// The number of elements of axes, which a file may claim to be any.
+fn product(axes: &[usize]) -> usize {
+    axes.iter()
+        .fold(1, |count, axis| count.saturating_mul(*axis))
+}
+
+struct Label<'a> {
+    features: &'a Features,
+    index: usize,
+}
+
+impl fmt::Display for Label<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { features, index } = self;
+        if let Some(name) = features.names.as_ref().and_then(|names| names.get(*index)) {
+            return write!(f, "feature {index} {name:?}");
+        }
+        let axes = features.axes.as_deref().unwrap_or_default();
+        if axes.len() < 2 || *index >= features.count() {
+            return write!(f, "feature {index}");
+        }
+        let mut rest = *index;
+        let mut position = vec![0; axes.len()];
+        for (axis, size) in axes.iter().enumerate().rev() {
+            position[axis] = rest % size.max(&1);
+            rest /= size.max(&1);
+        }
+        write!(f, "feature {position:?}")
+    }
+}

@@ -1,0 +1,360 @@
+//! What all scalers share that are fitted to a data set as a whole: statistics of each feature behind a lock, and the map that follows from them.
+
+use std::fmt::Debug;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use candle_core::{Result, Tensor};
+
+use super::affine::{Affine, Map};
+use super::data::{Nan, each_feature};
+use super::{Features, Seen, State};
+use crate::ops::check;
+
+/// The version of the states of these scalers.
+const VERSION: u32 = 1;
+
+/// Beyond this many values a count would not be exact as an `f64`.
+const MOST_VALUES: u64 = 1 << 53;
+
+/// A way to scale: its options.
+pub(super) trait Rule: Debug + Clone + Send + Sync + 'static {
+    const KIND: &'static str;
+
+    /// What is kept of each feature.
+    type Statistic: Debug + Clone + Send + Sync;
+
+    fn check(&self) -> Result<()>;
+    fn nan(&self) -> Nan;
+    fn empty(&self) -> Result<Self::Statistic>;
+    fn take(statistic: &mut Self::Statistic, values: &[f64]) -> Result<()>;
+    fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;
+
+    /// The map of a feature of which there are values.
+    fn map(&self, statistic: &Self::Statistic) -> Result<Map>;
+
+    fn clip(&self) -> Option<[f64; 2]> {
+        None
+    }
+
+    fn save(&self, state: State, statistics: &[Self::Statistic]) -> Result<State>;
+
+    /// The options and statistics of a saved state, of `state.seen().len()` features.
+    fn restore(state: &State) -> Result<(Self, Vec<Self::Statistic>)>;
+}
+
+/// A scaler at one moment.
+#[derive(Debug, Clone)]
+pub(super) struct Snapshot<R: Rule> {
+    pub(super) rule: R,
+    pub(super) features: Features,
+    seen: Vec<Seen>,
+    pub(super) statistics: Vec<R::Statistic>,
+    /// Follows from the statistics when it is first asked for.
+    affine: OnceLock<Affine>,
+}
+
+impl<R: Rule> Snapshot<R> {
+    fn new(rule: R, features: Features) -> Self {
+        Self {
+            rule,
+            features,
+            seen: vec![],
+            statistics: vec![],
+            affine: OnceLock::new(),
+        }
+    }
+
+    /// The statistics of `x` alone.
+    fn of(rule: R, features: &Features, x: &Tensor) -> Result<Self> {
+        check::scaling::samples(R::KIND, x)?;
+        let features = features.of(R::KIND, x)?;
+        let mut statistics = vec![rule.empty()?; features.count()];
+        let take = |feature: usize, values: &[f64]| R::take(&mut statistics[feature], values);
+        let seen = each_feature(R::KIND, &features, rule.nan(), x, take)?;
+        Ok(Self {
+            seen,
+            statistics,
+            ..Self::new(rule, features)
+        })
+    }
+
+    /// These and what `other` saw.
+    fn with(&self, other: Self) -> Result<Self> {
+        let features = self.features.joined(R::KIND, &other.features)?;
+        let rule = self.rule.clone();
+        let (mut seen, mut statistics) = (self.seen.clone(), self.statistics.clone());
+        if seen.is_empty() {
+            (seen, statistics) = (other.seen, other.statistics);
+        } else if !other.seen.is_empty() {
+            for (a, b) in statistics.iter_mut().zip(&other.statistics) {
+                R::merge(a, b)?;
+            }
+            for (a, b) in seen.iter_mut().zip(other.seen) {
+                *a = a.plus(b);
+            }
+        }
+        Ok(Self {
+            seen,
+            statistics,
+            ..Self::new(rule, features)
+        })
+    }
+
+    fn restored(state: &State) -> Result<Self> {
+        state.require(R::KIND, VERSION)?;
+        let features = state.features().clone();
+        let seen = state.seen().to_vec();
+        if !seen.is_empty() {
+            check::scaling::saved_length(R::KIND, "counts", features.count(), seen.len())?;
+        }
+        for (i, seen) in seen.iter().enumerate() {
+            let holds = seen.values.max(seen.nan) <= MOST_VALUES;
+            let label = features.label(i);
+            check::scaling::saved_value(R::KIND, "count", &label, seen.values as f64, holds)?;
+        }
+        let (rule, statistics) = R::restore(state)?;
+        rule.check()?;
+        Ok(Self {
+            seen,
+            statistics,
+            ..Self::new(rule, features)
+        })
+    }
+
+    /// The map of each feature.
+    pub(super) fn affine(&self) -> Result<&Affine> {
+        let fitted = Some(&self.seen).filter(|seen| !seen.is_empty());
+        check::scaling::fitted(R::KIND, fitted)?;
+        if let Some(affine) = self.affine.get() {
+            return Ok(affine);
+        }
+        let mut maps = Vec::with_capacity(self.statistics.len());
+        for (i, (statistic, seen)) in self.statistics.iter().zip(&self.seen).enumerate() {
+            check::scaling::has_values(R::KIND, &self.features.label(i), seen.values)?;
+            maps.push(self.rule.map(statistic)?);
+        }
+        let clip = self.rule.clip();
+        Ok(self.affine.get_or_init(|| Affine { maps, clip }))
+    }
+}
+
+/// A scaler: a snapshot that is replaced as a whole.
+#[derive(Debug)]
+pub(super) struct Fitted<R: Rule>(RwLock<Arc<Snapshot<R>>>);
+
+impl<R: Rule> Fitted<R> {
+    pub(super) fn new(rule: R) -> Result<Self> {
+        rule.check()?;
+        Ok(Self::of(Snapshot::new(rule, Features::default())))
+    }
+
+    /// With the default options of a rule, which are sound.
+    pub(super) fn with_defaults() -> Self
+    where
+        R: Default,
+    {
+        Self::of(Snapshot::new(R::default(), Features::default()))
+    }
+
+    fn of(snapshot: Snapshot<R>) -> Self {
+        Self(RwLock::new(Arc::new(snapshot)))
+    }
+
+    pub(super) fn from_state(state: &State) -> Result<Self> {
+        Ok(Self::of(Snapshot::restored(state)?))
+    }
+
+    pub(super) fn named(self, names: Vec<String>) -> Result<Self> {
+        let snapshot = self.snapshot();
+        let features = Features::named(R::KIND, names)?;
+        let features = snapshot.features.joined(R::KIND, &features)?;
+        Ok(Self::of(Snapshot {
+            features,
+            ..(*snapshot).clone()
+        }))
+    }
+
+    /// The scaler as it is now; nothing that happens later reaches it.
+    pub(super) fn snapshot(&self) -> Arc<Snapshot<R>> {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each other, so that none is lost.
+    fn replace(&self, next: impl FnOnce(&Snapshot<R>) -> Result<Snapshot<R>>) -> Result<()> {
+        let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        *current = Arc::new(next(&current)?);
+        Ok(())
+    }
+
+    pub(super) fn fit(&self, x: &Tensor) -> Result<()> {
+        let now = self.snapshot();
+        let fresh = Snapshot::of(now.rule.clone(), &now.features.without_axes(), x)?;
+        self.replace(|_| Ok(fresh))
+    }
+
+    pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        // Outside of the lock: those who transform need not wait for it.
+        let now = self.snapshot();
+        let more = Snapshot::of(now.rule.clone(), &now.features, x)?;
+        self.replace(|current| current.with(more))
+    }
+
+    pub(super) fn merge(&self, other: &State) -> Result<()> {
+        let more = Snapshot::restored(other)?;
+        self.replace(|current| current.with(more))
+    }
+
+    pub(super) fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        let now = self.snapshot();
+        now.affine()?.transform(R::KIND, &now.features, x)
+    }
+
+    pub(super) fn inverse_transform(&self, y: &Tensor) -> Result<Tensor> {
+        let now = self.snapshot();
+        now.affine()?.inverse(R::KIND, &now.features, y)
+    }
+
+    /// One number of each feature, from its statistic.
+    pub(super) fn each(&self, of: impl Fn(&R::Statistic) -> f64) -> Result<Vec<f64>> {
+        let now = self.snapshot();
+        now.affine()?;
+        Ok(now.statistics.iter().map(of).collect())
+    }
+
+    pub(super) fn features(&self) -> Features {
+        self.snapshot().features.clone()
+    }
+
+    pub(super) fn seen(&self) -> Vec<Seen> {
+        self.snapshot().seen.clone()
+    }
+
+    pub(super) fn reset(&self) {
+        let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let features = current.features.without_axes();
+        *current = Arc::new(Snapshot::new(current.rule.clone(), features));
+    }
+
+    pub(super) fn state(&self) -> Result<State> {
+        let now = self.snapshot();
+        let state =
+            State::new(R::KIND, VERSION).with_features(now.features.clone(), now.seen.clone());
+        now.rule.save(state, &now.statistics)
+    }
+
+    pub(super) fn restore(&self, state: &State) -> Result<()> {
+        let restored = Snapshot::<R>::restored(state)?;
+        self.replace(|current| {
+            let features = current.features.joined(R::KIND, &restored.features)?;
+            Ok(Snapshot {
+                features,
+                ..restored
+            })
+        })
+    }
+}
+
+/// The public face of a scaler with a field `fitted`, of the options that are its rule.
+macro_rules! scaler {
+    ($name:ident, $options:ident) => {
+        impl $name {
+            /// A scaler without data.
+            ///
+            /// # Errors
+            /// Options outside of their ranges.
+            pub fn new(options: $options) -> candle_core::Result<Self> {
+                let fitted = $crate::scaling::fitted::Fitted::new(options)?;
+                Ok(Self { fitted })
+            }
+
+            /// This scaler with a name for each feature, in the order of the trailing axes of data.
+            ///
+            /// # Errors
+            /// Two equal names, or more or less names than features that it was fitted to.
+            pub fn with_names<S: Into<String>>(
+                self,
+                names: impl IntoIterator<Item = S>,
+            ) -> candle_core::Result<Self> {
+                let names = names.into_iter().map(S::into).collect();
+                let fitted = self.fitted.named(names)?;
+                Ok(Self { fitted })
+            }
+
+            /// The scaler that `state` is of.
+            ///
+            /// # Errors
+            /// A state of another kind or version, or one that is damaged.
+            pub fn from_state(state: &$crate::scaling::State) -> candle_core::Result<Self> {
+                let fitted = $crate::scaling::fitted::Fitted::from_state(state)?;
+                Ok(Self { fitted })
+            }
+
+            /// The options.
+            pub fn options(&self) -> $options {
+                self.fitted.snapshot().rule
+            }
+
+            /// What each feature is divided by: 1 where it does not vary.
+            ///
+            /// # Errors
+            /// No data yet.
+            pub fn scale(&self) -> candle_core::Result<Vec<f64>> {
+                let now = self.fitted.snapshot();
+                Ok(now.affine()?.maps.iter().map(|map| map.scale).collect())
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                let fitted = $crate::scaling::fitted::Fitted::with_defaults();
+                Self { fitted }
+            }
+        }
+
+        impl $crate::scaling::Scaler for $name {
+            fn kind(&self) -> &'static str {
+                <$options as $crate::scaling::fitted::Rule>::KIND
+            }
+            fn features(&self) -> $crate::scaling::Features {
+                self.fitted.features()
+            }
+            fn seen(&self) -> Vec<$crate::scaling::Seen> {
+                self.fitted.seen()
+            }
+            fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
+                self.fitted.fit(x)
+            }
+            fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
+                self.fitted.partial_fit(x)
+            }
+            fn merge(&self, other: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
+                self.fitted.merge(&other.state()?)
+            }
+            fn transform(
+                &self,
+                x: &candle_core::Tensor,
+            ) -> candle_core::Result<candle_core::Tensor> {
+                self.fitted.transform(x)
+            }
+            fn inverse_transform(
+                &self,
+                x: &candle_core::Tensor,
+            ) -> candle_core::Result<candle_core::Tensor> {
+                self.fitted.inverse_transform(x)
+            }
+            fn reset(&self) {
+                self.fitted.reset()
+            }
+            fn state(&self) -> candle_core::Result<$crate::scaling::State> {
+                self.fitted.state()
+            }
+            fn restore(&self, state: &$crate::scaling::State) -> candle_core::Result<()> {
+                self.fitted.restore(state)
+            }
+        }
+    };
+}
+pub(super) use scaler;

@@ -1,0 +1,102 @@
+//! The range from −1 to 1, with zero where it was.
+
+use candle_core::Result;
+
+use super::affine::Map;
+use super::extremes::Extremes;
+use super::fitted::{Fitted, Rule, scaler};
+use super::{Nan, State};
+
+/// Options of a [`MaxAbsScaler`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MaxAbsScalerOptions {
+    /// What becomes of NaN in the data that are fitted. Default: refused.
+    pub nan: Nan,
+}
+
+/// Divides every feature by its greatest absolute value, as scikit-learn's `MaxAbsScaler`: zeros stay zeros.
+///
+/// ```text
+/// y = x / max |x|
+/// ```
+///
+/// A feature that is zero throughout is divided by 1.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::scaling::{MaxAbsScaler, Scaler};
+///
+/// let scaler = MaxAbsScaler::default();
+/// let x = Tensor::new(&[0f32, 2., -4.], &Device::Cpu)?;
+/// scaler.fit(&x)?;
+/// assert_eq!(scaler.transform(&x)?.to_vec1::<f32>()?, [0., 0.5, -1.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct MaxAbsScaler {
+    fitted: Fitted<MaxAbsScalerOptions>,
+}
+
+scaler!(MaxAbsScaler, MaxAbsScalerOptions);
+
+impl MaxAbsScaler {
+    /// The greatest absolute value of each feature.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn max_abs(&self) -> Result<Vec<f64>> {
+        self.fitted.each(largest)
+    }
+}
+
+fn largest(extremes: &Extremes) -> f64 {
+    extremes.max.max(-extremes.min)
+}
+
+impl Rule for MaxAbsScalerOptions {
+    const KIND: &'static str = "MaxAbsScaler";
+
+    type Statistic = Extremes;
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn nan(&self) -> Nan {
+        self.nan
+    }
+
+    fn empty(&self) -> Result<Extremes> {
+        Ok(Extremes::NONE)
+    }
+
+    fn take(extremes: &mut Extremes, values: &[f64]) -> Result<()> {
+        extremes.take(values);
+        Ok(())
+    }
+
+    fn merge(into: &mut Extremes, from: &Extremes) -> Result<()> {
+        into.merge(*from);
+        Ok(())
+    }
+
+    fn map(&self, extremes: &Extremes) -> Result<Map> {
+        Ok(Map {
+            center: [0.; 2],
+            scale: match largest(extremes) {
+                0. => 1.,
+                largest => largest,
+            },
+            offset: 0.,
+        })
+    }
+
+    fn save(&self, state: State, statistics: &[Extremes]) -> Result<State> {
+        Extremes::save(state.with_option("nan", self.nan), statistics)
+    }
+
+    fn restore(state: &State) -> Result<(Self, Vec<Extremes>)> {
+        let nan = state.option("nan")?;
+        Ok((Self { nan }, Extremes::restore(state)?))
+    }
+}

@@ -1,0 +1,199 @@
+//! Scalers for data and targets, which are fitted once, saved with the model, and watched.
+//!
+//! A network's first and last normalization is that of its data and of its targets. A [`Scaler`] has scikit-learn's `fit`, `partial_fit`,
+//! `transform` and `inverse_transform` over candle tensors `[N, features...]`: statistics in `f64` whatever the dtype, transformations by tensor
+//! operations that gradients pass through, on any device.
+//!
+//! | scaler | `y` | when |
+//! | --- | --- | --- |
+//! | [`StandardScaler`] | `(x − mean) / std` | most data and most targets |
+//! | [`MinMaxScaler`] | `(x − min) / (max − min)`, or another range | bounded data, such as pixels |
+//! | [`MaxAbsScaler`] | `x / max abs x` | sparse data: zeros stay zeros |
+//! | [`RobustScaler`] | `(x − median) / (q75 − q25)` | data with outliers |
+//! | [`SlidingScaler`] | `(x − mean) / std` of the last rows | series whose level moves |
+//! | [`EwmScaler`] | the same, rows weighted the less the older they are | series whose level moves |
+//! | [`AdaptiveScaler`] | what it wraps, fitted again after drift | data that change now and then |
+//!
+//! [`RevIn`] normalizes each window of a series inside a model, and brings the forecast back; [`DriftMonitor`] says when data are no longer
+//! those of the past.
+//!
+//! Around them: [`TargetScaler`] for what a model predicts, with errors in both units; [`Pipeline`] for scaler, model and inverse in one file;
+//! [`Archive`] for any number of scalers beside a model; [`half_precision`] for what `f16` would lose; [`LossBalancer`] for several losses.
+//!
+//! # Example
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_norm::scaling::{Scaler, StandardScaler};
+//!
+//! let train = Tensor::new(&[[20_000f32, 4.], [40_000., 2.], [30_000., 4.]], &Device::Cpu)?;
+//! let scaler = StandardScaler::default().with_names(["mileage", "doors"])?;
+//! scaler.fit(&train)?;
+//!
+//! // Saved once, beside the model; loaded where the model runs.
+//! let file = std::env::temp_dir().join("candle-norm-scaling.safetensors");
+//! scaler.save(&file)?;
+//! let scaler = candle_norm::scaling::load(&file)?;
+//! let car = scaler.transform(&Tensor::new(&[[30_000f32, 4.]], &Device::Cpu)?)?;
+//! assert_eq!(car.to_vec2::<f32>()?[0][0], 0.);
+//!
+//! // More data, later: the same as a fit to all of them.
+//! scaler.partial_fit(&Tensor::new(&[[70_000f32, 2.]], &Device::Cpu)?)?;
+//! assert_eq!(scaler.seen()[0].values, 4);
+//! # std::fs::remove_file(&file)?;
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! # Edges
+//!
+//! As scikit-learn has them: a feature that does not vary is divided by 1; NaN is refused or, by [`Nan::Ignore`], left out and counted, and stays NaN
+//! in what is transformed; infinite data, no samples, other features or names are an error that names the feature, and change nothing.
+//!
+//! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
+
+mod adaptive;
+mod affine;
+mod archive;
+mod balancer;
+mod data;
+mod drift;
+mod ewm;
+mod extremes;
+mod features;
+mod fitted;
+mod follow;
+mod half;
+mod max_abs;
+mod min_max;
+mod pipeline;
+mod registry;
+mod rev_in;
+mod robust;
+mod sliding;
+mod standard;
+mod state;
+mod target;
+mod two_samples;
+mod watch;
+mod window;
+
+use std::fmt::Debug;
+use std::path::Path;
+
+use candle_core::{Result, Tensor};
+
+pub use crate::ops::Moments;
+pub use adaptive::{AdaptiveScaler, OnDrift};
+pub use archive::Archive;
+pub use balancer::{LossBalancer, LossBalancerOptions};
+pub use data::Nan;
+pub use drift::{DriftEvent, DriftMetric, DriftMonitor, DriftOptions, DriftReport};
+pub use ewm::{EwmScaler, EwmScalerOptions};
+pub use features::Features;
+pub use follow::{Causal, SeriesStats};
+pub use half::{HalfFinding, HalfProblem, half_precision};
+pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
+pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
+pub use pipeline::Pipeline;
+pub use registry::{from_state, load};
+pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
+pub use robust::{RobustScaler, RobustScalerOptions};
+pub use sliding::{SlidingScaler, SlidingScalerOptions};
+pub use standard::{StandardScaler, StandardScalerOptions};
+pub use state::{Seen, State};
+pub use target::{Deviation, TargetError, TargetScaler};
+
+/// The prefix under which [`Scaler::save`] puts a scaler into a file.
+pub const PREFIX: &str = "scaler";
+
+/// A transformation of data that is fitted to data, and has an inverse.
+///
+/// Data are `[N, features...]`: the first axis counts samples, and every element of the others is a feature. Every method takes `&self`: one
+/// thread may feed a scaler while others transform by it, and each of them sees it as it was before or after, never between. An error leaves
+/// the scaler as it was.
+pub trait Scaler: Send + Sync + Debug {
+    /// The name of the type, which messages and files have.
+    fn kind(&self) -> &'static str;
+
+    /// The features, as far as they are known.
+    fn features(&self) -> Features;
+
+    /// What was seen of each feature; empty before any data.
+    fn seen(&self) -> Vec<Seen>;
+
+    /// Forgets all data and fits `x`, `[N, features...]`. Names of features stay.
+    ///
+    /// # Errors
+    /// Data that are empty, not of floating point, infinite, NaN where that is refused, or of other features than the names say.
+    fn fit(&self, x: &Tensor) -> Result<()>;
+
+    /// Takes in more data: the result is that of [`fit`](Self::fit) to all of them.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit); also other features than before.
+    fn partial_fit(&self, x: &Tensor) -> Result<()>;
+
+    /// Takes in all that another scaler of the same kind has seen.
+    ///
+    /// # Errors
+    /// A scaler of another kind or of other features.
+    fn merge(&self, other: &dyn Scaler) -> Result<()>;
+
+    /// The data scaled: of the shape and dtype of `x`, on its device, and differentiable.
+    ///
+    /// # Errors
+    /// A scaler without data; other features than it was fitted to.
+    fn transform(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// What [`transform`](Self::transform) would make `x` of: data in their own units.
+    ///
+    /// # Errors
+    /// As [`transform`](Self::transform).
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// Forgets all data. Options and names of features stay.
+    fn reset(&self);
+
+    /// All that this scaler knows, at one moment.
+    ///
+    /// # Errors
+    /// Only those of candle.
+    fn state(&self) -> Result<State>;
+
+    /// Becomes the scaler that `state` is of, options included.
+    ///
+    /// # Errors
+    /// A state of another kind, version or set of features, or one that is damaged.
+    fn restore(&self, state: &State) -> Result<()>;
+
+    /// Whether there is anything to transform by.
+    fn is_fitted(&self) -> bool {
+        !self.seen().is_empty()
+    }
+
+    /// Whether `names` are those of the features, in their order; scalers without names take any of the right number.
+    ///
+    /// # Errors
+    /// The first that differs.
+    fn check_names(&self, names: &[&str]) -> Result<()> {
+        self.features().check_names(self.kind(), names)
+    }
+
+    /// Writes this scaler to a file of its own. [`Archive`] puts it into a file with others, and with a model.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn save(&self, path: &Path) -> Result<()> {
+        let mut archive = Archive::default();
+        archive.put(PREFIX, &self.state()?)?;
+        archive.write(path)
+    }
+
+    /// [`restore`](Self::restore)s this scaler from a file that [`save`](Self::save) wrote.
+    ///
+    /// # Errors
+    /// A file that is not whole, or of another kind, version or set of features.
+    fn load(&self, path: &Path) -> Result<()> {
+        self.restore(&Archive::read(path)?.state(PREFIX)?)
+    }
+}

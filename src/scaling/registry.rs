@@ -1,0 +1,71 @@
+//! Scalers whose kind only the file knows.
+
+use std::path::Path;
+
+use candle_core::Result;
+
+use super::{
+    AdaptiveScaler, Archive, EwmScaler, MaxAbsScaler, MinMaxScaler, PREFIX, RobustScaler, Scaler,
+    SlidingScaler, StandardScaler, State,
+};
+use crate::ops::check;
+
+/// A kind, and how its scaler is made of a state.
+type Entry = (&'static str, fn(&State) -> Result<Box<dyn Scaler>>);
+
+/// An entry of the table of kinds.
+macro_rules! entry {
+    ($name:ident) => {
+        (stringify!($name), |state| {
+            Ok(Box::new($name::from_state(state)?))
+        })
+    };
+}
+
+const KINDS: &[Entry] = &[
+    entry!(AdaptiveScaler),
+    entry!(EwmScaler),
+    entry!(MaxAbsScaler),
+    entry!(MinMaxScaler),
+    entry!(RobustScaler),
+    entry!(SlidingScaler),
+    entry!(StandardScaler),
+];
+
+/// The scaler that `state` is of, whichever of this crate it is.
+///
+/// # Errors
+/// A state of no scaler of this crate, of another version, or one that is damaged.
+pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
+    match KINDS.iter().find(|(kind, _)| *kind == state.kind()) {
+        Some((_, make)) => make(state),
+        None => {
+            let kinds: Vec<_> = KINDS.iter().map(|(kind, _)| *kind).collect();
+            check::scaling::known_kind(&kinds, state.kind())
+        }
+    }
+}
+
+/// The scaler in a file that [`Scaler::save`] wrote, whichever of this crate it is.
+///
+/// # Errors
+/// A file that is not whole, or does not hold a scaler of this crate and version.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::scaling::{self, MinMaxScaler, Scaler};
+///
+/// let scaler = MinMaxScaler::default().with_names(["ppm"])?;
+/// scaler.fit(&Tensor::new(&[310f32, 420.], &Device::Cpu)?)?;
+/// let file = std::env::temp_dir().join("candle-norm-load.safetensors");
+/// scaler.save(&file)?;
+///
+/// let restored = scaling::load(&file)?;
+/// assert_eq!((restored.kind(), restored.seen()[0].values), ("MinMaxScaler", 2));
+/// restored.partial_fit(&Tensor::new(&[430f32], &Device::Cpu)?)?;
+/// # std::fs::remove_file(&file)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn load(path: impl AsRef<Path>) -> Result<Box<dyn Scaler>> {
+    from_state(&Archive::read(path)?.state(PREFIX)?)
+}

@@ -1,0 +1,242 @@
+//! Reversible instance normalization.
+
+use candle_core::{Result, Tensor, Var};
+use candle_nn::{Init, VarBuilder};
+
+use crate::ops::{self, check};
+
+const LAYER: &str = "RevIn";
+
+/// Names of the parameters, those of the authors' implementation.
+const WEIGHT: &str = "affine_weight";
+const BIAS: &str = "affine_bias";
+
+/// Configuration of [`RevIn`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct RevInOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// Learn a scale and a shift of each series. Default: true.
+    pub affine: bool,
+    /// Subtract the last value of a window in place of its mean. Default: false.
+    pub subtract_last: bool,
+}
+
+impl Default for RevInOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            affine: true,
+            subtract_last: false,
+        }
+    }
+}
+
+impl From<f64> for RevInOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+/// Reversible instance normalization: each window of each series by its own statistics, which the forecast is restored by.
+///
+/// ```text
+/// y = (x − c) / s · w + b          normalize
+/// x̂ = (ŷ − b) / w · s + c          denormalize
+/// ```
+///
+/// Where:
+/// - `c` is the mean of the window over time, or its last value with `subtract_last`;
+/// - `s = √(σ² + ε)`, with σ² the biased variance of the window over time;
+/// - `w` and `b` are `affine_weight` and `affine_bias`, one value a series, if `affine` has them.
+///
+/// Kim et al., 2022, "Reversible Instance Normalization for Accurate Time-Series Forecasting against Distribution Shift",
+/// <https://openreview.net/forum?id=cGDAkQo1C0p>. Formulas, defaults and names of parameters are those of the authors' implementation,
+/// but for two things: it divides by `w + ε²` on the way back, and so does not quite return; and it cuts `c` and `s` off the graph,
+/// so that a layer before the normalization gets only a part of its gradient. Here both ways are the inverse of each other, and every
+/// gradient is whole; the parameters, and a model of data that have no gradient, get the same from both.
+///
+/// The layer remembers no window. [`normalize`](Self::normalize) returns the statistics as a value, which
+/// [`denormalize`](Self::denormalize) takes: threads may share one layer, and windows may be restored in any order. Training and inference
+/// do the same.
+#[derive(Debug, Clone)]
+pub struct RevIn {
+    num_features: usize,
+    affine: Option<[Tensor; 2]>,
+    options: RevInOptions,
+}
+
+/// What a batch of windows was normalized by.
+#[derive(Debug, Clone)]
+pub struct RevInStats {
+    center: Tensor,
+    std: Tensor,
+}
+
+impl RevInStats {
+    /// What was subtracted, `[N, C]`: the means over time, or the last values.
+    pub fn center(&self) -> &Tensor {
+        &self.center
+    }
+
+    /// What was divided by, `[N, C]`: `√(σ² + ε)`.
+    pub fn std(&self) -> &Tensor {
+        &self.std
+    }
+}
+
+/// A [`RevIn`] of `num_features` series, its parameters `affine_weight` and `affine_bias` taken from `vb`.
+///
+/// # Errors
+/// `eps` that is not positive and finite, tensors of another shape.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use candle_norm::scaling::{RevInOptions, rev_in};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+/// let rev_in = rev_in(1, RevInOptions::default(), vb)?;
+///
+/// // Two windows of four steps: the same shape at other levels.
+/// let windows = Tensor::new(&[[[1f64], [2.], [3.], [4.]], [[110.], [120.], [130.], [140.]]], &Device::Cpu)?;
+/// let (normal, stats) = rev_in.normalize(&windows)?;
+///
+/// // A model that repeats the last value forecasts in the units of each window.
+/// let forecast = rev_in.denormalize(&normal.narrow(1, 3, 1)?, &stats)?;
+/// let forecast = forecast.flatten_all()?.to_vec1::<f64>()?;
+/// assert!((forecast[0] - 4.).abs() < 1e-12 && (forecast[1] - 140.).abs() < 1e-12);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn rev_in(
+    num_features: usize,
+    options: impl Into<RevInOptions>,
+    vb: VarBuilder,
+) -> Result<RevIn> {
+    let options = options.into();
+    check::eps(LAYER, options.eps)?;
+    let param = |name, initial| vb.get_with_hints(num_features, name, Init::Const(initial));
+    let affine = match options.affine {
+        true => Some([param(WEIGHT, 1.)?, param(BIAS, 0.)?]),
+        false => None,
+    };
+    Ok(RevIn {
+        num_features,
+        affine,
+        options,
+    })
+}
+
+impl RevIn {
+    /// The scale of each series, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.affine.as_ref().map(|[weight, _]| weight)
+    }
+
+    /// The shift of each series, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.affine.as_ref().map(|[_, bias]| bias)
+    }
+
+    /// The number of series on the last axis.
+    pub fn num_features(&self) -> usize {
+        self.num_features
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &RevInOptions {
+        &self.options
+    }
+
+    /// Sets the parameters that are variables back to a scale of 1 and a shift of 0.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    pub fn reset(&self) -> Result<()> {
+        for (param, initial) in [(self.weight(), 1.), (self.bias(), 0.)] {
+            if let Some(param) = param.filter(|p| p.is_variable()) {
+                let start = Tensor::full(initial, param.shape(), param.device())?;
+                Var::from_tensor(param)?.set(&start.to_dtype(param.dtype())?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Windows `xs`, each series of each normalized over time, and what they were normalized by.
+    ///
+    /// # Shapes
+    /// `xs`: `[N, T, num_features]` with `T` at least 2; the output is contiguous, of the same shape and dtype. The statistics are `f32`,
+    /// or `f64` for `f64`.
+    ///
+    /// # Errors
+    /// An input of another rank, number of series, dtype or device, or of one step.
+    pub fn normalize(&self, xs: &Tensor) -> Result<(Tensor, RevInStats)> {
+        check::series::windows(LAYER, xs, self.num_features)?;
+        check::series::more_than_one_step(LAYER, xs)?;
+        check::input(LAYER, xs, &self.params())?;
+        let by_series = xs.transpose(1, 2)?.contiguous()?;
+        let (mut weight, mut bias) = (self.weight(), self.bias());
+        if self.options.subtract_last {
+            // It is applied after the other center.
+            (weight, bias) = (None, None);
+        }
+        let (normal, [mean, std]) =
+            ops::instance_norm_by(LAYER, &by_series, weight, bias, self.options.eps)?;
+        if !self.options.subtract_last || xs.elem_count() == 0 {
+            let stats = RevInStats { center: mean, std };
+            return Ok((normal.transpose(1, 2)?.contiguous()?, stats));
+        }
+        let wide = xs.to_dtype(std.dtype())?;
+        let center = wide.narrow(1, wide.dims()[1] - 1, 1)?.squeeze(1)?;
+        let mut ys =
+            (wide.broadcast_sub(&center.unsqueeze(1)?)?).broadcast_div(&std.unsqueeze(1)?)?;
+        if let Some([weight, bias]) = &self.affine {
+            ys = ys
+                .broadcast_mul(&weight.to_dtype(ys.dtype())?)?
+                .broadcast_add(&bias.to_dtype(ys.dtype())?)?;
+        }
+        Ok((ys.to_dtype(xs.dtype())?, RevInStats { center, std }))
+    }
+
+    /// Forecasts `ys` of normalized windows, back in the units of the windows that `stats` are of.
+    ///
+    /// # Shapes
+    /// `ys`: `[N, H, num_features]`, the horizon `H` of any length; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of series, dtype or device; statistics of another number of windows; on the CPU, a weight of 0.
+    pub fn denormalize(&self, ys: &Tensor, stats: &RevInStats) -> Result<Tensor> {
+        check::series::windows(LAYER, ys, self.num_features)?;
+        check::input(LAYER, ys, &self.params())?;
+        check::series::same_windows(LAYER, ys.dims()[0], stats.center.dims()[0])?;
+        check::same_device(LAYER, "statistics", &stats.center, ys.device())?;
+        let mut xs = ys.to_dtype(stats.std.dtype())?;
+        if let Some([weight, bias]) = &self.affine {
+            // Elsewhere the check would wait for the device at every step.
+            if weight.device().is_cpu() {
+                check::series::invertible(LAYER, WEIGHT, weight)?;
+            }
+            xs = xs
+                .broadcast_sub(&bias.to_dtype(xs.dtype())?)?
+                .broadcast_div(&weight.to_dtype(xs.dtype())?)?;
+        }
+        xs.broadcast_mul(&stats.std.unsqueeze(1)?)?
+            .broadcast_add(&stats.center.unsqueeze(1)?)?
+            .to_dtype(ys.dtype())?
+            .contiguous()
+    }
+
+    fn params(&self) -> Vec<check::Param<'_>> {
+        let named = [(WEIGHT, self.weight()), (BIAS, self.bias())];
+        let shape = std::slice::from_ref(&self.num_features);
+        let param =
+            |(name, value): (_, Option<_>)| value.map(|value| check::Param { name, value, shape });
+        named.into_iter().filter_map(param).collect()
+    }
+}

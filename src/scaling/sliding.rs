@@ -1,0 +1,138 @@
+//! Mean and variance of the last rows.
+
+use candle_core::Result;
+
+use super::follow::{Causal, Following, Memory, scaler_of_series};
+use super::window::Window;
+use super::{Moments, Nan, State};
+use crate::ops::check;
+
+/// Options of a [`SlidingScaler`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SlidingScalerOptions {
+    /// How many rows are remembered, at least 1.
+    pub window: usize,
+    /// What is taken off the number of values in the variance: 0 for the biased one, 1 for the unbiased. Default 0.
+    pub ddof: usize,
+    /// Whether a row counts among those that it is scaled by. Default: it does.
+    pub causal: Causal,
+    /// What becomes of NaN: refused, or left out and counted. It takes a place in the window either way. Default: refused.
+    pub nan: Nan,
+}
+
+impl From<usize> for SlidingScalerOptions {
+    fn from(window: usize) -> Self {
+        Self {
+            window,
+            ddof: 0,
+            causal: Causal::default(),
+            nan: Nan::default(),
+        }
+    }
+}
+
+/// Scales every feature of a series to zero mean and unit variance over the last rows, as river's `Rolling` of `Mean` and `Var` has them.
+///
+/// ```text
+/// y = (x − μ) / σ        μ = Σ xᵢ / n        σ² = Σ (xᵢ − μ)² / (n − ddof)
+/// ```
+///
+/// Where:
+/// - the sums are over the values in the window: the last `window` rows up to the row itself, or before it;
+/// - `n` is how many of them are numbers;
+/// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the resolution of an `f64` at its mean.
+///
+/// A row costs the same whatever the window, and nothing is ever subtracted from a sum: after millions of rows the statistics are those of
+/// the window, to the rounding of one pass over it.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::scaling::{Scaler, SlidingScaler};
+///
+/// let scaler = SlidingScaler::new(2)?.with_names(["close"])?;
+/// let close = Tensor::new(&[[10f64], [14.], [24.]], &Device::Cpu)?;
+/// let (y, stats) = scaler.transform_series(&close)?;
+/// assert_eq!(stats.mean(), [10., 12., 19.]);
+/// assert_eq!(stats.scale(), [1., 2., 5.]);
+/// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?, [0., 1., 1.]);
+///
+/// // What comes next is scaled, and brought back, by the window of now.
+/// let next = Tensor::new(&[[29f64]], &Device::Cpu)?;
+/// assert_eq!(scaler.transform(&next)?.to_vec2::<f64>()?, [[2.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct SlidingScaler {
+    following: Following<Window>,
+}
+
+scaler_of_series!(SlidingScaler, SlidingScalerOptions);
+
+impl Memory for Window {
+    const KIND: &'static str = "SlidingScaler";
+
+    type Options = SlidingScalerOptions;
+
+    fn check(options: &SlidingScalerOptions) -> Result<()> {
+        let window = options.window;
+        check::scaling::option(Self::KIND, "window", window > 0, "of at least 1", &window)
+    }
+
+    fn nan(options: &SlidingScalerOptions) -> Nan {
+        options.nan
+    }
+
+    fn causal(options: &SlidingScalerOptions) -> Causal {
+        options.causal
+    }
+
+    fn new(options: &SlidingScalerOptions, features: usize) -> Self {
+        Window::of(options.window, features)
+    }
+
+    fn push(&mut self, _: &SlidingScalerOptions, row: &[f64]) {
+        self.push(row);
+    }
+
+    fn statistics(&self, options: &SlidingScalerOptions, feature: usize) -> (Moments, f64) {
+        let moments = self.moments(feature);
+        let divisor = moments.count() - options.ddof as f64;
+        let var = match divisor > 0. {
+            true => moments.m2().max(0.) / divisor,
+            false => f64::NAN,
+        };
+        (moments, var)
+    }
+
+    fn save(options: &SlidingScalerOptions, memory: Option<&Self>, state: State) -> Result<State> {
+        let state = state
+            .with_option("window", options.window)
+            .with_option("ddof", options.ddof)
+            .with_option("causal", options.causal)
+            .with_option("nan", options.nan);
+        match memory {
+            Some(window) => window.save(state),
+            None => Ok(state),
+        }
+    }
+
+    fn restore(state: &State, features: usize) -> Result<(SlidingScalerOptions, Option<Self>)> {
+        let options = SlidingScalerOptions {
+            window: state.option("window")?,
+            ddof: state.option("ddof")?,
+            causal: state.option("causal")?,
+            nan: state.option("nan")?,
+        };
+        Self::check(&options)?;
+        let window = match features {
+            0 => None,
+            features => Some(Window::restore(
+                Self::KIND,
+                options.window,
+                features,
+                state,
+            )?),
+        };
+        Ok((options, window))
+    }
+}

@@ -1,0 +1,215 @@
+//! What a scaler is made of, as it goes into a file.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::str::FromStr;
+
+use candle_core::{DType, Device, Result, Tensor};
+use serde_json::{Map, Value, json};
+
+use super::Features;
+use crate::ops::check;
+
+/// How many values of a feature were seen, and how many that were none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Values that the statistics are of.
+    pub values: u64,
+    /// NaN, left out.
+    pub nan: u64,
+}
+
+impl Seen {
+    /// Of both.
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self {
+            values: self.values.saturating_add(other.values),
+            nan: self.nan.saturating_add(other.nan),
+        }
+    }
+}
+
+/// All that a scaler knows, apart from the scaler: what is saved, restored, merged, and sent between machines.
+///
+/// Statistics are tensors on the CPU, in `f64` or as integers, so that nothing is lost on the way. Options are text; Rust's text of an
+/// `f64` has all of its bits.
+#[derive(Debug, Clone)]
+pub struct State {
+    kind: String,
+    version: u32,
+    features: Features,
+    seen: Vec<Seen>,
+    options: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl State {
+    /// An empty state of the kind, which is the name of the type.
+    pub fn new(kind: &str, version: u32) -> Self {
+        Self {
+            kind: kind.to_string(),
+            version,
+            features: Features::default(),
+            seen: vec![],
+            options: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+        }
+    }
+
+    /// This with features, and what was seen of each.
+    pub fn with_features(mut self, features: Features, seen: Vec<Seen>) -> Self {
+        self.features = features;
+        self.seen = seen;
+        self
+    }
+
+    /// This with an option of the scaler.
+    pub fn with_option(mut self, name: &str, value: impl Display) -> Self {
+        self.options.insert(name.to_string(), value.to_string());
+        self
+    }
+
+    /// This with a tensor.
+    pub fn with_tensor(mut self, name: &str, tensor: Tensor) -> Self {
+        self.tensors.insert(name.to_string(), tensor);
+        self
+    }
+
+    /// This with numbers, as an `f64` tensor of one axis.
+    ///
+    /// # Errors
+    /// Only those of candle.
+    pub fn with_values(self, name: &str, values: &[f64]) -> Result<Self> {
+        let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+        Ok(self.with_tensor(name, tensor))
+    }
+
+    /// This with bytes, as a `u8` tensor of one axis.
+    ///
+    /// # Errors
+    /// Only those of candle.
+    pub fn with_bytes(self, name: &str, bytes: &[u8]) -> Result<Self> {
+        let tensor = Tensor::from_slice(bytes, bytes.len(), &Device::Cpu)?;
+        Ok(self.with_tensor(name, tensor))
+    }
+
+    /// The name of the type that this is the state of.
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+
+    /// The version of the format.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The features.
+    pub fn features(&self) -> &Features {
+        &self.features
+    }
+
+    /// What was seen of each feature.
+    pub fn seen(&self) -> &[Seen] {
+        &self.seen
+    }
+
+    /// Whether this is the state of a `kind`, in its version.
+    ///
+    /// # Errors
+    /// Another kind or version.
+    pub fn require(&self, kind: &str, version: u32) -> Result<()> {
+        check::scaling::kind(kind, &self.kind)?;
+        check::scaling::version(kind, version, self.version)
+    }
+
+    /// An option.
+    ///
+    /// # Errors
+    /// It is not there, or is not a `T`.
+    pub fn option<T: FromStr<Err: Display>>(&self, name: &str) -> Result<T> {
+        let what = format!("option {name:?}");
+        let text = check::scaling::present(&self.kind, &what, self.options.get(name))?;
+        check::scaling::well_formed(&self.kind, &what, text.parse())
+    }
+
+    /// A tensor.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn tensor(&self, name: &str) -> Result<&Tensor> {
+        let what = format!("tensor {name:?}");
+        check::scaling::present(&self.kind, &what, self.tensors.get(name))
+    }
+
+    /// The numbers of an `f64` tensor.
+    ///
+    /// # Errors
+    /// It is not there, of another dtype, or not of `len` elements.
+    pub fn values(&self, name: &str, len: usize) -> Result<Vec<f64>> {
+        let tensor = self.tensor(name)?;
+        check::dtype(&self.kind, name, tensor, DType::F64)?;
+        check::scaling::saved_length(&self.kind, name, len, tensor.elem_count())?;
+        tensor.flatten_all()?.to_vec1()
+    }
+
+    /// The bytes of a `u8` tensor.
+    ///
+    /// # Errors
+    /// It is not there, or of another dtype.
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let tensor = self.tensor(name)?;
+        check::dtype(&self.kind, name, tensor, DType::U8)?;
+        tensor.flatten_all()?.to_vec1()
+    }
+
+    /// The tensors by their names.
+    pub(crate) fn tensors(&self) -> &BTreeMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// All but the tensors, as JSON.
+    pub(crate) fn metadata(&self) -> String {
+        let counts = |of: fn(&Seen) -> u64| self.seen.iter().map(of).collect::<Vec<_>>();
+        json!({
+            "kind": self.kind,
+            "version": self.version,
+            "axes": self.features.axes(),
+            "names": self.features.names(),
+            "values": counts(|s| s.values),
+            "nan": counts(|s| s.nan),
+            "options": self.options,
+        })
+        .to_string()
+    }
+
+    /// The state that [`metadata`](Self::metadata) and tensors describe.
+    pub(crate) fn from_metadata(text: &str, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+        let fields: Map<String, Value> =
+            check::scaling::well_formed("State", "the metadata", serde_json::from_str(text))?;
+        let field = |layer: &str, name: &str| {
+            let value = check::scaling::present(layer, name, fields.get(name))?;
+            Ok::<Value, candle_core::Error>(value.clone())
+        };
+        // A macro, since the type of each is inferred, which closures cannot.
+        macro_rules! parsed {
+            ($layer:expr, $name:literal) => {{
+                let value = serde_json::from_value(field($layer, $name)?);
+                check::scaling::well_formed($layer, $name, value)?
+            }};
+        }
+        let kind: String = parsed!("State", "kind");
+        let layer = kind.as_str();
+        let values: Vec<u64> = parsed!(layer, "values");
+        let nan: Vec<u64> = parsed!(layer, "nan");
+        check::scaling::saved_length(layer, "nan", values.len(), nan.len())?;
+        let seen = values.into_iter().zip(nan);
+        Ok(Self {
+            version: parsed!(layer, "version"),
+            features: Features::from_parts(layer, parsed!(layer, "axes"), parsed!(layer, "names"))?,
+            seen: seen.map(|(values, nan)| Seen { values, nan }).collect(),
+            options: parsed!(layer, "options"),
+            tensors,
+            kind,
+        })
+    }
+}

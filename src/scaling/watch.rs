@@ -1,0 +1,394 @@
+//! The reference and the recent rows that a drift monitor compares.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor};
+
+use super::drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
+use super::follow::Rows;
+use super::two_samples::{bin, ks_p_value, ks_statistic, population_stability, quantile_edges};
+use super::{Features, Moments, Seen, State};
+use crate::ops::check;
+
+pub(super) const LAYER: &str = "DriftMonitor";
+const VERSION: u32 = 1;
+
+/// More bins than samples fill.
+const MOST_BINS: usize = 10_000;
+
+/// One feature of the reference.
+#[derive(Debug)]
+struct Column {
+    ascending: Vec<f64>,
+    moments: Moments,
+    /// The bins of the population stability index, and how many values are in each.
+    edges: Vec<f64>,
+    counts: Vec<u64>,
+}
+
+/// The values of a feature that are numbers, ascending.
+fn ascending(values: &[f64], feature: usize, features: usize) -> Vec<f64> {
+    let column = values.iter().skip(feature).step_by(features);
+    let mut numbers: Vec<f64> = column.copied().filter(|v| !v.is_nan()).collect();
+    numbers.sort_by(f64::total_cmp);
+    numbers
+}
+
+fn counts(edges: &[f64], values: &[f64]) -> Vec<u64> {
+    let mut counts = vec![0; edges.len() + 1];
+    for value in values {
+        counts[bin(edges, *value)] += 1;
+    }
+    counts
+}
+
+/// `a / b`, and `same` where both are 0.
+fn ratio(a: f64, b: f64, same: f64) -> f64 {
+    match a == 0. && b == 0. {
+        true => same,
+        false => a / b,
+    }
+}
+
+impl Column {
+    fn new(ascending: Vec<f64>, bins: usize) -> Self {
+        let edges = quantile_edges(&ascending, bins);
+        Self {
+            moments: Moments::of_values(&ascending),
+            counts: counts(&edges, &ascending),
+            edges,
+            ascending,
+        }
+    }
+
+    /// How far `recent`, ascending and not empty, is from this.
+    fn compare(&self, recent: &[f64], feature: usize, name: String) -> DriftReport {
+        let (then, now) = (self.moments, Moments::of_values(recent));
+        let distance = (now.mean() - then.mean()) + (now.mean_error() - then.mean_error());
+        let ks_statistic = ks_statistic(&self.ascending, recent);
+        DriftReport {
+            feature,
+            name,
+            reference: self.ascending.len() as u64,
+            recent: recent.len() as u64,
+            mean_shift: ratio(distance, then.var().sqrt(), 0.),
+            variance_ratio: ratio(now.var(), then.var(), 1.),
+            population_stability: population_stability(&self.counts, &counts(&self.edges, recent)),
+            ks_statistic,
+            ks_p_value: ks_p_value(ks_statistic, self.ascending.len(), recent.len()),
+        }
+    }
+}
+
+/// Rows, one after the other, and what each feature says of them.
+#[derive(Debug)]
+pub(super) struct Reference {
+    pub(super) values: Vec<f64>,
+    columns: Vec<Column>,
+    seen: Vec<Seen>,
+}
+
+/// A monitor at one moment.
+#[derive(Debug, Clone)]
+pub(super) struct Watch {
+    pub(super) options: DriftOptions,
+    pub(super) features: Features,
+    pub(super) reference: Option<Arc<Reference>>,
+    /// One row after the other.
+    recent: VecDeque<f64>,
+    pub(super) step: u64,
+    /// Of each feature, the step up to which there is no event.
+    quiet: Vec<u64>,
+}
+
+impl Watch {
+    pub(super) fn new(options: DriftOptions) -> Result<Self> {
+        let holds = (2..=MOST_BINS).contains(&options.bins);
+        let expected = format!("between 2 and {MOST_BINS}");
+        check::scaling::option(LAYER, "bins", holds, &expected, &options.bins)?;
+        for (name, value, least) in [
+            ("window", options.window, 2),
+            ("min_count", options.min_count, 2),
+            ("check_every", options.check_every, 1),
+        ] {
+            let expected = format!("of at least {least}");
+            check::scaling::option(LAYER, name, value >= least, &expected, &value)?;
+        }
+        let holds = options.min_count <= options.window;
+        let got = options.min_count;
+        check::scaling::option(LAYER, "min_count", holds, "of at most the window", &got)?;
+        for (name, threshold, least) in [
+            ("mean_shift", options.mean_shift, 0.),
+            ("variance_ratio", options.variance_ratio, 1.),
+            ("population_stability", options.population_stability, 0.),
+            ("ks_p_value", options.ks_p_value, 0.),
+        ] {
+            let threshold = threshold.unwrap_or(least + 1.);
+            let expected = format!("above {least}");
+            check::scaling::option(LAYER, name, threshold > least, &expected, &threshold)?;
+        }
+        Ok(Self {
+            options,
+            features: Features::default(),
+            reference: None,
+            recent: VecDeque::new(),
+            step: 0,
+            quiet: vec![],
+        })
+    }
+
+    /// Forgets all but options and names.
+    pub(super) fn reset(&mut self) {
+        self.features = self.features.without_axes();
+        self.reference = None;
+        self.recent.clear();
+        self.quiet.clear();
+        self.step = 0;
+    }
+
+    pub(super) fn set_names(&mut self, names: Vec<String>) -> Result<()> {
+        let features = Features::named(LAYER, names)?;
+        self.features = self.features.joined(LAYER, &features)?;
+        Ok(())
+    }
+
+    /// The values of `x` as rows of this watch.
+    pub(super) fn rows(&self, x: &Tensor) -> Result<Rows> {
+        check::scaling::fitted(LAYER, self.reference.as_ref())?;
+        Rows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)
+    }
+
+    pub(super) fn fit(&mut self, x: &Tensor) -> Result<()> {
+        let features = self.features.without_axes().of(LAYER, x)?;
+        let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
+        let reference = self.referring(&features, rows.values)?;
+        self.features = features;
+        self.quiet = vec![0; reference.columns.len()];
+        self.reference = Some(Arc::new(reference));
+        self.recent.clear();
+        Ok(())
+    }
+
+    fn referring(&self, features: &Features, values: Vec<f64>) -> Result<Reference> {
+        let (count, bins) = (features.count(), self.options.bins);
+        let rows = values.len() as u64 / count.max(1) as u64;
+        let mut columns = Vec::with_capacity(count);
+        let mut seen = Vec::with_capacity(count);
+        for feature in 0..count {
+            let numbers = ascending(&values, feature, count);
+            check::series::two_values(LAYER, &features.label(feature), numbers.len())?;
+            seen.push(Seen {
+                values: numbers.len() as u64,
+                nan: rows - numbers.len() as u64,
+            });
+            columns.push(Column::new(numbers, bins));
+        }
+        Ok(Reference {
+            values,
+            columns,
+            seen,
+        })
+    }
+
+    /// Takes rows, instead of the reference that there was, from now on.
+    pub(super) fn refer_to(&mut self, values: Vec<f64>) -> Result<()> {
+        let reference = self.referring(&self.features, values)?;
+        self.reference = Some(Arc::new(reference));
+        self.recent.clear();
+        let quiet = self.step.saturating_add(self.options.cool_down as u64);
+        self.quiet.fill(quiet);
+        Ok(())
+    }
+
+    /// The recent rows, one after the other.
+    pub(super) fn recent(&self) -> Vec<f64> {
+        self.recent.iter().copied().collect()
+    }
+
+    /// Takes one row in, and says what crossed its threshold.
+    pub(super) fn row(&mut self, row: &[f64]) -> Vec<DriftEvent> {
+        self.step = self.step.saturating_add(1);
+        if self.recent.len() >= self.options.window.saturating_mul(row.len()) {
+            self.recent.drain(..row.len());
+        }
+        self.recent.extend(row);
+        let due = self.step.is_multiple_of(self.options.check_every as u64);
+        match &self.reference {
+            Some(reference) if due => self.events(&reference.clone()),
+            _ => vec![],
+        }
+    }
+
+    fn events(&mut self, reference: &Reference) -> Vec<DriftEvent> {
+        let recent = self.recent();
+        let mut events = vec![];
+        for (feature, column) in reference.columns.iter().enumerate() {
+            if self.step <= self.quiet[feature] {
+                continue;
+            }
+            let numbers = ascending(&recent, feature, reference.columns.len());
+            if numbers.len() < self.options.min_count {
+                continue;
+            }
+            let name = self.features.label(feature).to_string();
+            let report = column.compare(&numbers, feature, name);
+            let crossed = self.crossed(&report);
+            if !crossed.is_empty() {
+                self.quiet[feature] = self.step.saturating_add(self.options.cool_down as u64);
+                events.extend(crossed);
+            }
+        }
+        events
+    }
+
+    fn crossed(&self, report: &DriftReport) -> Vec<DriftEvent> {
+        let options = &self.options;
+        let ratio = report.variance_ratio;
+        let metrics = [
+            (
+                DriftMetric::MeanShift,
+                options.mean_shift,
+                report.mean_shift,
+                report.mean_shift.abs(),
+            ),
+            (
+                DriftMetric::VarianceRatio,
+                options.variance_ratio,
+                ratio,
+                ratio.max(ratio.recip()),
+            ),
+            (
+                DriftMetric::PopulationStability,
+                options.population_stability,
+                report.population_stability,
+                report.population_stability,
+            ),
+            // The smaller, the farther apart.
+            (
+                DriftMetric::KolmogorovSmirnov,
+                options.ks_p_value,
+                report.ks_p_value,
+                report.ks_p_value,
+            ),
+        ];
+        let crosses = |metric, threshold: f64, size: f64| match metric {
+            DriftMetric::KolmogorovSmirnov => size < threshold,
+            _ => size > threshold,
+        };
+        (metrics.into_iter())
+            .filter_map(|(metric, threshold, value, size)| {
+                let threshold = threshold.filter(|t| crosses(metric, *t, size))?;
+                Some(DriftEvent {
+                    step: self.step,
+                    feature: report.feature,
+                    name: report.name.clone(),
+                    metric,
+                    value,
+                    threshold,
+                })
+            })
+            .collect()
+    }
+
+    pub(super) fn report(&self) -> Result<Vec<DriftReport>> {
+        let reference = check::scaling::fitted(LAYER, self.reference.as_ref())?;
+        let recent = self.recent();
+        let mut reports = vec![];
+        for (feature, column) in reference.columns.iter().enumerate() {
+            let numbers = ascending(&recent, feature, reference.columns.len());
+            let label = self.features.label(feature);
+            check::series::recent_values(LAYER, &label, numbers.len())?;
+            reports.push(column.compare(&numbers, feature, label.to_string()));
+        }
+        Ok(reports)
+    }
+
+    /// Rows as a tensor `[N, features...]`.
+    pub(super) fn tensor(&self, values: &[f64]) -> Result<Tensor> {
+        let axes = self.features.axes().unwrap_or_default();
+        let rows = values.len() / self.features.count().max(1);
+        Tensor::from_slice(values, [&[rows], axes].concat(), &Device::Cpu)
+    }
+
+    pub(super) fn seen(&self) -> Vec<Seen> {
+        self.reference.as_ref().map_or(vec![], |r| r.seen.clone())
+    }
+
+    pub(super) fn state(&self) -> Result<State> {
+        let DriftOptions {
+            window,
+            min_count,
+            check_every,
+            cool_down,
+            bins,
+            mean_shift,
+            variance_ratio,
+            population_stability,
+            ks_p_value,
+            nan,
+        } = self.options;
+        // A threshold that no number crosses is none.
+        let threshold = |t: Option<f64>| t.unwrap_or(f64::NAN);
+        let mut state = State::new(LAYER, VERSION)
+            .with_features(self.features.clone(), self.seen())
+            .with_option("window", window)
+            .with_option("min_count", min_count)
+            .with_option("check_every", check_every)
+            .with_option("cool_down", cool_down)
+            .with_option("bins", bins)
+            .with_option("mean_shift", threshold(mean_shift))
+            .with_option("variance_ratio", threshold(variance_ratio))
+            .with_option("population_stability", threshold(population_stability))
+            .with_option("ks_p_value", threshold(ks_p_value))
+            .with_option("nan", nan)
+            .with_option("step", self.step);
+        if let Some(reference) = &self.reference {
+            let quiet: Vec<_> = self.quiet.iter().map(u64::to_string).collect();
+            state = state
+                .with_option("quiet", quiet.join(" "))
+                .with_tensor("reference", self.tensor(&reference.values)?)
+                .with_tensor("recent", self.tensor(&self.recent())?);
+        }
+        Ok(state)
+    }
+
+    pub(super) fn restored(state: &State) -> Result<Self> {
+        state.require(LAYER, VERSION)?;
+        let threshold = |name| -> Result<Option<f64>> {
+            let value: f64 = state.option(name)?;
+            Ok((!value.is_nan()).then_some(value))
+        };
+        let mut watch = Self::new(DriftOptions {
+            window: state.option("window")?,
+            min_count: state.option("min_count")?,
+            check_every: state.option("check_every")?,
+            cool_down: state.option("cool_down")?,
+            bins: state.option("bins")?,
+            mean_shift: threshold("mean_shift")?,
+            variance_ratio: threshold("variance_ratio")?,
+            population_stability: threshold("population_stability")?,
+            ks_p_value: threshold("ks_p_value")?,
+            nan: state.option("nan")?,
+        })?;
+        watch.features = state.features().clone();
+        watch.step = state.option("step")?;
+        if state.seen().is_empty() {
+            return Ok(watch);
+        }
+        let (reference, recent) = (state.tensor("reference")?, state.tensor("recent")?);
+        watch.fit(reference)?;
+        if recent.elem_count() > 0 {
+            let rows = watch.rows(recent)?.values;
+            let most = watch.options.window.saturating_mul(watch.features.count());
+            check::scaling::saved_length(LAYER, "recent", rows.len().min(most), rows.len())?;
+            watch.recent = rows.into();
+        }
+        let quiet: String = state.option("quiet")?;
+        let quiet: std::result::Result<Vec<u64>, _> = quiet.split(' ').map(str::parse).collect();
+        let quiet = check::scaling::well_formed(LAYER, "quiet", quiet)?;
+        check::scaling::saved_length(LAYER, "quiet", watch.quiet.len(), quiet.len())?;
+        watch.quiet = quiet;
+        Ok(watch)
+    }
+}

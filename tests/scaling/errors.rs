@@ -1,0 +1,251 @@
+//! What a caller passes wrong: a message that names the feature, and nothing changed.
+
+use candle_core::{DType, Result, Tensor};
+use candle_norm::scaling::{
+    MinMaxScaler, MinMaxScalerOptions, Nan, RobustScaler, RobustScalerOptions, Scaler,
+    StandardScaler, from_state,
+};
+
+use super::kinds::{KINDS, each, each_built, everything, rows};
+use crate::common::data::tensor;
+
+#[track_caller]
+fn assert_message<T>(result: Result<T>, expected: &str) {
+    let message = match result {
+        Ok(_) => panic!("no error; expected {expected:?}"),
+        Err(e) => e.to_string(),
+    };
+    assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+}
+
+fn named() -> StandardScaler {
+    StandardScaler::default()
+        .with_names(["mileage", "doors", "price"])
+        .unwrap()
+}
+
+#[test]
+fn every_error_leaves_the_scaler_as_it_was() {
+    let (good, nan, inf) = ([1., 2., 3., 5.], f64::NAN, f64::INFINITY);
+    each_built(|kind, build| {
+        let scaler = build(Nan::Refuse);
+        scaler.fit(&rows(&good, 2)).unwrap();
+        let before = everything(&*scaler).unwrap();
+        let wrong = [
+            (rows(&[1., 2., 3.], 3), "feature 2 is too many"),
+            (rows(&[1.], 1), "feature 1 is missing"),
+            (rows(&[1., nan], 2), "one in sample 0 of feature 1"),
+            (rows(&[1., 2., inf, 2.], 2), "inf in sample 1 of feature 0"),
+            (
+                tensor(&[], &[0, 2], DType::F64).unwrap(),
+                "at least one sample",
+            ),
+            (
+                tensor(&[1.], &[], DType::F64).unwrap(),
+                "at least one sample",
+            ),
+            (
+                rows(&[1., 2.], 2).to_dtype(DType::I64).unwrap(),
+                "convert it with to_dtype",
+            ),
+        ];
+        for (x, expected) in &wrong {
+            assert_message(scaler.partial_fit(x), expected);
+            assert_eq!(everything(&*scaler).unwrap(), before, "{kind}: {expected}");
+        }
+        // A fit from anew takes other features, and nothing else.
+        for (x, expected) in &wrong[2..] {
+            assert_message(scaler.fit(x), expected);
+            assert_eq!(everything(&*scaler).unwrap(), before, "{kind}: {expected}");
+        }
+        for (x, expected) in wrong.iter().take(2) {
+            assert_message(scaler.transform(x), expected);
+            assert_message(scaler.inverse_transform(x), expected);
+        }
+        let other = build(Nan::Refuse);
+        other.fit(&rows(&[1., 2., 3.], 3)).unwrap();
+        assert_message(scaler.merge(&*other), "feature 2 is too many");
+        assert_message(
+            scaler.restore(&other.state().unwrap()),
+            "feature 2 is too many",
+        );
+        for (other_kind, build) in KINDS.iter().filter(|(other, _)| *other != kind) {
+            let expected =
+                format!("{kind}: expected the state of a {kind}, got that of a {other_kind}");
+            assert_message(scaler.merge(&*build(Nan::Refuse)), &expected);
+        }
+        assert_eq!(everything(&*scaler).unwrap(), before, "{kind}");
+        assert!(scaler.fit(&rows(&[1., 2., 3.], 3)).is_ok());
+    });
+}
+
+#[test]
+fn a_scaler_without_data_says_so() {
+    each(|kind, scaler| {
+        let x = rows(&[1., 2.], 2);
+        let expected = format!("{kind}: expected a fitted scaler, got one without data; call fit");
+        assert!(!scaler.is_fitted());
+        assert_message(scaler.transform(&x), &expected);
+        scaler.fit(&x).unwrap();
+        assert!(scaler.is_fitted());
+        scaler.reset();
+        assert_message(scaler.inverse_transform(&x), &expected);
+    });
+}
+
+#[test]
+fn names_are_in_the_messages() {
+    let scaler = named();
+    assert_message(
+        scaler.fit(&rows(&[1., 2.], 2)),
+        r#"feature 2 "price" has no data"#,
+    );
+    assert_message(scaler.fit(&rows(&[1.; 4], 4)), "feature 3 has no name");
+    assert_message(
+        scaler.fit(&rows(&[1., f64::NAN, 3.], 3)),
+        r#"expected data without NaN, got one in sample 0 of feature 1 "doors""#,
+    );
+    scaler.fit(&rows(&[1., 2., 3.], 3)).unwrap();
+    assert_message(
+        scaler.transform(&rows(&[1., 2.], 2)),
+        r#"feature 2 "price" is missing"#,
+    );
+    assert!(scaler.check_names(&["mileage", "doors", "price"]).is_ok());
+    assert_message(
+        scaler.check_names(&["mileage", "sound", "price"]),
+        r#"expected feature 1 to be "doors", got "sound""#,
+    );
+    assert_message(
+        scaler.check_names(&["mileage", "doors"]),
+        r#"feature 2 "price" has no name"#,
+    );
+    let twice = StandardScaler::default().with_names(["a", "b", "a"]);
+    assert_message(twice, r#"got "a" for features 0 and 2"#);
+
+    let other = StandardScaler::default()
+        .with_names(["mileage", "sound", "price"])
+        .unwrap();
+    other.fit(&rows(&[1., 2., 3.], 3)).unwrap();
+    let expected = r#"StandardScaler: expected feature 1 to be "doors", got "sound""#;
+    assert_message(scaler.merge(&other), expected);
+    assert_message(scaler.restore(&other.state().unwrap()), expected);
+}
+
+#[test]
+fn a_feature_of_several_axes_is_named_by_its_position() {
+    let scaler = StandardScaler::default();
+    let x = tensor(&[1., 2., 3., f64::NAN], &[1, 2, 2], DType::F64).unwrap();
+    assert_message(scaler.fit(&x), "in sample 0 of feature [1, 1]");
+    let x = tensor(&[1., 2., 3., 4.], &[1, 2, 2], DType::F64).unwrap();
+    scaler.fit(&x).unwrap();
+    assert_message(
+        scaler.transform(&rows(&[1., 2., 3., 4.], 4)),
+        "reshape the data",
+    );
+}
+
+#[test]
+fn nan_is_ignored_and_counted_where_that_is_chosen() {
+    let nan = f64::NAN;
+    each_built(|kind, build| {
+        let scaler = build(Nan::Ignore);
+        scaler.fit(&rows(&[nan, 1., 3., nan, 5., 9.], 2)).unwrap();
+        scaler.partial_fit(&rows(&[nan, 2.], 2)).unwrap();
+        let counts: Vec<_> = scaler.seen().iter().map(|s| (s.values, s.nan)).collect();
+        assert_eq!(counts, [(2, 2), (3, 1)], "{kind}");
+        let dense = build(Nan::Refuse);
+        dense.fit(&rows(&[3., 5.], 1)).unwrap();
+        let probe = rows(&[4., nan], 2);
+        let y = scaler.transform(&probe).unwrap().to_vec2::<f64>().unwrap()[0].clone();
+        let want = dense
+            .transform(&rows(&[4.], 1))
+            .unwrap()
+            .to_vec2::<f64>()
+            .unwrap();
+        assert!(y[0] == want[0][0] && y[1].is_nan(), "{kind}: {y:?}");
+
+        // A feature of which nothing is known yet may become known.
+        scaler.fit(&rows(&[nan, 1.], 2)).unwrap();
+        assert_message(
+            scaler.transform(&probe),
+            "at least one value of feature 0, got only NaN",
+        );
+        scaler.partial_fit(&rows(&[7., 1.], 2)).unwrap();
+        assert!(scaler.transform(&probe).is_ok());
+    });
+}
+
+#[test]
+fn options_have_ranges() {
+    for range in [(1., 1.), (2., 1.), (f64::NAN, 1.), (0., f64::INFINITY)] {
+        let options = MinMaxScalerOptions {
+            feature_range: range,
+            ..Default::default()
+        };
+        let expected = "MinMaxScaler: expected feature_range of two finite numbers";
+        assert_message(MinMaxScaler::new(options), expected);
+    }
+    for range in [(50., 50.), (-1., 50.), (25., 101.), (f64::NAN, 75.)] {
+        let options = RobustScalerOptions {
+            quantile_range: range,
+            ..Default::default()
+        };
+        assert_message(
+            RobustScaler::new(options),
+            "expected quantile_range of two percentages",
+        );
+    }
+    let options = RobustScalerOptions {
+        sketch_size: 7,
+        ..Default::default()
+    };
+    assert_message(
+        RobustScaler::new(options),
+        "expected sketch_size from 8 to 65535, got 7",
+    );
+    let scaler = RobustScaler::default();
+    scaler.fit(&rows(&[1.], 1)).unwrap();
+    assert_message(
+        scaler.quantile(101.),
+        "expected percent from 0 to 100, got 101",
+    );
+}
+
+/// Statistics that `f64` can hold and `f32` cannot.
+#[test]
+fn data_of_a_dtype_that_cannot_hold_the_statistics_are_refused() {
+    each(|kind, scaler| {
+        scaler.fit(&rows(&[1e150, 1., 3e150, 2.], 2)).unwrap();
+        let probe = rows(&[1e30, 1.], 2);
+        let expected = format!("{kind}: expected statistics of feature 0 that F32 can hold");
+        assert_message(
+            scaler.transform(&probe.to_dtype(DType::F32).unwrap()),
+            &expected,
+        );
+        assert!(scaler.transform(&probe).is_ok(), "{kind}");
+    });
+}
+
+#[test]
+fn a_range_that_f64_cannot_hold_is_refused() {
+    let scaler = MinMaxScaler::default();
+    scaler.fit(&rows(&[f64::MIN, f64::MAX], 1)).unwrap();
+    let expected = "expected statistics of feature 0 that F64 can hold, got inf";
+    assert_message(scaler.transform(&rows(&[0.], 1)), expected);
+}
+
+#[test]
+fn a_state_of_no_scaler_is_refused() {
+    let state = candle_norm::scaling::State::new("Teapot", 1);
+    assert_message(from_state(&state), r#"got that of a "Teapot""#);
+}
+
+#[test]
+fn no_samples_to_transform_is_no_error() {
+    each(|kind, scaler| {
+        scaler.fit(&rows(&[1., 2.], 2)).unwrap();
+        let none: Tensor = tensor(&[], &[0, 2], DType::F32).unwrap();
+        let y = scaler.transform(&none).unwrap();
+        assert_eq!((y.dims(), y.dtype()), (none.dims(), none.dtype()), "{kind}");
+    });
+}

@@ -1,0 +1,54 @@
+//! Series: windows, exponential weights, reversible normalization, drift. What each must give is in
+//! `tests/fixtures/scaling`, written by `scripts/make_scaling_series.py`.
+
+mod common;
+
+#[path = "scaling_series/drift.rs"]
+mod drift;
+#[path = "scaling_series/following.rs"]
+mod following;
+#[path = "scaling_series/following_edges.rs"]
+mod following_edges;
+#[path = "scaling_series/rev_in.rs"]
+mod rev_in;
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Result, Tensor};
+
+use common::data::values;
+
+/// A file of numbers by name.
+struct Fixture(HashMap<String, Tensor>);
+
+impl Fixture {
+    fn load(name: &str) -> Result<Self> {
+        let path = format!(
+            "{}/tests/fixtures/scaling/series_{name}.safetensors",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        Ok(Self(candle_core::safetensors::load(path, &Device::Cpu)?))
+    }
+
+    #[track_caller]
+    fn tensor(&self, name: &str) -> Tensor {
+        self.0
+            .get(name)
+            .unwrap_or_else(|| panic!("no {name}"))
+            .clone()
+    }
+
+    #[track_caller]
+    fn values(&self, name: &str) -> Vec<f64> {
+        values(&self.tensor(name)).expect("numbers")
+    }
+}
+
+/// What an error says.
+#[track_caller]
+fn message<T>(result: Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("expected an error"),
+        Err(error) => error.to_string(),
+    }
+}
