@@ -16,3 +16,13 @@ pub(crate) unsafe fn filled<T: Copy>(
     unsafe { out.set_len(len) };
     out
 }
+
+/// A part of a buffer, to be read.
+///
+/// # Safety
+/// Every element of it must have been written.
+#[inline(always)]
+pub(crate) unsafe fn written<T: Copy>(part: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: the layouts are the same, and the elements are values of `T`, as the caller promises.
+    unsafe { std::slice::from_raw_parts(part.as_ptr().cast(), part.len()) }
+}

@@ -70,18 +70,39 @@ impl Moments {
         count: usize,
         slices: impl Fn() -> S,
     ) -> Self {
-        let count = count as f64;
+        let shift = Self::shift(isa, count, slices());
+        Self::about(isa, count, shift, slices())
+    }
+
+    /// The mean of a run, rounded to the accumulator.
+    #[inline(always)]
+    pub(crate) fn shift<'a, E: Elem, I: Isa>(
+        isa: I,
+        count: usize,
+        slices: impl Iterator<Item = &'a [E]>,
+    ) -> E::Acc {
         let [sum] = run_sums(
             isa,
-            slices(),
+            slices,
             #[inline(always)]
             |v| [v],
         );
-        let shift = E::Acc::from_wide(sum / count);
+        E::Acc::from_wide(sum / count as f64)
+    }
+
+    /// The moments of a run whose mean is near `shift`.
+    #[inline(always)]
+    pub(crate) fn about<'a, E: Elem, I: Isa>(
+        isa: I,
+        count: usize,
+        shift: E::Acc,
+        slices: impl Iterator<Item = &'a [E]>,
+    ) -> Self {
+        let count = count as f64;
         let about = splat::<I, _>(isa, shift);
         let [first, second] = run_sums(
             isa,
-            slices(),
+            slices,
             #[inline(always)]
             |v| {
                 let d = v - about;

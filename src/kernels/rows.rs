@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::buffer::filled;
+use super::buffer::{filled, written};
 use super::moments::{Center, Mean, Moments, about_mean};
 use super::par;
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat, zero};
@@ -109,6 +109,13 @@ where
     (y, stats)
 }
 
+/// How many rows go together: forward so that they need not wait for each other, backward so that the sums of a column are read and written
+/// once for all of them.
+const ROWS: usize = 4;
+
+/// The longest row that does not fill the time of its own sums. A few of them stay in the first-level cache, and one is no longer than a run.
+const SHORT: usize = 1024;
+
 struct Forward<'a, E: Elem> {
     x: &'a [E],
     y: &'a mut [MaybeUninit<E>],
@@ -125,24 +132,179 @@ where
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        let len = self.spec.len;
+        let norm = Normalizer::new(isa, self.affine, self.spec);
+        let groups = self.x.chunks(ROWS * len).zip(self.y.chunks_mut(ROWS * len));
+        for ((x, y), stats) in groups.zip(self.stats.chunks_mut(ROWS)) {
+            norm.rows(isa, x, y, stats);
+        }
+    }
+}
+
+/// What takes one row after the other forward.
+struct Normalizer<'a, I: Isa, T: Real> {
+    weight: Option<Columns<'a, I, T>>,
+    bias: Option<Columns<'a, I, T>>,
+    spec: Spec,
+}
+
+impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
+    #[inline(always)]
+    fn new(isa: I, affine: Affine<'a, T>, spec: Spec) -> Self {
+        Self {
+            weight: affine.weight.map(
+                #[inline(always)]
+                |w| Columns::new(isa, w),
+            ),
+            bias: affine.bias.map(
+                #[inline(always)]
+                |b| Columns::new(isa, b),
+            ),
+            spec,
+        }
+    }
+
+    /// Writes `y` of a few rows `x`, and what they were normalized by to `stats`.
+    ///
+    /// Short rows take each step together: the sums of one are formed while those of another are still on their way to a mean.
+    #[inline(always)]
+    fn rows<E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[E],
+        y: &mut [MaybeUninit<E>],
+        stats: &mut [Stats],
+    ) {
         let Spec {
-            len,
-            center,
-            eps,
-            round_first,
+            len, center, eps, ..
         } = self.spec;
-        let weight = self.affine.weight.map(
-            #[inline(always)]
-            |w| Columns::new(isa, w),
-        );
-        let bias = self.affine.bias.map(
-            #[inline(always)]
-            |b| Columns::new(isa, b),
-        );
-        let rows = self.x.chunks_exact(len).zip(self.y.chunks_exact_mut(len));
-        for ((x, y), stats) in rows.zip(self.stats) {
-            *stats = row_stats(isa, x, center, eps);
-            Normal::<I, E::Acc>::new(isa, *stats).write(isa, x, y, round_first, weight, bias);
+        let rows = x.chunks_exact(len).zip(y.chunks_exact_mut(len));
+        if len > SHORT || stats.len() < ROWS || !center {
+            for ((x, y), stats) in rows.zip(stats) {
+                *stats = self.row(isa, x, y);
+            }
+            return;
+        }
+        let mut shifts = [T::default(); ROWS];
+        for (x, shift) in x.chunks_exact(len).zip(&mut shifts) {
+            *shift = Moments::shift(isa, len, std::iter::once(x));
+        }
+        let mut moments = [Moments::default(); ROWS];
+        for ((x, shift), moments) in x.chunks_exact(len).zip(shifts).zip(&mut moments) {
+            *moments = Moments::about(isa, len, shift, std::iter::once(x));
+        }
+        for (moments, stats) in moments.into_iter().zip(&mut *stats) {
+            *stats = Stats::new(moments.mean, moments.var(), eps);
+        }
+        for ((x, y), stats) in rows.zip(stats) {
+            self.write(isa, *stats, x, y);
+        }
+    }
+
+    #[inline(always)]
+    fn write<E: Elem<Acc = T>>(&self, isa: I, stats: Stats, x: &[E], y: &mut [MaybeUninit<E>]) {
+        let normal = Normal::<I, T>::new(isa, stats);
+        normal.write(isa, x, y, self.spec.round_first, self.weight, self.bias);
+    }
+
+    /// Writes `y` of a row `x`, and returns what it was normalized by.
+    #[inline(always)]
+    fn row<E: Elem<Acc = T>>(&self, isa: I, x: &[E], y: &mut [MaybeUninit<E>]) -> Stats {
+        let stats = row_stats(isa, x, self.spec.center, self.spec.eps);
+        self.write(isa, stats, x, y);
+        stats
+    }
+}
+
+/// What [`add_forward`] makes of all rows.
+pub(crate) struct Added<E> {
+    pub(crate) sum: Vec<E>,
+    pub(crate) y: Vec<E>,
+    pub(crate) stats: Vec<Stats>,
+}
+
+/// `x + residual`, and [`forward`] of that sum, row by row.
+pub(crate) fn add_forward<E: Elem>(
+    x: &[E],
+    residual: &[E],
+    affine: Affine<E::Acc>,
+    spec: Spec,
+) -> Added<E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    let rows = x.len() / spec.len;
+    assert_eq!(x.len(), rows * spec.len);
+    assert_eq!(x.len(), residual.len());
+    assert!(affine.fits(spec.len));
+    let per_block = par::items_per_block(rows, spec.len);
+    let size = per_block * spec.len;
+    let level = Level::current();
+    let mut stats = vec![Stats::NONE; rows];
+    let mut y = vec![];
+    let mut fill = |sum: &mut [MaybeUninit<E>], y: &mut [MaybeUninit<E>]| {
+        let inputs = x.chunks(size).zip(residual.chunks(size));
+        let outputs = sum.chunks_mut(size).zip(y.chunks_mut(size));
+        let blocks = inputs
+            .zip(outputs)
+            .zip(stats.chunks_mut(per_block))
+            .map(|(((x, residual), (sum, y)), stats)| AddForward {
+                x,
+                residual,
+                sum,
+                y,
+                stats,
+                affine,
+                spec,
+            })
+            .collect();
+        par::run(blocks, x.len(), |block| level.run(block));
+    };
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows, to both.
+    let sum = unsafe { filled(x.len(), |sum| y = filled(x.len(), |y| fill(sum, y))) };
+    Added { sum, y, stats }
+}
+
+struct AddForward<'a, E: Elem> {
+    x: &'a [E],
+    residual: &'a [E],
+    sum: &'a mut [MaybeUninit<E>],
+    y: &'a mut [MaybeUninit<E>],
+    stats: &'a mut [Stats],
+    affine: Affine<'a, E::Acc>,
+    spec: Spec,
+}
+
+impl<E: Elem> Kernel for AddForward<'_, E>
+where
+    E::Acc: Elem<Acc = E::Acc>,
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let len = self.spec.len;
+        let norm = Normalizer::new(isa, self.affine, self.spec);
+        let inputs = self
+            .x
+            .chunks_exact(len)
+            .zip(self.residual.chunks_exact(len));
+        let outputs = self
+            .sum
+            .chunks_exact_mut(len)
+            .zip(self.y.chunks_exact_mut(len));
+        for (((x, residual), (sum, y)), stats) in inputs.zip(outputs).zip(self.stats) {
+            map2(
+                isa,
+                x,
+                residual,
+                sum,
+                #[inline(always)]
+                |_, x, residual| x + residual,
+            );
+            // SAFETY: the map has written every element of the row.
+            let sum = unsafe { written(sum) };
+            *stats = norm.row(isa, sum, y);
         }
     }
 }
@@ -297,9 +459,6 @@ where
     let dbias = dweight.split_off(width);
     Gradients { dx, dweight, dbias }
 }
-
-/// How many rows go through the columns together, so that the sums of a column are read and written once for all of them.
-const ROWS: usize = 4;
 
 struct Backward<'a, E: Elem> {
     x: &'a [E],

@@ -8,7 +8,7 @@ pub use candle_nn::LayerNormConfig;
 use super::params::{Affine, AffineParams};
 pub use super::rms_norm::{RmsNorm, rms_norm};
 use crate::Norm;
-use crate::ops::{RowNorm, check, row_norm};
+use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 
 /// Configuration of [`LayerNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -220,6 +220,35 @@ impl LayerNorm {
     /// The trailing shape that statistics are taken over.
     pub fn normalized_shape(&self) -> &[usize] {
         &self.normalized_shape
+    }
+
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    ///
+    /// The sum is rounded to the dtype once, and the rounded sum is normalized: the same as to add and then to `forward`.
+    ///
+    /// # Shapes
+    /// `xs`, `residual` and both results: as in `forward`. With `channels_first` the sum is a pass of its own.
+    ///
+    /// # Errors
+    /// Those of `forward`; a residual of another shape, dtype or device than `xs`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::layer_norm(8, 1e-5, vb)?;
+    /// let attended = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// let stream = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// let (normalized, stream) = norm.forward_add(&attended, &stream)?;
+    /// assert_eq!(normalized.to_vec3::<f32>()?, norm.forward(&stream)?.to_vec3::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        let shape = &self.normalized_shape;
+        let (weight, bias) = (self.params.weight(), self.params.bias());
+        add_row_norm(xs, residual, shape, weight, bias, &self.norm)
     }
 
     /// Added to the weight; 0 but in an RMS norm.

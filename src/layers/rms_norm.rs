@@ -165,6 +165,33 @@ impl RmsNorm {
     pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
         self.0.forward(xs)
     }
+
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    ///
+    /// The sum is rounded to the dtype once, and the rounded sum is normalized: the same as to add and then to `forward`.
+    ///
+    /// # Shapes
+    /// `xs`, `residual` and both results: as in `forward`. With `channels_first` the sum is a pass of its own.
+    ///
+    /// # Errors
+    /// Those of `forward`; a residual of another shape, dtype or device than `xs`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::rms_norm(8, 1e-6, vb)?;
+    /// let attended = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// let stream = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// let (normalized, stream) = norm.forward_add(&attended, &stream)?;
+    /// assert_eq!(normalized.to_vec3::<f32>()?, norm.forward(&stream)?.to_vec3::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.0.forward_add(xs, residual)
+    }
 }
 
 impl Module for RmsNorm {

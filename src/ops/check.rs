@@ -89,6 +89,25 @@ pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Devi
     Ok(())
 }
 
+/// What is added to the input.
+pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
+    if residual.dims() != x.dims() {
+        bail!(
+            "{layer}: expected a residual of the input's shape {:?}, got {:?}; expand one of them with broadcast_as",
+            x.dims(),
+            residual.dims()
+        )
+    }
+    if residual.dtype() != x.dtype() {
+        bail!(
+            "{layer}: expected a residual of the input's dtype {:?}, got {:?}; convert one of them with to_dtype",
+            x.dtype(),
+            residual.dtype()
+        )
+    }
+    same_device(layer, "residual", residual, x.device())
+}
+
 pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
     if x.rank() < rank {
         bail!(

@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -130,6 +130,24 @@ pub(super) fn saved<'a, T>(name: &str, slot: &'a OnceLock<T>) -> Result<&'a T> {
     match slot.get() {
         Some(saved) => Ok(saved),
         None => check::internal(name, "the forward to have run before the backward"),
+    }
+}
+
+/// What one op makes and another takes away, so that neither keeps it.
+pub(super) struct Slot<T>(Mutex<Option<T>>);
+
+impl<T> Slot<T> {
+    pub(super) fn new(value: Option<T>) -> Self {
+        Self(Mutex::new(value))
+    }
+
+    pub(super) fn put(&self, value: T) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    }
+
+    pub(super) fn take(&self) -> Option<T> {
+        let mut value = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        value.take()
     }
 }
 

@@ -9,6 +9,7 @@ pub(crate) mod composed;
 mod fused;
 pub(crate) mod linear_map;
 
+mod add_norm;
 mod batch_norm;
 mod group_norm;
 mod instance_norm;
@@ -20,6 +21,8 @@ use std::cell::Cell;
 
 use candle_core::{Result, Tensor};
 
+pub(crate) use add_norm::add_row_norm;
+pub use add_norm::{add_layer_norm, add_rms_norm};
 pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
 pub use group_norm::group_norm;

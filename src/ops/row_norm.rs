@@ -3,9 +3,9 @@
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, Result, Shape, Tensor};
+use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
 
-use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, elements, with_native};
+use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
 use super::{Route, check, composed, route};
 use crate::kernels::rows;
 
@@ -59,9 +59,9 @@ impl RowNorm {
     }
 
     /// ε for statistics formed for an input of dtype `dtype`.
-    pub(crate) fn eps_for(&self, dtype: candle_core::DType) -> f64 {
+    pub(crate) fn eps_for(&self, dtype: DType) -> f64 {
         self.eps.unwrap_or(match dtype {
-            candle_core::DType::F64 => f64::EPSILON,
+            DType::F64 => f64::EPSILON,
             _ => f32::EPSILON as f64,
         })
     }
@@ -75,6 +75,31 @@ pub(crate) fn row_norm(
     bias: Option<&Tensor>,
     norm: &RowNorm,
 ) -> Result<Tensor> {
+    let route = checked(x, normalized_shape, weight, bias, norm)?;
+    if x.elem_count() == 0 {
+        return composed::empty(x, &[weight, bias]);
+    }
+    if norm.channels_first {
+        return channels_first(x, weight, bias, norm, route);
+    }
+    match route {
+        Route::Fused => fused_rows(x, normalized_shape.iter().product(), weight, bias, norm),
+        Route::Composed => {
+            let len = normalized_shape.iter().product();
+            let rows = x.contiguous()?.reshape(((), len))?;
+            normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
+        }
+    }
+}
+
+/// Whether everything fits, and the route to take.
+pub(super) fn checked(
+    x: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<Route> {
     let layer = norm.layer;
     let eps = norm.eps_for(x.dtype());
     check::eps(layer, eps)?;
@@ -91,21 +116,7 @@ pub(crate) fn row_norm(
         x,
         &check::Param::affine(weight, bias, normalized_shape),
     )?;
-    let route = route(layer, x)?;
-    if x.elem_count() == 0 {
-        return composed::empty(x, &[weight, bias]);
-    }
-    if norm.channels_first {
-        return channels_first(x, weight, bias, norm, route);
-    }
-    match route {
-        Route::Fused => fused_rows(x, normalized_shape.iter().product(), weight, bias, norm),
-        Route::Composed => {
-            let len = normalized_shape.iter().product();
-            let rows = x.contiguous()?.reshape(((), len))?;
-            normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
-        }
-    }
+    route(layer, x)
 }
 
 /// `x` is `[N, C, ...]`; every position of the map is a row of `C` values.
@@ -169,29 +180,45 @@ fn fused_rows(
     bias: Option<&Tensor>,
     norm: &RowNorm,
 ) -> Result<Tensor> {
-    let op = Rows {
-        norm: *norm,
-        spec: rows::Spec {
-            len,
-            center: norm.center,
-            eps: composed::eps_in(composed::accumulator(x.dtype()), norm.eps_for(x.dtype())),
-            round_first: norm.cast == Cast::BeforeWeight,
-        },
-        params: Params::of(weight, bias),
-        stats: OnceLock::new(),
-    };
+    let op = Rows::new(norm, x.dtype(), len, Params::of(weight, bias));
     Ok(fused::apply(op, x, &[weight, bias])?.0)
 }
 
 /// Layer norm or RMS norm as a node of the graph.
-struct Rows {
+pub(super) struct Rows {
     norm: RowNorm,
-    spec: rows::Spec,
+    pub(super) spec: rows::Spec,
     params: Params,
     stats: OnceLock<Vec<rows::Stats>>,
+    /// The output, where it was computed before.
+    ready: Slot<CpuStorage>,
 }
 
 impl Rows {
+    pub(super) fn new(norm: &RowNorm, dtype: DType, len: usize, params: Params) -> Self {
+        Self {
+            norm: *norm,
+            spec: rows::Spec {
+                len,
+                center: norm.center,
+                eps: composed::eps_in(composed::accumulator(dtype), norm.eps_for(dtype)),
+                round_first: norm.cast == Cast::BeforeWeight,
+            },
+            params,
+            stats: OnceLock::new(),
+            ready: Slot::new(None),
+        }
+    }
+
+    /// The same, with what its forward would compute.
+    pub(super) fn ready(self, y: CpuStorage, stats: Vec<rows::Stats>) -> Self {
+        Self {
+            stats: OnceLock::from(stats),
+            ready: Slot::new(Some(y)),
+            ..self
+        }
+    }
+
     /// The factor of each column.
     fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
         let mut weight = self.params.weight::<A>(params)?;
@@ -236,6 +263,9 @@ impl FusedOp for Rows {
     }
 
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
+        if let Some(y) = self.ready.take() {
+            return Ok(y);
+        }
         with_native!(fused::dtype(&args[0]), self.norm.layer, T => self.forward_of::<T>(args))
     }
 

@@ -1,0 +1,205 @@
+//! A residual connection and the norm after it in one sweep.
+//!
+//! A candle op has one output, and here are two: the sum and the normalized sum. One pass computes both. The node of the sum runs it and leaves
+//! the rest in a slot, from where the node of the norm takes it; each has a backward of its own, and candle adds up what reaches
+//! the sum.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+
+use super::fused::{self, Accumulator, Native, Params, Slot, elements, with_native};
+use super::row_norm::{Cast, RowNorm, Rows, checked, row_norm};
+use super::{Route, check, composed};
+use crate::kernels::rows;
+
+/// The rows of `x + residual`, normalized as `norm` says, and the sum.
+pub(crate) fn add_row_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<(Tensor, Tensor)> {
+    let route = checked(x, normalized_shape, weight, bias, norm)?;
+    check::residual(norm.layer, residual, x)?;
+    if x.elem_count() == 0 {
+        let sum = composed::anchored(&x.contiguous()?, &[residual])?;
+        return Ok((composed::empty(&sum, &[weight, bias])?, sum));
+    }
+    if route == Route::Fused && !norm.channels_first {
+        let len = normalized_shape.iter().product();
+        return with_native!(x.dtype(), norm.layer, T => {
+            fused_rows::<T>(x, residual, len, weight, bias, norm)
+        });
+    }
+    let sum = (x + residual)?;
+    let y = row_norm(&sum, normalized_shape, weight, bias, norm)?;
+    Ok((y, sum))
+}
+
+/// `x` is not empty and ends in axes of `len` elements together.
+fn fused_rows<T: Native>(
+    x: &Tensor,
+    residual: &Tensor,
+    len: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    norm: &RowNorm,
+) -> Result<(Tensor, Tensor)> {
+    let op = Rows::new(norm, x.dtype(), len, Params::of(weight, bias));
+    let rest = Arc::new(Slot::new(None));
+    let add = Add::<T> {
+        layer: norm.layer,
+        spec: op.spec,
+        weight: weight.map(|w| copied(w, norm.offset)).transpose()?,
+        bias: bias.map(|b| copied(b, 0.)).transpose()?,
+        rest: rest.clone(),
+    };
+    let sum = x.contiguous()?.apply_op2(&residual.contiguous()?, add)?;
+    let Some((y, stats)) = rest.take() else {
+        return check::internal(norm.layer, "the sum to have been computed");
+    };
+    let op = op.ready(T::to_cpu_storage_owned(y), stats);
+    let (y, _) = fused::apply(op, &sum, &[weight, bias])?;
+    Ok((y, sum))
+}
+
+/// The elements of a parameter plus `offset`, in the precision that it is multiplied in: the node of the sum has no argument left for it.
+fn copied<A: Accumulator>(param: &Tensor, offset: f64) -> Result<Vec<A>> {
+    let wide = param.detach().to_dtype(A::DTYPE)?.flatten_all()?;
+    let mut values = wide.to_vec1::<A>()?;
+    if offset != 0. {
+        let offset = A::from_wide(offset);
+        for v in &mut values {
+            *v += offset;
+        }
+    }
+    Ok(values)
+}
+
+/// `x + residual` as a node of the graph, which normalizes the sum while it is at it.
+struct Add<T: Native> {
+    layer: &'static str,
+    spec: rows::Spec,
+    weight: Option<Vec<T::Acc>>,
+    bias: Option<Vec<T::Acc>>,
+    /// The normalized sum, and what it was normalized by.
+    rest: Arc<Slot<(Vec<T>, Vec<rows::Stats>)>>,
+}
+
+impl<T: Native> CustomOp2 for Add<T> {
+    fn name(&self) -> &'static str {
+        self.layer
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        residual: &CpuStorage,
+        residual_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let affine = rows::Affine {
+            weight: self.weight.as_deref(),
+            bias: self.bias.as_deref(),
+        };
+        let (x, residual) = ((x, x_layout), (residual, residual_layout));
+        let added = rows::add_forward::<T>(elements(x)?, elements(residual)?, affine, self.spec);
+        self.rest.put((added.y, added.stats));
+        let sum = T::to_cpu_storage_owned(added.sum);
+        Ok((sum, x_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        sum: &Tensor,
+        dsum: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let what = "the gradient of the sum";
+        check::shape(self.layer, what, dsum, sum.dims())?;
+        check::dtype(self.layer, what, dsum, sum.dtype())?;
+        let wanted = |t: &Tensor| t.track_op().then(|| dsum.clone());
+        Ok((wanted(x), wanted(residual)))
+    }
+}
+
+/// [`layer_norm`](super::layer_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
+///
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the layer norm of that rounded sum, so that both are what adding first and
+/// normalizing then gives. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
+/// its own: gradients flow through either or both.
+///
+/// # Shapes
+/// `x`, `residual`: `[*, normalized_shape]`, the same; `weight`, `bias`: `normalized_shape`; both results have the shape and dtype of `x` and
+/// are contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take `f32` parameters.
+///
+/// # Errors
+/// Those of [`layer_norm`](super::layer_norm); a residual of another shape, dtype or device than `x`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+///
+/// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
+/// let residual = Tensor::new(&[[1f64, 1.]], &Device::Cpu)?;
+/// let (y, sum) = candle_norm::ops::add_layer_norm(&x, &residual, 2, None, None, 1e-9)?;
+/// assert_eq!(sum.to_vec2::<f64>()?, [[2., 4.]]);
+/// assert!((y.to_vec2::<f64>()?[0][1] - 1.).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn add_layer_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (shape, norm) = (normalized_shape.into(), RowNorm::layer_norm(eps));
+    add_row_norm(x, residual, shape.dims(), weight, bias, &norm)
+}
+
+/// [`rms_norm`](super::rms_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
+///
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the RMS norm of that rounded sum, so that both are what adding first and
+/// normalizing then gives. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
+/// its own: gradients flow through either or both.
+///
+/// # Shapes
+/// `x`, `residual`: `[*, normalized_shape]`, the same; `weight`: `normalized_shape`; both results have the shape and dtype of `x` and are
+/// contiguous.
+///
+/// # Errors
+/// Those of [`rms_norm`](super::rms_norm); a residual of another shape, dtype or device than `x`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Cast};
+///
+/// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
+/// let residual = Tensor::new(&[[2f64, 1.]], &Device::Cpu)?;
+/// let (y, sum) = ops::add_rms_norm(&x, &residual, 2, None, Some(1e-9), 0., Cast::AfterWeight)?;
+/// assert_eq!(sum.to_vec2::<f64>()?, [[3., 4.]]);
+/// assert!((y.to_vec2::<f64>()?[0][0] - 3. / 12.5f64.sqrt()).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn add_rms_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    eps: Option<f64>,
+    offset: f64,
+    cast: Cast,
+) -> Result<(Tensor, Tensor)> {
+    let shape = normalized_shape.into();
+    let norm = RowNorm {
+        offset,
+        cast,
+        ..RowNorm::rms_norm(eps)
+    };
+    add_row_norm(x, residual, shape.dims(), weight, None, &norm)
+}
