@@ -92,7 +92,9 @@ impl Row {
         let along = |i: usize| i as f32 / LEN as f32;
         Self {
             x: (0..LEN).map(|i| 3. + along(i) + uniform()).collect(),
-            dy: (0..LEN).map(|i| uniform() * (0.5 + along(i))).collect(),
+            dy: (0..LEN)
+                .map(|i| 0.1 + uniform() * (0.5 + along(i)))
+                .collect(),
         }
     }
 
