@@ -237,7 +237,7 @@ fn an_event_is_followed_by_quiet() -> Result<()> {
         window: 50,
         min_count: 30,
         check_every: 7,
-        cool_down: 100,
+        cool_down: 105,
         ..Default::default()
     };
     let monitor = DriftMonitor::new(options)?;
@@ -245,8 +245,8 @@ fn an_event_is_followed_by_quiet() -> Result<()> {
     let events = monitor.observe(&noise(400, 2, 9., 1.))?;
     let mut steps: Vec<u64> = events.iter().map(|e| e.step).collect();
     steps.dedup();
-    // The first multiple of 7 from 30 on, and the first after each hundred rows of quiet.
-    assert_eq!(steps, [35, 140, 245, 350]);
+    // The first multiple of 7 from 30 on, and the first after each 105 rows of quiet, the last of which is a multiple too.
+    assert_eq!(steps, [35, 147, 259, 371]);
     Ok(())
 }
 
