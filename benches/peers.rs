@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use candle_core::{DType, Result};
 use clap::Parser;
 
-use case::{Case, Inputs, Pass};
+use case::{Case, Inputs, Op, Pass};
 use report::{PEERS, Row};
 use step::Step;
 use timing::{Entrant, Plan, Threads, measure};
@@ -304,8 +304,7 @@ impl Bench {
             Err(error) => self.note(case, pass, peer, &error),
             Ok(samples) => {
                 if let Some(how) = check::disagreement(case, pass, expected, &samples) {
-                    // candle-nn sums parameter gradients in half precision, and is known to be wrong there.
-                    self.wrong |= peer != "candle-nn";
+                    self.wrong |= !sums_in_half_precision(case, pass, peer);
                     self.note(case, pass, peer, &how);
                 }
             }
@@ -317,6 +316,14 @@ impl Bench {
         let note = format!("{peer}, {} {}: {what}", case.name(), pass.name());
         self.notes.push(note);
     }
+}
+
+/// Whether the peer is known to form sums in half precision here, and so to go astray: candle-nn everywhere, PyTorch in LayerNorm's gradients
+/// of weight and bias, which in `bf16` are off by a quarter of their size at 4096 rows.
+fn sums_in_half_precision(case: &Case, pass: Pass, peer: &str) -> bool {
+    let half = matches!(case.dtype, DType::F16 | DType::BF16);
+    peer == "candle-nn"
+        || (peer == "pytorch" && half && case.op == Op::LayerNorm && pass != Pass::Forward)
 }
 
 /// A pass of ours.

@@ -22,6 +22,7 @@ import json
 import math
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,9 @@ TOLERANCE = {"f64": 1e-11, "f32": 2e-6, "f16": 6e-4, "bf16": 4.5e-3}
 # and the product is rounded again. The expected value has neither rounding, so that an error of twice
 # 2^-11 (2^-9) of the value is correct: twice the tolerance. Wider inputs are not rounded in between.
 TOLERANCE_BEFORE_WEIGHT = TOLERANCE | {"f16": 1.2e-3, "bf16": 9e-3}
+
+# What gradients are taken by.
+LEAVES = ("x", "residual", "v", "g", "weight", "bias")
 
 SOURCE = f"torch {torch.__version__.split('+')[0]} autograd in float64"
 
@@ -90,10 +94,12 @@ class Result:
     xhat   the normalized value that the weight multiplies
     slope  what dy is multiplied by in the leading term of dx
     state  running statistics after the call
+    sum    what was normalized, where that was added first
     """
 
     def __init__(self, y, xhat, slope, state=None, mean_terms=None):
         self.y, self.xhat, self.slope = y, xhat, slope
+        self.sum = None
         self.state = state or {}
         self.mean_terms = mean_terms
 
@@ -116,6 +122,14 @@ def rms_norm(t: dict, c: dict) -> Result:
     rstd = (x.square().mean(axes, keepdim=True) + eps).rsqrt()
     w = None if t.get("weight") is None else t["weight"] + c.get("offset", 0.0)
     return Result(affine(x * rstd, w, t.get("bias")), x * rstd, rstd * (1.0 if w is None else w))
+
+
+def of_sum(oracle, t: dict, c: dict) -> Result:
+    """The norm of x + residual. The sum is not rounded: it is the mathematics too."""
+    total = t["x"] + t["residual"]
+    result = oracle(t | {"x": total}, c)
+    result.sum = total
+    return result
 
 
 def group_norm(t: dict, c: dict) -> Result:
@@ -187,6 +201,8 @@ def weight_norm(t: dict, c: dict) -> Result:
 ORACLES = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
+    "add_layer_norm": partial(of_sum, layer_norm),
+    "add_rms_norm": partial(of_sum, rms_norm),
     "group_norm": group_norm,
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
@@ -200,6 +216,10 @@ ORACLES = {
 
 
 def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
+    if op.startswith("add_"):
+        total = torch.add(t["x"], t["residual"])
+        y, _ = torch_layer(op.removeprefix("add_"), t | {"x": total}, c)
+        return y, {"sum": total}
     x, w, b = t.get("x"), t.get("weight"), t.get("bias")
     if op == "layer_norm" and c.get("channels_first"):
         return F.layer_norm(x.movedim(1, -1), [x.shape[1]], w, b, c["eps"]).movedim(-1, 1), {}
@@ -229,10 +249,13 @@ def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
     return y, {"running_mean": rm, "running_var": rv, "num_batches_tracked": count} if tracks else {}
 
 
-def gradients(y: torch.Tensor, leaves: dict, dy: torch.Tensor | None) -> dict:
-    if dy is None:
+def gradients(outputs: dict, leaves: dict, t: dict) -> dict:
+    """By the leaves, of those outputs whose cotangent `t` has."""
+    names = [name for name, y in outputs.items() if y is not None and "d" + name in t]
+    if not names:
         return {}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=False)
+    ys, cotangents = [outputs[name] for name in names], [t["d" + name] for name in names]
+    grads = torch.autograd.grad(ys, list(leaves.values()), cotangents, allow_unused=False)
     return {"d" + name: grad for name, grad in zip(leaves, grads)}
 
 
@@ -246,6 +269,8 @@ def forward_in_extended_precision(op: str, t: dict, c: dict) -> np.ndarray | Non
         norm = np.sqrt((n["v"] ** 2).sum(axes, keepdims=True))
         return n["g"] * n["v"] / np.where(norm == 0, 1, norm)
     x = n["x"]
+    if op.startswith("add_"):
+        op, x = op.removeprefix("add_"), x + n["residual"]
     # An infinity minus itself is the NaN that is expected there.
     np.seterr(invalid="ignore")
     w, b = n.get("weight"), n.get("bias")
@@ -307,7 +332,10 @@ def scales(op: str, t: dict, c: dict, r: Result, expected: dict) -> dict[str, fl
             terms["dg"] = rms((dy * r.xhat).square().sum_to_size(t["g"].shape).sqrt())
         else:
             terms["dx"] = leading
-            trailing = op == "rms_norm" or (op == "layer_norm" and not c.get("channels_first"))
+            if "dsum" in t:
+                terms["dx"] = terms["dresidual"] = math.hypot(leading, rms(t["dsum"]))
+            norm = op.removeprefix("add_")
+            trailing = norm == "rms_norm" or (norm == "layer_norm" and not c.get("channels_first"))
             for name, term in (("weight", dy * r.xhat), ("bias", dy)):
                 if name in t:
                     terms["d" + name] = summed(term, t[name], None if trailing else 1)
@@ -354,10 +382,12 @@ class Writer:
         name = f"{op}-{slug}-{dtype}"
         config = config | {"_dtype": dtype}
         wide = {k: v.to(torch.float64) for k, v in tensors.items()}
-        leaves = {k: wide[k].requires_grad_() for k in ("x", "v", "g", "weight", "bias") if k in wide}
+        leaves = {k: wide[k].requires_grad_() for k in LEAVES if k in wide}
         r = ORACLES[op](wide, config)
         expected = {"y": r.y.detach()}
-        expected |= gradients(r.y, leaves, wide.get("dy"))
+        if r.sum is not None:
+            expected["sum"] = r.sum.detach()
+        expected |= gradients({"y": r.y, "sum": r.sum}, leaves, wide)
         expected |= {k: v.detach() for k, v in r.state.items()}
         scale = scales(op, {k: v.detach() for k, v in wide.items()}, config, r, expected)
         self.cross_check(name, op, wide, config, leaves, expected, scale)
@@ -383,7 +413,8 @@ class Writer:
         if main.numel() == 0 or "constant" in name or zero_norm:
             return
         y, state = torch_layer(op, wide, config)
-        other = {"y": y.detach()} | gradients(y, leaves, wide.get("dy")) | state
+        outputs = {"y": y, "sum": state.get("sum")}
+        other = {"y": y.detach()} | gradients(outputs, leaves, wide) | state
         assert other.keys() == expected.keys(), f"{name}: {sorted(other)} against {sorted(expected)}"
         for key, want in expected.items():
             size = max(scale.get(key, 0.0), rms(want)) or 1.0
@@ -579,6 +610,45 @@ def rms_norm_cases(w: Writer) -> None:
         x[1, 3] = float("nan")
 
     case("nan_row_plain", "f32", (4, 9), [9], "", change=not_a_number)
+
+
+def add_norm_cases(w: Writer) -> None:
+    def case(op, slug, dtype, shape, kind, style="plain", change=None, **config):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = styled(draw, style, *shape)
+        t["residual"] = styled(draw, style, *shape)["x"]
+        t["dsum"] = draw.normal(*shape)
+        if change:
+            change(t["x"], t["residual"])
+        axis = 1 if config.get("channels_first") else len(shape) - 1
+        if "channels_first" not in config:
+            config["normalized_shape"] = [shape[-1]]
+        t |= draw.parameters(kind, shape[axis], center=0.0 if "offset" in config else 1.0)
+        before = config.get("cast") == "before_weight"
+        w.case(slug, op, dtype, config, t, TOLERANCE_BEFORE_WEIGHT[dtype] if before else None)
+
+    def opposite_row(x, residual):
+        residual[1] = -x[1]
+
+    # Not in half precision: the rounded sum is what is normalized, which rounds once more than the tolerances allow for.
+    for dtype in ("f64", "f32"):
+        layer, rms = "add_layer_norm", "add_rms_norm"
+        for op, eps in ((layer, 1e-5), (rms, 1e-6)):
+            case(op, "width1", dtype, (5, 1), "w", eps=eps)
+            case(op, "width2", dtype, (5, 2), "w", eps=eps)
+            case(op, "3x19", dtype, (3, 19), "wb", eps=eps)
+            case(op, "2x3x16_plain", dtype, (2, 3, 16), "", eps=eps)
+            case(op, "tiny", dtype, (2, 21), "w", style="tiny", eps=eps)
+            case(op, "empty_batch", dtype, (0, 8), "w", eps=eps)
+            # A sum of zeros: the gradient by the norm is as large as eps lets it be.
+            case(op, "opposite_row", dtype, (3, 5), "w", change=opposite_row, eps=eps)
+        case(layer, "channels_first", dtype, (2, 5, 3), "wb", channels_first=True, eps=1e-5)
+        case(rms, "offset1", dtype, (3, 9), "w", offset=1.0, eps=1e-6)
+        case(rms, "before_weight", dtype, (3, 23), "w", cast="before_weight", eps=1e-6)
+        case(rms, "eps_null", dtype, (3, 12), "w", style="tiny", eps=None)
+    for style in ("mean300", "mean3000"):
+        for op, eps in (("add_layer_norm", 1e-5), ("add_rms_norm", 1e-6)):
+            case(op, f"{style}_37", "f64", (2, 37), "w", style=style, eps=eps)
 
 
 def group_norm_cases(w: Writer) -> None:
@@ -841,6 +911,7 @@ def main() -> None:
     w = Writer(folder)
     layer_norm_cases(w)
     rms_norm_cases(w)
+    add_norm_cases(w)
     group_norm_cases(w)
     instance_norm_cases(w)
     batch_norm_cases(w)

@@ -155,6 +155,26 @@ fn rms_norm() {
     check_layer(Kind::RmsChannelsFirst, [&[2, 7, 9], &[2, 65, 257]]);
 }
 
+/// The input and the residual share a storage, and the parameters are read before.
+#[test]
+fn add_norm() {
+    for (dims, steps) in [([4, 33], 100), ([65, 1031], 15)] {
+        let (rows, row) = (dims.to_vec(), vec![dims[1]]);
+        let shapes = [rows.clone(), rows, row.clone(), row];
+        check(
+            &format!("add and norm of {dims:?}"),
+            &shapes,
+            steps,
+            move |t| {
+                let params = (Some(&t[2]), Some(&t[3]));
+                let (y, sum) =
+                    ops::add_layer_norm(&t[0], &t[1], dims[1], params.0, params.1, 1e-3)?;
+                y + sum
+            },
+        );
+    }
+}
+
 #[test]
 fn group_norm() {
     check_layer(Kind::Group { groups: 2 }, [&[2, 4, 9], &[9, 6, 1031]]);

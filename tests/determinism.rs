@@ -130,6 +130,43 @@ fn rms_norm() {
     check_all(&[rms], &ROWS);
 }
 
+/// Both outputs, and the gradients through both.
+#[test]
+fn add_norm() {
+    for (case, dims) in ROWS.iter().enumerate() {
+        let n = dims.iter().product();
+        for dtype in DTYPES {
+            let mut draw = Draw::new(case as u64);
+            let numbers = [(); 4].map(|()| spread(&mut draw, n));
+            let weight = draw.weight(dims[1]);
+            assert_same(&format!("add and norm of {dims:?} in {dtype:?}"), || {
+                let leaf = |numbers: &[f64]| variable(numbers, dims, dtype);
+                let (x, residual) = (leaf(&numbers[0])?, leaf(&numbers[1])?);
+                let weight = variable(&weight, &dims[1..], dtype)?;
+                let (y, sum) = match case % 2 {
+                    0 => ops::add_layer_norm(&x, &residual, dims[1], Some(&weight), None, 1e-5),
+                    _ => {
+                        let cast = Cast::AfterWeight;
+                        let weight = Some(&weight);
+                        ops::add_rms_norm(&x, &residual, dims[1], weight, None, 0., cast)
+                    }
+                }?;
+                let [dy, dsum] = [2, 3].map(|i| tensor(&numbers[i], dims, dtype));
+                // One output that both have a part in.
+                let both = Tensor::cat(&[&y, &sum], 0)?;
+                let grads = backward(&both, &Tensor::cat(&[dy?, dsum?], 0)?)?;
+                bits_of(&[
+                    ("y", &y),
+                    ("sum", &sum),
+                    ("dx", &gradient(&grads, &x)),
+                    ("dresidual", &gradient(&grads, &residual)),
+                    ("dweight", &gradient(&grads, &weight)),
+                ])
+            });
+        }
+    }
+}
+
 #[test]
 fn channels_first() {
     let kinds = [Kind::LayerChannelsFirst, Kind::RmsChannelsFirst];

@@ -12,7 +12,7 @@ use candle_nn::{
     Conv1dConfig, Conv2dConfig, ConvTranspose1dConfig, ConvTranspose2dConfig, VarBuilder,
 };
 use candle_norm::weight_norm::{self, WeightNormOptions};
-use candle_norm::{FrozenNorm, Path, batch_norm, ops, with_path};
+use candle_norm::{Cast, FrozenNorm, Path, batch_norm, ops, with_path};
 
 use common::data::{Draw, tensor, values, variable};
 use common::subjects::{Kind, Params, Subject};
@@ -112,6 +112,37 @@ fn check(what: &str, inputs: &[Input], f: impl Fn(&[Tensor]) -> Result<Tensor>) 
 
 fn normal(draw: &mut Draw, dims: &[usize]) -> Input {
     (draw.normal(dims.iter().product()), dims.to_vec())
+}
+
+/// Of a sum, through both outputs.
+#[test]
+fn add_norm() {
+    in_a_process_of_its_own("add_norm", || {
+        for dims in [[3, 5], [2, 37]] {
+            let mut draw = Draw::new(4);
+            let mut inputs = vec![normal(&mut draw, &dims), normal(&mut draw, &dims)];
+            inputs.extend([(); 2].map(|()| normal(&mut draw, &dims[1..])));
+            for path in [Path::Fused, Path::Composed] {
+                let layer = |t: &[Tensor]| {
+                    let (y, sum) =
+                        ops::add_layer_norm(&t[0], &t[1], dims[1], Some(&t[2]), Some(&t[3]), 1e-2)?;
+                    Tensor::cat(&[y, sum], 0)
+                };
+                let rms = |t: &[Tensor]| {
+                    let (weight, eps) = (Some(&t[2]), Some(1e-2));
+                    let cast = Cast::AfterWeight;
+                    let (y, sum) = ops::add_rms_norm(&t[0], &t[1], dims[1], weight, eps, 1., cast)?;
+                    Tensor::cat(&[y, sum], 0)
+                };
+                let what = format!("{dims:?}, {path:?}");
+                with_path(path, || {
+                    check(&format!("add and layer norm of {what}"), &inputs, layer)?;
+                    check(&format!("add and RMS norm of {what}"), &inputs[..3], rms)
+                })?;
+            }
+        }
+        Ok(())
+    })
 }
 
 /// The layer, in training, with a weight and a bias, by all three.

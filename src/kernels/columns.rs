@@ -15,7 +15,7 @@ use super::span::{Columns, map, map2};
 use super::totals::{ColumnSums, combined, rows_per_block};
 
 /// One number for each column, in the accumulator's precision.
-pub(super) fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
+fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
     (0..shape.channels)
         .flat_map(
             #[inline(always)]
@@ -25,7 +25,7 @@ pub(super) fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec
 }
 
 /// What a channel is normalized by, for each of its columns.
-pub(super) struct Factors<T> {
+struct Factors<T> {
     high: Vec<T>,
     low: Vec<T>,
     scale: Vec<T>,
@@ -33,7 +33,7 @@ pub(super) struct Factors<T> {
 }
 
 impl<T: Elem<Acc = T> + Real> Factors<T> {
-    pub(super) fn new(shape: Shape, stats: &[Stats], affine: Affine<T>) -> Self {
+    fn new(shape: Shape, stats: &[Stats], affine: Affine<T>) -> Self {
         let weight = |c: usize| affine.weight.map_or(1., |w| w[c].wide());
         Self {
             high: per_column(shape, |c| parts::<T>(stats[c].mean).0.wide()),
@@ -44,7 +44,7 @@ impl<T: Elem<Acc = T> + Real> Factors<T> {
     }
 
     #[inline(always)]
-    pub(super) fn lanes<I: Isa>(&self, isa: I) -> FactorLanes<'_, I, T> {
+    fn lanes<I: Isa>(&self, isa: I) -> FactorLanes<'_, I, T> {
         FactorLanes {
             high: Columns::new(isa, &self.high),
             low: Columns::new(isa, &self.low),
@@ -56,35 +56,35 @@ impl<T: Elem<Acc = T> + Real> Factors<T> {
 
 /// [`Factors`] in lanes.
 #[derive(Clone, Copy)]
-pub(super) struct FactorLanes<'a, I: Isa, T: Real> {
+struct FactorLanes<'a, I: Isa, T: Real> {
     high: Columns<'a, I, T>,
     low: Columns<'a, I, T>,
-    pub(super) scale: Columns<'a, I, T>,
+    scale: Columns<'a, I, T>,
     bias: Columns<'a, I, T>,
 }
 
 impl<I: Isa, T: Elem<Acc = T> + Real> FactorLanes<'_, I, T> {
     /// The result for chunk `k` of a row.
     #[inline(always)]
-    pub(super) fn of(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+    fn of(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
         self.distance(k, v) * self.scale.at(k) + self.bias.at(k)
     }
 
     /// The distance from the mean.
     #[inline(always)]
-    pub(super) fn distance(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+    fn distance(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
         (v - self.high.at(k)) - self.low.at(k)
     }
 
     /// The distance from the first number of the mean, for [`about_mean`](super::moments::about_mean).
     #[inline(always)]
-    pub(super) fn from_high(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+    fn past_high(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
         v - self.high.at(k)
     }
 }
 
 /// What each channel is normalized by: what is given, or what `x` gives.
-pub(super) fn moments<E: Elem>(x: &[E], shape: Shape, statistics: Statistics) -> Vec<Stats>
+fn moments<E: Elem>(x: &[E], shape: Shape, statistics: Statistics) -> Vec<Stats>
 where
     E::Acc: Elem<Acc = E::Acc>,
 {
@@ -328,7 +328,7 @@ where
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel, from those that each block has of its columns.
-pub(super) fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f64>; 2] {
+fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f64>; 2] {
     let columns = combined(blocks, 2 * shape.channels * shape.inner);
     let (about_high, sum) = columns.split_at(columns.len() / 2);
     let [mut along, sum] = [about_high, sum].map(|columns| -> Vec<f64> {
@@ -367,7 +367,7 @@ where
                 x,
                 dy,
                 #[inline(always)]
-                |k, x, dy| [dy * normal.from_high(k, x), dy],
+                |k, x, dy| [dy * normal.past_high(k, x), dy],
             );
         }
         columns.finish(isa);
@@ -411,7 +411,7 @@ where
                 isa,
                 (x, dy, dx),
                 #[inline(always)]
-                |k, x, dy| [dy * normal.from_high(k, x), dy],
+                |k, x, dy| [dy * normal.past_high(k, x), dy],
                 #[inline(always)]
                 |k, _, dy| dy * normal.scale.at(k),
             );

@@ -10,7 +10,6 @@
 #![allow(clippy::needless_range_loop)]
 
 mod buffer;
-pub(crate) mod channels_last;
 mod columns;
 pub(crate) mod groups;
 pub(crate) mod moments;

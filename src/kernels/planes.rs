@@ -34,7 +34,7 @@ impl Shape {
     }
 
     #[inline(always)]
-    pub(super) fn plane(self, sample: usize, channel: usize) -> Range<usize> {
+    fn plane(self, sample: usize, channel: usize) -> Range<usize> {
         let start = (sample * self.channels + channel) * self.inner;
         start..start + self.inner
     }
@@ -391,7 +391,7 @@ where
     }
 
     #[inline(always)]
-    fn planes(&self, sample: usize, channel: usize) -> (&[E], &[E], &mut [MaybeUninit<E>]) {
+    fn planes(&mut self, sample: usize, channel: usize) -> (&[E], &[E], &mut [MaybeUninit<E>]) {
         let plane = self.shape.plane(sample, channel);
         // SAFETY: this job alone has the channel, and takes one of its planes at a time.
         let dx = unsafe { self.dx.part(plane.clone()) };

@@ -36,15 +36,6 @@ pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut
     }
 }
 
-/// The lanes of chunk `k` of `x`; the tail follows the last whole chunk.
-#[inline(always)]
-pub(crate) fn chunk<E: Elem, I: Isa>(isa: I, x: &[E], k: usize) -> Lanes<I, E::Acc> {
-    match x.as_chunks::<LANES>().0.get(k) {
-        Some(chunk) => E::load(isa, chunk),
-        None => tail(isa, x),
-    }
-}
-
 /// A slice of accumulator values that runs alongside elements: a weight, a bias, the sums of columns.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns<'a, I: Isa, T: Real> {

@@ -2,12 +2,11 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, Result, Tensor};
 
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::group_norm::shape_of;
 use super::{Route, check, composed, route};
-use crate::kernels::channels_last;
 use crate::kernels::planes::{self, Shape, Statistics};
 use crate::kernels::rows;
 
@@ -259,10 +258,7 @@ impl Channels {
             },
             Source::Given(stats) => Statistics::Given(stats),
         };
-        let (y, stats) = match fused::channels_last::<T>(args[0])? {
-            Some(x) => channels_last::forward(x, self.shape, affine, statistics),
-            None => planes::forward::<T>(elements(args[0])?, self.shape, affine, statistics),
-        };
+        let (y, stats) = planes::forward::<T>(elements(args[0])?, self.shape, affine, statistics);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
@@ -274,17 +270,14 @@ impl Channels {
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.params.weight(&args[2..])?;
         let weight = weight.as_deref();
-        let dy = elements(args[1])?;
+        let (x, dy) = (elements(args[0])?, elements(args[1])?);
         let stats = fused::saved(self.layer, &self.stats)?;
         let own = match self.source {
             Source::Own { center, .. } => Some(center),
             Source::Given(_) => None,
         };
         let wanted = planes::Wanted { own, params };
-        let grads = match fused::channels_last::<T>(args[0])? {
-            Some(x) => channels_last::backward(x, dy, self.shape, weight, stats, wanted),
-            None => planes::backward(elements(args[0])?, dy, self.shape, weight, stats, wanted),
-        };
+        let grads = planes::backward::<T>(x, dy, self.shape, weight, stats, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }
@@ -293,10 +286,6 @@ impl Channels {
 impl FusedOp for Channels {
     fn name(&self) -> &'static str {
         self.layer
-    }
-
-    fn takes(&self, input: &Layout) -> bool {
-        input.is_contiguous() || fused::is_channels_last(input)
     }
 
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {

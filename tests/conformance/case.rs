@@ -6,13 +6,13 @@
 //! | --- | --- |
 //! | `op` | a name of the table in `layers.rs` |
 //! | `config` | a JSON object with the keys of that op |
-//! | `dtype` | `f64`, `f32`, `f16` or `bf16`: the dtype of inputs, parameters and `dy` |
+//! | `dtype` | `f64`, `f32`, `f16` or `bf16`: the dtype of inputs, parameters and cotangents |
 //! | `rtol`, `atol` | a value passes when abs(got − want) ≤ atol·scale + rtol·abs(want) |
 //! | `scales` | a JSON object, output name to scale; an absent name takes the rms of the expected tensor, or 1 |
 //! | `source` | who computed the expected values |
 //!
-//! Tensors: the inputs and parameters by name, `dy` (without it the case is forward only), the state before the
-//! call, and `expected.NAME` in f64 for each output NAME that is compared.
+//! Tensors: the inputs and parameters by name, `dy` and, where the layer returns the sum too, `dsum` (without them the
+//! case is forward only), the state before the call, and `expected.NAME` in f64 for each output NAME that is compared.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;

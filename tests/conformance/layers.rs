@@ -22,6 +22,8 @@ pub(crate) struct Op {
     pub(crate) optional: &'static [&'static str],
     /// Whether the layer keeps running statistics.
     pub(crate) stateful: bool,
+    /// Whether it adds [`RESIDUAL`] first, and returns the sum too.
+    pub(crate) adds: bool,
     /// Whether the fused path serves it. Where it does not, forcing it must be an error.
     pub(crate) fused: bool,
     /// Reads the configuration once, and returns what runs the case.
@@ -36,6 +38,8 @@ pub(crate) type Inputs = HashMap<String, Tensor>;
 
 pub(crate) struct Outputs {
     pub(crate) y: Tensor,
+    /// What was normalized, of a layer that adds first.
+    pub(crate) sum: Option<Tensor>,
     /// Running statistics by name, after the call.
     pub(crate) state: Vec<(&'static str, Tensor)>,
 }
@@ -50,6 +54,9 @@ pub(crate) const STATE: [(&str, DType); 3] = [
 /// The one of them that is a whole number.
 pub(crate) const COUNT: &str = "num_batches_tracked";
 
+/// What is added to the input, and lies in memory as it does.
+pub(crate) const RESIDUAL: &str = "residual";
+
 const AFFINE: &[&str] = &["weight", "bias"];
 
 pub(crate) const OPS: &[Op] = &[
@@ -59,6 +66,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
+        adds: false,
         fused: true,
         plan: layer_norm,
     },
@@ -68,6 +76,27 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
+        adds: false,
+        fused: true,
+        plan: rms_norm,
+    },
+    Op {
+        name: "add_layer_norm",
+        input: "x",
+        required: &[RESIDUAL],
+        optional: AFFINE,
+        stateful: false,
+        adds: true,
+        fused: true,
+        plan: layer_norm,
+    },
+    Op {
+        name: "add_rms_norm",
+        input: "x",
+        required: &[RESIDUAL],
+        optional: AFFINE,
+        stateful: false,
+        adds: true,
         fused: true,
         plan: rms_norm,
     },
@@ -77,6 +106,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: false,
+        adds: false,
         fused: true,
         plan: group_norm,
     },
@@ -86,6 +116,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: true,
+        adds: false,
         fused: true,
         plan: instance_norm,
     },
@@ -95,6 +126,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &[],
         optional: AFFINE,
         stateful: true,
+        adds: false,
         fused: true,
         plan: batch_norm,
     },
@@ -104,6 +136,7 @@ pub(crate) const OPS: &[Op] = &[
         required: &["g"],
         optional: &[],
         stateful: false,
+        adds: false,
         fused: true,
         plan: weight_norm_plan,
     },
@@ -130,9 +163,12 @@ fn layer_norm(case: &Case) -> Outcome<Plan> {
     };
     let dtype = case.dtype;
     Ok(Box::new(move |inputs| {
-        let x = inputs["x"].clone();
+        let (x, residual) = (inputs["x"].clone(), inputs.get(RESIDUAL).cloned());
         let norm = candle_norm::layer_norm(shape.clone(), options, builder(inputs, dtype))?;
-        without_state(norm.forward_t(&x, true)?)
+        match residual {
+            Some(residual) => with_sum(norm.forward_add(&x, &residual)?),
+            None => without_state(norm.forward_t(&x, true)?),
+        }
     }))
 }
 
@@ -156,9 +192,12 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
     };
     let dtype = case.dtype;
     Ok(Box::new(move |inputs| {
-        let x = inputs["x"].clone();
+        let (x, residual) = (inputs["x"].clone(), inputs.get(RESIDUAL).cloned());
         let norm = candle_norm::rms_norm(shape.clone(), options, builder(inputs, dtype))?;
-        without_state(norm.forward_t(&x, true)?)
+        match residual {
+            Some(residual) => with_sum(norm.forward_add(&x, &residual)?),
+            None => without_state(norm.forward_t(&x, true)?),
+        }
     }))
 }
 
@@ -280,7 +319,18 @@ fn builder(tensors: HashMap<String, Tensor>, dtype: DType) -> VarBuilder<'static
 }
 
 fn without_state(y: Tensor) -> Result<Outputs> {
-    Ok(Outputs { y, state: vec![] })
+    Ok(Outputs {
+        y,
+        sum: None,
+        state: vec![],
+    })
+}
+
+fn with_sum((y, sum): (Tensor, Tensor)) -> Result<Outputs> {
+    Ok(Outputs {
+        sum: Some(sum),
+        ..without_state(y)?
+    })
 }
 
 fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
@@ -291,7 +341,10 @@ fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
     let count = Tensor::new(after.num_batches_tracked, &Device::Cpu)?;
     let values = [after.mean, after.var, count];
     let state = STATE.iter().map(|(name, _)| *name).zip(values).collect();
-    Ok(Outputs { y, state })
+    Ok(Outputs {
+        state,
+        ..without_state(y)?
+    })
 }
 
 /// The number of channels, axis 1 of the input.

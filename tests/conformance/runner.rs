@@ -5,12 +5,13 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path as FilePath, PathBuf};
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::{Path, with_path};
 
 use crate::case::{Case, Outcome, one_line};
 use crate::compare::{Worst, compare};
-use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, STATE};
+use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, RESIDUAL, STATE};
 
 /// How the input lies in memory. All layouts hold the same values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -256,7 +257,7 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
     for (name, tensor) in &case.tensors {
         let dtype = if let Some((_, dtype)) = state().find(|(state, _)| state == name) {
             *dtype
-        } else if inputs().chain(op.optional).any(|n| n == name) || name == "dy" {
+        } else if inputs().chain(op.optional).any(|n| n == name) || is_cotangent(op, name) {
             case.dtype
         } else {
             return Err(format!("unknown tensor `{name}` for op `{}`", op.name));
@@ -273,8 +274,12 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
         inputs().chain(op.optional).find(|n| **n == of)
     };
     let is_output = |name: &str| {
-        name == "y" || gradient(name).is_some() || state().any(|(state, _)| *state == name)
+        name == "y"
+            || (op.adds && name == "sum")
+            || gradient(name).is_some()
+            || state().any(|(state, _)| *state == name)
     };
+    let has_cotangent = case.tensors.keys().any(|name| is_cotangent(op, name));
     for name in case.expected.keys() {
         if !is_output(name) {
             return Err(format!(
@@ -283,7 +288,7 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
             ));
         }
         if let Some(of) = gradient(name)
-            && !(case.has("dy") && case.has(of))
+            && !(has_cotangent && case.has(of))
         {
             return Err(format!("`expected.{name}` without `dy` and `{of}`"));
         }
@@ -292,6 +297,11 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
         None => Ok(()),
         Some(name) => Err(format!("unknown scale `{name}` for op `{}`", op.name)),
     }
+}
+
+/// Whether `name` is the cotangent of an output of `op`.
+fn is_cotangent(op: &Op, name: &str) -> bool {
+    name == "dy" || (op.adds && name == "dsum")
 }
 
 /// The tensors of a case as a layer gets them, and the variables behind them.
@@ -313,7 +323,7 @@ impl Leaves {
             let Some(tensor) = case.tensors.get(*name) else {
                 continue;
             };
-            let layout = match name == &op.input {
+            let layout = match name == &op.input || *name == RESIDUAL {
                 true => layout,
                 false => Layout::Contiguous,
             };
@@ -331,25 +341,15 @@ type Compared = Vec<(String, Outcome<Option<Worst>>)>;
 /// One forward and backward, and the comparison of everything that the case expects.
 fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compared> {
     let Leaves { inputs, vars } = Leaves::new(case, op, layout).map_err(one_line)?;
-    let Outputs { y, state } = plan(inputs).map_err(one_line)?;
-    if y.dtype() != case.dtype {
-        return Err(format!("y is {:?}, must be {:?}", y.dtype(), case.dtype));
-    }
-    let grads = match case.tensors.get("dy") {
-        None => None,
-        Some(dy) if dy.dims() != y.dims() => {
-            return Err(format!(
-                "`dy` has shape {:?}, y has {:?}",
-                dy.dims(),
-                y.dims()
-            ));
-        }
-        // In f64, where no loss of a half dtype overflows; dy itself arrives at y unrounded.
-        Some(dy) => Some(loss(&y, dy).and_then(|l| l.backward()).map_err(one_line)?),
-    };
+    let Outputs { y, sum, state } = plan(inputs).map_err(one_line)?;
+    let outputs: Vec<(&str, Tensor)> = [("y", y)]
+        .into_iter()
+        .chain(sum.map(|sum| ("sum", sum)))
+        .collect();
+    let grads = backward(case, &outputs)?;
     let produced = |name: &str| -> Outcome<Tensor> {
-        if name == "y" {
-            return Ok(y.clone());
+        if let Some((_, output)) = outputs.iter().find(|(output, _)| *output == name) {
+            return Ok(output.clone());
         }
         if let Some((_, value)) = state.iter().find(|(state, _)| *state == name) {
             return Ok(value.clone());
@@ -384,6 +384,34 @@ fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compar
         (name.clone(), worst)
     });
     Ok(compared.collect())
+}
+
+/// The gradients of the outputs, of those that the case has a cotangent for, together.
+fn backward(case: &Case, outputs: &[(&str, Tensor)]) -> Outcome<Option<GradStore>> {
+    let mut total: Option<Tensor> = None;
+    for (name, output) in outputs {
+        if output.dtype() != case.dtype {
+            let dtype = output.dtype();
+            return Err(format!("{name} is {dtype:?}, must be {:?}", case.dtype));
+        }
+        let Some(cotangent) = case.tensors.get(&format!("d{name}")) else {
+            continue;
+        };
+        if cotangent.dims() != output.dims() {
+            return Err(format!(
+                "`d{name}` has shape {:?}, {name} has {:?}",
+                cotangent.dims(),
+                output.dims()
+            ));
+        }
+        // In f64, where no loss of a half dtype overflows; the cotangent itself arrives at the output unrounded.
+        let part = loss(output, cotangent).map_err(one_line)?;
+        total = Some(match total {
+            Some(total) => (total + part).map_err(one_line)?,
+            None => part,
+        });
+    }
+    total.map(|l| l.backward().map_err(one_line)).transpose()
 }
 
 fn loss(y: &Tensor, dy: &Tensor) -> Result<Tensor> {

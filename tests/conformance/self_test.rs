@@ -102,9 +102,11 @@ const INSTANCE: &str = "instance_norm-tracking_train-f32";
 const WEIGHT: &str = "weight_norm-linear_last-f32";
 
 /// One case of each op, with all the outputs that it can have.
-const CASES: [&str; 6] = [
+const CASES: [&str; 8] = [
     LAYER,
     "rms_norm-bias-f32",
+    "add_layer_norm-3x19-f32",
+    "add_rms_norm-3x19-f32",
     "group_norm-rank3_g3-f32",
     INSTANCE,
     BATCH,
@@ -147,7 +149,7 @@ fn a_wrong_expected_value_fails_whatever_tensor_it_is_in() {
             draft.clone().tensor(name, flat).fails(&[output, "shape"]);
         }
     }
-    let all = "dbias dg dv dweight dx num_batches_tracked running_mean running_var y";
+    let all = "dbias dg dresidual dv dweight dx num_batches_tracked running_mean running_var sum y";
     assert_eq!(outputs.into_iter().collect::<Vec<_>>().join(" "), all);
 }
 
@@ -174,7 +176,7 @@ fn the_worst_element_is_named() {
 
 #[test]
 fn an_unknown_op_fails() {
-    for op in ["layernorm", "add_layer_norm", "add_rms_norm", ""] {
+    for op in ["layernorm", "add_group_norm", ""] {
         Draft::of(LAYER)
             .meta("op", op)
             .fails(&["unknown op", &format!("`{op}`")]);
@@ -281,6 +283,22 @@ fn tensors_are_read_strictly() {
     layer()
         .tensor("dy", dy)
         .fails(&["`dy`", "[3, 7]", "[7, 3]"]);
+
+    layer()
+        .tensor("residual", one())
+        .fails(&["unknown tensor `residual`"]);
+    layer()
+        .tensor("dsum", one())
+        .fails(&["unknown tensor `dsum`"]);
+
+    let add = || Draft::of("add_layer_norm-3x19-f32");
+    add().without("residual").fails(&["no tensor `residual`"]);
+    add().tensor("dsum", one()).fails(&["`dsum`", "[3, 19]"]);
+    // Without its cotangent the sum still passes on what reaches it through y.
+    add().without("dsum").fails(&["dx[", "tolerances"]);
+    add().without("dy").fails(&["dweight", "tolerances"]);
+    let neither = add().without("dsum").without("dy");
+    neither.fails(&["without `dy`"]);
 
     Draft::of(WEIGHT).without("g").fails(&["no tensor `g`"]);
     let half = Tensor::new(&[1f32, 2., 3.], &Device::Cpu)
