@@ -203,7 +203,11 @@ fn what_nothing_tracks_gets_nothing() -> Result<()> {
                 );
                 // A parameter alone.
                 let weight = variable(&Draw::new(2).weight(17), &[17], DType::F32)?;
-                let grads = backward(&norm.at_once(&constant, &constant, &[weight.clone()])?)?;
+                let grads = backward(&norm.at_once(
+                    &constant,
+                    &constant,
+                    std::slice::from_ref(&weight),
+                )?)?;
                 gradient(&grads, &weight, &what);
                 Ok(())
             })?;
