@@ -15,6 +15,7 @@ pub(crate) mod groups;
 pub(crate) mod moments;
 mod par;
 pub(crate) mod planes;
+mod readers;
 pub(crate) mod rows;
 mod shared;
 pub(crate) mod simd;

@@ -2,12 +2,12 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, DType, Device, Result, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
 
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::group_norm::shape_of;
 use super::{Route, check, composed, route};
-use crate::kernels::planes::{self, Shape, Statistics};
+use crate::kernels::planes::{self, Order, Shape, Statistics};
 use crate::kernels::rows;
 
 /// What a batch contributes to running statistics.
@@ -258,7 +258,8 @@ impl Channels {
             },
             Source::Given(stats) => Statistics::Given(stats),
         };
-        let (y, stats) = planes::forward::<T>(elements(args[0])?, self.shape, affine, statistics);
+        let (x, order) = input::<T>(args[0])?;
+        let (y, stats) = planes::forward(x, order, self.shape, affine, statistics);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
@@ -270,22 +271,34 @@ impl Channels {
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.params.weight(&args[2..])?;
         let weight = weight.as_deref();
-        let (x, dy) = (elements(args[0])?, elements(args[1])?);
+        let (x, dy) = (input::<T>(args[0])?, elements(args[1])?);
         let stats = fused::saved(self.layer, &self.stats)?;
         let own = match self.source {
             Source::Own { center, .. } => Some(center),
             Source::Given(_) => None,
         };
         let wanted = planes::Wanted { own, params };
-        let grads = planes::backward::<T>(x, dy, self.shape, weight, stats, wanted);
+        let grads = planes::backward(x, dy, self.shape, weight, stats, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }
 }
 
+/// The elements of the input, and how they lie.
+fn input<T: Native>(x: Arg<'_>) -> Result<(&[T], Order)> {
+    Ok(match fused::is_channels_last(x.1) {
+        true => (fused::elements_in_memory(x)?, Order::ChannelsLast),
+        false => (elements(x)?, Order::ChannelsFirst),
+    })
+}
+
 impl FusedOp for Channels {
     fn name(&self) -> &'static str {
         self.layer
+    }
+
+    fn takes(&self, input: &Layout) -> bool {
+        input.is_contiguous() || self.shape.has_planes() && fused::is_channels_last(input)
     }
 
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {

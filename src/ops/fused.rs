@@ -165,9 +165,38 @@ pub(super) fn shaped(
         .collect()
 }
 
-/// A layer on the fused path: at most three arguments, all contiguous, the input first.
+/// Whether `[N, C, *]` lies in memory as `[N, *, C]`, and not as it is written.
+pub(super) fn is_channels_last(layout: &Layout) -> bool {
+    let rank = layout.dims().len();
+    if rank < 3 || layout.is_contiguous() {
+        return false;
+    }
+    let mut step = 1;
+    let inward = [1].into_iter().chain((2..rank).rev()).chain([0]);
+    for axis in inward {
+        let size = layout.dims()[axis];
+        if size != 1 && layout.stride()[axis] != step {
+            return false;
+        }
+        step *= size;
+    }
+    true
+}
+
+/// The elements of an argument whose channels are last, in the order in which they lie in memory.
+pub(super) fn elements_in_memory<'a, T: WithDType>((storage, layout): Arg<'a>) -> Result<&'a [T]> {
+    let (start, len) = (layout.start_offset(), layout.shape().elem_count());
+    Ok(&T::cpu_storage_as_slice(storage)?[start..start + len])
+}
+
+/// A layer on the fused path: at most three arguments, contiguous unless it [takes](FusedOp::takes) others, the input first.
 pub(super) trait FusedOp: Send + Sync + 'static {
     fn name(&self) -> &'static str;
+
+    /// Whether the input may lie in memory like this.
+    fn takes(&self, input: &Layout) -> bool {
+        input.is_contiguous()
+    }
 
     /// The output, of the input's shape and dtype.
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage>;
@@ -186,7 +215,11 @@ pub(super) fn apply<F: FusedOp>(
     x: &Tensor,
     params: &[Option<&Tensor>],
 ) -> Result<(Tensor, Arc<F>)> {
-    let mut args = vec![x.contiguous()?];
+    let mut args = vec![if op.takes(x.layout()) {
+        x.clone()
+    } else {
+        x.contiguous()?
+    }];
     for param in params.iter().flatten() {
         args.push(param.contiguous()?);
     }

@@ -80,6 +80,36 @@ proptest! {
         }
     }
 
+    /// Channels that are more and fewer than a tile has, planes that are longer and shorter than a run, and what is left of both.
+    #[test]
+    fn batch_norm_of_channels_that_are_last(
+        n in 1usize..4,
+        c in 1usize..70,
+        space in prop_oneof![(2usize..40, 1usize..9), (40usize..60, 40usize..60)],
+        training in any::<bool>(),
+        dtypes in dtypes(),
+        seed in any::<u64>(),
+    ) {
+        let dims = [n, c, space.0, space.1];
+        let mut draw = Draw::new(seed);
+        let x = View::ChannelsLast.draw(&dims, dtypes.input, &mut draw).unwrap();
+        let params = [(); 2].map(|()| {
+            let param = variable(&draw.weight(c), &[c], dtypes.params).unwrap();
+            (param.clone(), param)
+        });
+        let mean = tensor(&draw.normal(c), &[c], DType::F64).unwrap();
+        let var = tensor(&draw.weight(c), &[c], DType::F64).unwrap().sqr().unwrap();
+        let [weight, bias] = params;
+        let what = format!("{dims:?} in {dtypes:?}, training: {training}");
+        check_views(&what, &[x, weight, bias], &mut draw, |t| {
+            let (weight, bias) = (Some(&t[1]), Some(&t[2]));
+            match training {
+                true => Ok(ops::batch_norm(&t[0], weight, bias, 1e-3)?.0),
+                false => ops::batch_norm_inference(&t[0], &mean, &var, weight, bias, 1e-3),
+            }
+        }).unwrap();
+    }
+
     #[test]
     fn layers_with_views_as_parameters(case in cases(), dtypes in dtypes()) {
         let Case { dims, seed, subject, .. } = case;

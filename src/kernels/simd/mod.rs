@@ -9,6 +9,7 @@
 
 mod baseline;
 mod half_bits;
+mod turn;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -19,6 +20,7 @@ use std::sync::OnceLock;
 
 use baseline::Baseline;
 use half::{bf16, f16};
+pub(crate) use turn::{prefetch, turn};
 
 /// How many values a kernel takes at a time: 16 `f32` are one register of AVX-512, two of AVX2, four of SSE2 or NEON.
 pub(crate) const LANES: usize = 16;
