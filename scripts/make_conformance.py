@@ -630,8 +630,7 @@ def add_norm_cases(w: Writer) -> None:
     def opposite_row(x, residual):
         residual[1] = -x[1]
 
-    # Not in half precision: the rounded sum is what is normalized, which rounds once more than the tolerances allow for.
-    for dtype in ("f64", "f32"):
+    for dtype in ALL:
         layer, rms = "add_layer_norm", "add_rms_norm"
         for op, eps in ((layer, 1e-5), (rms, 1e-6)):
             case(op, "width1", dtype, (5, 1), "w", eps=eps)

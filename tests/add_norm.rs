@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::gradcheck::gradcheck;
 use candle_norm::{
-    Affine, Cast, LayerNormOptions, Path, RmsNormOptions, layer_norm, ops, rms_norm, with_path,
+    Affine, Cast, LayerNorm, LayerNormOptions, Path, RmsNorm, RmsNormOptions, layer_norm, ops,
+    rms_norm, with_path,
 };
 
 use common::data::{Draw, bits, tensor, values, variable};
@@ -87,6 +88,19 @@ fn gradient<'a>(grads: &'a GradStore, of: &Tensor, what: &str) -> &'a Tensor {
     found.unwrap_or_else(|| panic!("{what}: no gradient arrived"))
 }
 
+/// The gradients of both outputs together, whose cotangents have few bits: every dtype has them as they are.
+fn backward_rounded((y, sum): &(Tensor, Tensor)) -> Result<GradStore> {
+    let mut draw = Draw::new(7);
+    let mut loss = Tensor::zeros((), DType::F64, &Device::Cpu)?;
+    for output in [y, sum] {
+        let cotangent = draw.normal(output.elem_count());
+        let cotangent: Vec<f64> = cotangent.iter().map(|v| (v * 16.).round() / 16.).collect();
+        let cotangent = tensor(&cotangent, output.dims(), DType::F64)?;
+        loss = (loss + (output.to_dtype(DType::F64)? * cotangent)?.sum_all()?)?;
+    }
+    loss.backward()
+}
+
 /// Both outputs and all gradients have the same bits as those of an addition and a norm.
 fn assert_same(norm: Norm, dtype: DType, dims: &[usize], views: [View; 2], count: usize) {
     for path in PATHS {
@@ -126,7 +140,7 @@ fn assert_same(norm: Norm, dtype: DType, dims: &[usize], views: [View; 2], count
 fn the_same_as_one_after_the_other() {
     let plain = View::Sliced(0);
     for norm in Norm::ALL {
-        for dtype in DTYPES {
+        for dtype in [DType::F32, DType::F64] {
             for (case, dims) in [&[1, 1][..], &[13], &[3, 17], &[2, 3, 100], &[33, 769]]
                 .iter()
                 .enumerate()
@@ -217,16 +231,70 @@ fn what_nothing_tracks_gets_nothing() -> Result<()> {
 }
 
 #[test]
-fn the_sum_is_rounded_once_and_then_normalized() -> Result<()> {
-    // bf16 has no 257, which becomes 256.
+fn each_output_is_rounded_once() -> Result<()> {
+    // bf16 has no 257: the sum becomes 256, and yet is normalized as 257.
     let x = Tensor::full(256f32, (1, 3), &Device::Cpu)?.to_dtype(DType::BF16)?;
     let residual = Tensor::new(&[[0f32, 1., 4.]], &Device::Cpu)?.to_dtype(DType::BF16)?;
     for norm in Norm::ALL {
         for path in PATHS {
             let (y, sum) = with_path(path, || norm.at_once(&x, &residual, &[]))?;
             assert_eq!(values(&sum)?, [256., 256., 260.]);
-            let y = values(&y)?;
-            assert!(y[0] == y[1] && y[0] < y[2], "{norm:?}, {path:?}: {y:?}");
+            let wide = Tensor::new(&[[256f64, 257., 260.]], &Device::Cpu)?;
+            let zero = wide.zeros_like()?;
+            let (want, _) = norm.apart(&wide, &zero, &[])?;
+            let want = want.to_dtype(DType::F32)?.to_dtype(DType::BF16)?;
+            assert_eq!(values(&y)?, values(&want)?, "{norm:?}, {path:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Half a unit in the last place, and what single precision adds.
+#[track_caller]
+fn assert_rounded_once(got: &[f64], want: &[f64], dtype: DType, what: &str) {
+    let digits = if dtype == DType::F16 { 11 } else { 8 };
+    for (got, want) in got.iter().zip(want) {
+        let limit = want.abs() * 2f64.powi(-digits) * 1.001 + 1e-5;
+        assert!((got - want).abs() <= limit, "{what}: {got}, not {want}");
+    }
+}
+
+/// In half precision what comes from the norm and what comes by the sum itself is added up before it is rounded.
+#[test]
+fn gradients_are_rounded_once() -> Result<()> {
+    for norm in Norm::ALL {
+        for dtype in [DType::F16, DType::BF16] {
+            for path in PATHS {
+                let dims = [9, 100];
+                let mut draw = Draw::new(11);
+                let inputs = [draw.normal(900), draw.normal(900), draw.weight(100)];
+                let inputs = [&dims[..], &dims, &[100]]
+                    .into_iter()
+                    .zip(inputs)
+                    .map(|(dims, values)| variable(&values, dims, dtype))
+                    .collect::<Result<Vec<_>>>()?;
+                let wide = inputs
+                    .iter()
+                    .map(|t| variable(&values(t)?, t.dims(), DType::F64))
+                    .collect::<Result<Vec<_>>>()?;
+                let run = |v: &[Tensor]| norm.at_once(&v[0], &v[1], &v[2..]);
+                let grads = with_path(path, || backward_rounded(&run(&inputs)?))?;
+                let want = backward_rounded(&run(&wide)?)?;
+                // Before the weight the forward rounds twice.
+                let weights = match norm {
+                    Norm::Rms {
+                        cast: Cast::BeforeWeight,
+                        ..
+                    } => 2,
+                    _ => 3,
+                };
+                for (i, (leaf, of)) in inputs.iter().zip(&wide).enumerate().take(weights) {
+                    let what = format!("{norm:?} in {dtype:?}, {path:?}: gradient {i}");
+                    let got = values(gradient(&grads, leaf, &what))?;
+                    let want = values(gradient(&want, of, &what))?;
+                    assert_rounded_once(&got, &want, dtype, &what);
+                }
+            }
         }
     }
     Ok(())
@@ -310,21 +378,15 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
-/// Every option of the layers: what `forward_add` gives is the sum and `forward` of it.
+/// Every option of the layers: what `forward_add` gives is the sum, and `forward` of the sum that is not rounded.
 #[test]
 fn layers_add_first() -> Result<()> {
-    let both = Affine::WeightAndBias;
     for dtype in DTYPES {
         let half = matches!(dtype, DType::F16 | DType::BF16);
         for params in [dtype, DType::F32] {
             if params != dtype && !half {
                 continue;
             }
-            let vars = VarMap::new();
-            let vb = VarBuilder::from_varmap(&vars, params, &Device::Cpu);
-            let mut draw = Draw::new(5);
-            let mut like = || tensor(&draw.normal(120), &[2, 5, 12], dtype);
-            let (x, residual) = (like()?, like()?);
             for channels_first in [false, true] {
                 let len = if channels_first { 5 } else { 12 };
                 for remove_mean in [false, true] {
@@ -333,23 +395,57 @@ fn layers_add_first() -> Result<()> {
                         remove_mean,
                         ..Default::default()
                     };
-                    let vb = vb.pp(format!("layer {channels_first} {remove_mean}"));
-                    let norm = layer_norm(len, options, vb)?;
-                    let (y, sum) = with_path(Path::Fused, || norm.forward_add(&x, &residual))?;
-                    assert_eq!(bits(&sum)?, bits(&(&x + &residual)?)?);
-                    assert_eq!(bits(&y)?, bits(&norm.forward(&sum)?)?);
+                    layer_adds_first(dtype, params, |vb| layer_norm(len, options, vb))?;
                 }
                 let options = RmsNormOptions {
                     channels_first,
-                    affine: both,
+                    affine: Affine::WeightAndBias,
                     offset: 1.,
                     ..Default::default()
                 };
-                let norm = rms_norm(len, options, vb.pp(format!("rms {channels_first}")))?;
-                let (y, sum) = with_path(Path::Fused, || norm.forward_add(&x, &residual))?;
-                assert_eq!(bits(&sum)?, bits(&(&x + &residual)?)?);
-                assert_eq!(bits(&y)?, bits(&norm.forward(&sum)?)?);
+                layer_adds_first(dtype, params, |vb| rms_norm(len, options, vb))?;
             }
+        }
+    }
+    Ok(())
+}
+
+trait Adds: Module + std::fmt::Debug {
+    fn add(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)>;
+}
+
+impl Adds for LayerNorm {
+    fn add(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.forward_add(x, residual)
+    }
+}
+
+impl Adds for RmsNorm {
+    fn add(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.forward_add(x, residual)
+    }
+}
+
+fn layer_adds_first<N: Adds>(
+    dtype: DType,
+    params: DType,
+    build: impl Fn(VarBuilder) -> Result<N>,
+) -> Result<()> {
+    let new = |dtype| build(VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu));
+    let norm = new(params)?;
+    let mut draw = Draw::new(5);
+    let mut like = || tensor(&draw.normal(120), &[2, 5, 12], dtype);
+    let (x, residual) = (like()?, like()?);
+    let wide = (x.to_dtype(DType::F64)? + residual.to_dtype(DType::F64)?)?;
+    for path in PATHS {
+        let (y, sum) = with_path(path, || norm.add(&x, &residual))?;
+        assert_eq!(bits(&sum)?, bits(&(&x + &residual)?)?);
+        if params == dtype && !matches!(dtype, DType::F16 | DType::BF16) {
+            let apart = with_path(path, || norm.forward(&sum))?;
+            assert_eq!(bits(&y)?, bits(&apart)?);
+        } else {
+            let want = values(&new(DType::F64)?.forward(&wide)?)?;
+            assert_rounded_once(&values(&y)?, &want, dtype, &format!("{norm:?}, {path:?}"));
         }
     }
     Ok(())

@@ -202,14 +202,25 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
     }
 
     #[inline(always)]
-    fn write<E: Elem<Acc = T>>(&self, isa: I, stats: Stats, x: &[E], y: &mut [MaybeUninit<E>]) {
+    fn write<X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        stats: Stats,
+        x: &[X],
+        y: &mut [MaybeUninit<E>],
+    ) {
         let normal = Normal::<I, T>::new(isa, stats);
         normal.write(isa, x, y, self.spec.round_first, self.weight, self.bias);
     }
 
     /// Writes `y` of a row `x`, and returns what it was normalized by.
     #[inline(always)]
-    fn row<E: Elem<Acc = T>>(&self, isa: I, x: &[E], y: &mut [MaybeUninit<E>]) -> Stats {
+    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        y: &mut [MaybeUninit<E>],
+    ) -> Stats {
         let stats = row_stats(isa, x, self.spec.center, self.spec.eps);
         self.write(isa, stats, x, y);
         stats
@@ -217,8 +228,11 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
 }
 
 /// What [`add_forward`] makes of all rows.
-pub(crate) struct Added<E> {
-    pub(crate) sum: Vec<E>,
+pub(crate) struct Added<E: Elem> {
+    /// Before it is rounded to the element.
+    pub(crate) sum: Vec<E::Acc>,
+    /// Empty where there is nothing to be rounded.
+    pub(crate) rounded: Vec<E>,
     pub(crate) y: Vec<E>,
     pub(crate) stats: Vec<Stats>,
 }
@@ -240,18 +254,25 @@ where
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
     let level = Level::current();
+    let rounds = size_of::<E>() != size_of::<E::Acc>();
     let mut stats = vec![Stats::NONE; rows];
-    let mut y = vec![];
-    let mut fill = |sum: &mut [MaybeUninit<E>], y: &mut [MaybeUninit<E>]| {
+    let (mut y, mut rounded) = (vec![], vec![]);
+    let mut fill = |sum: &mut [MaybeUninit<E::Acc>],
+                    rounded: &mut [MaybeUninit<E>],
+                    y: &mut [MaybeUninit<E>]| {
+        let mut none: Vec<&mut [MaybeUninit<E>]> = vec![];
+        none.resize_with(x.len().div_ceil(size), || &mut []);
         let inputs = x.chunks(size).zip(residual.chunks(size));
         let outputs = sum.chunks_mut(size).zip(y.chunks_mut(size));
         let blocks = inputs
             .zip(outputs)
+            .zip(rounded.chunks_mut(size).chain(none))
             .zip(stats.chunks_mut(per_block))
-            .map(|(((x, residual), (sum, y)), stats)| AddForward {
+            .map(|((((x, residual), (sum, y)), rounded), stats)| AddForward {
                 x,
                 residual,
                 sum,
+                rounded,
                 y,
                 stats,
                 affine,
@@ -260,15 +281,29 @@ where
             .collect();
         par::run(blocks, x.len(), |block| level.run(block));
     };
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows, to both.
-    let sum = unsafe { filled(x.len(), |sum| y = filled(x.len(), |y| fill(sum, y))) };
-    Added { sum, y, stats }
+    let round_to = if rounds { x.len() } else { 0 };
+    // SAFETY: the blocks cover all rows, and a block writes every element of its rows, to all outputs that have any.
+    let sum = unsafe {
+        filled(x.len(), |sum| {
+            rounded = filled(round_to, |rounded| {
+                y = filled(x.len(), |y| fill(sum, rounded, y));
+            });
+        })
+    };
+    Added {
+        sum,
+        rounded,
+        y,
+        stats,
+    }
 }
 
 struct AddForward<'a, E: Elem> {
     x: &'a [E],
     residual: &'a [E],
-    sum: &'a mut [MaybeUninit<E>],
+    sum: &'a mut [MaybeUninit<E::Acc>],
+    /// Empty, or as long as the sum.
+    rounded: &'a mut [MaybeUninit<E>],
     y: &'a mut [MaybeUninit<E>],
     stats: &'a mut [Stats],
     affine: Affine<'a, E::Acc>,
@@ -285,6 +320,7 @@ where
     fn run<I: Isa>(self, isa: I) {
         let len = self.spec.len;
         let norm = Normalizer::new(isa, self.affine, self.spec);
+        let mut rounded = self.rounded.chunks_exact_mut(len);
         let inputs = self
             .x
             .chunks_exact(len)
@@ -304,6 +340,15 @@ where
             );
             // SAFETY: the map has written every element of the row.
             let sum = unsafe { written(sum) };
+            if let Some(rounded) = rounded.next() {
+                map(
+                    isa,
+                    sum,
+                    rounded,
+                    #[inline(always)]
+                    |_, sum| sum,
+                );
+            }
             *stats = norm.row(isa, sum, y);
         }
     }
@@ -339,10 +384,10 @@ impl<I: Isa, T: Elem<Acc = T> + Real> Normal<I, T> {
 
     /// `y = x̂ · weight + bias`, column by column.
     #[inline(always)]
-    pub(crate) fn write<E: Elem<Acc = T>>(
+    pub(crate) fn write<X: Elem<Acc = T>, E: Elem<Acc = T>>(
         &self,
         isa: I,
-        x: &[E],
+        x: &[X],
         y: &mut [MaybeUninit<E>],
         round: bool,
         weight: Option<Columns<I, T>>,
@@ -405,17 +450,18 @@ pub(crate) struct Gradients<E> {
     pub(crate) dbias: Vec<f64>,
 }
 
-/// What flows back into the rows of `x` from `dy`; `dweight` and `dbias` are empty unless `params` are wanted.
-pub(crate) fn backward<E: Elem>(
-    x: &[E],
+/// What flows back into the rows of `x` from `dy`; `dweight` and `dbias` are empty unless `params` are wanted. The element of `x` may be wider
+/// than that of `y`, to which the forward rounded.
+pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
     dy: &[E],
-    weight: Option<&[E::Acc]>,
+    weight: Option<&[X::Acc]>,
     stats: &[Stats],
     spec: Spec,
     params: bool,
-) -> Gradients<E>
+) -> Gradients<X>
 where
-    E::Acc: Elem<Acc = E::Acc>,
+    X::Acc: Elem<Acc = X::Acc>,
 {
     let len = spec.len;
     assert_eq!(x.len(), stats.len() * len);
@@ -460,27 +506,27 @@ where
     Gradients { dx, dweight, dbias }
 }
 
-struct Backward<'a, E: Elem> {
-    x: &'a [E],
+struct Backward<'a, X: Elem, E> {
+    x: &'a [X],
     dy: &'a [E],
-    dx: &'a mut [MaybeUninit<E>],
+    dx: &'a mut [MaybeUninit<X>],
     stats: &'a [Stats],
-    weight: Option<&'a [E::Acc]>,
+    weight: Option<&'a [X::Acc]>,
     spec: Spec,
     /// The sums of this block: those of `dy · x̂` for each column, then those of `dy`; empty if nobody wants them.
     partial: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for Backward<'_, E>
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for Backward<'_, X, E>
 where
-    E::Acc: Elem<Acc = E::Acc>,
+    X::Acc: Elem<Acc = X::Acc>,
 {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let len = self.spec.len;
-        let mut sums = ColumnSums::<I, E::Acc, 2>::new(isa, self.partial);
+        let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
         let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
         let pairs = self.x.chunks(ROWS * len).zip(self.dy.chunks(ROWS * len));
         let groups = pairs.zip(self.dx.chunks_mut(ROWS * len));
@@ -545,33 +591,33 @@ impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
 }
 
 /// A few rows that go back together.
-struct Rows<'a, E> {
-    x: &'a [E],
+struct Rows<'a, X, E> {
+    x: &'a [X],
     dy: &'a [E],
-    dx: &'a mut [MaybeUninit<E>],
+    dx: &'a mut [MaybeUninit<X>],
     stats: &'a [Stats],
     spec: Spec,
 }
 
-impl<E: Elem> Rows<'_, E>
+impl<X: Elem, E: Elem<Acc = X::Acc>> Rows<'_, X, E>
 where
-    E::Acc: Elem<Acc = E::Acc>,
+    X::Acc: Elem<Acc = X::Acc>,
 {
     /// `N` rows: first the two sums of each, then all of them column by column.
     #[inline(always)]
     fn run<const N: usize, I: Isa>(
         self,
         isa: I,
-        weight: Weight<I, E::Acc>,
-        sums: &mut [[Lanes<I, E::Acc>; 2]],
+        weight: Weight<I, X::Acc>,
+        sums: &mut [[Lanes<I, X::Acc>; 2]],
     ) {
         let Spec {
             len, round_first, ..
         } = self.spec;
-        let start = Back::<I, E::Acc> {
+        let start = Back::<I, X::Acc> {
             normal: Normal::new(isa, Stats::NONE),
-            a: zero::<I, E::Acc>(isa),
-            b: zero::<I, E::Acc>(isa),
+            a: zero::<I, X::Acc>(isa),
+            b: zero::<I, X::Acc>(isa),
         };
         let mut rows = [start; N];
         for (r, row) in rows.iter_mut().enumerate() {
@@ -593,25 +639,25 @@ where
         }
         let (whole, rest) = sums.split_at_mut(len / LANES);
         let (xs, dys) = (
-            whole_chunks::<N, E>(self.x, len),
+            whole_chunks::<N, X>(self.x, len),
             whole_chunks::<N, E>(self.dy, len),
         );
         let mut row = self.dx.chunks_exact_mut(len);
-        let dxs: [&mut [[MaybeUninit<E>; LANES]]; N] = std::array::from_fn(|_| {
+        let dxs: [&mut [[MaybeUninit<X>; LANES]]; N] = std::array::from_fn(|_| {
             let row = row.next().unwrap_or_default();
             &mut row.as_chunks_mut::<LANES>().0[..len / LANES]
         });
         for (k, sums) in whole.iter_mut().enumerate() {
             let [mut dweight, mut dbias] = *sums;
-            let mut values = [zero::<I, E::Acc>(isa); N];
+            let mut values = [zero::<I, X::Acc>(isa); N];
             for r in 0..N {
-                let (x, dy) = (E::load(isa, &xs[r][k]), E::load(isa, &dys[r][k]));
+                let (x, dy) = (X::load(isa, &xs[r][k]), E::load(isa, &dys[r][k]));
                 values[r] = rows[r].of(rows[r].normal.of(x), weight.times(k, dy));
                 dweight = dweight + dy * rows[r].normal.rounded::<E>(isa, x, round_first);
                 dbias = dbias + dy;
             }
             for r in 0..N {
-                E::store(isa, values[r], &mut dxs[r][k]);
+                X::store(isa, values[r], &mut dxs[r][k]);
             }
             *sums = [dweight, dbias];
         }
@@ -633,10 +679,10 @@ where
 
     /// Row `r`, with its two sums.
     #[inline(always)]
-    fn sums<I: Isa>(&self, isa: I, r: usize, weight: Weight<I, E::Acc>) -> Back<I, E::Acc> {
+    fn sums<I: Isa>(&self, isa: I, r: usize, weight: Weight<I, X::Acc>) -> Back<I, X::Acc> {
         let len = self.spec.len;
         let span = r * len..(r + 1) * len;
-        let normal = Normal::<I, E::Acc>::new(isa, self.stats[r]);
+        let normal = Normal::<I, X::Acc>::new(isa, self.stats[r]);
         let [along, g] = sums2(
             isa,
             &self.x[span.clone()],
@@ -647,11 +693,11 @@ where
                 [g * normal.mean.distance_from_high(x), g]
             },
         );
-        let mean = |sum: f64| splat::<I, _>(isa, E::Acc::from_wide(sum / len as f64));
+        let mean = |sum: f64| splat::<I, _>(isa, X::Acc::from_wide(sum / len as f64));
         Back {
             normal,
             a: mean(if self.spec.center { g } else { 0. }),
-            b: mean(self.stats[r].along::<E::Acc>([along, g])),
+            b: mean(self.stats[r].along::<X::Acc>([along, g])),
         }
     }
 }

@@ -66,16 +66,16 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Columns<'a, I, T> {
 
 /// `out = f(k, x)` for each chunk `k` of `x` and for its tail.
 #[inline(always)]
-pub(crate) fn map<E: Elem, I: Isa>(
+pub(crate) fn map<E: Elem, O: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
     x: &[E],
-    out: &mut [MaybeUninit<E>],
+    out: &mut [MaybeUninit<O>],
     f: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
 ) {
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (out_chunks, _) = out.as_chunks_mut::<LANES>();
     for (k, (x, out)) in chunks.iter().zip(out_chunks).enumerate() {
-        E::store(isa, f(k, E::load(isa, x)), out);
+        O::store(isa, f(k, E::load(isa, x)), out);
     }
     if !rest.is_empty() {
         store_tail(isa, f(chunks.len(), tail(isa, x)), out);
@@ -84,18 +84,18 @@ pub(crate) fn map<E: Elem, I: Isa>(
 
 /// `out = f(k, x, y)` for each chunk `k` of `x` and `y` and for their tails.
 #[inline(always)]
-pub(crate) fn map2<E: Elem, I: Isa>(
+pub(crate) fn map2<E: Elem, F: Elem<Acc = E::Acc>, O: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
     x: &[E],
-    y: &[E],
-    out: &mut [MaybeUninit<E>],
+    y: &[F],
+    out: &mut [MaybeUninit<O>],
     f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
 ) {
     let (xs, rest) = x.as_chunks::<LANES>();
     let (ys, _) = y.as_chunks::<LANES>();
     let (outs, _) = out.as_chunks_mut::<LANES>();
     for (k, ((x, y), out)) in xs.iter().zip(ys).zip(outs).enumerate() {
-        E::store(isa, f(k, E::load(isa, x), E::load(isa, y)), out);
+        O::store(isa, f(k, E::load(isa, x), F::load(isa, y)), out);
     }
     if !rest.is_empty() {
         store_tail(isa, f(xs.len(), tail(isa, x), tail(isa, y)), out);
@@ -178,9 +178,9 @@ pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
 
 /// The sums of `f(k, x, y)` over pairs of slices of together about [`RUN`] elements; `k` counts the chunks of a slice, from `first` on.
 #[inline(always)]
-pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
+pub(crate) fn run_sums2<'a, const N: usize, E: Elem, F: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
-    slices: impl Iterator<Item = (&'a [E], &'a [E])>,
+    slices: impl Iterator<Item = (&'a [E], &'a [F])>,
     first: usize,
     f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
 ) -> [f64; N] {
@@ -192,12 +192,12 @@ pub(crate) fn run_sums2<'a, const N: usize, E: Elem, I: Isa>(
         let (y_pairs, y_single) = ys.as_chunks::<2>();
         let mut k = first;
         for ([xa, xb], [ya, yb]) in x_pairs.iter().zip(y_pairs) {
-            sums.add_even(f(k, E::load(isa, xa), E::load(isa, ya)));
-            sums.add_odd(f(k + 1, E::load(isa, xb), E::load(isa, yb)));
+            sums.add_even(f(k, E::load(isa, xa), F::load(isa, ya)));
+            sums.add_odd(f(k + 1, E::load(isa, xb), F::load(isa, yb)));
             k += 2;
         }
         for (x, y) in x_single.iter().zip(y_single) {
-            sums.add_even(f(k, E::load(isa, x), E::load(isa, y)));
+            sums.add_even(f(k, E::load(isa, x), F::load(isa, y)));
             k += 1;
         }
         if !rest.is_empty() {
@@ -226,10 +226,10 @@ pub(crate) fn sums<const N: usize, E: Elem, I: Isa>(
 
 /// The sums of `f(k, x, y)` over two slices of any length; `k` counts chunks.
 #[inline(always)]
-pub(crate) fn sums2<const N: usize, E: Elem, I: Isa>(
+pub(crate) fn sums2<const N: usize, E: Elem, F: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
     x: &[E],
-    y: &[E],
+    y: &[F],
     f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N] + Copy,
 ) -> [f64; N] {
     let mut totals = [0f64; N];

@@ -224,10 +224,10 @@ impl LayerNorm {
 
     /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
     ///
-    /// The sum is rounded to the dtype once, and the rounded sum is normalized: the same as to add and then to `forward`.
+    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
-    /// `xs`, `residual` and both results: as in `forward`. With `channels_first` the sum is a pass of its own.
+    /// `xs`, `residual` and both results: as in `forward`.
     ///
     /// # Errors
     /// Those of `forward`; a residual of another shape, dtype or device than `xs`.

@@ -3,13 +3,15 @@
 //! A candle op has one output, and here are two: the sum and the normalized sum. One pass computes both. The node of the sum runs it and leaves
 //! the rest in a slot, from where the node of the norm takes it; each has a backward of its own, and candle adds up what reaches
 //! the sum.
+//!
+//! In half precision the node of the sum is in `f32`, and a third node rounds it: what reaches the sum is then added up in `f32` too.
 
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use super::fused::{self, Accumulator, Native, Params, Slot, elements, with_native};
-use super::row_norm::{Cast, RowNorm, Rows, checked, row_norm};
+use super::row_norm::{Cast, RowNorm, Rows, RowsOf, checked, normalize_rows};
 use super::{Route, check, composed};
 use crate::kernels::rows;
 
@@ -28,21 +30,25 @@ pub(crate) fn add_row_norm(
         let sum = composed::anchored(&x.contiguous()?, &[residual])?;
         return Ok((composed::empty(&sum, &[weight, bias])?, sum));
     }
-    if route == Route::Fused && !norm.channels_first {
-        let len = normalized_shape.iter().product();
-        return with_native!(x.dtype(), norm.layer, T => {
-            fused_rows::<T>(x, residual, len, weight, bias, norm)
-        });
-    }
-    let sum = (x + residual)?;
-    let y = row_norm(&sum, normalized_shape, weight, bias, norm)?;
-    Ok((y, sum))
+    let rows = RowsOf::new(x, normalized_shape, norm);
+    let (y, sum) = match route {
+        Route::Fused => with_native!(x.dtype(), norm.layer, T => {
+            let inputs = [rows.of(x)?, rows.of(residual)?];
+            fused_rows::<T>(inputs, rows.len, weight, bias, norm)
+        })?,
+        Route::Composed => {
+            let acc = composed::accumulator(x.dtype());
+            let sum = (x.to_dtype(acc)? + residual.to_dtype(acc)?)?;
+            let y = normalize_rows(&rows.of(&sum)?, (rows.len, x.dtype()), weight, bias, norm)?;
+            return Ok((rows.back(&y)?, sum.to_dtype(x.dtype())?.contiguous()?));
+        }
+    };
+    Ok((rows.back(&y)?, rows.back(&sum)?))
 }
 
-/// `x` is not empty and ends in axes of `len` elements together.
+/// Both inputs have rows of `len` elements and are not empty.
 fn fused_rows<T: Native>(
-    x: &Tensor,
-    residual: &Tensor,
+    [x, residual]: [Tensor; 2],
     len: usize,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
@@ -57,13 +63,22 @@ fn fused_rows<T: Native>(
         bias: bias.map(|b| copied(b, 0.)).transpose()?,
         rest: rest.clone(),
     };
-    let sum = x.contiguous()?.apply_op2(&residual.contiguous()?, add)?;
-    let Some((y, stats)) = rest.take() else {
+    let sum = x.apply_op2(&residual, add)?;
+    let Some(rest) = rest.take() else {
         return check::internal(norm.layer, "the sum to have been computed");
     };
-    let op = op.ready(T::to_cpu_storage_owned(y), stats);
+    let op = op.ready(T::to_cpu_storage_owned(rest.y), rest.stats);
     let (y, _) = fused::apply(op, &sum, &[weight, bias])?;
-    Ok((y, sum))
+    if sum.dtype() == x.dtype() {
+        return Ok((y, sum));
+    }
+    let rounded = T::to_cpu_storage_owned(rest.rounded);
+    let round = Round {
+        layer: norm.layer,
+        dtype: x.dtype(),
+        ready: Slot::new(Some(rounded)),
+    };
+    Ok((y, sum.apply_op1(round)?))
 }
 
 /// The elements of a parameter plus `offset`, in the precision that it is multiplied in: the node of the sum has no argument left for it.
@@ -79,14 +94,20 @@ fn copied<A: Accumulator>(param: &Tensor, offset: f64) -> Result<Vec<A>> {
     Ok(values)
 }
 
-/// `x + residual` as a node of the graph, which normalizes the sum while it is at it.
+/// What the node of the sum computes beside it.
+struct Rest<T> {
+    rounded: Vec<T>,
+    y: Vec<T>,
+    stats: Vec<rows::Stats>,
+}
+
+/// `x + residual` as a node of the graph, in the precision of the accumulator, which normalizes the sum while it is at it.
 struct Add<T: Native> {
     layer: &'static str,
     spec: rows::Spec,
     weight: Option<Vec<T::Acc>>,
     bias: Option<Vec<T::Acc>>,
-    /// The normalized sum, and what it was normalized by.
-    rest: Arc<Slot<(Vec<T>, Vec<rows::Stats>)>>,
+    rest: Arc<Slot<Rest<T>>>,
 }
 
 impl<T: Native> CustomOp2 for Add<T> {
@@ -107,8 +128,12 @@ impl<T: Native> CustomOp2 for Add<T> {
         };
         let (x, residual) = ((x, x_layout), (residual, residual_layout));
         let added = rows::add_forward::<T>(elements(x)?, elements(residual)?, affine, self.spec);
-        self.rest.put((added.y, added.stats));
-        let sum = T::to_cpu_storage_owned(added.sum);
+        self.rest.put(Rest {
+            rounded: added.rounded,
+            y: added.y,
+            stats: added.stats,
+        });
+        let sum = <T::Acc as candle_core::WithDType>::to_cpu_storage_owned(added.sum);
         Ok((sum, x_layout.shape().clone()))
     }
 
@@ -122,15 +147,43 @@ impl<T: Native> CustomOp2 for Add<T> {
         let what = "the gradient of the sum";
         check::shape(self.layer, what, dsum, sum.dims())?;
         check::dtype(self.layer, what, dsum, sum.dtype())?;
+        let dsum = dsum.to_dtype(x.dtype())?;
         let wanted = |t: &Tensor| t.track_op().then(|| dsum.clone());
         Ok((wanted(x), wanted(residual)))
     }
 }
 
+/// The sum in half precision as a node of the graph.
+struct Round {
+    layer: &'static str,
+    dtype: DType,
+    ready: Slot<CpuStorage>,
+}
+
+impl CustomOp1 for Round {
+    fn name(&self) -> &'static str {
+        self.layer
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        match self.ready.take() {
+            Some(rounded) => Ok((rounded, layout.shape().clone())),
+            None => check::internal(self.layer, "the sum to have been rounded"),
+        }
+    }
+
+    fn bwd(&self, sum: &Tensor, _: &Tensor, dsum: &Tensor) -> Result<Option<Tensor>> {
+        let what = "the gradient of the sum";
+        check::shape(self.layer, what, dsum, sum.dims())?;
+        check::dtype(self.layer, what, dsum, self.dtype)?;
+        dsum.to_dtype(sum.dtype()).map(Some)
+    }
+}
+
 /// [`layer_norm`](super::layer_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
 ///
-/// `sum = x + residual`, rounded to the dtype once; `normalized` is the layer norm of that rounded sum, so that both are what adding first and
-/// normalizing then gives. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the layer norm of the sum before it is rounded, and is rounded once as well. In `f32` and
+/// `f64` both are what adding first and normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
 /// its own: gradients flow through either or both.
 ///
 /// # Shapes
@@ -164,8 +217,8 @@ pub fn add_layer_norm(
 
 /// [`rms_norm`](super::rms_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
 ///
-/// `sum = x + residual`, rounded to the dtype once; `normalized` is the RMS norm of that rounded sum, so that both are what adding first and
-/// normalizing then gives. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the RMS norm of the sum before it is rounded, and is rounded once as well. In `f32` and
+/// `f64` both are what adding first and normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
 /// its own: gradients flow through either or both.
 ///
 /// # Shapes

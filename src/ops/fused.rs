@@ -193,12 +193,17 @@ pub(super) fn elements_in_memory<'a, T: WithDType>((storage, layout): Arg<'a>) -
 pub(super) trait FusedOp: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
+    /// The dtype of the output for an input of dtype `input`.
+    fn output(&self, input: DType) -> DType {
+        input
+    }
+
     /// Whether the input may lie in memory like this.
     fn takes(&self, input: &Layout) -> bool {
         input.is_contiguous()
     }
 
-    /// The output, of the input's shape and dtype.
+    /// The output, of the input's shape.
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage>;
 
     /// The gradient of the input from the arguments and, after them, the gradient of the output; those of the parameters go into the
@@ -276,7 +281,8 @@ impl<F: FusedOp> Node<F> {
     fn bwd(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let x = args[0];
         check::shape(self.0.name(), "the gradient of the output", dy, x.dims())?;
-        check::dtype(self.0.name(), "the gradient of the output", dy, x.dtype())?;
+        let dtype = self.0.output(x.dtype());
+        check::dtype(self.0.name(), "the gradient of the output", dy, dtype)?;
         if higher_order() {
             let grads = self.0.backward_composed(args, dy)?;
             return Ok(grads.into_iter().map(Some).collect());

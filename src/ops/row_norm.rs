@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
 use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
 use super::{Route, check, composed, route};
 use crate::kernels::rows;
+use crate::kernels::simd::Elem;
 
 /// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -79,17 +80,12 @@ pub(crate) fn row_norm(
     if x.elem_count() == 0 {
         return composed::empty(x, &[weight, bias]);
     }
-    if norm.channels_first {
-        return channels_first(x, weight, bias, norm, route);
-    }
-    match route {
-        Route::Fused => fused_rows(x, normalized_shape.iter().product(), weight, bias, norm),
-        Route::Composed => {
-            let len = normalized_shape.iter().product();
-            let rows = x.contiguous()?.reshape(((), len))?;
-            normalize_rows(&rows, weight, bias, norm)?.reshape(x.shape())
-        }
-    }
+    let rows = RowsOf::new(x, normalized_shape, norm);
+    let y = match route {
+        Route::Fused => fused_rows(&rows.of(x)?, rows.len, weight, bias, norm)?,
+        Route::Composed => normalize_rows(&rows.of(x)?, (rows.len, x.dtype()), weight, bias, norm)?,
+    };
+    rows.back(&y)
 }
 
 /// Whether everything fits, and the route to take.
@@ -119,46 +115,58 @@ pub(super) fn checked(
     route(layer, x)
 }
 
-/// `x` is `[N, C, ...]`; every position of the map is a row of `C` values.
-fn channels_first(
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    norm: &RowNorm,
-    route: Route,
-) -> Result<Tensor> {
-    let (n, c) = (x.dims()[0], x.dims()[1]);
-    let maps = x.contiguous()?.reshape((n, c, ()))?;
-    let space = maps.dims()[2];
-    let rows = maps
-        .transpose(1, 2)?
-        .contiguous()?
-        .reshape((n * space, c))?;
-    let y = match route {
-        Route::Fused => fused_rows(&rows, c, weight, bias, norm)?,
-        Route::Composed => normalize_rows(&rows, weight, bias, norm)?,
-    };
-    y.reshape((n, space, c))?
-        .transpose(1, 2)?
-        .contiguous()?
-        .reshape(x.shape())
+/// A tensor as the rows that are normalized.
+pub(super) struct RowsOf<'a> {
+    dims: &'a [usize],
+    pub(super) len: usize,
+    channels_first: bool,
 }
 
-/// `x` is contiguous, `[rows, len]`, and not empty.
-fn normalize_rows(
+impl<'a> RowsOf<'a> {
+    pub(super) fn new(x: &'a Tensor, normalized_shape: &[usize], norm: &RowNorm) -> Self {
+        Self {
+            dims: x.dims(),
+            len: normalized_shape.iter().product(),
+            channels_first: norm.channels_first,
+        }
+    }
+
+    /// `x` with its rows one after the other in memory: every position of a map is one, if the channels come first.
+    pub(super) fn of(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.contiguous()?;
+        if !self.channels_first {
+            return Ok(x);
+        }
+        let maps = x.reshape((self.dims[0], self.len, ()))?;
+        maps.transpose(1, 2)?.contiguous()?.reshape(((), self.len))
+    }
+
+    /// The tensor of these rows.
+    pub(super) fn back(&self, rows: &Tensor) -> Result<Tensor> {
+        if !self.channels_first {
+            return Ok(rows.clone());
+        }
+        let maps = rows.reshape((self.dims[0], (), self.len))?;
+        maps.transpose(1, 2)?.contiguous()?.reshape(self.dims)
+    }
+}
+
+/// The rows of `len` elements of `x`, which is contiguous and not empty; the result has the dtype `dtype`.
+pub(super) fn normalize_rows(
     x: &Tensor,
+    (len, dtype): (usize, DType),
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     norm: &RowNorm,
 ) -> Result<Tensor> {
-    let (rows, len) = x.dims2()?;
-    let dtype = x.dtype();
+    let rows = x.elem_count() / len;
     let acc = composed::accumulator(dtype);
     let [weight, bias] = composed::parameters(weight, bias, acc)?;
     let weight = weight.map(|w| w.reshape(len)? + norm.offset).transpose()?;
     let bias = bias.map(|b| b.reshape(len)).transpose()?;
 
-    let y = composed::standardize(&x.to_dtype(acc)?, norm.center, norm.eps_for(dtype))?.y;
+    let x_rows = x.reshape((rows, len))?.to_dtype(acc)?;
+    let y = composed::standardize(&x_rows, norm.center, norm.eps_for(dtype))?.y;
     let y = match norm.cast {
         Cast::AfterWeight => y,
         // The rounded values, with a gradient that is not rounded on its way back.
@@ -169,10 +177,11 @@ fn normalize_rows(
         }
     };
     composed::scale_shift(&y.reshape((rows, len, 1))?, weight.as_ref(), bias.as_ref())?
-        .to_dtype(dtype)
+        .to_dtype(dtype)?
+        .reshape(x.shape())
 }
 
-/// `x` is not empty and ends in axes of `len` elements together.
+/// `x` has rows of `len` elements and is not empty.
 fn fused_rows(
     x: &Tensor,
     len: usize,
@@ -189,6 +198,8 @@ pub(super) struct Rows {
     norm: RowNorm,
     pub(super) spec: rows::Spec,
     params: Params,
+    /// The dtype of the output, to which the input is not rounded before.
+    output: DType,
     stats: OnceLock<Vec<rows::Stats>>,
     /// The output, where it was computed before.
     ready: Slot<CpuStorage>,
@@ -205,6 +216,7 @@ impl Rows {
                 round_first: norm.cast == Cast::BeforeWeight,
             },
             params,
+            output: dtype,
             stats: OnceLock::new(),
             ready: Slot::new(None),
         }
@@ -243,23 +255,27 @@ impl Rows {
         Ok(T::to_cpu_storage_owned(y))
     }
 
-    fn backward_of<T: Native>(
+    fn backward_of<X: Native, T: Native<Acc = X::Acc>>(
         &self,
         args: &[Arg],
         wanted: bool,
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.weight(&args[2..])?;
-        let (x, dy) = (elements(args[0])?, elements(args[1])?);
+        let (x, dy) = (elements::<X>(args[0])?, elements::<T>(args[1])?);
         let stats = fused::saved(self.norm.layer, &self.stats)?;
-        let grads = rows::backward::<T>(x, dy, weight.as_deref(), stats, self.spec, wanted);
+        let grads = rows::backward(x, dy, weight.as_deref(), stats, self.spec, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
-        Ok((T::to_cpu_storage_owned(grads.dx), dparams))
+        Ok((X::to_cpu_storage_owned(grads.dx), dparams))
     }
 }
 
 impl FusedOp for Rows {
     fn name(&self) -> &'static str {
         self.norm.layer
+    }
+
+    fn output(&self, _: DType) -> DType {
+        self.output
     }
 
     fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
@@ -271,7 +287,11 @@ impl FusedOp for Rows {
 
     fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let params = wanted[1..].contains(&true);
-        with_native!(fused::dtype(&args[0]), self.norm.layer, T => self.backward_of::<T>(args, params))
+        let rounded = fused::dtype(&args[0]) == self.output;
+        with_native!(self.output, self.norm.layer, T => match rounded {
+            true => self.backward_of::<T, T>(args, params),
+            false => self.backward_of::<<T as Elem>::Acc, T>(args, params),
+        })
     }
 
     fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {
