@@ -109,9 +109,12 @@ where
     (y, stats)
 }
 
-/// How many rows go together: forward so that they need not wait for each other, backward so that the sums of a column are read and written
-/// once for all of them.
+/// How many rows go forward together, so that they need not wait for each other.
 const ROWS: usize = 4;
+
+/// How many rows go back together, so that the sums of a column are read and written once for all of them. The numbers of more would not
+/// stay in registers.
+const ROWS_BACK: usize = 2;
 
 /// The longest row that does not fill the time of its own sums. A few of them stay in the first-level cache, and one is no longer than a run.
 const SHORT: usize = 1024;
@@ -528,10 +531,13 @@ where
         let len = self.spec.len;
         let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
         let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
-        let pairs = self.x.chunks(ROWS * len).zip(self.dy.chunks(ROWS * len));
-        let groups = pairs.zip(self.dx.chunks_mut(ROWS * len));
-        for (((x, dy), dx), stats) in groups.zip(self.stats.chunks(ROWS)) {
-            if stats.len() == ROWS {
+        let pairs = self
+            .x
+            .chunks(ROWS_BACK * len)
+            .zip(self.dy.chunks(ROWS_BACK * len));
+        let groups = pairs.zip(self.dx.chunks_mut(ROWS_BACK * len));
+        for (((x, dy), dx), stats) in groups.zip(self.stats.chunks(ROWS_BACK)) {
+            if stats.len() == ROWS_BACK {
                 let rows = Rows {
                     x,
                     dy,
@@ -539,7 +545,7 @@ where
                     stats,
                     spec: self.spec,
                 };
-                rows.run::<ROWS, I>(isa, weight, sums.chunks());
+                rows.run::<ROWS_BACK, I>(isa, weight, sums.chunks());
             } else {
                 let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
                 let rows = pairs.zip(dx.chunks_exact_mut(len));

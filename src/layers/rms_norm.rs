@@ -171,7 +171,7 @@ impl RmsNorm {
     /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
-    /// `xs`, `residual` and both results: as in `forward`. With `channels_first` the sum is a pass of its own.
+    /// `xs`, `residual` and both results: as in `forward`.
     ///
     /// # Errors
     /// Those of `forward`; a residual of another shape, dtype or device than `xs`.
