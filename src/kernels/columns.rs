@@ -179,14 +179,12 @@ where
             let mut shifts = vec![E::Acc::default(); width];
             if self.center {
                 let mut columns = ColumnSums::<I, E::Acc, 1>::new(isa, &mut sums[..width]);
-                for rows in x.chunks_exact(width) {
-                    columns.add(
-                        isa,
-                        rows,
-                        #[inline(always)]
-                        |_, v| [v],
-                    );
-                }
+                columns.add_rows(
+                    isa,
+                    x,
+                    #[inline(always)]
+                    |_, v| [v],
+                );
                 columns.finish(isa);
                 for (shift, sum) in shifts.iter_mut().zip(&sums) {
                     *shift = E::Acc::from_wide(*sum / count);
@@ -195,17 +193,15 @@ where
             let shift = Columns::new(isa, &shifts);
             sums.fill(0.);
             let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, &mut sums);
-            for rows in x.chunks_exact(width) {
-                columns.add(
-                    isa,
-                    rows,
-                    #[inline(always)]
-                    |k, v| {
-                        let d = v - shift.at(k);
-                        [d, d * d]
-                    },
-                );
-            }
+            columns.add_rows(
+                isa,
+                x,
+                #[inline(always)]
+                |k, v| {
+                    let d = v - shift.at(k);
+                    [d, d * d]
+                },
+            );
             columns.finish(isa);
             let (first, second) = sums.split_at(width);
             let joint = self.moments[0].joint(count);

@@ -63,6 +63,38 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
         self.added(isa, 1);
     }
 
+    /// [`add`](Self::add) for each of some rows, four at a time, whose sums stay in registers meanwhile: for rows that are in the cache.
+    #[inline(always)]
+    pub(crate) fn add_rows<E: Elem<Acc = T>>(
+        &mut self,
+        isa: I,
+        rows: &[E],
+        f: impl Fn(usize, Lanes<I, T>) -> [Lanes<I, T>; N],
+    ) {
+        const ROWS: usize = 4;
+        let width = self.totals.len() / N;
+        let fours = rows.chunks_exact(ROWS * width);
+        let last = fours.remainder();
+        for rows in fours {
+            let chunks = whole_chunks::<ROWS, E>(rows, width);
+            let (whole, rest) = self.chunks.split_at_mut(width / LANES);
+            for (k, sums) in whole.iter_mut().enumerate() {
+                for r in 0..ROWS {
+                    *sums = plus::<I, T, N>(*sums, f(k, E::load(isa, &chunks[r][k])));
+                }
+            }
+            for sums in rest {
+                for row in rows.chunks_exact(width) {
+                    *sums = plus::<I, T, N>(*sums, f(width / LANES, tail(isa, row)));
+                }
+            }
+            self.added(isa, ROWS);
+        }
+        for row in last.chunks_exact(width) {
+            self.add(isa, row, &f);
+        }
+    }
+
     /// Adds `f(k, x, y)` for each chunk `k` of two rows, and writes `g(k, x, y)` to a third.
     #[inline(always)]
     pub(crate) fn add_and_map<E: Elem<Acc = T>>(
