@@ -226,9 +226,7 @@ impl DriftMonitor {
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
         let mut watch = self.lock();
         let rows = watch.rows(x)?;
-        Ok((rows.values.chunks(rows.seen.len().max(1)))
-            .flat_map(|row| watch.row(row))
-            .collect())
+        Ok(rows.each().flat_map(|row| watch.row(row)).collect())
     }
 
     /// All metrics of each feature, by the recent rows of now.

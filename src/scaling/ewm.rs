@@ -255,15 +255,12 @@ impl Memory for Weighted {
         let mut weights = Vec::with_capacity(features);
         for i in 0..features {
             let label = state.features().label(i);
-            let parts = [weight[i], squares[i], m2[i]];
-            for (what, value) in ["weight", "weight_squares", "m2"].into_iter().zip(parts) {
+            for (what, value) in [("weight", weight[i]), ("weight_squares", squares[i])] {
                 let holds = value.is_finite() && value >= 0.;
                 check::scaling::saved_value(LAYER, what, &label, value, holds)?;
             }
-            let holds = (mean[i] + mean_error[i]).is_finite();
-            check::scaling::saved_value(LAYER, "mean", &label, mean[i], holds)?;
             weights.push(Weight {
-                moments: Moments::from_parts(weight[i], mean[i], mean_error[i], m2[i]),
+                moments: state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?,
                 squares: squares[i],
             });
         }

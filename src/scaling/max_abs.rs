@@ -37,7 +37,7 @@ pub struct MaxAbsScaler {
     fitted: Fitted<MaxAbsScalerOptions>,
 }
 
-scaler!(MaxAbsScaler, MaxAbsScalerOptions);
+scaler!(MaxAbsScaler, MaxAbsScalerOptions, "1");
 
 impl MaxAbsScaler {
     /// The greatest absolute value of each feature.

@@ -58,7 +58,11 @@ pub struct MinMaxScaler {
     fitted: Fitted<MinMaxScalerOptions>,
 }
 
-scaler!(MinMaxScaler, MinMaxScalerOptions);
+scaler!(
+    MinMaxScaler,
+    MinMaxScalerOptions,
+    "1 over the width of `feature_range`"
+);
 
 impl MinMaxScaler {
     /// The least value of each feature.

@@ -115,6 +115,9 @@ pub trait Scaler: Send + Sync + Debug {
     /// The name of the type, which messages and files have.
     fn kind(&self) -> &'static str;
 
+    /// What becomes of NaN in data that it is fitted to.
+    fn nan(&self) -> Nan;
+
     /// The features, as far as they are known.
     fn features(&self) -> Features;
 
@@ -153,6 +156,10 @@ pub trait Scaler: Send + Sync + Debug {
 
     /// Forgets all data. Options and names of features stay.
     fn reset(&self);
+
+    /// A scaler of its own that is as this is now. What happens to the one does not reach the other: several calls to it are about one and
+    /// the same scaler, whoever feeds this one meanwhile.
+    fn snapshot(&self) -> Box<dyn Scaler>;
 
     /// All that this scaler knows, at one moment.
     ///

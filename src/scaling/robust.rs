@@ -68,7 +68,7 @@ pub struct RobustScaler {
     fitted: Fitted<RobustScalerOptions>,
 }
 
-scaler!(RobustScaler, RobustScalerOptions);
+scaler!(RobustScaler, RobustScalerOptions, "1");
 
 impl RobustScaler {
     /// The median of each feature.

@@ -94,6 +94,10 @@ impl Memory for Window {
         self.push(row);
     }
 
+    fn attempt<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.attempt(f)
+    }
+
     fn statistics(&self, options: &SlidingScalerOptions, feature: usize) -> (Moments, f64) {
         let moments = self.moments(feature);
         let divisor = moments.count() - options.ddof as f64;
