@@ -18,6 +18,8 @@ const VERSION: u32 = 1;
 
 /// What an [`AdaptiveScaler`] is fitted to after an event.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum OnDrift {
     /// The recent rows.
     Refit,

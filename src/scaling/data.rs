@@ -10,6 +10,8 @@ use crate::ops::{self, check};
 
 /// What becomes of NaN in data that a scaler is fitted to. In data that it transforms, NaN stays NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Nan {
     /// An error that names the sample and the feature.
     #[default]

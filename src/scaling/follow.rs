@@ -14,6 +14,8 @@ const VERSION: u32 = 1;
 
 /// What a row of a series is scaled by. Neither choice looks ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Causal {
     /// The rows before it. A value far from all others keeps its whole distance.
     Before,

@@ -9,6 +9,8 @@ use super::{Nan, State};
 
 /// Options of a [`MaxAbsScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
     /// What becomes of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,

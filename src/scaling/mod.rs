@@ -186,14 +186,14 @@ pub trait Scaler: Send + Sync + Debug {
         self.features().check_names(self.kind(), names)
     }
 
-    /// Writes this scaler to a file of its own. [`Archive`] puts it into a file with others, and with a model.
+    /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`] puts it into a file with others, and with a model.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
     fn save(&self, path: &Path) -> Result<()> {
         let mut archive = Archive::default();
         archive.put(PREFIX, &self.state()?)?;
-        archive.write(path)
+        archive.write_over(path)
     }
 
     /// [`restore`](Self::restore)s this scaler from a file that [`save`](Self::save) wrote.

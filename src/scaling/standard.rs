@@ -9,6 +9,8 @@ use super::{Moments, Nan, State};
 
 /// Options of a [`StandardScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct StandardScalerOptions {
     /// Subtract the mean. Default `true`.
     pub with_mean: bool,

@@ -251,6 +251,32 @@ pub(crate) fn file<T, E: Display>(
     }
 }
 
+/// What writing a file said.
+pub(crate) fn written<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    done: std::result::Result<T, E>,
+) -> Result<T> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(e) => bail!(
+            "{layer}: expected to write a safetensors file at {}, got: {e}; what was there before is as it was",
+            path.display()
+        ),
+    }
+}
+
+/// A file that may be written over. `lost` is what it holds that would not be there any more.
+pub(crate) fn nothing_lost(layer: &str, path: &Path, lost: Option<&str>) -> Result<()> {
+    if let Some(lost) = lost {
+        bail!(
+            "{layer}: expected a file of this scaler alone at {}, or none, got one that also holds {lost:?}; add the scaler to it by Archive: read, replace, write",
+            path.display()
+        )
+    }
+    Ok(())
+}
+
 /// A part of a file.
 pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
     if !parts.iter().any(|p| p == prefix) {
@@ -263,7 +289,7 @@ pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
 pub(crate) fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
     if taken {
         bail!(
-            "{layer}: expected names that are not in use, got {name:?} twice; choose another prefix"
+            "{layer}: expected names that are not in use and do not begin with the prefix of a state, got {name:?} twice; choose another prefix"
         )
     }
     Ok(())
