@@ -11,7 +11,7 @@ use candle_norm::scaling::{
     RobustScalerOptions, Scaler, StandardScaler, State,
 };
 
-use super::kinds::{each_built, each_of_all, everything, rows};
+use super::kinds::{each_of_all, everything, rows};
 use crate::common::data::Draw;
 
 fn scratch() -> (tempfile::TempDir, PathBuf) {

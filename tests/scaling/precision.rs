@@ -173,26 +173,22 @@ fn quantiles_of_a_stream_are_within_their_bound() {
         scalers.extend(parts);
         scalers.push(fitted(&x));
     }
-    let mut worst = vec![];
+    let mut outside = 0;
     for scaler in scalers {
         let bound = scaler.rank_error();
         assert!((0.001..0.004).contains(&bound), "{bound}");
-        for percent in [
-            1., 5., 10., 20., 25., 30., 40., 50., 60., 70., 75., 80., 90., 95., 99.,
-        ] {
+        let errors = [1., 25., 50., 75., 99.].map(|percent| {
             let got = scaler.quantile(percent).unwrap()[0];
             let rank = sorted.partition_point(|v| *v < got) as f64 / data.len() as f64;
-            worst.push((rank - percent / 100.).abs() / bound);
-        }
+            (rank - percent / 100.).abs() / bound
+        });
+        // 99 % are 2.58 standard deviations: twice that is beyond chance.
+        assert!(errors.iter().all(|e| *e < 2.), "{errors:?}");
+        outside += usize::from(errors.iter().any(|e| *e > 1.));
     }
-    // Each has a confidence of 99 %: of 300 quantiles 3 may be outside by chance, and 13 with a probability below 1e-5. Twice the bound is 5
-    // standard deviations.
-    let outside = worst.iter().filter(|w| **w > 1.).count();
-    let greatest = worst.iter().fold(0., |m: f64, w| m.max(*w));
-    assert!(
-        outside <= 12 && greatest < 2.2,
-        "{outside} outside, the farthest at {greatest} bounds"
-    );
+    // Each quantile has a confidence of 99 %, and so all five of a sketch at least 95 %. Of 20 sketches 8 are outside with a probability below
+    // 4e-6.
+    assert!(outside < 8, "{outside} of 20 sketches");
 }
 
 #[test]

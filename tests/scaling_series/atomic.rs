@@ -264,7 +264,7 @@ fn alarms_after_a_refit_and_of_several_features() -> Result<()> {
     println!("a reference of 200 rows: {after_refit} refits without cause in 100000 rows");
     println!("20 features: {of_several} events in 20000 rows");
     assert!(
-        after_refit <= 100 && of_several <= 10,
+        after_refit <= 20 && of_several <= 2,
         "{after_refit}, {of_several}"
     );
     Ok(())
