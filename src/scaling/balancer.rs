@@ -36,7 +36,8 @@ impl Default for LossBalancerOptions {
 /// - `t` is the number of steps.
 ///
 /// The size is a number, not part of the graph: the gradient of a term is its own, divided by the size. A term that was always zero is divided
-/// by 1, and a size below the least normal number of the dtype that is computed in, 1.2e-38 in `f32`, counts as that number. Dollars squared and a cross entropy then weigh alike at first, and a term falls behind the others as it shrinks below what it was.
+/// by 1, and a size below the least normal number of the dtype that is computed in, 1.2e-38 in `f32`, counts as that number. Dollars squared
+/// and a cross entropy then weigh alike at first, and a term falls behind the others as it shrinks below what it was.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
