@@ -16,6 +16,9 @@ mod gradients;
 mod half;
 #[path = "scaling/kinds.rs"]
 mod kinds;
+#[cfg(feature = "serde")]
+#[path = "scaling/options.rs"]
+mod options;
 #[path = "scaling/pipeline.rs"]
 mod pipeline;
 #[path = "scaling/precision.rs"]

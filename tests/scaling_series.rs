@@ -3,6 +3,8 @@
 
 mod common;
 
+#[path = "scaling_series/atomic.rs"]
+mod atomic;
 #[path = "scaling_series/drift.rs"]
 mod drift;
 #[path = "scaling_series/following.rs"]
@@ -13,6 +15,7 @@ mod following_edges;
 mod rev_in;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Result, Tensor};
 
@@ -41,6 +44,15 @@ impl Fixture {
     #[track_caller]
     fn values(&self, name: &str) -> Vec<f64> {
         values(&self.tensor(name)).expect("numbers")
+    }
+}
+
+/// Says that there is nothing more to come, also when a test fails on the way: who waits for it would wait for ever.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

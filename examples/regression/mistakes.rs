@@ -1,7 +1,7 @@
 //! The usual mistakes, each with what it costs here.
 
 use crate::data::Split;
-use crate::report::Arm;
+use crate::report::{Arm, median};
 use crate::scheme::{BEST, Inputs, LEAK, Targets};
 use crate::train::answer;
 use candle_core::{DType, Result, Tensor};
@@ -25,10 +25,14 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
         ));
     }
     if let Some(arm) = best {
-        let scaled = arm.runs[0].trained.scaled(&cars.test.inputs)?;
+        let forgotten = arm.runs.iter().map(|run| {
+            let scaled = run.trained.scaled(&cars.test.inputs)?;
+            Ok(answer(&scaled, &cars.test)?.rmse)
+        });
+        let forgotten = median(forgotten.collect::<Result<_>>()?);
         found.push(format!(
             "Forgotten inverse: RMSE ${:.0} instead of ${:.0}; the predictions are numbers around 0.",
-            answer(&scaled, &cars.test)?.rmse,
+            forgotten,
             arm.median(|r| r.together.rmse),
         ));
         debug_assert_eq!(leak.scheme, LEAK);

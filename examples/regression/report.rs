@@ -15,10 +15,13 @@ pub(crate) struct Arm {
 impl Arm {
     /// The median over the seeds.
     pub(crate) fn median(&self, of: impl Fn(&Run) -> f64) -> f64 {
-        let mut values: Vec<f64> = self.runs.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
+        median(self.runs.iter().map(of).collect())
     }
+}
+
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Dark blue to orange; dashes of pairs are told apart by the labels at the ends.

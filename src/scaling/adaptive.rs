@@ -8,7 +8,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{Result, Tensor};
 
 use super::watch::Watch;
-use super::{DriftEvent, DriftOptions, DriftReport, Features, Scaler, Seen, State, from_state};
+use super::{
+    DriftEvent, DriftOptions, DriftReport, Features, Nan, Scaler, Seen, State, from_state,
+};
 use crate::ops::check;
 
 const LAYER: &str = "AdaptiveScaler";
@@ -16,6 +18,8 @@ const VERSION: u32 = 1;
 
 /// What an [`AdaptiveScaler`] is fitted to after an event.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum OnDrift {
     /// The recent rows.
     Refit,
@@ -84,7 +88,7 @@ impl AdaptiveScaler {
     /// `scaler`, which is fitted again by `fit` or by events; what it was fitted to before is not known here.
     ///
     /// # Errors
-    /// Options outside of their ranges; names of features that differ.
+    /// Options outside of their ranges; a scaler and a monitor that do not do the same with NaN.
     pub fn new(
         scaler: impl Scaler + 'static,
         options: DriftOptions,
@@ -104,6 +108,7 @@ impl AdaptiveScaler {
                 &share,
             )?;
         }
+        check::series::same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
         if let Some(names) = scaler.features().names() {
             watch.set_names(names.to_vec())?;
         }
@@ -127,9 +132,9 @@ impl AdaptiveScaler {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The scaler as it is fitted now.
-    pub fn scaler(&self) -> &dyn Scaler {
-        &*self.scaler
+    /// A [`snapshot`](Scaler::snapshot) of the scaler that it wraps: fitting that would say nothing to the monitor.
+    pub fn scaler(&self) -> Box<dyn Scaler> {
+        self.scaler.snapshot()
     }
 
     /// What is done after an event.
@@ -150,25 +155,46 @@ impl AdaptiveScaler {
     /// Rows that come in one call give what they give one by one.
     ///
     /// # Errors
-    /// A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
+    /// - A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
+    /// - After an event, recent rows that the scaler cannot be fitted to, such as those of a sensor that has gone silent. All rows count then,
+    ///   scaler and reference stay as they were, and the next event tries again. The message has the first event that it befell.
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
-        let mut current = self.lock();
-        let rows = current.rows(x)?;
-        let mut watch = current.clone();
+        self.observe_by(&mut self.lock(), x)
+    }
+
+    fn observe_by(&self, watch: &mut Watch, x: &Tensor) -> Result<Vec<DriftEvent>> {
+        let rows = watch.rows(x)?;
         let mut events = vec![];
-        for row in rows.values.chunks(rows.seen.len().max(1)) {
+        let mut done = Ok(());
+        for row in rows.each() {
             let now = watch.row(row);
-            if !now.is_empty() {
-                let reference = self.next_reference(&watch);
-                watch.refer_to(reference)?;
+            if let (Some(event), Err(error)) = (now.first(), self.answer(watch, &now)) {
+                done = done.and(check::series::refitted(LAYER, event, Err(error)));
             }
             events.extend(now);
         }
-        if let (false, Some(reference)) = (events.is_empty(), &watch.reference) {
-            self.scaler.fit(&watch.tensor(&reference.values)?)?;
+        done.map(|()| events)
+    }
+
+    /// Fits scaler and monitor anew if there are events; changes neither where that fails.
+    fn answer(&self, watch: &mut Watch, events: &[DriftEvent]) -> Result<()> {
+        if events.is_empty() {
+            return Ok(());
         }
+        let reference = watch.referring(&watch.features, self.next_reference(watch))?;
+        self.scaler.fit(&watch.tensor(&reference.values)?)?;
+        watch.refer_to(reference);
+        Ok(())
+    }
+
+    fn fit_by(&self, current: &mut Watch, x: &Tensor) -> Result<()> {
+        let mut watch = Watch::new(current.options)?;
+        watch.step = current.step;
+        watch.features = current.features.without_axes();
+        watch.fit(x)?;
+        self.scaler.fit(x)?;
         *current = watch;
-        Ok(events)
+        Ok(())
     }
 
     /// The rows that the scaler is fitted to after an event.
@@ -212,6 +238,10 @@ impl Scaler for AdaptiveScaler {
         LAYER
     }
 
+    fn nan(&self) -> Nan {
+        self.lock().options.nan
+    }
+
     fn features(&self) -> Features {
         self.scaler.features()
     }
@@ -221,22 +251,16 @@ impl Scaler for AdaptiveScaler {
     }
 
     fn fit(&self, x: &Tensor) -> Result<()> {
-        let mut current = self.lock();
-        let mut watch = Watch::new(current.options)?;
-        watch.step = current.step;
-        watch.features = current.features.without_axes();
-        watch.fit(x)?;
-        self.scaler.fit(x)?;
-        *current = watch;
-        Ok(())
+        self.fit_by(&mut self.lock(), x)
     }
 
     /// [`observe`](AdaptiveScaler::observe) without its events; before any data, [`fit`](Scaler::fit). Rows change the scaler when there is
     /// an event, and not before.
     fn partial_fit(&self, x: &Tensor) -> Result<()> {
-        match self.is_fitted() {
-            true => self.observe(x).map(|_| ()),
-            false => self.fit(x),
+        let mut watch = self.lock();
+        match watch.reference.is_some() {
+            true => self.observe_by(&mut watch, x).map(|_| ()),
+            false => self.fit_by(&mut watch, x),
         }
     }
 
@@ -263,6 +287,15 @@ impl Scaler for AdaptiveScaler {
         self.scaler.reset();
     }
 
+    fn snapshot(&self) -> Box<dyn Scaler> {
+        let watch = self.lock();
+        Box::new(Self {
+            scaler: self.scaler.snapshot(),
+            watch: Mutex::new(watch.clone()),
+            on_drift: self.on_drift,
+        })
+    }
+
     fn state(&self) -> Result<State> {
         let watch = self.lock();
         let mut state = State::new(LAYER, VERSION)
@@ -284,6 +317,9 @@ impl Scaler for AdaptiveScaler {
         let (scaler, watch, on_drift) = parts(state)?;
         check::series::same_reaction(LAYER, &self.on_drift, &on_drift)?;
         let mut current = self.lock();
+        let rehearsal = self.scaler.snapshot();
+        rehearsal.restore(&scaler)?;
+        check::series::same_nan(LAYER, &rehearsal.nan(), &watch.options.nan)?;
         self.scaler.restore(&scaler)?;
         *current = watch;
         Ok(())
@@ -302,6 +338,15 @@ fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
         });
         State::from_metadata(&metadata, named.collect::<BTreeMap<_, _>>())
     };
-    let watch = Watch::restored(&part("monitor")?)?;
-    Ok((part("scaler")?, watch, state.option("on_drift")?))
+    let (scaler, watch) = (part("scaler")?, Watch::restored(&part("monitor")?)?);
+    scaler.features().joined(LAYER, &watch.features)?;
+    if watch.reference.is_some() {
+        let counts = Some(scaler.counts()?).filter(|seen| !seen.is_empty());
+        check::scaling::present(
+            LAYER,
+            "data of the scaler, of which the monitor has some",
+            counts,
+        )?;
+    }
+    Ok((scaler, watch, state.option("on_drift")?))
 }

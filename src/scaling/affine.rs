@@ -35,7 +35,7 @@ impl Affine {
                 y = y.broadcast_add(offset)?;
             }
             match self.clip {
-                Some([low, high]) => y.clamp(low, high),
+                Some(range) => cut(&y, range),
                 None => Ok(y),
             }
         })
@@ -56,13 +56,10 @@ impl Affine {
         })
     }
 
-    /// The numbers of all maps as tensors that go with `x`, `[N, features]`.
-    fn on(&self, layer: &str, features: &Features, x: &Tensor) -> Result<Tensors> {
-        let dtype = x.dtype();
-        let round = |v: f64| match dtype {
-            DType::F64 => v,
-            _ => f64::from(v as f32),
-        };
+    /// Whether a computation on data of this dtype can hold the numbers of all maps.
+    pub(super) fn check(&self, layer: &str, features: &Features, dtype: DType) -> Result<()> {
+        let dtype = wide(dtype);
+        let round = |v: f64| rounded(v, dtype);
         for (i, map) in self.maps.iter().enumerate() {
             // A scale that is rounded to zero would divide by it.
             let held = match round(map.scale) {
@@ -71,12 +68,19 @@ impl Affine {
             };
             check::scaling::representable(layer, &features.label(i), held, dtype)?;
         }
+        Ok(())
+    }
+
+    /// The numbers of all maps as tensors that go with `x`, `[N, features]`.
+    fn on(&self, layer: &str, features: &Features, x: &Tensor) -> Result<Tensors> {
+        let dtype = x.dtype();
+        self.check(layer, features, dtype)?;
         let tensor = |of: &dyn Fn(&Map) -> f64| {
             let values: Vec<f64> = self.maps.iter().map(of).collect();
             let tensor = Tensor::from_vec(values, (1, self.maps.len()), &Device::Cpu)?;
             tensor.to_dtype(dtype)?.to_device(x.device())
         };
-        let low = |m: &Map| (m.center[0] - round(m.center[0])) + m.center[1];
+        let low = |m: &Map| (m.center[0] - rounded(m.center[0], dtype)) + m.center[1];
         let unless_zero = |of: &dyn Fn(&Map) -> f64| {
             let any = self.maps.iter().any(|m| of(m) != 0.);
             any.then(|| tensor(of)).transpose()
@@ -87,6 +91,29 @@ impl Affine {
             scale: tensor(&|m| m.scale)?,
             offset: unless_zero(&|m| m.offset)?,
         })
+    }
+}
+
+/// `y` within a range. The gradient of what is cut is 0; that of the ends of the range, which are not, is whole, and NaN stays NaN.
+fn cut(y: &Tensor, [low, high]: [f64; 2]) -> Result<Tensor> {
+    let zeros = y.zeros_like()?;
+    let at_least = y.lt(low)?.where_cond(&(&zeros + low)?, y)?;
+    y.gt(high)?.where_cond(&(&zeros + high)?, &at_least)
+}
+
+/// The dtype that data of a dtype are computed in.
+fn wide(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// A number as `dtype`, one of those of [`wide`], holds it.
+fn rounded(v: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => v,
+        _ => f64::from(v as f32),
     }
 }
 
@@ -109,12 +136,8 @@ pub(super) fn along_features(
     if x.elem_count() == 0 {
         return Ok(x.clone());
     }
-    let wide = match x.dtype() {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    };
     let rows = x.reshape((x.dims()[0], features.count()))?;
-    f(rows.to_dtype(wide)?)?
+    f(rows.to_dtype(wide(x.dtype()))?)?
         .to_dtype(x.dtype())?
         .reshape(x.shape())
 }

@@ -1,13 +1,16 @@
 //! Files: states of scalers beside each other and beside the variables of a model.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Result as IoResult, Write};
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{Device, Result, Tensor};
 use candle_nn::VarMap;
 use safetensors::SafeTensors;
+use serde_json::{Map, Value};
 
 use super::State;
 use crate::ops::check;
@@ -58,8 +61,11 @@ impl Archive {
     pub fn put(&mut self, prefix: &str, state: &State) -> Result<()> {
         let key = format!("{KEY}{prefix}");
         let start = format!("{prefix}.");
-        let taken = |name: &String| name.starts_with(&start);
-        let taken = self.metadata.contains_key(&key) || self.tensors.keys().any(taken);
+        let inside = |name: &String| name.starts_with(&start);
+        // A part within a part, either way, would have its tensors among those of the other.
+        let taken = self.tensors.keys().any(inside)
+            || self.parts().iter().any(inside)
+            || belongs(&start, &self.starts());
         check::scaling::free_name(LAYER, prefix, taken)?;
         let named = state.tensors().iter();
         self.tensors
@@ -68,10 +74,32 @@ impl Archive {
         Ok(())
     }
 
+    /// Adds a state under a prefix, in place of the one that is there, if one is.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put), but for the state that is replaced; nothing is changed then.
+    pub fn replace(&mut self, prefix: &str, state: &State) -> Result<()> {
+        let mut next = self.clone();
+        next.remove(prefix);
+        next.put(prefix, state)?;
+        *self = next;
+        Ok(())
+    }
+
+    /// Takes out the state under a prefix, and says whether there was one.
+    pub fn remove(&mut self, prefix: &str) -> bool {
+        let found = self.metadata.remove(&format!("{KEY}{prefix}")).is_some();
+        if found {
+            let start = format!("{prefix}.");
+            self.tensors.retain(|name, _| !name.starts_with(&start));
+        }
+        found
+    }
+
     /// Adds the variables of a model under their own names, with the values that they have now.
     ///
     /// # Errors
-    /// A name is in use; nothing is added then.
+    /// A name is in use, or begins with the prefix of a state and a dot; nothing is added then.
     pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
         let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
         let starts = self.starts();
@@ -153,14 +181,48 @@ impl Archive {
         }
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
         let bytes = safetensors::serialize(named, metadata);
-        let bytes = check::scaling::file(LAYER, path, bytes)?;
-        let unfinished = unfinished(path);
-        let written = fs::write(&unfinished, bytes).and_then(|()| fs::rename(&unfinished, path));
+        let bytes = check::scaling::written(LAYER, path, bytes)?;
+        let (mut file, unfinished) = check::scaling::written(LAYER, path, unfinished(path))?;
+        // On the disk before it has the name: after a crash there is the old file or the new one.
+        let written = (file.write_all(&bytes))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| fs::rename(&unfinished, path));
         if written.is_err() {
             let _ = fs::remove_file(&unfinished);
         }
-        check::scaling::file(LAYER, path, written)
+        check::scaling::written(LAYER, path, written)
     }
+
+    /// [`write`](Self::write), unless the file that is there holds anything that this has not.
+    ///
+    /// # Errors
+    /// Also such a file.
+    pub(super) fn write_over(&self, path: &Path) -> Result<()> {
+        let (names, parts) = contents(path).unwrap_or_default();
+        let mine = self.starts();
+        let lost = (names.into_iter()).find(|name| !belongs(name, &mine));
+        let lost = lost.or(parts.into_iter().find(|part| !self.parts().contains(part)));
+        check::scaling::nothing_lost(LAYER, path, lost.as_deref())?;
+        self.write(path)
+    }
+}
+
+/// The names of the tensors, and the prefixes of the states, in a safetensors file, by its header alone; none of another file, or where there is
+/// none.
+fn contents(path: &Path) -> Option<(Vec<String>, Vec<String>)> {
+    let mut file = File::open(path).ok()?;
+    let mut len = [0; 8];
+    file.read_exact(&mut len).ok()?;
+    let mut header = vec![];
+    file.take(u64::from_le_bytes(len))
+        .read_to_end(&mut header)
+        .ok()?;
+    let mut names: Map<String, Value> = serde_json::from_slice(&header).ok()?;
+    let metadata = names.remove("__metadata__").unwrap_or_default();
+    let keys = metadata.as_object().into_iter().flat_map(Map::keys);
+    let parts = keys.filter_map(|key| key.strip_prefix(KEY));
+    let parts = parts.map(str::to_string).collect();
+    Some((names.into_iter().map(|(name, _)| name).collect(), parts))
 }
 
 /// Whether `name` is that of a tensor of a state.
@@ -168,9 +230,19 @@ fn belongs(name: &str, starts: &[String]) -> bool {
     starts.iter().any(|start| name.starts_with(start))
 }
 
-/// A file beside `path`, which becomes it once it is whole.
-fn unfinished(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.unfinished", std::process::id()));
-    path.with_file_name(name)
+/// A new file beside `path`, which becomes it once it is whole. Threads and processes that write the same file have one each.
+fn unfinished(path: &Path) -> IoResult<(File, PathBuf)> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".{}.{count}.unfinished", std::process::id()));
+        let beside = path.with_file_name(name);
+        match File::create_new(&beside) {
+            Ok(file) => return Ok((file, beside)),
+            // Left by a process of the same id that did not come to its end.
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
+            Err(e) => return Err(e),
+        }
+    }
 }

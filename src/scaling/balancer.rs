@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Features, Seen, State};
 use crate::ops::check;
@@ -12,6 +12,8 @@ const VERSION: u32 = 1;
 
 /// Options of a [`LossBalancer`].
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct LossBalancerOptions {
     /// The weight of the past in the running size, from 0 (this step alone) to below 1. Default 0.99: about the last hundred steps.
     pub decay: f64,
@@ -34,7 +36,8 @@ impl Default for LossBalancerOptions {
 /// - `t` is the number of steps.
 ///
 /// The size is a number, not part of the graph: the gradient of a term is its own, divided by the size. A term that was always zero is divided
-/// by 1. Dollars squared and a cross entropy then weigh alike at first, and a term falls behind the others as it shrinks below what it was.
+/// by 1, and a size below the least normal number of the dtype that is computed in, 1.2e-38 in `f32`, counts as that number. Dollars squared
+/// and a cross entropy then weigh alike at first, and a term falls behind the others as it shrinks below what it was.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -92,11 +95,12 @@ impl Sizes {
     fn total(&self, terms: &[Tensor]) -> Result<Tensor> {
         let mut total: Option<Tensor> = None;
         for (term, size) in terms.iter().zip(self.sizes()) {
-            let wide = match term.dtype() {
-                DType::F64 => DType::F64,
-                _ => DType::F32,
+            // The inverse of a smaller size, which is the gradient, would be infinite.
+            let (wide, least) = match term.dtype() {
+                DType::F64 => (DType::F64, f64::MIN_POSITIVE),
+                _ => (DType::F32, f64::from(f32::MIN_POSITIVE)),
             };
-            let term = (term.to_dtype(wide)?.reshape(())? / size)?;
+            let term = (term.to_dtype(wide)?.reshape(())? / size.max(least))?;
             total = Some(match total {
                 Some(total) => (total + term)?,
                 None => term,
@@ -214,6 +218,8 @@ impl LossBalancer {
             let value = term
                 .detach()
                 .reshape(())?
+                // Not every device has `f64`.
+                .to_device(&Device::Cpu)?
                 .to_dtype(DType::F64)?
                 .to_scalar()?;
             check::finite(KIND, &label, value)?;
@@ -232,7 +238,14 @@ fn restored(state: &State) -> Result<Sizes> {
     state.require(KIND, VERSION)?;
     let count = state.features().count();
     check::at_least_one(KIND, "term", count)?;
-    check::scaling::saved_length(KIND, "counts", count, state.seen().len())?;
+    let counts = state.counts()?;
+    check::scaling::saved_length(KIND, "counts", count, counts.len())?;
+    let steps = counts.first().map_or(0, |seen| seen.values);
+    for (i, seen) in counts.iter().enumerate() {
+        let label = state.features().label(i);
+        let holds = (seen.values, seen.nan) == (steps, 0);
+        check::scaling::saved_value(KIND, "count", &label, seen.values as f64, holds)?;
+    }
     let running = state.values("running", count)?;
     for (i, size) in running.iter().enumerate() {
         let label = state.features().label(i);
@@ -244,7 +257,7 @@ fn restored(state: &State) -> Result<Sizes> {
     Ok(Sizes {
         options: LossBalancerOptions { decay },
         terms: state.features().clone(),
-        steps: state.seen().first().map_or(0, |seen| seen.values),
+        steps,
         running,
     })
 }

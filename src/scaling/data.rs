@@ -5,11 +5,13 @@ use std::str::FromStr;
 
 use candle_core::{Result, Tensor};
 
-use super::{Features, Seen};
+use super::{Features, Moments, Seen};
 use crate::ops::{self, check};
 
 /// What becomes of NaN in data that a scaler is fitted to. In data that it transforms, NaN stays NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Nan {
     /// An error that names the sample and the feature.
     #[default]
@@ -36,6 +38,16 @@ impl FromStr for Nan {
             "ignore" => Ok(Self::Ignore),
             _ => Err(format!("{text:?} is neither refuse nor ignore")),
         }
+    }
+}
+
+/// The moments of values. Where they do not vary, rounding may leave squared distances just below zero, which a file would be refused for.
+pub(super) fn moments_of(values: &[f64]) -> Moments {
+    let moments = Moments::of_values(values);
+    let (count, mean, error) = (moments.count(), moments.mean(), moments.mean_error());
+    match moments.m2() < 0. {
+        true => Moments::from_parts(count, mean, error, 0.),
+        false => moments,
     }
 }
 

@@ -95,6 +95,8 @@ pub struct DriftReport {
 /// independent values would need. They are for windows as long as the default: in a shorter one, or after a short reference, chance alone moves
 /// the metrics farther. The population stability index is about `(bins − 1) · (1/n + 1/m)` where nothing changes.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct DriftOptions {
     /// How many rows are recent. Default 200.
     pub window: usize,
@@ -226,9 +228,7 @@ impl DriftMonitor {
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
         let mut watch = self.lock();
         let rows = watch.rows(x)?;
-        Ok((rows.values.chunks(rows.seen.len().max(1)))
-            .flat_map(|row| watch.row(row))
-            .collect())
+        Ok(rows.each().flat_map(|row| watch.row(row)).collect())
     }
 
     /// All metrics of each feature, by the recent rows of now.

@@ -11,20 +11,32 @@ const LAYER: &str = "EwmScaler";
 
 /// Options of an [`EwmScaler`].
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct EwmScalerOptions {
     /// The weight of a new row, above 0 and at most 1.
     pub alpha: f64,
     /// Divide by the sum of the weights that there were. Without, the first row is taken for all that were before it: its weight is not `α`
     /// but 1, and it is long in going. Default: true.
+    #[cfg_attr(feature = "serde", serde(default = "adjusted"))]
     pub adjust: bool,
     /// Leave the variance as the mean square of the weighted distances, which is too small where few rows carry the weight. Default: false.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub bias: bool,
     /// Let NaN pass without the past getting older. Default: false.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub ignore_na: bool,
     /// Whether a row counts among those that it is scaled by. Default: it does.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub causal: Causal,
     /// What becomes of NaN: refused, or left out and counted. Default: refused.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub nan: Nan,
+}
+
+#[cfg(feature = "serde")]
+fn adjusted() -> bool {
+    true
 }
 
 impl EwmScalerOptions {
@@ -255,15 +267,12 @@ impl Memory for Weighted {
         let mut weights = Vec::with_capacity(features);
         for i in 0..features {
             let label = state.features().label(i);
-            let parts = [weight[i], squares[i], m2[i]];
-            for (what, value) in ["weight", "weight_squares", "m2"].into_iter().zip(parts) {
+            for (what, value) in [("weight", weight[i]), ("weight_squares", squares[i])] {
                 let holds = value.is_finite() && value >= 0.;
                 check::scaling::saved_value(LAYER, what, &label, value, holds)?;
             }
-            let holds = (mean[i] + mean_error[i]).is_finite();
-            check::scaling::saved_value(LAYER, "mean", &label, mean[i], holds)?;
             weights.push(Weight {
-                moments: Moments::from_parts(weight[i], mean[i], mean_error[i], m2[i]),
+                moments: state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?,
                 squares: squares[i],
             });
         }

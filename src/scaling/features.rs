@@ -5,6 +5,7 @@ use std::fmt;
 use candle_core::{Result, Tensor};
 
 use crate::ops::check;
+use crate::ops::check::scaling::feature_count;
 
 /// The features of a data set: the axes after the first, and a name for each of their elements if there are names.
 ///
@@ -54,7 +55,7 @@ impl Features {
     /// How many features there are; 0 where neither data nor names said so yet.
     pub fn count(&self) -> usize {
         match (&self.axes, &self.names) {
-            (Some(axes), _) => product(axes),
+            (Some(axes), _) => feature_count(axes),
             (None, names) => names.as_ref().map_or(0, Vec::len),
         }
     }
@@ -83,7 +84,7 @@ impl Features {
 
     /// These, with the axes of data.
     fn with_axes(mut self, layer: &str, axes: &[usize]) -> Result<Self> {
-        let count = product(axes);
+        let count = feature_count(axes);
         if let Some(expected) = &self.axes {
             let first = count.min(self.count());
             check::scaling::feature_shape(layer, expected, axes, &self.label(first))?;
@@ -128,12 +129,6 @@ impl Features {
         }
         Ok(())
     }
-}
-
-/// The number of elements of axes, which a file may claim to be any.
-fn product(axes: &[usize]) -> usize {
-    axes.iter()
-        .fold(1, |count, axis| count.saturating_mul(*axis))
 }
 
 struct Label<'a> {

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::affine::{Affine, Map};
 use super::data::{Nan, each_feature};
@@ -13,11 +13,8 @@ use crate::ops::check;
 /// The version of the states of these scalers.
 const VERSION: u32 = 1;
 
-/// Beyond this many values a count would not be exact as an `f64`.
-const MOST_VALUES: u64 = 1 << 53;
-
 /// A way to scale: its options.
-pub(super) trait Rule: Debug + Clone + Send + Sync + 'static {
+pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
     const KIND: &'static str;
 
     /// What is kept of each feature.
@@ -28,6 +25,11 @@ pub(super) trait Rule: Debug + Clone + Send + Sync + 'static {
     fn empty(&self) -> Result<Self::Statistic>;
     fn take(statistic: &mut Self::Statistic, values: &[f64]) -> Result<()>;
     fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;
+
+    /// A number that is not finite where the statistic is too large for an `f64`.
+    fn largest(_: &Self::Statistic) -> f64 {
+        0.
+    }
 
     /// The map of a feature of which there are values.
     fn map(&self, statistic: &Self::Statistic) -> Result<Map>;
@@ -71,11 +73,21 @@ impl<R: Rule> Snapshot<R> {
         let mut statistics = vec![rule.empty()?; features.count()];
         let take = |feature: usize, values: &[f64]| R::take(&mut statistics[feature], values);
         let seen = each_feature(R::KIND, &features, rule.nan(), x, take)?;
-        Ok(Self {
+        Self {
             seen,
             statistics,
             ..Self::new(rule, features)
-        })
+        }
+        .held()
+    }
+
+    /// This, if an `f64` can hold its statistics.
+    fn held(self) -> Result<Self> {
+        for (i, statistic) in self.statistics.iter().enumerate() {
+            let (label, largest) = (self.features.label(i), R::largest(statistic));
+            check::scaling::representable(R::KIND, &label, largest, DType::F64)?;
+        }
+        Ok(self)
     }
 
     /// These and what `other` saw.
@@ -83,9 +95,12 @@ impl<R: Rule> Snapshot<R> {
         let features = self.features.joined(R::KIND, &other.features)?;
         let rule = self.rule.clone();
         let (mut seen, mut statistics) = (self.seen.clone(), self.statistics.clone());
-        if seen.is_empty() {
+        if seen.is_empty() && self.rule == other.rule {
             (seen, statistics) = (other.seen, other.statistics);
         } else if !other.seen.is_empty() {
+            // Made by the rule of this one, which the other may differ from.
+            seen.resize(other.seen.len(), Seen::default());
+            statistics.resize(other.seen.len(), rule.empty()?);
             for (a, b) in statistics.iter_mut().zip(&other.statistics) {
                 R::merge(a, b)?;
             }
@@ -93,25 +108,18 @@ impl<R: Rule> Snapshot<R> {
                 *a = a.plus(b);
             }
         }
-        Ok(Self {
+        Self {
             seen,
             statistics,
             ..Self::new(rule, features)
-        })
+        }
+        .held()
     }
 
     fn restored(state: &State) -> Result<Self> {
         state.require(R::KIND, VERSION)?;
         let features = state.features().clone();
-        let seen = state.seen().to_vec();
-        if !seen.is_empty() {
-            check::scaling::saved_length(R::KIND, "counts", features.count(), seen.len())?;
-        }
-        for (i, seen) in seen.iter().enumerate() {
-            let holds = seen.values.max(seen.nan) <= MOST_VALUES;
-            let label = features.label(i);
-            check::scaling::saved_value(R::KIND, "count", &label, seen.values as f64, holds)?;
-        }
+        let seen = state.counts()?.to_vec();
         let (rule, statistics) = R::restore(state)?;
         rule.check()?;
         Ok(Self {
@@ -182,6 +190,11 @@ impl<R: Rule> Fitted<R> {
             .clone()
     }
 
+    /// A scaler of its own that is as this is now.
+    pub(super) fn copy(&self) -> Self {
+        Self(RwLock::new(self.snapshot()))
+    }
+
     /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each other, so that none is lost.
     fn replace(&self, next: impl FnOnce(&Snapshot<R>) -> Result<Snapshot<R>>) -> Result<()> {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -190,16 +203,33 @@ impl<R: Rule> Fitted<R> {
     }
 
     pub(super) fn fit(&self, x: &Tensor) -> Result<()> {
-        let now = self.snapshot();
-        let fresh = Snapshot::of(now.rule.clone(), &now.features.without_axes(), x)?;
-        self.replace(|_| Ok(fresh))
+        self.take(x, Features::without_axes, |_, fresh| Ok(fresh))
     }
 
     pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
-        // Outside of the lock: those who transform need not wait for it.
-        let now = self.snapshot();
-        let more = Snapshot::of(now.rule.clone(), &now.features, x)?;
-        self.replace(|current| current.with(more))
+        self.take(x, Features::clone, Snapshot::with)
+    }
+
+    /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose features are the `known` ones.
+    ///
+    /// The statistics are taken outside of the lock, so that those who transform need not wait; and once more if options or names were
+    /// others by the time that they are there.
+    fn take(
+        &self,
+        x: &Tensor,
+        known: impl Fn(&Features) -> Features,
+        next: impl FnOnce(&Snapshot<R>, Snapshot<R>) -> Result<Snapshot<R>>,
+    ) -> Result<()> {
+        loop {
+            let now = self.snapshot();
+            let of_x = Snapshot::of(now.rule.clone(), &known(&now.features), x)?;
+            let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            let same_names = current.features.names() == now.features.names();
+            if current.rule == now.rule && same_names {
+                *current = Arc::new(next(&current, of_x)?);
+                return Ok(());
+            }
+        }
     }
 
     pub(super) fn merge(&self, other: &State) -> Result<()> {
@@ -257,9 +287,9 @@ impl<R: Rule> Fitted<R> {
     }
 }
 
-/// The public face of a scaler with a field `fitted`, of the options that are its rule.
+/// The public face of a scaler with a field `fitted`, of the options that are its rule. `$scale` says what a feature that does not vary is divided by.
 macro_rules! scaler {
-    ($name:ident, $options:ident) => {
+    ($name:ident, $options:ident, $scale:literal) => {
         impl $name {
             /// A scaler without data.
             ///
@@ -297,7 +327,7 @@ macro_rules! scaler {
                 self.fitted.snapshot().rule
             }
 
-            /// What each feature is divided by: 1 where it does not vary.
+            #[doc = concat!("What each feature is divided by: ", $scale, " where it does not vary.")]
             ///
             /// # Errors
             /// No data yet.
@@ -317,6 +347,10 @@ macro_rules! scaler {
         impl $crate::scaling::Scaler for $name {
             fn kind(&self) -> &'static str {
                 <$options as $crate::scaling::fitted::Rule>::KIND
+            }
+            fn nan(&self) -> $crate::scaling::Nan {
+                use $crate::scaling::fitted::Rule;
+                self.fitted.snapshot().rule.nan()
             }
             fn features(&self) -> $crate::scaling::Features {
                 self.fitted.features()
@@ -347,6 +381,11 @@ macro_rules! scaler {
             }
             fn reset(&self) {
                 self.fitted.reset()
+            }
+            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
+                Box::new(Self {
+                    fitted: self.fitted.copy(),
+                })
             }
             fn state(&self) -> candle_core::Result<$crate::scaling::State> {
                 self.fitted.state()

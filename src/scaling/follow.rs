@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -14,6 +14,8 @@ const VERSION: u32 = 1;
 
 /// What a row of a series is scaled by. Neither choice looks ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Causal {
     /// The rows before it. A value far from all others keeps its whole distance.
     Before,
@@ -44,11 +46,11 @@ impl FromStr for Causal {
 }
 
 /// What is remembered of the past of all features.
-pub(super) trait Memory: fmt::Debug + Clone + Send + Sync {
+pub(super) trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
     const KIND: &'static str;
 
     /// The options of the scaler.
-    type Options: fmt::Debug + Copy + Send + Sync;
+    type Options: fmt::Debug + Copy + PartialEq + Send + Sync;
 
     fn check(options: &Self::Options) -> Result<()>;
     fn nan(options: &Self::Options) -> Nan;
@@ -57,6 +59,16 @@ pub(super) trait Memory: fmt::Debug + Clone + Send + Sync {
 
     /// Takes in one row; NaN are values that are not there.
     fn push(&mut self, options: &Self::Options, row: &[f64]);
+
+    /// Runs `f`, and is as before if that fails.
+    fn attempt<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let before = self.clone();
+        let done = f(self);
+        if done.is_err() {
+            *self = before;
+        }
+        done
+    }
 
     /// The mean, as moments, and the variance of a feature: NaN where there is none yet. A count of 0 says that nothing is known.
     fn statistics(&self, options: &Self::Options, feature: usize) -> (Moments, f64);
@@ -89,10 +101,7 @@ impl<M: Memory> Course<M> {
 
     fn restored(state: &State) -> Result<Self> {
         state.require(M::KIND, VERSION)?;
-        let (features, seen) = (state.features().clone(), state.seen().to_vec());
-        if !seen.is_empty() {
-            check::scaling::saved_length(M::KIND, "counts", features.count(), seen.len())?;
-        }
+        let (features, seen) = (state.features().clone(), state.counts()?.to_vec());
         let (options, memory) = M::restore(state, seen.len())?;
         M::check(&options)?;
         Ok(Self {
@@ -103,48 +112,84 @@ impl<M: Memory> Course<M> {
         })
     }
 
-    fn map(&self, memory: &M, feature: usize) -> Option<Map> {
-        let (moments, var) = memory.statistics(&self.options, feature);
-        let std = var.sqrt();
-        let varies = std > f64::EPSILON * moments.mean().abs();
-        (moments.count() > 0.).then(|| Map {
-            center: [moments.mean(), moments.mean_error()],
-            scale: if varies { std } else { 1. },
-            offset: 0.,
-        })
-    }
-
-    /// The map of each feature, where its past has values.
-    fn maps(&self, memory: &M) -> Vec<Option<Map>> {
-        (0..self.seen.len()).map(|f| self.map(memory, f)).collect()
-    }
-
-    /// Takes rows in, and calls `at` with the course before or after each of them, as the options say.
-    fn follow(&mut self, rows: Rows, mut at: impl FnMut(&Self, &M)) {
-        let mut memory = match self.memory.take() {
-            Some(memory) => memory,
-            None => M::new(&self.options, rows.seen.len()),
-        };
-        if self.seen.is_empty() {
-            self.seen = vec![Seen::default(); rows.seen.len()];
+    /// Takes rows in.
+    fn follow(&mut self, features: Features, rows: &Rows) {
+        let mut memory = self.take_memory(rows);
+        for row in rows.each() {
+            memory.push(&self.options, row);
         }
+        self.took(features, rows, memory);
+    }
+
+    /// Takes rows in, and returns what `judge` makes of the map of each feature before or after each row, as the options say. If that fails,
+    /// nothing is taken in.
+    fn follow_with<T>(
+        &mut self,
+        features: Features,
+        rows: &Rows,
+        judge: impl FnOnce(Vec<Option<Map>>) -> Result<T>,
+    ) -> Result<T> {
+        let known = self.memory.is_some();
+        let mut memory = self.take_memory(rows);
+        let (options, count) = (self.options, rows.seen.len());
+        let before = M::causal(&options) == Causal::Before;
+        let judged = memory.attempt(|memory| {
+            let mut maps = Vec::with_capacity(rows.values.len());
+            for row in rows.each() {
+                if before {
+                    maps.extend(maps_of(&options, memory, count));
+                }
+                memory.push(&options, row);
+                if !before {
+                    maps.extend(maps_of(&options, memory, count));
+                }
+            }
+            judge(maps)
+        });
+        match &judged {
+            Ok(_) => self.took(features, rows, memory),
+            Err(_) => self.memory = known.then_some(memory),
+        }
+        judged
+    }
+
+    fn take_memory(&mut self, rows: &Rows) -> M {
+        let memory = self.memory.take();
+        memory.unwrap_or_else(|| M::new(&self.options, rows.seen.len()))
+    }
+
+    fn took(&mut self, features: Features, rows: &Rows, memory: M) {
+        self.features = features;
+        self.seen.resize(rows.seen.len(), Seen::default());
         for (seen, more) in self.seen.iter_mut().zip(&rows.seen) {
             *seen = seen.plus(*more);
-        }
-        let causal = M::causal(&self.options);
-        // There is a feature where there are values.
-        for row in rows.values.chunks(rows.seen.len().max(1)) {
-            if causal == Causal::Before {
-                at(self, &memory);
-            }
-            memory.push(&self.options, row);
-            if causal == Causal::Through {
-                at(self, &memory);
-            }
         }
         self.memory = Some(memory);
     }
 }
+
+/// The map of a feature, where its past has values.
+fn map_of<M: Memory>(options: &M::Options, memory: &M, feature: usize) -> Option<Map> {
+    let (moments, var) = memory.statistics(options, feature);
+    let std = var.sqrt();
+    let varies = std > f64::EPSILON * moments.mean().abs();
+    (moments.count() > 0.).then(|| Map {
+        center: [moments.mean(), moments.mean_error()],
+        scale: if varies { std } else { 1. },
+        offset: 0.,
+    })
+}
+
+fn maps_of<M: Memory>(
+    options: &M::Options,
+    memory: &M,
+    count: usize,
+) -> impl Iterator<Item = Option<Map>> {
+    (0..count).map(|feature| map_of(options, memory, feature))
+}
+
+/// What the squares of 2⁵³ values below this can be summed to is finite.
+const LARGEST: f64 = f64::from_bits((1023 + 484) << 52);
 
 /// Rows of a series, checked.
 pub(super) struct Rows {
@@ -166,12 +211,21 @@ impl Rows {
             if value.is_infinite() || (value.is_nan() && nan == Nan::Refuse) {
                 check::scaling::usable(layer, &features.label(feature), row, value)?;
             }
+            if value.abs() > LARGEST {
+                check::series::summable(layer, &features.label(feature), row, value, LARGEST)?;
+            }
             match value.is_nan() {
                 true => seen[feature].nan += 1,
                 false => seen[feature].values += 1,
             }
         }
         Ok(Self { values, seen })
+    }
+
+    /// One row after the other.
+    pub(super) fn each(&self) -> impl Iterator<Item = &[f64]> {
+        // There is a feature where there are values.
+        self.values.chunks(self.seen.len().max(1))
     }
 }
 
@@ -200,8 +254,13 @@ impl<M: Memory> Following<M> {
         of(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn write<T>(&self, to: impl FnOnce(&mut Course<M>) -> T) -> T {
-        to(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    fn write(&self) -> RwLockWriteGuard<'_, Course<M>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A scaler of its own that is as this is now.
+    pub(super) fn copy(&self) -> Self {
+        Self(RwLock::new(self.read(Course::clone)))
     }
 
     pub(super) fn options(&self) -> M::Options {
@@ -217,35 +276,46 @@ impl<M: Memory> Following<M> {
     }
 
     pub(super) fn fit(&self, x: &Tensor) -> Result<()> {
-        self.write(|course| {
-            let features = course.features.without_axes().of(M::KIND, x)?;
-            let rows = Rows::of(M::KIND, &features, M::nan(&course.options), x)?;
-            *course = Course::new(course.options, features);
-            course.follow(rows, |_, _| ());
+        self.take(x, Features::without_axes, |course, features, rows| {
+            *course = Course::new(course.options, course.features.without_axes());
+            course.follow(features, &rows);
             Ok(())
         })
     }
 
-    /// Takes rows in; `at` is called with the course and its memory before or after each of them.
-    fn follow(&self, x: &Tensor, at: impl FnMut(&Course<M>, &M)) -> Result<()> {
-        // Outside of the lock: those who transform need not wait for it.
-        let (features, options) = self.read(|course| (course.features.clone(), course.options));
-        let rows = Rows::of(M::KIND, &features.of(M::KIND, x)?, M::nan(&options), x)?;
-        self.write(|course| {
-            course.features = course.features.of(M::KIND, x)?;
-            course.follow(rows, at);
-            Ok(())
-        })
+    /// Calls `to` under the lock with the course, and with `x` as rows of the `known` features.
+    ///
+    /// The rows are read outside of the lock, so that those who transform need not wait; and once more if options or names were others by
+    /// the time that they are there.
+    fn take<T>(
+        &self,
+        x: &Tensor,
+        known: impl Fn(&Features) -> Features,
+        to: impl FnOnce(&mut Course<M>, Features, Rows) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            let (features, options) = self.read(|course| (course.features.clone(), course.options));
+            let of_x = known(&features).of(M::KIND, x)?;
+            let rows = Rows::of(M::KIND, &of_x, M::nan(&options), x)?;
+            let mut course = self.write();
+            if course.options == options && course.features.names() == features.names() {
+                let of_x = known(&course.features).of(M::KIND, x)?;
+                return to(&mut course, of_x, rows);
+            }
+        }
     }
 
     pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
-        self.follow(x, |_, _| ())
+        self.take(x, Features::clone, |course, features, rows| {
+            course.follow(features, &rows);
+            Ok(())
+        })
     }
 
     pub(super) fn transform_series(&self, x: &Tensor) -> Result<(Tensor, SeriesStats)> {
-        let mut maps = vec![];
-        self.follow(x, |course, memory| maps.extend(course.maps(memory)))?;
-        let stats = SeriesStats::new(M::KIND, x, maps)?;
+        let stats = self.take(x, Features::clone, |course, features, rows| {
+            course.follow_with(features, &rows, |maps| SeriesStats::new(M::KIND, x, maps))
+        })?;
         Ok((stats.transform(x)?, stats))
     }
 
@@ -254,7 +324,8 @@ impl<M: Memory> Following<M> {
         self.read(|course| {
             let memory = check::scaling::fitted(M::KIND, course.memory.as_ref())?;
             let mut maps = vec![];
-            for (i, map) in course.maps(memory).into_iter().enumerate() {
+            let found = maps_of(&course.options, memory, course.seen.len());
+            for (i, map) in found.enumerate() {
                 let label = course.features.label(i);
                 maps.push(check::series::known(M::KIND, &label, map)?);
             }
@@ -294,9 +365,8 @@ impl<M: Memory> Following<M> {
     }
 
     pub(super) fn reset(&self) {
-        self.write(|course| {
-            *course = Course::new(course.options, course.features.without_axes());
-        });
+        let mut course = self.write();
+        *course = Course::new(course.options, course.features.without_axes());
     }
 
     pub(super) fn state(&self) -> Result<State> {
@@ -309,11 +379,10 @@ impl<M: Memory> Following<M> {
 
     pub(super) fn restore(&self, state: &State) -> Result<()> {
         let mut restored = Course::<M>::restored(state)?;
-        self.write(|course| {
-            restored.features = course.features.joined(M::KIND, &restored.features)?;
-            *course = restored;
-            Ok(())
-        })
+        let mut course = self.write();
+        restored.features = course.features.joined(M::KIND, &restored.features)?;
+        *course = restored;
+        Ok(())
     }
 }
 
@@ -329,6 +398,7 @@ pub struct SeriesStats {
 }
 
 impl SeriesStats {
+    /// Of the rows `x`, whose dtype must hold the numbers of the maps.
     fn new(layer: &'static str, x: &Tensor, maps: Vec<Option<Map>>) -> Result<Self> {
         let nothing = |map: &Option<Map>| if map.is_none() { f64::NAN } else { 0. };
         let unknown = maps.iter().any(Option::is_none);
@@ -339,10 +409,13 @@ impl SeriesStats {
             offset: 0.,
         };
         let maps = maps.into_iter().map(|m| m.unwrap_or(neutral)).collect();
+        let features = Features::default().of(layer, &x.unsqueeze(0)?)?;
+        let affine = Affine { maps, clip: None };
+        affine.check(layer, &features, x.dtype())?;
         Ok(Self {
             layer,
-            features: Features::default().of(layer, &x.unsqueeze(0)?)?,
-            affine: Affine { maps, clip: None },
+            features,
+            affine,
             unknown,
         })
     }
@@ -450,7 +523,8 @@ macro_rules! scaler_of_series {
             /// `x`: `[T, features...]`; the result has its shape and dtype, and is differentiable with the statistics held fixed.
             ///
             /// # Errors
-            /// As [`partial_fit`]($crate::scaling::Scaler::partial_fit). Nothing is taken in then.
+            /// As [`partial_fit`]($crate::scaling::Scaler::partial_fit); statistics that the dtype of `x` cannot hold. Nothing is taken in then. A
+            /// device that fails comes after the rows are in.
             pub fn transform_series(
                 &self,
                 x: &candle_core::Tensor,
@@ -487,6 +561,9 @@ macro_rules! scaler_of_series {
             fn kind(&self) -> &'static str {
                 stringify!($name)
             }
+            fn nan(&self) -> $crate::scaling::Nan {
+                self.following.options().nan
+            }
             fn features(&self) -> $crate::scaling::Features {
                 self.following.features()
             }
@@ -521,6 +598,11 @@ macro_rules! scaler_of_series {
             }
             fn reset(&self) {
                 self.following.reset()
+            }
+            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
+                Box::new(Self {
+                    following: self.following.copy(),
+                })
             }
             fn state(&self) -> candle_core::Result<$crate::scaling::State> {
                 self.following.state()

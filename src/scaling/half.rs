@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::{Moments, Scaler};
 use crate::ops::{self, check};
 
-/// The largest number of `f16`.
+/// The largest number of `f16`. What lies above it and below 65 520 is rounded to it, and from there on to infinity.
 const LARGEST: f64 = 65504.;
 
 /// The least number of `f16` that has all of its 11 bits.
@@ -19,7 +19,7 @@ const STEP: f64 = 1. / 1024.;
 /// How a feature leaves `f16`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HalfProblem {
-    /// A value is beyond ±65 504, and becomes infinite.
+    /// A value is beyond ±65 504, the largest number of `f16`; from 65 520 on it becomes infinite.
     Overflow,
     /// The standard deviation is below 2⁻¹⁴, where `f16` runs out of bits; below 2⁻²⁵ values become zero.
     Underflow,
@@ -93,9 +93,11 @@ impl fmt::Display for HalfFinding {
 pub fn half_precision(scaler: &dyn Scaler, x: &Tensor) -> Result<Vec<HalfFinding>> {
     check::scaling::samples(scaler.kind(), x)?;
     let x = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-    let y = scaler.transform(&x)?;
-    let features = scaler.features();
-    let mut found = vec![(Moments::default(), 0f64); features.count()];
+    // Features and data of one and the same scaler, whoever feeds it meanwhile.
+    let scaler = scaler.snapshot();
+    let (y, features) = (scaler.transform(&x)?, scaler.features());
+    let width = y.dims()[1..].iter().product();
+    let mut found = vec![(Moments::default(), 0f64); width];
     ops::columns(&y, |feature, values| {
         let numbers: Vec<f64> = values.iter().copied().filter(|v| !v.is_nan()).collect();
         let (moments, largest) = &mut found[feature];

@@ -9,6 +9,8 @@ use super::{Nan, State};
 
 /// Options of a [`MaxAbsScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
     /// What becomes of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
@@ -37,7 +39,7 @@ pub struct MaxAbsScaler {
     fitted: Fitted<MaxAbsScalerOptions>,
 }
 
-scaler!(MaxAbsScaler, MaxAbsScalerOptions);
+scaler!(MaxAbsScaler, MaxAbsScalerOptions, "1");
 
 impl MaxAbsScaler {
     /// The greatest absolute value of each feature.

@@ -10,6 +10,8 @@ use crate::ops::check;
 
 /// Options of a [`MinMaxScaler`].
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MinMaxScalerOptions {
     /// What the least and the greatest value of a feature become. Default `(0, 1)`; `(-1, 1)` is usual too.
     pub feature_range: (f64, f64),
@@ -58,7 +60,11 @@ pub struct MinMaxScaler {
     fitted: Fitted<MinMaxScalerOptions>,
 }
 
-scaler!(MinMaxScaler, MinMaxScalerOptions);
+scaler!(
+    MinMaxScaler,
+    MinMaxScalerOptions,
+    "1 over the width of `feature_range`"
+);
 
 impl MinMaxScaler {
     /// The least value of each feature.

@@ -115,6 +115,9 @@ pub trait Scaler: Send + Sync + Debug {
     /// The name of the type, which messages and files have.
     fn kind(&self) -> &'static str;
 
+    /// What becomes of NaN in data that it is fitted to.
+    fn nan(&self) -> Nan;
+
     /// The features, as far as they are known.
     fn features(&self) -> Features;
 
@@ -154,6 +157,10 @@ pub trait Scaler: Send + Sync + Debug {
     /// Forgets all data. Options and names of features stay.
     fn reset(&self);
 
+    /// A scaler of its own that is as this is now. What happens to the one does not reach the other: several calls to it are about one and
+    /// the same scaler, whoever feeds this one meanwhile.
+    fn snapshot(&self) -> Box<dyn Scaler>;
+
     /// All that this scaler knows, at one moment.
     ///
     /// # Errors
@@ -179,14 +186,14 @@ pub trait Scaler: Send + Sync + Debug {
         self.features().check_names(self.kind(), names)
     }
 
-    /// Writes this scaler to a file of its own. [`Archive`] puts it into a file with others, and with a model.
+    /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`] puts it into a file with others, and with a model.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
     fn save(&self, path: &Path) -> Result<()> {
         let mut archive = Archive::default();
         archive.put(PREFIX, &self.state()?)?;
-        archive.write(path)
+        archive.write_over(path)
     }
 
     /// [`restore`](Self::restore)s this scaler from a file that [`save`](Self::save) wrote.

@@ -123,7 +123,7 @@ impl<M> Pipeline<M> {
     /// The contents of the file, to which more can be added before it is written.
     ///
     /// # Errors
-    /// A variable whose name begins with that of a part: `pipeline_inputs.` or `pipeline_targets.`.
+    /// A variable whose name begins with that of a part: `pipeline.`, `pipeline_inputs.` or `pipeline_targets.`.
     pub fn archive(&self) -> Result<Archive> {
         let mut archive = Archive::default();
         let state = State::new(KIND, VERSION)

@@ -1,6 +1,6 @@
 //! Reversible instance normalization.
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use crate::ops::{self, check};
@@ -210,11 +210,19 @@ impl RevIn {
     /// `ys`: `[N, H, num_features]`, the horizon `H` of any length; the output is contiguous, of the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another rank, number of series, dtype or device; statistics of another number of windows; on the CPU, a weight of 0.
+    /// An input of another rank, number of series, dtype or device; statistics of other windows than `[N, num_features]`, or of another dtype than
+    /// windows of the dtype of `ys` have; on the CPU, a weight of 0.
     pub fn denormalize(&self, ys: &Tensor, stats: &RevInStats) -> Result<Tensor> {
         check::series::windows(LAYER, ys, self.num_features)?;
         check::input(LAYER, ys, &self.params())?;
         check::series::same_windows(LAYER, ys.dims()[0], stats.center.dims()[0])?;
+        let of_windows = [ys.dims()[0], self.num_features];
+        check::shape(LAYER, "statistics", &stats.center, &of_windows)?;
+        let wide = match ys.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        check::dtype(LAYER, "statistics", &stats.center, wide)?;
         check::same_device(LAYER, "statistics", &stats.center, ys.device())?;
         let mut xs = ys.to_dtype(stats.std.dtype())?;
         if let Some([weight, bias]) = &self.affine {

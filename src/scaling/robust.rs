@@ -13,6 +13,8 @@ type Sketch = KllSketch<KllFloat<f64>>;
 
 /// Options of a [`RobustScaler`].
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RobustScalerOptions {
     /// Subtract the median. Default `true`.
     pub with_centering: bool,
@@ -52,7 +54,8 @@ impl Default for RobustScalerOptions {
 /// Data may come in any number of pieces, and are not kept: each feature has a KLL sketch (Karnin, Lang and Liberty, 2016,
 /// <https://arxiv.org/abs/1603.05346>). Up to [`sketch_size`](RobustScalerOptions::sketch_size) values, 4096 by default, the
 /// quantiles are exact. Beyond, a quantile is that of a rank which is off by at most [`rank_error`](Self::rank_error), 0.07 % by default, with a
-/// confidence of 99 %; the sketch draws random bits, so two fits then differ within that bound.
+/// confidence of 99 %; the sketch draws random bits, which have no seed, so two fits then differ within that bound. Where a result must come out
+/// the same twice, choose a `sketch_size` of at least the number of values, up to 65 535.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -68,7 +71,7 @@ pub struct RobustScaler {
     fitted: Fitted<RobustScalerOptions>,
 }
 
-scaler!(RobustScaler, RobustScalerOptions);
+scaler!(RobustScaler, RobustScalerOptions, "1");
 
 impl RobustScaler {
     /// The median of each feature.
@@ -224,11 +227,12 @@ impl Rule for RobustScalerOptions {
             let sketch = check::scaling::well_formed(Self::KIND, "a sketch", sketch)?;
             let ends = [sketch.min_item(), sketch.max_item()];
             let finite = ends.iter().flatten().all(|v| v.is_finite());
-            let holds = finite && sketch.n() == seen.values;
+            let holds = finite && sketch.n() == seen.values && sketch.k() == rule.sketch_size;
             let label = state.features().label(i);
             check::scaling::saved_value(Self::KIND, "sketch", &label, sketch.n() as f64, holds)?;
             sketches.push(sketch);
         }
+        check::scaling::saved_length(Self::KIND, "bytes after the sketches", 0, rest.len())?;
         Ok((rule, sketches))
     }
 }

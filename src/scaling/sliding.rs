@@ -9,14 +9,19 @@ use crate::ops::check;
 
 /// Options of a [`SlidingScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct SlidingScalerOptions {
     /// How many rows are remembered, at least 1.
     pub window: usize,
     /// What is taken off the number of values in the variance: 0 for the biased one, 1 for the unbiased. Default 0.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub ddof: usize,
     /// Whether a row counts among those that it is scaled by. Default: it does.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub causal: Causal,
     /// What becomes of NaN: refused, or left out and counted. It takes a place in the window either way. Default: refused.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub nan: Nan,
 }
 
@@ -92,6 +97,10 @@ impl Memory for Window {
 
     fn push(&mut self, _: &SlidingScalerOptions, row: &[f64]) {
         self.push(row);
+    }
+
+    fn attempt<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.attempt(f)
     }
 
     fn statistics(&self, options: &SlidingScalerOptions, feature: usize) -> (Moments, f64) {

@@ -3,12 +3,14 @@
 use candle_core::Result;
 
 use super::affine::Map;
+use super::data::moments_of;
 use super::fitted::{Fitted, Rule, scaler};
 use super::{Moments, Nan, State};
-use crate::ops::check;
 
 /// Options of a [`StandardScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct StandardScalerOptions {
     /// Subtract the mean. Default `true`.
     pub with_mean: bool,
@@ -62,7 +64,7 @@ pub struct StandardScaler {
     fitted: Fitted<StandardScalerOptions>,
 }
 
-scaler!(StandardScaler, StandardScalerOptions);
+scaler!(StandardScaler, StandardScalerOptions, "1");
 
 impl StandardScaler {
     /// The mean of each feature, also where it is not subtracted.
@@ -105,13 +107,17 @@ impl Rule for StandardScalerOptions {
     }
 
     fn take(moments: &mut Moments, values: &[f64]) -> Result<()> {
-        *moments = moments.merge(Moments::of_values(values));
+        *moments = moments.merge(moments_of(values));
         Ok(())
     }
 
     fn merge(into: &mut Moments, from: &Moments) -> Result<()> {
         *into = into.merge(*from);
         Ok(())
+    }
+
+    fn largest(moments: &Moments) -> f64 {
+        moments.mean() + moments.m2()
     }
 
     fn map(&self, moments: &Moments) -> Result<Map> {
@@ -153,13 +159,8 @@ impl Rule for StandardScalerOptions {
         ];
         let mut statistics = Vec::with_capacity(len);
         for (i, seen) in state.seen().iter().enumerate() {
-            let label = state.features().label(i);
-            let holds = (mean[i] + mean_error[i]).is_finite();
-            check::scaling::saved_value(Self::KIND, "mean", &label, mean[i], holds)?;
-            let holds = m2[i].is_finite() && m2[i] >= 0.;
-            check::scaling::saved_value(Self::KIND, "m2", &label, m2[i], holds)?;
             let count = seen.values as f64;
-            statistics.push(Moments::from_parts(count, mean[i], mean_error[i], m2[i]));
+            statistics.push(state.moments(i, [count, mean[i], mean_error[i], m2[i]])?);
         }
         Ok((rule, statistics))
     }

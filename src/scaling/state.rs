@@ -7,8 +7,11 @@ use std::str::FromStr;
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::Features;
+use super::{Features, Moments};
 use crate::ops::check;
+
+/// Beyond this many values a count would not be exact as an `f64`.
+const MOST_VALUES: u64 = 1 << 53;
 
 /// How many values of a feature were seen, and how many that were none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -160,6 +163,42 @@ impl State {
         let tensor = self.tensor(name)?;
         check::dtype(&self.kind, name, tensor, DType::U8)?;
         tensor.flatten_all()?.to_vec1()
+    }
+
+    /// What was seen, as a scaler can go on from it: of every feature or of none, and no more than an `f64` can count.
+    ///
+    /// # Errors
+    /// Counts of other features, or counts that no data have.
+    pub(crate) fn counts(&self) -> Result<&[Seen]> {
+        if !self.seen.is_empty() {
+            let (expected, got) = (self.features.count(), self.seen.len());
+            check::scaling::saved_length(&self.kind, "counts", expected, got)?;
+        }
+        for (i, seen) in self.seen.iter().enumerate() {
+            let most = seen.values.max(seen.nan);
+            let label = self.features.label(i);
+            let holds = most <= MOST_VALUES;
+            check::scaling::saved_value(&self.kind, "count", &label, most as f64, holds)?;
+        }
+        Ok(&self.seen)
+    }
+
+    /// The moments of a feature that these parts are of: count, mean, what the mean was rounded by, squared distances.
+    ///
+    /// # Errors
+    /// A part that no data have.
+    pub(crate) fn moments(&self, feature: usize, parts: [f64; 4]) -> Result<Moments> {
+        let [count, mean, mean_error, m2] = parts;
+        let label = self.features.label(feature);
+        let is_size = |v: f64| v.is_finite() && v >= 0.;
+        for (what, value, holds) in [
+            ("count", count, is_size(count)),
+            ("mean", mean, (mean + mean_error).is_finite()),
+            ("m2", m2, is_size(m2)),
+        ] {
+            check::scaling::saved_value(&self.kind, what, &label, value, holds)?;
+        }
+        Ok(Moments::from_parts(count, mean, mean_error, m2))
     }
 
     /// The tensors by their names.

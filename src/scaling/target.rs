@@ -128,9 +128,11 @@ impl TargetScaler {
         check::shape(LAYER, "predictions", predictions, targets.dims())?;
         let wide = |t: &Tensor| t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
         let (predictions, targets) = (wide(predictions)?, wide(targets)?);
-        let scaled = deviations(&(&predictions - self.scale(&targets)?)?)?;
-        let original = deviations(&(self.invert(&predictions)? - &targets)?)?;
-        let features = self.scaler.features();
+        // Both units and the names of one and the same scaler, whoever feeds it meanwhile.
+        let now = self.scaler.snapshot();
+        let scaled = deviations(&(&predictions - now.transform(&targets)?)?)?;
+        let original = deviations(&(now.inverse_transform(&predictions)? - &targets)?)?;
+        let features = now.features();
         let name = |i: usize| match features.names().and_then(|names| names.get(i)) {
             Some(name) => name.clone(),
             None => i.to_string(),

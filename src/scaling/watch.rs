@@ -170,7 +170,7 @@ impl Watch {
         Ok(())
     }
 
-    fn referring(&self, features: &Features, values: Vec<f64>) -> Result<Reference> {
+    pub(super) fn referring(&self, features: &Features, values: Vec<f64>) -> Result<Reference> {
         let (count, bins) = (features.count(), self.options.bins);
         let rows = values.len() as u64 / count.max(1) as u64;
         let mut columns = Vec::with_capacity(count);
@@ -191,14 +191,12 @@ impl Watch {
         })
     }
 
-    /// Takes rows, instead of the reference that there was, from now on.
-    pub(super) fn refer_to(&mut self, values: Vec<f64>) -> Result<()> {
-        let reference = self.referring(&self.features, values)?;
+    /// Takes a reference, instead of the one that there was, from now on.
+    pub(super) fn refer_to(&mut self, reference: Reference) {
         self.reference = Some(Arc::new(reference));
         self.recent.clear();
         let quiet = self.step.saturating_add(self.options.cool_down as u64);
         self.quiet.fill(quiet);
-        Ok(())
     }
 
     /// The recent rows, one after the other.
@@ -373,11 +371,16 @@ impl Watch {
         })?;
         watch.features = state.features().clone();
         watch.step = state.option("step")?;
-        if state.seen().is_empty() {
+        if state.counts()?.is_empty() {
             return Ok(watch);
         }
         let (reference, recent) = (state.tensor("reference")?, state.tensor("recent")?);
+        state.features().of(LAYER, reference)?;
         watch.fit(reference)?;
+        for (i, (saved, seen)) in state.seen().iter().zip(watch.seen()).enumerate() {
+            let (label, holds) = (watch.features.label(i), *saved == seen);
+            check::scaling::saved_value(LAYER, "count", &label, saved.values as f64, holds)?;
+        }
         if recent.elem_count() > 0 {
             let rows = watch.rows(recent)?.values;
             let most = watch.options.window.saturating_mul(watch.features.count());

@@ -41,6 +41,8 @@ pub(super) struct Window {
     middle: Vec<Moments>,
     /// Of the rows from `newer` on.
     recent: Vec<Moments>,
+    /// While an attempt lasts: the sums that it has overwritten, with their places in the ring.
+    overwritten: Option<Vec<(usize, Moments)>>,
 }
 
 impl Window {
@@ -57,6 +59,39 @@ impl Window {
             end: 0,
             middle: vec![Moments::default(); features],
             recent: vec![Moments::default(); features],
+            overwritten: None,
+        }
+    }
+
+    /// Runs `f`, and takes back what it pushed if that fails: at the price of the rows that it pushed, however long the window.
+    pub(super) fn attempt<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        self.overwritten = Some(vec![]);
+        let before = Self {
+            ring: vec![],
+            overwritten: None,
+            middle: self.middle.clone(),
+            recent: self.recent.clone(),
+            ..*self
+        };
+        let len = self.ring.len();
+        let done = f(self);
+        let overwritten = self.overwritten.take().unwrap_or_default();
+        if done.is_err() {
+            let mut ring = std::mem::take(&mut self.ring);
+            for (at, sum) in overwritten.into_iter().rev() {
+                ring[at] = sum;
+            }
+            ring.truncate(len);
+            *self = Self { ring, ..before };
+        }
+        done
+    }
+
+    /// Puts a sum into the ring.
+    fn set(&mut self, at: usize, sum: Moments) {
+        let old = std::mem::replace(&mut self.ring[at], sum);
+        if let Some(overwritten) = &mut self.overwritten {
+            overwritten.push((at, old));
         }
     }
 
@@ -77,7 +112,7 @@ impl Window {
         }
         for (feature, &value) in row.iter().enumerate() {
             let one = one(value);
-            self.ring[at + feature] = one;
+            self.set(at + feature, one);
             self.recent[feature] = join(self.recent[feature], one);
         }
         self.end += 1;
@@ -112,26 +147,27 @@ impl Window {
         let text: String = state.option("stretches")?;
         let ends: std::result::Result<Vec<usize>, _> = text.split(' ').map(str::parse).collect();
         let ends = check::scaling::well_formed(layer, "stretches", ends)?;
-        let ordered = ends.is_sorted() && ends.last().is_some_and(|end| *end <= len);
-        check::series::stretches(layer, &text, ends.len() == 5 && ordered)?;
+        check::series::stretches(layer, &text, stretches_hold(&ends, len))?;
         let [left, right, done, newer, end] = [0, 1, 2, 3, 4].map(|i| ends[i]);
-        let moments = |name: &str, count: usize| -> Result<Vec<Moments>> {
-            let values = state.values(name, PARTS * count * features)?;
-            let parts = values.chunks(PARTS);
-            Ok(parts
-                .map(|p| Moments::from_parts(p[0], p[1], p[2], p[3]))
-                .collect())
+        let moments = |name: &str, rows: usize| -> Result<Vec<Moments>> {
+            // A product that is too large is the length of no tensor.
+            let len = rows.saturating_mul(features).saturating_mul(PARTS);
+            let values = state.values(name, len)?;
+            let mut sums = Vec::with_capacity(values.len() / PARTS);
+            for (i, p) in values.chunks(PARTS).enumerate() {
+                let feature = i % features.max(1);
+                let sum = state.moments(feature, [p[0], p[1], p[2], p[3]])?;
+                let holds = sum.count().fract() == 0. && sum.count() <= end as f64;
+                let label = state.features().label(feature);
+                check::scaling::saved_value(layer, "count", &label, sum.count(), holds)?;
+                sums.push(sum);
+            }
+            Ok(sums)
         };
-        let ring = moments("rows", end)?;
-        for (i, sum) in ring.iter().enumerate() {
-            let holds = sum.count() >= 0. && (sum.mean() + sum.m2() + sum.count()).is_finite();
-            let label = state.features().label(i % features);
-            check::scaling::saved_value(layer, "sum", &label, sum.m2(), holds)?;
-        }
         Ok(Self {
             len,
             features,
-            ring,
+            ring: moments("rows", end)?,
             front: 0,
             left,
             right,
@@ -140,6 +176,7 @@ impl Window {
             end,
             middle: moments("middle", 1)?,
             recent: moments("recent", 1)?,
+            overwritten: None,
         })
     }
 
@@ -189,19 +226,29 @@ impl Window {
         }
         let left = self.place(self.left);
         for feature in 0..self.features {
-            let here = &mut self.ring[left + feature];
-            *here = join(*here, self.middle[feature]);
+            let at = left + feature;
+            self.set(at, join(self.ring[at], self.middle[feature]));
         }
         self.left += 1;
         self.done -= 1;
         if self.done + 1 < self.newer {
             let (here, next) = (self.place(self.done), self.place(self.done + 1));
             for feature in 0..self.features {
-                let later = self.ring[next + feature];
-                self.ring[here + feature] = join(self.ring[here + feature], later);
+                let (at, later) = (here + feature, self.ring[next + feature]);
+                self.set(at, join(self.ring[at], later));
             }
         }
     }
+}
+
+/// Whether these are the ends of stretches that a window of `len` rows can have between two rows, the front being 0: as many rows have come since
+/// the last turn as sums of the next one have been moved on.
+fn stretches_hold(ends: &[usize], len: usize) -> bool {
+    let &[left, right, done, newer, end] = ends else {
+        return false;
+    };
+    let in_turn = || left == end - newer + 1 && right - left == done - right;
+    ends.is_sorted() && end <= len && (end == 0 || in_turn())
 }
 
 /// The moments of one value; of none if it is NaN.

@@ -1,7 +1,7 @@
 //! Terms of a loss on one scale.
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_norm::scaling::{Archive, LossBalancer, LossBalancerOptions};
+use candle_norm::scaling::{Archive, LossBalancer, LossBalancerOptions, Seen};
 
 use crate::common::data::{tensor, values};
 
@@ -108,10 +108,42 @@ fn a_restored_balancer_goes_on() {
     archive.write(&file).unwrap();
     let state = Archive::read(&file).unwrap().state("losses").unwrap();
     let restored = LossBalancer::from_state(&state).unwrap();
+    let again = self::balancer(0.5);
+    again.restore(&state).unwrap();
     for _ in 0..3 {
-        let [a, b] = [&balancer, &restored].map(|b| number(&b.balance(&terms(&[2., 3.])).unwrap()));
-        assert_eq!(a.to_bits(), b.to_bits());
+        let all = [&balancer, &restored, &again];
+        let [a, b, c] = all.map(|b| number(&b.balance(&terms(&[2., 3.])).unwrap()));
+        assert_eq!([b.to_bits(), c.to_bits()], [a.to_bits(); 2]);
     }
+    let other = LossBalancer::new(["dollars", "sound"], Default::default()).unwrap();
+    assert!(other.restore(&state).is_err());
+    let seen = |values: [u64; 2]| values.map(|values| Seen { values, nan: 0 }).to_vec();
+    let with = |values| {
+        let features = state.features().clone();
+        state.clone().with_features(features, seen(values))
+    };
+    assert!(LossBalancer::from_state(&with([9, 9])).is_ok());
+    for wrong in [[9, 8], [u64::MAX, u64::MAX]] {
+        let message = LossBalancer::from_state(&with(wrong))
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("a possible count"), "{message}");
+    }
+}
+
+/// One over the size of such a term is beyond `f32`.
+#[test]
+fn the_gradient_of_a_tiny_term_is_finite() {
+    let balancer = LossBalancer::new(["a"], Default::default()).unwrap();
+    let x = Var::from_tensor(&tensor(&[1e-39], &[], DType::F32).unwrap()).unwrap();
+    let total = balancer.balance(&[x.as_tensor().clone()]).unwrap();
+    let grads = total.backward().unwrap();
+    let want = 1. / f64::from(f32::MIN_POSITIVE);
+    assert!((number(grads.get(&x).unwrap()) / want - 1.).abs() < 1e-6);
+    assert!(
+        (number(&total) / (1e-39 * want) - 1.).abs() < 1e-5,
+        "{total}"
+    );
 }
 
 #[test]

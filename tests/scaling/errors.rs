@@ -6,7 +6,7 @@ use candle_norm::scaling::{
     StandardScaler, from_state,
 };
 
-use super::kinds::{KINDS, each, each_built, everything, rows};
+use super::kinds::{KINDS, OF_SERIES, each, each_built, everything, rows};
 use crate::common::data::tensor;
 
 #[track_caller]
@@ -248,4 +248,26 @@ fn no_samples_to_transform_is_no_error() {
         let y = scaler.transform(&none).unwrap();
         assert_eq!((y.dims(), y.dtype()), (none.dims(), none.dtype()), "{kind}");
     });
+}
+
+/// Squares that no `f64` holds, which a file would be refused for.
+#[test]
+fn data_whose_variance_no_number_holds_are_refused_when_they_come() {
+    let scaler = named();
+    let expected = r#"expected statistics of feature 1 "doors" that F64 can hold, got inf"#;
+    assert_message(
+        scaler.fit(&rows(&[1., 1e200, 1., 2., -1e200, 2.], 3)),
+        expected,
+    );
+    assert!(!scaler.is_fitted());
+    scaler.fit(&rows(&[1., 1e200, 1.], 3)).unwrap();
+    let before = everything(&scaler).unwrap();
+    assert_message(scaler.partial_fit(&rows(&[1., -1e200, 1.], 3)), expected);
+    assert_eq!(everything(&scaler).unwrap(), before);
+    for (kind, build) in OF_SERIES {
+        let scaler = build(Nan::Refuse);
+        let message = format!("{:?}", scaler.fit(&rows(&[1., 2., 1., 1e200], 2)));
+        let expected = "got 1e200 in sample 1 of feature 1; take a larger unit";
+        assert!(message.contains(expected), "{kind}: {message}");
+    }
 }

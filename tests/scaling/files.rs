@@ -7,10 +7,11 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::checkpoint;
 use candle_norm::scaling::{
-    self, Archive, MinMaxScaler, Nan, RobustScaler, RobustScalerOptions, Scaler, StandardScaler,
+    self, Archive, DriftMonitor, DriftOptions, LossBalancer, MinMaxScaler, Nan, RobustScaler,
+    RobustScalerOptions, Scaler, StandardScaler, State,
 };
 
-use super::kinds::{each_built, everything, rows};
+use super::kinds::{each_of_all, everything, rows};
 use crate::common::data::Draw;
 
 fn scratch() -> (tempfile::TempDir, PathBuf) {
@@ -30,7 +31,7 @@ fn message<T>(result: Result<T>) -> String {
 fn a_round_trip_keeps_every_bit_and_goes_on() {
     let (_folder, file) = scratch();
     let data = rows(&Draw::new(8).normal(60), 2);
-    each_built(|kind, build| {
+    each_of_all(|kind, build| {
         let scaler = build(Nan::Ignore);
         scaler.fit(&data).unwrap();
         scaler.partial_fit(&rows(&[f64::NAN, 0.1], 2)).unwrap();
@@ -123,9 +124,10 @@ fn a_truncated_file_is_refused() {
 #[test]
 fn a_damaged_file_does_not_panic() {
     let (_folder, file) = scratch();
-    each_built(|_, build| {
+    each_of_all(|_, build| {
         let scaler = build(Nan::Refuse);
         scaler.fit(&rows(&[1., 2., 3., 4.], 2)).unwrap();
+        scaler.partial_fit(&rows(&[5., 1.], 2)).unwrap();
         scaler.save(&file).unwrap();
         let whole = fs::read(&file).unwrap();
         for i in 0..whole.len() {
@@ -333,4 +335,197 @@ fn tensors_of_a_model_keep_their_dtype() {
     assert_eq!(tensors["a"].dtype(), DType::F16);
     assert_eq!(tensors["b"].dtype(), DType::F64);
     assert_eq!(tensors["c"].dtype(), DType::I64);
+}
+
+/// All that goes into a file: scalers of every kind, a monitor, a balancer.
+fn every_state() -> Vec<State> {
+    let data = rows(&[1., 2., 3., 5., 4., 4.], 2);
+    let mut states = vec![];
+    each_of_all(|_, build| {
+        let scaler = build(Nan::Refuse);
+        scaler.fit(&data).unwrap();
+        states.push(scaler.state().unwrap());
+    });
+    let monitor = DriftMonitor::new(DriftOptions::default()).unwrap();
+    monitor.fit(&data).unwrap();
+    states.push(monitor.state().unwrap());
+    let balancer = LossBalancer::new(["a", "b"], Default::default()).unwrap();
+    states.push(balancer.state().unwrap());
+    states
+}
+
+/// Whether `state` is of its kind.
+fn restored(state: &State) -> Result<()> {
+    match state.kind() {
+        "DriftMonitor" => DriftMonitor::from_state(state).map(|_| ()),
+        "LossBalancer" => LossBalancer::from_state(state).map(|_| ()),
+        _ => scaling::from_state(state).map(|_| ()),
+    }
+}
+
+#[test]
+fn every_kind_refuses_a_file_that_is_cut_off_and_another_version() {
+    let (_folder, file) = scratch();
+    for state in every_state() {
+        let kind = state.kind().to_string();
+        let mut archive = Archive::default();
+        archive.put("part", &state).unwrap();
+        archive.write(&file).unwrap();
+        restored(&Archive::read(&file).unwrap().state("part").unwrap()).unwrap();
+
+        let whole = fs::read(&file).unwrap();
+        for len in (0..whole.len()).step_by(7).chain([whole.len() - 1]) {
+            fs::write(&file, &whole[..len]).unwrap();
+            let message = message(Archive::read(&file));
+            let wanted = "expected a whole safetensors file at";
+            assert!(message.contains(wanted), "{kind} {len}: {message}");
+        }
+        let (from, to) = (br#"\"version\":1"#, br#"\"version\":7"#);
+        let at = whole.windows(from.len()).position(|w| w == from);
+        let mut later = whole.clone();
+        later[at.expect("a version")..][..to.len()].copy_from_slice(to);
+        fs::write(&file, later).unwrap();
+        let message = message(restored(
+            &Archive::read(&file).unwrap().state("part").unwrap(),
+        ));
+        let wanted = format!("{kind}: expected state of version 1, got version 7");
+        assert!(message.contains(&wanted), "{message}");
+    }
+}
+
+/// Rounding may leave the squared distances of a constant below zero, which no data have.
+#[test]
+fn a_constant_comes_back_whatever_its_rounding() {
+    for n in 1..300 {
+        for value in [0.1, 1. / 3., 1e9 + 0.7] {
+            let scaler = StandardScaler::default();
+            scaler.fit(&rows(&vec![value; n], 1)).unwrap();
+            StandardScaler::from_state(&scaler.state().unwrap())
+                .unwrap_or_else(|e| panic!("{n} of {value}: {e}"));
+        }
+    }
+}
+
+#[test]
+fn parts_are_replaced_and_removed() {
+    let fitted = |value: f64| {
+        let scaler = StandardScaler::default();
+        scaler.fit(&rows(&[value, value + 2.], 1)).unwrap();
+        scaler.state().unwrap()
+    };
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    candle_nn::linear(2, 1, vb.pp("head")).unwrap();
+    let mut archive = Archive::default();
+    archive.put_vars(&vars).unwrap();
+    archive.replace("inputs", &fitted(0.)).unwrap();
+    archive.put("targets", &fitted(5.)).unwrap();
+    archive.replace("inputs", &fitted(8.)).unwrap();
+    let mean = |archive: &Archive, part: &str| {
+        let state = archive.state(part).unwrap();
+        StandardScaler::from_state(&state).unwrap().mean().unwrap()[0]
+    };
+    assert_eq!(
+        (mean(&archive, "inputs"), mean(&archive, "targets")),
+        (9., 6.)
+    );
+    // Tensors of the model are no part.
+    assert!(message(archive.replace("head", &fitted(0.))).contains("choose another prefix"));
+    assert!(message(archive.put("inputs.more", &fitted(0.))).contains("choose another prefix"));
+    assert!(archive.remove("inputs") && !archive.remove("inputs") && !archive.remove("head"));
+    assert_eq!(archive.parts(), ["targets"]);
+    archive.put("inputs", &fitted(1.)).unwrap();
+}
+
+#[test]
+fn a_scaler_is_not_saved_over_a_model() {
+    let (_folder, file) = scratch();
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    candle_nn::linear(2, 1, vb.pp("head")).unwrap();
+    vars.save(&file).unwrap();
+    let before = fs::read(&file).unwrap();
+    let scaler = StandardScaler::default();
+    scaler.fit(&rows(&[1., 2.], 1)).unwrap();
+    let message = message(scaler.save(&file));
+    assert!(
+        message.contains(r#"also holds "head"#) && message.contains("read, replace, write"),
+        "{message}"
+    );
+    assert_eq!(fs::read(&file).unwrap(), before);
+    // What the message says.
+    let mut archive = Archive::read(&file).unwrap();
+    archive.replace("scaler", &scaler.state().unwrap()).unwrap();
+    archive.write(&file).unwrap();
+    assert!(scaling::load(&file).is_ok());
+}
+
+/// Threads that write one file leave the file of one of them, and nothing else.
+#[test]
+fn a_file_that_many_write_is_whole() {
+    let (folder, file) = scratch();
+    let start = std::sync::Barrier::new(4);
+    std::thread::scope(|scope| {
+        for t in 0..4 {
+            let (file, start) = (&file, &start);
+            scope.spawn(move || {
+                let scaler = StandardScaler::default();
+                scaler.fit(&rows(&vec![f64::from(t); 2000], 1000)).unwrap();
+                start.wait();
+                for _ in 0..20 {
+                    scaler.save(file).unwrap();
+                    assert_eq!(scaling::load(file).unwrap().seen().len(), 1000);
+                }
+            });
+        }
+    });
+    let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+}
+
+/// A file may claim axes whose product no number holds.
+#[test]
+fn axes_without_end_are_refused() {
+    let (_folder, file) = scratch();
+    let scaler = StandardScaler::default();
+    scaler.save(&file).unwrap();
+    let mut bytes = fs::read(&file).unwrap();
+    // The header is padded with spaces, which make room.
+    let (from, to) = (r#"\"axes\":null"#, r#"\"axes\":[4294967296,4294967296,9]"#);
+    let text = String::from_utf8(bytes.split_off(8)).unwrap();
+    let text = text.trim_end().replace(from, to);
+    let mut whole = (text.len() as u64).to_le_bytes().to_vec();
+    whole.extend(text.bytes());
+    fs::write(&file, whole).unwrap();
+    let message = message(
+        scaling::load(&file)
+            .unwrap()
+            .fit(&rows(&[1.], 1))
+            .and(scaling::load(&file).unwrap().partial_fit(&rows(&[1.], 1))),
+    );
+    assert!(message.contains("is missing"), "{message}");
+}
+
+#[test]
+fn sketches_of_another_size_and_bytes_after_them_are_refused() {
+    let build = |sketch_size: u16| {
+        let options = RobustScalerOptions {
+            sketch_size,
+            ..Default::default()
+        };
+        let scaler = RobustScaler::new(options).unwrap();
+        scaler.fit(&rows(&[1., 2., 3.], 1)).unwrap();
+        scaler
+    };
+    let state = build(64).state().unwrap();
+    let other = state.clone().with_option("sketch_size", 128);
+    assert!(message(RobustScaler::from_state(&other)).contains("a possible sketch of feature 0"));
+    let mut bytes = state.bytes("sketches").unwrap();
+    bytes.push(0);
+    let longer = state.with_bytes("sketches", &bytes).unwrap();
+    assert!(message(RobustScaler::from_state(&longer)).contains("bytes after the sketches"));
+    // What is merged into a scaler is of its size from then on.
+    let merged = RobustScaler::new(build(64).options()).unwrap();
+    merged.merge(&build(128)).unwrap();
+    RobustScaler::from_state(&merged.state().unwrap()).unwrap();
 }

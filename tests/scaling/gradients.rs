@@ -59,11 +59,16 @@ fn what_is_clipped_has_no_gradient() {
     };
     let scaler = MinMaxScaler::new(options).unwrap();
     scaler.fit(&rows(&[0., 10.], 1)).unwrap();
-    let x = Var::from_tensor(&tensor(&[-5., 4., 25.], &[3, 1], DType::F64).unwrap()).unwrap();
+    let x = tensor(&[-5., 0., 4., 10., 25., f64::NAN], &[6, 1], DType::F64).unwrap();
+    let x = Var::from_tensor(&x).unwrap();
     let y = scaler.transform(&x).unwrap();
-    assert_eq!(values(&y).unwrap(), [0., 0.4, 1.]);
+    let cut = values(&y).unwrap();
+    assert_eq!(cut[..5], [0., 0., 0.4, 1., 1.]);
+    assert!(cut[5].is_nan());
     let grads = y.backward().unwrap();
-    assert_eq!(values(grads.get(&x).unwrap()).unwrap(), [0., 0.1, 0.]);
+    // The ends of the range are what was fitted, and not cut.
+    let grads = values(grads.get(&x).unwrap()).unwrap();
+    assert_eq!(grads, [0., 0.1, 0.1, 0.1, 0., 0.1]);
 }
 
 /// A loss in dollars reaches the parameters of a model that predicts scaled prices.
@@ -74,7 +79,7 @@ fn a_loss_in_original_units_trains() {
         let prediction = Var::from_tensor(&rows(&[0.1, 0.2, 0.3], 3)).unwrap();
         let dollars = scaler.inverse_transform(&prediction).unwrap();
         let target = rows(&[1., 20., 3.], 3);
-        let loss: Tensor = (dollars - target)
+        let loss: Tensor = (&dollars - target)
             .unwrap()
             .sqr()
             .unwrap()
@@ -82,6 +87,13 @@ fn a_loss_in_original_units_trains() {
             .unwrap();
         let grads = loss.backward().unwrap();
         let grad = values(grads.get(&prediction).expect("a gradient")).unwrap();
-        assert!(grad.iter().all(|g| *g != 0.), "{kind}: {grad:?}");
+        // d/dy of mean (x(y) - t)²: 2 (x - t) / 3 · the scale, which is the distance of the inverses of 0 and 1.
+        let ends = scaler.inverse_transform(&rows(&[0., 0., 0., 1., 1., 1.], 3));
+        let (ends, x) = (values(&ends.unwrap()).unwrap(), values(&dollars).unwrap());
+        for (i, target) in [1., 20., 3.].into_iter().enumerate() {
+            let want = 2. / 3. * (x[i] - target) * (ends[i + 3] - ends[i]);
+            let near = (grad[i] - want).abs() <= 1e-12 * want.abs();
+            assert!(near && want != 0., "{kind}: {grad:?}, should be {want}");
+        }
     });
 }

@@ -2,14 +2,46 @@
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{
-    MaxAbsScaler, MaxAbsScalerOptions, MinMaxScaler, MinMaxScalerOptions, Nan, RobustScaler,
-    RobustScalerOptions, Scaler, StandardScaler, StandardScalerOptions,
+    AdaptiveScaler, DriftOptions, EwmScaler, EwmScalerOptions, MaxAbsScaler, MaxAbsScalerOptions,
+    MinMaxScaler, MinMaxScalerOptions, Nan, OnDrift, RobustScaler, RobustScalerOptions, Scaler,
+    SlidingScaler, SlidingScalerOptions, StandardScaler, StandardScalerOptions,
 };
 
 use crate::common::data::tensor;
 
 /// How a kind is built without data.
 pub(crate) type Build = fn(Nan) -> Box<dyn Scaler>;
+
+/// Those to which the order of data matters, and which cannot be merged.
+pub(crate) const OF_SERIES: [(&str, Build); 3] = [
+    ("SlidingScaler", |nan| {
+        let options = SlidingScalerOptions { nan, ..7.into() };
+        Box::new(SlidingScaler::new(options).unwrap())
+    }),
+    ("EwmScaler", |nan| {
+        let options = EwmScalerOptions {
+            nan,
+            ..EwmScalerOptions::alpha(0.2).unwrap()
+        };
+        Box::new(EwmScaler::new(options).unwrap())
+    }),
+    ("AdaptiveScaler", |nan| {
+        let scaler = StandardScalerOptions {
+            nan,
+            ..Default::default()
+        };
+        let options = DriftOptions {
+            window: 8,
+            min_count: 4,
+            check_every: 1,
+            cool_down: 4,
+            nan,
+            ..Default::default()
+        };
+        let scaler = StandardScaler::new(scaler).unwrap();
+        Box::new(AdaptiveScaler::new(scaler, options, OnDrift::Refit).unwrap())
+    }),
+];
 
 pub(crate) const KINDS: [(&str, Build); 4] = [
     ("StandardScaler", |nan| {
@@ -48,6 +80,13 @@ pub(crate) fn each(mut f: impl FnMut(&str, &dyn Scaler)) {
 
 pub(crate) fn each_built(mut f: impl FnMut(&str, Build)) {
     for (kind, build) in KINDS {
+        f(kind, build);
+    }
+}
+
+/// Those of series too.
+pub(crate) fn each_of_all(mut f: impl FnMut(&str, Build)) {
+    for (kind, build) in KINDS.into_iter().chain(OF_SERIES) {
         f(kind, build);
     }
 }

@@ -132,6 +132,9 @@ fn what_is_no_pipeline_of_the_model_is_refused() {
     );
     assert!(message.contains("norm.running_mean"), "{message}");
 
+    // A scaler does not write over a pipeline.
+    assert!(pipeline.inputs().unwrap().save(&file).is_err());
+    std::fs::remove_file(&file).unwrap();
     pipeline.inputs().unwrap().save(&file).unwrap();
     let message = load().unwrap_err().to_string();
     assert!(

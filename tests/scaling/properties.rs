@@ -88,7 +88,24 @@ proptest! {
                 part.fit(&x.narrow(0, pieces[i].0, pieces[i].1).unwrap()).unwrap();
                 merged.merge(&*part).unwrap();
             }
+            // And as a tree, two random ones at a time.
+            let mut tree: Vec<_> = pieces
+                .iter()
+                .map(|&(start, len)| {
+                    let part = build(Nan::Refuse);
+                    part.fit(&x.narrow(0, start, len).unwrap()).unwrap();
+                    part
+                })
+                .collect();
+            let mut draw = Draw::new(seed ^ 1);
+            while tree.len() > 1 {
+                let last = draw.permutation(tree.len())[0];
+                let from = tree.swap_remove(last);
+                let into = draw.permutation(tree.len())[0];
+                tree[into].merge(&*from).unwrap();
+            }
             let want = answers(&*whole, width);
+            assert_same(kind, &answers(&*tree[0], width), &want, 1e-12);
             assert_same(kind, &answers(&*parts, width), &want, 1e-12);
             assert_same(kind, &answers(&*merged, width), &want, 1e-12);
             assert_eq!((parts.seen(), merged.seen()), (whole.seen(), whole.seen()));

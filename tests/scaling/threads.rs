@@ -4,17 +4,29 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
+use std::time::Duration;
 
 use candle_core::Tensor;
-use candle_norm::scaling::{Nan, Scaler};
+use candle_norm::scaling::{
+    MinMaxScaler, MinMaxScalerOptions, Nan, Scaler, StandardScaler, TargetScaler, half_precision,
+};
 
-use super::kinds::{each_built, rows};
+use super::kinds::{each_built, each_of_all, rows};
 use crate::common::data::{bits, values};
 
 /// Wide, so that there is time to be interrupted while the numbers are put together.
 const WIDTH: usize = 64;
 const STEPS: usize = 60;
 const READERS: usize = 3;
+
+/// Says that there is nothing more to come, also when a test fails on the way: who waits for it would wait for ever.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Data whose center and spread both change at every step, alike for all features.
 fn step(k: usize) -> Tensor {
@@ -29,12 +41,13 @@ fn probe() -> Tensor {
 
 #[test]
 fn never_a_mixture() {
-    each_built(|kind, build| {
+    each_of_all(|kind, build| {
         // What the scaler answers after each step.
         let reference = build(Nan::Refuse);
         let mut answers = HashSet::new();
         for k in 0..STEPS {
             reference.partial_fit(&step(k)).unwrap();
+            // A scaler of series takes a call's rows as a whole too.
             answers.insert(bits(&reference.transform(&probe()).unwrap()).unwrap());
         }
         assert!(answers.len() > 10, "{kind}: {} answers", answers.len());
@@ -49,22 +62,32 @@ fn never_a_mixture() {
                     let answers = &answers;
                     scope.spawn(move || {
                         start.wait();
+                        let mut seen = HashSet::new();
                         while !done.load(Ordering::Relaxed) {
                             let y = bits(&scaler.transform(&probe()).unwrap()).unwrap();
                             assert!(answers.contains(&y), "a mixture");
+                            seen.insert(y);
                         }
+                        seen.len()
                     })
                 })
                 .collect();
             start.wait();
-            for k in 1..STEPS {
-                scaler.partial_fit(&step(k)).unwrap();
-                thread::yield_now();
+            {
+                let _end = End(&done);
+                for k in 1..STEPS {
+                    scaler.partial_fit(&step(k)).unwrap();
+                    // On two cores readers get a turn between two steps.
+                    thread::sleep(Duration::from_micros(200));
+                }
             }
-            done.store(true, Ordering::Relaxed);
-            for reader in readers {
-                assert!(reader.join().is_ok(), "{kind}: a mixture");
-            }
+            let seen = readers.into_iter().map(|reader| match reader.join() {
+                Ok(seen) => seen,
+                Err(_) => panic!("{kind}: a mixture"),
+            });
+            // Whoever saw but one scaler would have seen no mixture.
+            let most = seen.max().unwrap();
+            assert!(most > 1, "{kind}: readers saw {most} scalers");
         });
         let last = bits(&scaler.transform(&probe()).unwrap()).unwrap();
         assert_eq!(
@@ -104,4 +127,89 @@ fn threads_that_feed_lose_nothing() {
             );
         }
     });
+}
+
+/// Options that are restored while data are read are not overwritten by those that the data were read by.
+#[test]
+fn a_fit_does_not_undo_a_restore() {
+    let clipping = MinMaxScaler::new(MinMaxScalerOptions {
+        clip: true,
+        ..Default::default()
+    });
+    let clipping = clipping.unwrap().state().unwrap();
+    let x = rows(&vec![1.; 200_000], 1);
+    for _ in 0..20 {
+        let (scaler, start) = (MinMaxScaler::default(), Barrier::new(2));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                start.wait();
+                scaler.fit(&x).unwrap();
+            });
+            start.wait();
+            thread::sleep(Duration::from_micros(300));
+            scaler.restore(&clipping).unwrap();
+        });
+        assert!(scaler.options().clip);
+    }
+}
+
+/// Who asks several things of a scaler asks them of one and the same, while another thread gives it other features and other units.
+#[test]
+fn reports_are_of_one_scaler() {
+    let x = rows(&[1., 3.], 1);
+    let small = StandardScaler::default();
+    small.fit(&x).unwrap();
+    let small = small.state().unwrap();
+    let large = StandardScaler::default();
+    large.fit(&rows(&[1000., 3000.], 1)).unwrap();
+    let large = large.state().unwrap();
+    let targets = TargetScaler::new(StandardScaler::default());
+    targets.scaler().restore(&small).unwrap();
+    let wanted: Vec<f64> = [&small, &large]
+        .map(|state| {
+            targets.scaler().restore(state).unwrap();
+            targets.errors(&x, &x).unwrap()[0].ratio()
+        })
+        .to_vec();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                targets.scaler().restore(&small).unwrap();
+                targets.scaler().restore(&large).unwrap();
+            }
+        });
+        let _end = End(&done);
+        for _ in 0..20_000 {
+            let ratio = targets.errors(&x, &x).unwrap()[0].ratio();
+            assert!(wanted.contains(&ratio), "{ratio}, should be of {wanted:?}");
+        }
+    });
+    // Data of one feature, and a scaler that changes between one and three: an error or an answer, and no panic.
+    let scaler = StandardScaler::default();
+    scaler.fit(&x).unwrap();
+    done.store(false, Ordering::Relaxed);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                scaler.fit(&rows(&[1., 2., 3.], 3)).unwrap();
+                scaler.fit(&x).unwrap();
+            }
+        });
+        let _end = End(&done);
+        for _ in 0..20_000 {
+            let _ = half_precision(&scaler, &rows(&[1., 2., 3.], 3));
+        }
+    });
+}
+
+trait Ratio {
+    /// The scale of the target: the same for every error of one scaler.
+    fn ratio(&self) -> f64;
+}
+
+impl Ratio for candle_norm::scaling::TargetError {
+    fn ratio(&self) -> f64 {
+        self.original.rmse / self.scaled.rmse
+    }
 }

@@ -1,5 +1,6 @@
 //! Drift: the numbers of scipy and evidently, false alarms, delays, what events say, what a scaler does after one.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -10,7 +11,7 @@ use candle_norm::scaling::{
 
 use crate::common::compare::assert_same_bits;
 use crate::common::data::{Draw, tensor, values};
-use crate::{Fixture, message};
+use crate::{End, Fixture, message};
 
 fn column(values: &[f64]) -> Tensor {
     tensor(values, &[values.len()], DType::F64).unwrap()
@@ -546,15 +547,18 @@ fn a_scaler_that_adapts_is_the_old_or_the_new_one() -> Result<()> {
         seen.push(values(&alone.transform(&probe)?)?);
     }
     let (scaler, done) = (fresh()?, AtomicBool::new(false));
+    let start = Barrier::new(4);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            let _end = End(&done);
+            start.wait();
             for x in &fed {
                 scaler.observe(x).unwrap();
             }
-            done.store(true, Ordering::Relaxed);
         });
         for _ in 0..3 {
             scope.spawn(|| {
+                start.wait();
                 while !done.load(Ordering::Relaxed) {
                     let now = values(&scaler.transform(&probe).unwrap()).unwrap();
                     assert!(seen.contains(&now), "{now:?} is none of {seen:?}");

@@ -1,5 +1,6 @@
 //! Windows and exponential weights: files, errors, threads.
 
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -10,7 +11,7 @@ use candle_norm::scaling::{
 use crate::common::compare::assert_same_bits;
 use crate::common::data::{tensor, values};
 use crate::following::{Kind, column, series};
-use crate::message;
+use crate::{End, message};
 
 #[test]
 fn files_of_any_kind_are_told_apart() -> Result<()> {
@@ -130,7 +131,7 @@ fn a_damaged_state_is_refused() -> Result<()> {
         (state.clone().with_values("rows", &[1.])?, "values of rows"),
         (
             state.clone().with_values("rows", &[f64::NAN; 48])?,
-            "a possible sum",
+            "a possible count",
         ),
     ] {
         let error = message(SlidingScaler::from_state(&damaged));
@@ -187,17 +188,19 @@ fn a_scaler_that_is_fed_is_the_old_or_the_new_one() -> Result<()> {
             feed(scaler, x).unwrap();
             values(&scaler.transform(&probe).unwrap()).unwrap()
         });
-        let done = AtomicBool::new(false);
+        let (done, start) = (AtomicBool::new(false), Barrier::new(4));
         std::thread::scope(|scope| {
             scope.spawn(|| {
+                let _end = End(&done);
+                start.wait();
                 for _ in 0..300 {
                     feed(scaler, &low).unwrap();
                     feed(scaler, &high).unwrap();
                 }
-                done.store(true, Ordering::Relaxed);
             });
             for _ in 0..3 {
                 scope.spawn(|| {
+                    start.wait();
                     while !done.load(Ordering::Relaxed) {
                         let now = values(&scaler.transform(&probe).unwrap()).unwrap();
                         let near = |want: &Vec<f64>| {

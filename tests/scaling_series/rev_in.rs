@@ -237,6 +237,8 @@ fn what_does_not_fit_is_said() -> Result<()> {
     let (layer, _vars) = layer(&weight, &bias, 1e-5.into())?;
     let x = windows(&[3, 6, 2], DType::F64, 2)?;
     let (_, stats) = layer.normalize(&x)?;
+    let (_, other_series) = plain(1, DType::F64)?.normalize(&x.narrow(2, 0, 1)?)?;
+    let (_, other_dtype) = plain(2, DType::F32)?.normalize(&x.to_dtype(DType::F32)?)?;
     for (result, want) in [
         (
             layer.normalize(&x.narrow(2, 0, 1)?).map(|y| y.0),
@@ -260,6 +262,14 @@ fn what_does_not_fit_is_said() -> Result<()> {
             "forecasts of the 3 windows that the statistics are of, got 2",
         ),
         (layer.denormalize(&x, &stats), "got 0 for series 1"),
+        (
+            layer.denormalize(&x, &other_series),
+            "statistics with shape [3, 2], got [3, 1]",
+        ),
+        (
+            layer.denormalize(&x, &other_dtype),
+            "statistics with dtype F64, got F32",
+        ),
     ] {
         let message = message(result);
         assert!(

@@ -1,5 +1,6 @@
 //! Messages about data, its features, and files of scalers.
 
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::path::Path;
 
@@ -17,6 +18,12 @@ pub(crate) fn samples(layer: &str, x: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// The number of elements of axes, which a file may claim to be any.
+pub(crate) fn feature_count(axes: &[usize]) -> usize {
+    let product = |count: usize, axis: &usize| count.saturating_mul(*axis);
+    axes.iter().fold(1, product)
+}
+
 /// The trailing axes of data against those of the features. `first` is the first feature that one of them lacks.
 pub(crate) fn feature_shape(
     layer: &str,
@@ -25,10 +32,7 @@ pub(crate) fn feature_shape(
     first: &dyn Display,
 ) -> Result<()> {
     if expected != got {
-        let (expected_count, count) = (
-            expected.iter().product::<usize>(),
-            got.iter().product::<usize>(),
-        );
+        let (expected_count, count) = (feature_count(expected), feature_count(got));
         let what = match count.cmp(&expected_count) {
             std::cmp::Ordering::Less => format!("{count}: {first} is missing"),
             std::cmp::Ordering::Greater => format!("{count}: {first} is too many"),
@@ -68,8 +72,9 @@ pub(crate) fn same_name(layer: &str, index: usize, expected: &str, got: &str) ->
 }
 
 pub(crate) fn distinct_names(layer: &str, names: &[String]) -> Result<()> {
+    let mut seen = HashMap::new();
     for (index, name) in names.iter().enumerate() {
-        if let Some(first) = names[..index].iter().position(|other| other == name) {
+        if let Some(first) = seen.insert(name, index) {
             bail!("{layer}: expected distinct names, got {name:?} for features {first} and {index}")
         }
     }
@@ -143,8 +148,12 @@ pub(crate) fn representable(
     dtype: DType,
 ) -> Result<()> {
     if !value.is_finite() {
+        let remedy = match dtype {
+            DType::F64 => "take a larger unit",
+            _ => "convert the data to F64, or to a larger unit",
+        };
         bail!(
-            "{layer}: expected statistics of {feature} that {dtype:?} can hold, got {value}; convert the data to F64, or to a larger unit"
+            "{layer}: expected statistics of {feature} that {dtype:?} can hold, got {value}; {remedy}"
         )
     }
     Ok(())
@@ -242,6 +251,32 @@ pub(crate) fn file<T, E: Display>(
     }
 }
 
+/// What writing a file said.
+pub(crate) fn written<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    done: std::result::Result<T, E>,
+) -> Result<T> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(e) => bail!(
+            "{layer}: expected to write a safetensors file at {}, got: {e}; what was there before is as it was",
+            path.display()
+        ),
+    }
+}
+
+/// A file that may be written over. `lost` is what it holds that would not be there any more.
+pub(crate) fn nothing_lost(layer: &str, path: &Path, lost: Option<&str>) -> Result<()> {
+    if let Some(lost) = lost {
+        bail!(
+            "{layer}: expected a file of this scaler alone at {}, or none, got one that also holds {lost:?}; add the scaler to it by Archive: read, replace, write",
+            path.display()
+        )
+    }
+    Ok(())
+}
+
 /// A part of a file.
 pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
     if !parts.iter().any(|p| p == prefix) {
@@ -254,7 +289,7 @@ pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
 pub(crate) fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
     if taken {
         bail!(
-            "{layer}: expected names that are not in use, got {name:?} twice; choose another prefix"
+            "{layer}: expected names that are not in use and do not begin with the prefix of a state, got {name:?} twice; choose another prefix"
         )
     }
     Ok(())

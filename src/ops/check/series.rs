@@ -56,11 +56,52 @@ pub(crate) fn known<T>(layer: &str, feature: &dyn Display, known: Option<T>) -> 
     }
 }
 
+/// A value whose squares can be summed.
+pub(crate) fn summable(
+    layer: &str,
+    feature: &dyn Display,
+    row: usize,
+    value: f64,
+    largest: f64,
+) -> Result<()> {
+    if value.abs() > largest {
+        bail!(
+            "{layer}: expected values of at most {largest:.2e}, whose squares can be summed, got {value:e} in sample {row} of {feature}; take a larger unit"
+        )
+    }
+    Ok(())
+}
+
+/// Two parts of one scaler that do the same with NaN.
+pub(crate) fn same_nan(layer: &str, scaler: &dyn Display, monitor: &dyn Display) -> Result<()> {
+    let (scaler, monitor) = (scaler.to_string(), monitor.to_string());
+    if scaler != monitor {
+        bail!(
+            "{layer}: expected the same nan for the scaler and the monitor, got {scaler} and {monitor}; set one in the options of the other"
+        )
+    }
+    Ok(())
+}
+
+/// A scaler that could be fitted again after an event.
+pub(crate) fn refitted<E: Display>(
+    layer: &str,
+    event: &dyn Display,
+    fitted: std::result::Result<(), E>,
+) -> Result<()> {
+    match fitted {
+        Ok(()) => Ok(()),
+        Err(e) => bail!(
+            "{layer}: expected rows that the scaler can be fitted to after {event}, got: {e}. The rows count; the scaler stays as it was until the next event"
+        ),
+    }
+}
+
 /// The stretches of a saved window.
 pub(crate) fn stretches(layer: &str, text: &str, hold: bool) -> Result<()> {
     if !hold {
         bail!(
-            "{layer}: expected five ascending ends of stretches within the window in the saved state, got {text:?}"
+            "{layer}: expected five ascending ends of stretches as a window has them in the saved state, got {text:?}"
         )
     }
     Ok(())
