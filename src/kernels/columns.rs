@@ -102,19 +102,45 @@ where
         .map(|(x, moments)| ColumnMoments { x, moments, center })
         .collect();
     par::run(jobs, x.len(), |job| level.run(job));
-    let mut moments = vec![Moments::default(); shape.channels];
-    for block in blocks.chunks(width) {
-        for (channel, columns) in moments.iter_mut().zip(block.chunks(shape.inner)) {
-            for column in columns {
-                *channel = channel.merge(*column);
-            }
-        }
-    }
+    let moments = merged(&blocks, shape);
     let stats = moments.iter().map(
         #[inline(always)]
         |m| Stats::new(m.mean, m.var(), eps),
     );
     stats.collect()
+}
+
+/// The moments of each channel, from those that each block has of its columns.
+fn merged(blocks: &[Moments], shape: Shape) -> Vec<Moments> {
+    /// So many channels are worth a thread.
+    const CHANNELS: usize = 1 << 7;
+    let Shape {
+        channels, inner, ..
+    } = shape;
+    let width = channels * inner;
+    // Every channel has as many values in a column of a block as the others.
+    let mut all = Moments::default();
+    let mut steps = vec![];
+    for block in blocks.chunks(width) {
+        for column in &block[..inner] {
+            let joint = all.joint(column.count);
+            steps.push(joint);
+            all = all.merge_by(*column, joint);
+        }
+    }
+    let mut moments = vec![Moments::default(); channels];
+    let jobs = moments.chunks_mut(CHANNELS).enumerate().collect();
+    par::run(jobs, blocks.len(), |(job, moments)| {
+        for (block, steps) in blocks.chunks(width).zip(steps.chunks(inner)) {
+            let columns = block[job * CHANNELS * inner..].chunks(inner);
+            for (channel, columns) in moments.iter_mut().zip(columns) {
+                for (column, joint) in columns.iter().zip(steps) {
+                    *channel = channel.merge_by(*column, *joint);
+                }
+            }
+        }
+    });
+    moments
 }
 
 pub(super) fn forward<E: Elem>(
@@ -179,12 +205,15 @@ where
             let mut shifts = vec![E::Acc::default(); width];
             if self.center {
                 let mut columns = ColumnSums::<I, E::Acc, 1>::new(isa, &mut sums[..width]);
-                columns.add_rows(
-                    isa,
-                    x,
-                    #[inline(always)]
-                    |_, v| [v],
-                );
+                // One after the other: rows side by side are not fetched ahead.
+                for row in x.chunks_exact(width) {
+                    columns.add(
+                        isa,
+                        row,
+                        #[inline(always)]
+                        |_, v| [v],
+                    );
+                }
                 columns.finish(isa);
                 for (shift, sum) in shifts.iter_mut().zip(&sums) {
                     *shift = E::Acc::from_wide(*sum / count);

@@ -34,6 +34,12 @@ fn subjects() -> Vec<(Subject, Vec<usize>)> {
     for dims in maps {
         all.extend(kinds(&dims).map(|kind| (Subject::new(kind, 1e-3), dims.clone())));
     }
+    // More channels than a tile has, and planes longer and shorter than a run.
+    for dims in [vec![2, 37, 6, 7], vec![1, 18, 43, 49]] {
+        for kind in [Kind::Batch, Kind::BatchNoMean] {
+            all.push((Subject::new(kind, 1e-3), dims.clone()));
+        }
+    }
     for kind in [
         Kind::Layer { axes: 1 },
         Kind::Batch,
