@@ -8,7 +8,9 @@
 //! cargo run --release --example recurrent_series -- --norm none
 //! ```
 //!
-//! It reaches a mean absolute error of 0.8 ppm over the second half of the series, where repeating the last value has about 2.
+//! It reaches a mean absolute error of 0.62 ppm over the second half of the series. Repeating last year's course has 0.63, repeating the
+//! last value 2.65. One run of each norm had: layer 0.56, rms 0.57, group:4 0.60, none 0.64, and batch 1.50, since the running statistics
+//! of one layer have to serve all 104 steps.
 //!
 //! Change the norm, `WINDOW`, `HIDDEN`, or the series in `run`.
 
@@ -37,7 +39,7 @@ const HIDDEN: usize = 32;
 const BATCH: usize = 32;
 const LEARNING_RATE: f64 = 5e-3;
 /// Mean absolute error, in ppm.
-const REACHES: f32 = 0.8;
+const REACHES: f32 = 0.62;
 
 /// Trains an LSTM with a norm inside on weekly CO2.
 #[derive(Debug, Parser)]
@@ -188,9 +190,9 @@ fn run(options: &Options) -> Result<()> {
         then.broadcast_sub(&windows.narrow(1, WINDOW - 53, 1)?)
     })?;
     println!("Mean absolute error over half a year, in ppm, on the second half of the series");
-    println!("{:28}{error:.2}", format!("LSTM, {}", options.norm));
-    println!("{:28}{repeated:.2}", "repeating the last week");
-    println!("{:28}{year_before:.2}", "repeating last year's course");
+    println!("{:32}{error:.2}", format!("LSTM, {}", options.norm));
+    println!("{:32}{repeated:.2}", "repeating the last week");
+    println!("{:32}{year_before:.2}", "repeating last year's course");
     println!("Change the norm: --norm rms, none, group:4 or batch; `WINDOW` to 156.");
     let default = matches!(options.norm, NormConfig::Layer(_));
     if default && !options.quick && error > REACHES {

@@ -9,7 +9,8 @@
 //! cargo run --release --example style_shift -- --norm batch,group:1
 //! ```
 //!
-//! With instance norm it reaches 93 % of the shifted digits.
+//! With instance norm it reaches 93 % of the shifted digits. One run of each had, plain, shifted, and moved by AdaIN: instance 94.8,
+//! 94.8 and 94.8 %; batch 96.4, 47.4 and 95.8 %.
 //!
 //! Change the shift in `shifted`, or the norms.
 

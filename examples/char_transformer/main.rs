@@ -9,6 +9,7 @@
 //! ```
 //!
 //! It reaches 3.0 bits a character on the last sonnets, which it has not seen. The frequencies of the characters alone need 4.5.
+//! One run of each had: layer and rms 2.90, layer after the sublayers 2.87, rms with normalized queries and keys 2.90, none 3.33.
 //!
 //! Change the norm and its place, and `--lr`: what is stable at 0.005 may not be at 0.05. `--qk-norm` normalizes queries and keys.
 

@@ -9,7 +9,7 @@
 //! cargo run --release --example finetune_crepe -- --norm batch --batch 2
 //! ```
 //!
-//! It reaches 80 % of such tones within half a semitone, with statistics frozen, from about 60 % before.
+//! It reaches 85 % of such tones within half a semitone, with statistics frozen, from 61 % before.
 //!
 //! Change the tones in `tones.rs`, `FIXED` in `network.rs`, or `--batch`.
 
@@ -20,7 +20,8 @@ mod tones;
 
 use candle_core::{DType, Device, ModuleT, Result, Tensor, bail};
 use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
-use candle_norm::{BatchNorm, checkpoint, trainable_vars};
+use candle_norm::checkpoint::{self, LoadReport};
+use candle_norm::{BatchNorm, trainable_vars};
 use clap::Parser;
 use common::largest_difference;
 use network::Crepe;
@@ -34,7 +35,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/crepe_tiny");
 const LEARNING_RATE: f64 = 2e-3;
 /// Of tones with frozen statistics, in percent.
-const REACHES: f32 = 80.;
+const REACHES: f32 = 85.;
 
 /// Loads a pretrained pitch network and trains it further.
 #[derive(Debug, Parser)]
@@ -62,8 +63,9 @@ fn loss(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     (logits.relu()? - (logits * targets)? + log)?.mean_all()
 }
 
-fn train(net: &impl ModuleT, vars: &VarMap, options: &Options) -> Result<()> {
-    let steps = if options.quick { 2 } else { 300 };
+/// Trains the variables of a network; its accuracy afterwards, in inference.
+fn tuned(net: &impl ModuleT, vars: &VarMap, test: &Tones, options: &Options) -> Result<f32> {
+    let steps = if options.quick { 2 } else { 240 };
     let mut optimizer = AdamW::new_lr(trainable_vars(vars), LEARNING_RATE)?;
     let mut rng = StdRng::seed_from_u64(1);
     let bar = common::progress_bar(steps);
@@ -75,23 +77,23 @@ fn train(net: &impl ModuleT, vars: &VarMap, options: &Options) -> Result<()> {
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok(())
+    test.accuracy(net)
 }
 
-/// The network with the weights of the file, and their variables.
-fn pretrained() -> Result<(Crepe<BatchNorm>, VarMap)> {
+/// The network with the weights of the file, their variables, and what was loaded.
+fn pretrained() -> Result<(Crepe<BatchNorm>, VarMap, LoadReport)> {
     let vars = VarMap::new();
     let net = Crepe::new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
     let report = checkpoint::load_into_strict(&vars, format!("{FILES}.safetensors"))?;
-    println!("{report}");
-    Ok((net, vars))
+    Ok((net, vars, report))
 }
 
 fn main() -> Result<()> {
     let options = Options::parse();
     let theirs =
         candle_core::safetensors::load(format!("{FILES}.outputs.safetensors"), &Device::Cpu)?;
-    let (net, _) = pretrained()?;
+    let (net, _, report) = pretrained()?;
+    println!("{report}");
     let outputs = candle_nn::ops::sigmoid(&net.forward_t(&theirs["frames"], false)?)?;
     let difference = largest_difference(&outputs, &theirs["outputs"])?;
     println!("Largest difference to PyTorch's outputs: {difference:.0e}");
@@ -107,16 +109,12 @@ fn main() -> Result<()> {
         test.accuracy(&net)?
     );
     for &statistics in &options.norm {
-        let (net, vars) = pretrained()?;
-        let (frozen, name) = (net.frozen()?, format!("{statistics:?} statistics"));
-        match statistics {
-            Statistics::Frozen => train(&frozen, &vars, &options)?,
-            Statistics::Batch => train(&net, &vars, &options)?,
-        }
+        let (net, vars, _) = pretrained()?;
         let accuracy = match statistics {
-            Statistics::Frozen => test.accuracy(&frozen)?,
-            Statistics::Batch => test.accuracy(&net)?,
+            Statistics::Frozen => tuned(&net.frozen()?, &vars, &test, &options)?,
+            Statistics::Batch => tuned(&net, &vars, &test, &options)?,
         };
+        let name = format!("{statistics:?} statistics");
         println!("{name:26}{accuracy:5.1} %");
         if statistics == Statistics::Frozen && accuracy < REACHES && !options.quick {
             bail!("expected {REACHES} % with frozen statistics")
