@@ -9,7 +9,8 @@
 //! cargo run --release --example finetune_crepe -- --norm batch --batch 2
 //! ```
 //!
-//! It reaches 85 % of such tones within half a semitone, with statistics frozen, from 61 % before.
+//! It reaches 85 % of such tones within half a semitone, with statistics frozen, from 61.5 % before. One run had 89.5 %, and 80.5 % with those of
+//! each batch.
 //!
 //! Change the tones in `tones.rs`, `FIXED` in `network.rs`, or `--batch`.
 
