@@ -1,17 +1,25 @@
-//! What the examples share: the digits, how they are learned, and a start that is the same on every run.
+//! What the examples share: the digits, how they are learned, a start that is the same on every run, and how a run is shown.
 #![allow(dead_code)] // Each example uses some of it.
 
 use std::env;
+use std::fmt::Display;
 use std::io::Read;
 use std::process::{Command, ExitCode};
 
 use candle_core::{DType, Device, Error, IndexOp, ModuleT, Result, Tensor, Var};
-use candle_nn::{AdamW, Optimizer, VarMap, loss::cross_entropy};
-use rand::SeedableRng;
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap, loss::cross_entropy};
+use candle_norm::{NormConfig, param_groups};
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, Normal};
 
 /// Images to train on, as many as `scripts/make_digits_cnn.py` does; the other 500, by other writers, are for testing.
 const TRAIN: usize = 1297;
+
+/// How the names of the two parameters of a weight norm end.
+const LENGTH: &str = "original0";
+const DIRECTION: &str = "original1";
 
 /// Handwritten digits: images `[N, 1, 8, 8]` in `[0, 1]` and their classes `[N]`.
 pub(crate) struct Digits {
@@ -42,6 +50,15 @@ impl Digits {
         })
     }
 
+    /// The images at these positions, in this order.
+    pub(crate) fn select(&self, positions: &[u32]) -> Result<Self> {
+        let index = Tensor::new(positions, &Device::Cpu)?;
+        Ok(Self {
+            images: self.images.index_select(&index, 0)?,
+            labels: self.labels.index_select(&index, 0)?,
+        })
+    }
+
     /// The share of the images, in percent, whose class has the highest of the `logits` `[N, 10]`.
     pub(crate) fn accuracy(&self, logits: &Tensor) -> Result<f32> {
         let right = logits.argmax(1)?.eq(&self.labels)?;
@@ -67,8 +84,34 @@ impl Digits {
     }
 }
 
+/// AdamW for the weights, and one without decay for the rest: decay would pull the scales of norms to zero.
+pub(crate) fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
+    let groups = param_groups(vars);
+    let new = |vars, weight_decay| {
+        let params = ParamsAdamW {
+            weight_decay,
+            ..Default::default()
+        };
+        AdamW::new(vars, params)
+    };
+    Ok([new(groups.decay, weight_decay)?, new(groups.no_decay, 0.)?])
+}
+
+/// The positions of an epoch in random order, in batches of `size`; those that are left over wait for another epoch.
+pub(crate) fn batches(count: usize, size: usize, rng: &mut impl Rng) -> Vec<Vec<u32>> {
+    let mut order: Vec<u32> = (0..count as u32).collect();
+    order.shuffle(rng);
+    order.chunks_exact(size).map(<[u32]>::to_vec).collect()
+}
+
+/// A norm by its name; "group" alone is of 8 groups.
+pub(crate) fn norm(name: &str) -> Result<NormConfig> {
+    if name == "group" { "group:8" } else { name }.parse()
+}
+
 /// Draws weights of two axes or more from a normal distribution, He-scaled, in the order of their names, and zeroes biases; the
-/// weights of norms stay the ones that they are. candle's own generator cannot be seeded on the CPU.
+/// weights of norms stay the ones that they are, and a weight norm gets the length of what was drawn. candle's own generator
+/// cannot be seeded on the CPU.
 pub(crate) fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
     let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
     let vars = vars.data().lock().expect("no thread panicked");
@@ -77,6 +120,8 @@ pub(crate) fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
     for (name, var) in named {
         if name.ends_with("bias") {
             var.set(&var.zeros_like()?.detach())?;
+        } else if name.ends_with(LENGTH) {
+            // Of a direction that is not drawn yet.
         } else if var.rank() >= 2 {
             let fan_in = var.elem_count() / var.dims()[0];
             let normal = Normal::new(0f32, (2. / fan_in as f32).sqrt()).map_err(Error::wrap)?;
@@ -86,6 +131,12 @@ pub(crate) fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
                 var.shape(),
                 &Device::Cpu,
             )?)?;
+        }
+    }
+    for (name, length) in vars.iter() {
+        if let Some(direction) = name.strip_suffix(LENGTH) {
+            let drawn = vars[&format!("{direction}{DIRECTION}")].flatten_from(1)?;
+            length.set(&drawn.sqr()?.sum(1)?.sqrt()?.reshape(length.shape())?)?;
         }
     }
     Ok(())
@@ -98,12 +149,59 @@ pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     Ok(differences.into_iter().map(or_infinite).fold(0., f32::max))
 }
 
+/// A bar of `steps` with the time that is left. It draws on the terminal, and nothing where standard error is none.
+pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
+    let style = "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go";
+    let style = ProgressStyle::with_template(style).expect("a template that indicatif reads");
+    ProgressBar::new(steps as u64).with_style(style)
+}
+
+/// Images `[H, W]` of gray from 0 to 1, side by side, a pixel two characters wide.
+pub(crate) fn picture(images: &[Tensor]) -> Result<String> {
+    const INKS: [&str; 5] = [
+        "  ",
+        "\u{2591}\u{2591}",
+        "\u{2592}\u{2592}",
+        "\u{2593}\u{2593}",
+        "\u{2588}\u{2588}",
+    ];
+    let mut lines: Vec<String> = vec![];
+    for image in images {
+        for (y, row) in image.to_vec2::<f32>()?.into_iter().enumerate() {
+            let level = |gray: f32| (gray.clamp(0., 1.) * (INKS.len() - 1) as f32).round();
+            let row: String = row
+                .into_iter()
+                .map(|gray| INKS[level(gray) as usize])
+                .collect();
+            match lines.get_mut(y) {
+                Some(line) => *line += &format!("  {row}"),
+                None => lines.push(row),
+            }
+        }
+    }
+    Ok(lines.join("\n"))
+}
+
+/// Runs an example in [single-threaded candle](in_single_threaded_candle), and says what went wrong.
+pub(crate) fn run<E: Display>(example: impl FnOnce() -> std::result::Result<(), E>) -> ExitCode {
+    if let Some(code) = in_single_threaded_candle() {
+        return code;
+    }
+    match example() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs this program again with candle's own threads switched off, unless that was done or decided before.
 ///
 /// Networks this small train fastest on one thread each. Candle reads the number of its threads from the
 /// environment; with more than one they wait for each other by spinning, and every matrix product looks the number of
 /// cores up anew, which together multiplies the time of a step on a busy machine.
-pub(crate) fn in_single_threaded_candle() -> Option<ExitCode> {
+fn in_single_threaded_candle() -> Option<ExitCode> {
     let unset: Vec<_> = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
         .into_iter()
         .filter(|name| env::var_os(name).is_none())

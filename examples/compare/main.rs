@@ -30,7 +30,6 @@ use clap::Parser;
 use data::Digits;
 use files::{Files, write_steps, write_summary};
 use findings::{findings, table};
-use indicatif::{ProgressBar, ProgressStyle};
 use options::Options;
 use std::error::Error;
 use std::fs;
@@ -48,16 +47,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(code) = common::in_single_threaded_candle() {
-        return code;
-    }
-    match compare(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    common::run(|| compare(&options))
 }
 
 fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -113,11 +103,7 @@ fn train_all(
     let jobs: Vec<_> = (0..settings.seeds as u64)
         .flat_map(|seed| (0..norms.len()).map(move |norm| (norm, seed)))
         .collect();
-    // It draws on the terminal, and nothing where standard error is none.
-    let bar = ProgressBar::new((jobs.len() * settings.steps()) as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go",
-    )?);
+    let bar = common::progress_bar(jobs.len() * settings.steps());
 
     let next = AtomicUsize::new(0);
     let results: Mutex<Vec<Option<candle_core::Result<Run>>>> =

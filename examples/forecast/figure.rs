@@ -9,8 +9,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::axis::Axis;
-use crate::data::Series;
 use crate::scales::Scaling;
+use crate::series::Series;
 use crate::walk::Outcome;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;

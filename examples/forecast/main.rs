@@ -12,11 +12,12 @@
 mod axis;
 #[path = "../common/mod.rs"]
 mod common;
-mod data;
 mod figure;
 mod model;
 mod options;
 mod scales;
+#[path = "../common/series.rs"]
+mod series;
 mod walk;
 
 use std::error::Error;
@@ -27,11 +28,11 @@ use std::thread;
 
 use candle_norm::scaling::DriftEvent;
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
-use data::Series;
 use options::Options;
 use scales::Scaling;
+use series::Series;
 use walk::{Outcome, Walk};
 
 /// Candle allocates the result of every operation: the allocator is a good part of a step's time.
@@ -40,16 +41,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(code) = common::in_single_threaded_candle() {
-        return code;
-    }
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    common::run(|| run(&options))
 }
 
 /// What came of one data set.
@@ -64,11 +56,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(&options.out).map_err(cannot)?;
     let all = [Series::stocks()?, Series::co2()?];
     let jobs = all.len() * Scaling::ALL.len() * options.seeds();
-    // It draws on the terminal, and nothing where standard error is none.
-    let bar = ProgressBar::new((jobs * options.steps()) as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go",
-    )?);
+    let bar = common::progress_bar(jobs * options.steps());
     let mut text = String::new();
     for series in all {
         let report = compare(series, options, &bar)?;

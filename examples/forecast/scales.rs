@@ -6,7 +6,7 @@ use candle_norm::scaling::{
     SeriesStats, SlidingScaler, StandardScaler,
 };
 
-use crate::data::Series;
+use crate::series::Series;
 
 /// Rows that the scalers of series remember.
 const MEMORY: usize = 60;

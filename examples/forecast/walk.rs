@@ -6,9 +6,9 @@ use candle_norm::trainable_vars;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::data::Series;
 use crate::model::{HORIZON, Kind, Model, WINDOW};
 use crate::scales::{Scales, Scaling};
+use crate::series::Series;
 
 const BATCH: usize = 64;
 const LEARNING_RATE: f64 = 5e-3;

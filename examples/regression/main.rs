@@ -23,7 +23,6 @@ use candle_core::{DType, Device, Tensor};
 use candle_norm::scaling::Pipeline;
 use clap::Parser;
 use data::Split;
-use indicatif::{ProgressBar, ProgressStyle};
 use report::Arm;
 use scheme::{BEST, LEAK, SCHEMES, Scheme};
 use std::env;
@@ -75,20 +74,10 @@ fn rate(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(code) = common::in_single_threaded_candle() {
-        return code;
-    }
-    let done = match &options.predict {
+    common::run(|| match &options.predict {
         Some(file) => print_predictions(file),
         None => compare(&options),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -140,12 +129,7 @@ fn train_all(
     cars: &Split,
     settings: Settings,
 ) -> Result<Vec<Arm>, Box<dyn Error>> {
-    let total = schemes.len() as u64 * settings.seeds * settings.steps as u64;
-    // It draws on the terminal, and nothing where standard error is none.
-    let bar = ProgressBar::new(total);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go",
-    )?);
+    let bar = common::progress_bar(schemes.len() * settings.seeds as usize * settings.steps);
     let mut arms = vec![];
     for &scheme in schemes {
         let run = |seed| train(scheme, cars, seed, settings, || bar.inc(1));

@@ -1,4 +1,5 @@
-//! The series, embedded in the program.
+//! Series in time, embedded in the program.
+#![allow(dead_code)] // Each example uses some of it.
 
 use candle_core::{Device, Error, Result, Tensor, bail};
 

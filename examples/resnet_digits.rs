@@ -1,0 +1,242 @@
+//! A residual network learns the digits; then its batch norms are frozen, and folded into the convolutions before them.
+//!
+//! ```text
+//! cargo run --release --example resnet_digits
+//! cargo run --release --example resnet_digits -- --norm group
+//! ```
+//!
+//! It reaches 95 % of the test digits, which are by other writers than those it learns from. With `--norm` none, layer, group or
+//! instance the same network trains without batch statistics, and there is nothing to fold. One run of each had: batch, group and
+//! layer 96.2 %, instance 97.0 %, none 95.4 %.
+//!
+//! Change `CHANNELS`, the blocks in `Net::new`, or `Options::batch`: batch norm needs batches, the others do not.
+
+mod common;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, bail};
+use candle_nn::loss::cross_entropy;
+use candle_nn::ops::Identity;
+use candle_nn::{Conv2d, Conv2dConfig, Linear, Optimizer, VarBuilder, VarMap};
+use candle_norm::{BatchNorm, NormConfig, batch_norm};
+use clap::Parser;
+use common::{Digits, batches, initialize, largest_difference};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Of each of the three stages.
+const CHANNELS: [usize; 3] = [16, 32, 32];
+const BATCH: usize = 32;
+const EPOCHS: usize = 10;
+const LEARNING_RATE: f64 = 5e-3;
+/// Of the test digits, in percent.
+const REACHES: f32 = 95.;
+
+/// Trains a residual network on handwritten digits, and folds its batch norms away.
+#[derive(Debug, Parser)]
+struct Options {
+    /// batch, layer, group, group:N (N groups), instance, rms or none
+    #[arg(long, default_value = "batch", value_parser = common::norm)]
+    norm: NormConfig,
+    /// Images in a step
+    #[arg(long, default_value_t = BATCH)]
+    batch: usize,
+    /// A few steps: a look within seconds
+    #[arg(long)]
+    quick: bool,
+}
+
+/// A convolution and its norm.
+struct ConvNorm<N> {
+    conv: Conv2d,
+    norm: N,
+}
+
+impl<N: ModuleT> ModuleT for ConvNorm<N> {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        self.norm.forward_t(&self.conv.forward(xs)?, train)
+    }
+}
+
+/// Two convolutions, and what goes around them: the input, or a convolution of it where its shape changes.
+struct Block<N> {
+    first: ConvNorm<N>,
+    second: ConvNorm<N>,
+    around: Option<ConvNorm<N>>,
+}
+
+impl<N: ModuleT> ModuleT for Block<N> {
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        let ys = self.first.forward_t(xs, train)?.relu()?;
+        let ys = self.second.forward_t(&ys, train)?;
+        match &self.around {
+            Some(around) => ys + around.forward_t(xs, train)?,
+            None => ys + xs,
+        }?
+        .relu()
+    }
+}
+
+struct Net<N> {
+    stem: ConvNorm<N>,
+    blocks: Vec<Block<N>>,
+    head: Linear,
+}
+
+impl<N> Net<N> {
+    /// `norm` builds the norm of so many channels.
+    fn new(vb: VarBuilder, norm: impl Fn(usize, VarBuilder) -> Result<N>) -> Result<Self> {
+        let conv = |name: &str, kernel: usize, (inputs, outputs), stride| {
+            let vb = vb.pp(name);
+            let config = Conv2dConfig {
+                padding: kernel / 2,
+                stride,
+                ..Default::default()
+            };
+            Result::Ok(ConvNorm {
+                conv: candle_nn::conv2d_no_bias(inputs, outputs, kernel, config, vb.pp("conv"))?,
+                norm: norm(outputs, vb.pp("norm"))?,
+            })
+        };
+        let mut blocks = vec![];
+        for (i, (&inputs, &outputs)) in CHANNELS[..1]
+            .iter()
+            .chain(&CHANNELS)
+            .zip(&CHANNELS)
+            .enumerate()
+        {
+            let part = |part| format!("blocks.{i}.{part}");
+            let stride = if inputs == outputs { 1 } else { 2 };
+            blocks.push(Block {
+                first: conv(&part("first"), 3, (inputs, outputs), stride)?,
+                second: conv(&part("second"), 3, (outputs, outputs), 1)?,
+                around: match stride {
+                    1 => None,
+                    _ => Some(conv(&part("around"), 1, (inputs, outputs), stride)?),
+                },
+            });
+        }
+        Ok(Self {
+            stem: conv("stem", 3, (1, CHANNELS[0]), 1)?,
+            blocks,
+            head: candle_nn::linear(CHANNELS[2], 10, vb.pp("head"))?,
+        })
+    }
+
+    /// The same network with other convolutions and norms.
+    fn map<M>(&self, change: impl Fn(&ConvNorm<N>) -> Result<ConvNorm<M>>) -> Result<Net<M>> {
+        let block = |block: &Block<N>| {
+            Ok(Block {
+                first: change(&block.first)?,
+                second: change(&block.second)?,
+                around: block.around.as_ref().map(&change).transpose()?,
+            })
+        };
+        Ok(Net {
+            stem: change(&self.stem)?,
+            blocks: self.blocks.iter().map(block).collect::<Result<_>>()?,
+            head: self.head.clone(),
+        })
+    }
+}
+
+impl<N: ModuleT> ModuleT for Net<N> {
+    /// Images `[N, 1, 8, 8]` to logits `[N, 10]`.
+    fn forward_t(&self, images: &Tensor, train: bool) -> Result<Tensor> {
+        let mut xs = self.stem.forward_t(images, train)?.relu()?;
+        for block in &self.blocks {
+            xs = block.forward_t(&xs, train)?;
+        }
+        self.head.forward(&xs.mean((2, 3))?)
+    }
+}
+
+fn train(net: &impl ModuleT, vars: &VarMap, digits: &Digits, options: &Options) -> Result<()> {
+    initialize(vars, 1)?;
+    let mut optimizers = common::adamw(vars, 0.05)?;
+    let mut rng = StdRng::seed_from_u64(1);
+    let epoch = |_| batches(digits.images.dims()[0], options.batch, &mut rng);
+    let mut steps: Vec<_> = (0..EPOCHS).flat_map(epoch).collect();
+    if options.quick {
+        steps.truncate(8);
+    }
+    let bar = common::progress_bar(steps.len());
+    for (step, positions) in steps.iter().enumerate() {
+        let batch = digits.select(positions)?;
+        let logits = net.forward_t(&batch.images, true)?;
+        let grads = cross_entropy(&logits, &batch.labels)?.backward()?;
+        for optimizer in &mut optimizers {
+            let left = 1. - step as f64 / steps.len() as f64;
+            optimizer.set_learning_rate(LEARNING_RATE * left);
+            optimizer.step(&grads)?;
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// Prints the accuracy in inference and the shortest time of some passes; returns the outputs.
+fn evaluate(stage: &str, net: &impl ModuleT, test: &Digits, passes: usize) -> Result<Tensor> {
+    let (mut logits, mut fastest) = (test.images.clone(), Duration::MAX);
+    for _ in 0..passes {
+        let start = Instant::now();
+        logits = net.forward_t(&test.images, false)?;
+        fastest = fastest.min(start.elapsed());
+    }
+    println!(
+        "{stage:28}{:6.1} %  {fastest:8.1?}",
+        test.accuracy(&logits)?
+    );
+    Ok(logits)
+}
+
+fn run(options: &Options) -> Result<()> {
+    let (digits, test) = Digits::load()?;
+    let passes = if options.quick { 2 } else { 10 };
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    println!("                            test digits right, time for all 500");
+    let NormConfig::Batch(batch) = options.norm else {
+        let net = Net::new(vb, |channels, vb| options.norm.channels(channels, vb))?;
+        train(&net, &vars, &digits, options)?;
+        evaluate(&format!("trained, {}", options.norm), &net, &test, passes)?;
+        println!("Change the norm: --norm batch trains, freezes and folds; the batch: --batch 2.");
+        return Ok(());
+    };
+    let net: Net<BatchNorm> = Net::new(vb, |channels, vb| batch_norm(channels, batch, vb))?;
+    train(&net, &vars, &digits, options)?;
+    let trained = evaluate("trained, batch", &net, &test, passes)?;
+    let frozen = net.map(|ConvNorm { conv, norm }| {
+        let (conv, norm) = (conv.clone(), norm.frozen()?);
+        Ok(ConvNorm { conv, norm })
+    })?;
+    let fixed = evaluate("statistics frozen", &frozen, &test, passes)?;
+    let folded = frozen.map(|ConvNorm { conv, norm }| {
+        let (conv, norm) = (norm.fold_into(conv)?, Identity);
+        Ok(ConvNorm { conv, norm })
+    })?;
+    let plain = evaluate("folded into the convolutions", &folded, &test, passes)?;
+
+    let by_freezing = largest_difference(&trained, &fixed)?;
+    let by_folding = largest_difference(&trained, &plain)?;
+    println!("Outputs changed by freezing: {by_freezing:.0e}, by folding: {by_folding:.0e}");
+    println!("Change the norm: --norm group, layer, instance, rms or none; the batch: --batch 2.");
+    if by_freezing > 1e-4 || by_folding > 1e-3 {
+        bail!("expected the same outputs before and after")
+    }
+    if !options.quick && options.batch == BATCH && test.accuracy(&plain)? < REACHES {
+        bail!("expected {REACHES} % of the digits right")
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    common::run(|| run(&options))
+}
