@@ -86,7 +86,7 @@ pub fn switch_norm(
     let acc = composed::accumulator(x.dtype());
     let rows = x.contiguous()?.to_dtype(acc)?.reshape((n, c, space))?;
     let planes = match route {
-        Route::Fused => Planes::fused(&rows)?,
+        Route::Fused => Planes::fused(&rows, &sources)?,
         Route::Composed => Planes::composed(&rows, &sources)?,
     };
     let mixed = planes.mix([mean_weight, var_weight], &sources)?;
@@ -98,7 +98,7 @@ pub fn switch_norm(
     if let Some(weight) = weight {
         scale = scale.broadcast_mul(&weight.reshape((1, c))?)?;
     }
-    let mut shift = ((&planes.mean - mixed.mean)? * &scale)?;
+    let mut shift = ((planes.mean.detach() - mixed.mean)? * &scale)?;
     if let Some(bias) = bias {
         shift = shift.broadcast_add(&bias.reshape((1, c))?)?;
     }
@@ -174,15 +174,15 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 
 /// The planes of a batch, one for each channel of each sample, and their moments.
 struct Planes {
-    /// `[N, C, space]` in the accumulator's dtype, less `offset`.
+    /// `[N, C, space]` in the accumulator's dtype; on the composed path less `offset`.
     values: Tensor,
-    /// What was subtracted, `[N, 1]` or `[1, 1]`.
-    offset: Option<Tensor>,
-    /// The mean of `values`, `[N, C]`; `f64` on the fused path.
+    /// What was subtracted from `mean`, `[N, 1]` or `[1, 1]`.
+    offset: Tensor,
+    /// The mean of each plane less `offset`, `[N, C]`; `f64` on the fused path.
     mean: Tensor,
     /// The biased variance, `[N, C]`.
     var: Tensor,
-    /// The mean again, as the values are centered by.
+    /// What the values are centered by: their means, which no gradient reaches.
     about: Tensor,
     space: usize,
 }
@@ -198,46 +198,36 @@ struct Mixed {
 }
 
 impl Planes {
-    /// The moments are nodes of the graph of their own; all that follows is done in `f64`.
-    fn fused(x: &Tensor) -> Result<Self> {
+    /// The moments are a node of the graph of their own; all that follows of them is `f64`.
+    fn fused(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
         let op = Groups::new(LAYER, x, c, None, None, 1.);
         let (_, op) = fused::apply(op, &x.detach(), &[])?;
         let both = x.apply_op1(PlaneMoments::of(op.stats()?, space))?;
         let [mean, var] = [0, 1].map(|i| both.narrow(0, i, 1)?.reshape((n, c)));
         let mean = mean?;
+        let offset = offset(&mean, sources)?;
         Ok(Self {
             values: x.clone(),
-            offset: None,
             about: mean.detach(),
-            mean,
+            mean: mean.broadcast_sub(&offset)?,
+            offset,
             var: var?,
             space,
         })
     }
 
-    /// What differences of means are formed from is first brought near zero, where it has all its digits. The offset comes from nothing that the
-    /// result does not depend on anyway.
     fn composed(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
-        let first = |t: Tensor, n| t.detach().narrow(1, 0, 1)?.reshape((n, 1, 1));
-        let offset = match sources.batch {
-            SwitchBatch::Absent => first(x.reshape((n, ()))?, n)?,
-            SwitchBatch::Own => first(x.reshape((1, ()))?, 1)?,
-            SwitchBatch::Given(mean, _) => mean
-                .detach()
-                .to_dtype(x.dtype())?
-                .mean_all()?
-                .reshape((1, 1, 1))?,
-        };
-        let values = x.broadcast_sub(&offset)?;
+        let offset = offset(&x.reshape((n, c * space))?, sources)?;
+        let values = x.broadcast_sub(&offset.unsqueeze(2)?)?;
         let (mean, var) = composed::mean_and_var(&values.reshape((n * c, space))?)?;
         let mean = mean.reshape((n, c))?;
         Ok(Self {
             values,
-            offset: Some(offset.squeeze(2)?),
             about: mean.detach(),
             mean,
+            offset,
             var: var.reshape((n, c))?,
             space,
         })
@@ -276,20 +266,14 @@ impl Planes {
                 let [mean, var] = union(&by_channel(&self.mean)?, &by_channel(&var)?)?;
                 let var = (var * unbiased(n * self.space, !sources.instance))?;
                 let (mean, var) = (mean.t()?, var.t()?);
-                let stored = match &self.offset {
-                    Some(offset) => mean.detach().broadcast_add(offset)?,
-                    None => mean.detach(),
-                };
+                let stored = mean.detach().broadcast_add(&self.offset)?;
                 batch = Some([stored.reshape(c)?, var.detach().reshape(c)?]);
                 means.push(mean);
                 vars.push(var);
             }
             SwitchBatch::Given(mean, var) => {
                 let row = |t: &Tensor| t.detach().to_dtype(wide)?.reshape((1, c));
-                means.push(match &self.offset {
-                    Some(offset) => row(mean)?.broadcast_sub(offset)?,
-                    None => row(mean)?,
-                });
+                means.push(row(mean)?.broadcast_sub(&self.offset)?);
                 vars.push(row(var)?);
             }
         }
@@ -300,6 +284,22 @@ impl Planes {
             batch,
         })
     }
+}
+
+/// A value near the means, whose differences then have all their digits: that of equal means is zero. It comes from nothing that the
+/// result does not depend on anyway: the first of `values` `[N, …]`, of each sample where samples do not see each other, or the running means.
+fn offset(values: &Tensor, sources: &SwitchSources) -> Result<Tensor> {
+    let first = values.detach().narrow(1, 0, 1)?;
+    let offset = match sources.batch {
+        SwitchBatch::Absent => first,
+        SwitchBatch::Own => first.narrow(0, 0, 1)?,
+        SwitchBatch::Given(mean, _) => {
+            let mean = mean.detach().to_dtype(values.dtype())?;
+            mean.mean_all()?.reshape((1, 1))?
+        }
+    };
+    let finite = (&offset - &offset)?.eq(0.)?;
+    finite.where_cond(&offset, &offset.zeros_like()?)
 }
 
 /// What [`switch_norm`] mixes by, of one of its weights.
