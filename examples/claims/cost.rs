@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::claim::{Claim, Judgement, Plot, show};
-use crate::lab::{Lab, Measure, Reading};
+use crate::lab::{Lab, Reading};
 
 const TIME: &str = "time";
 /// Images of C × H × W, 32 of them.

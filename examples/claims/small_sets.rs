@@ -196,7 +196,7 @@ fn generator(lab: &Lab) -> Result<Vec<Measure>> {
         ("0 to 1", 0., 1.),
         ("−1 to 1", -1., 2.),
     ] {
-        let target = |x: &Tensor| (((x + 1.)? * (range / 2.))? + low);
+        let target = |x: &Tensor| ((x + 1.)? * (range / 2.))? + low;
         all.extend(
             lab.tuned(arm, &[1e-3, 3e-3, 1e-2, 3e-2, 0.1], |rate, seed| {
                 let net = Net::new(seed, |vb| {
