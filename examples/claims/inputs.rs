@@ -195,7 +195,7 @@ fn outlier(lab: &Lab) -> Result<Vec<Measure>> {
 
 fn round_trip(lab: &Lab) -> Result<Vec<Measure>> {
     let (split, stocks, co2) = (Split::load()?, Series::stocks()?, Series::co2()?);
-    let column = |x: &Tensor, i: usize| x.narrow(1, i, 1)?.to_dtype(DType::F64);
+    let column = |x: &Tensor, i: usize| x.narrow(1, i, 1)?.contiguous()?.to_dtype(DType::F64);
     let days: Vec<f64> = (0..2284).map(|week| 21_270. + 7. * week as f64).collect();
     let quantities = [
         ("price", column(&split.train.prices, 0)?),

@@ -223,11 +223,16 @@ impl Planes {
         let values = x.broadcast_sub(&offset.unsqueeze(2)?)?;
         let (mean, var) = composed::mean_and_var(&values.reshape((n * c, space))?)?;
         let mean = mean.reshape((n, c))?;
+        // Nearer still, for the gradient of the shares: a sum of products with these means.
+        let rest = match sources.batch {
+            SwitchBatch::Given(..) => offset.zeros_like()?,
+            _ => self::offset(&mean, sources)?,
+        };
         Ok(Self {
             values,
             about: mean.detach(),
-            mean,
-            offset,
+            mean: mean.broadcast_sub(&rest)?,
+            offset: (offset + rest)?,
             var: var.reshape((n, c))?,
             space,
         })
