@@ -49,7 +49,7 @@ TOLERANCE = {"f64": 1e-11, "f32": 2e-6, "f16": 6e-4, "bf16": 4.5e-3}
 TOLERANCE_BEFORE_WEIGHT = TOLERANCE | {"f16": 1.2e-3, "bf16": 9e-3}
 
 # What gradients are taken by.
-LEAVES = ("x", "residual", "v", "g", "weight", "bias")
+LEAVES = ("x", "residual", "v", "g", "weight", "bias", "mean_weight", "var_weight")
 
 SOURCE = f"torch {torch.__version__.split('+')[0]} autograd in float64"
 
@@ -95,11 +95,13 @@ class Result:
     slope  what dy is multiplied by in the leading term of dx
     state  running statistics after the call
     sum    what was normalized, where that was added first
+    share_terms  what dy is multiplied by in the gradients of shares
     """
 
     def __init__(self, y, xhat, slope, state=None, mean_terms=None):
         self.y, self.xhat, self.slope = y, xhat, slope
         self.sum = None
+        self.share_terms = {}
         self.state = state or {}
         self.mean_terms = mean_terms
 
@@ -185,6 +187,64 @@ def instance_norm(t: dict, c: dict) -> Result:
     return running_norm(t, c, list(range(2, t["x"].dim())), per_sample=True)
 
 
+def switch_norm(t: dict, c: dict) -> Result:
+    """The statistics of the layer and the batch as moments of the union of their planes, about a common shift."""
+    x = t["x"]
+    w, b = (along(t.get(n), x, 1) for n in ("weight", "bias"))
+    space, using_bn = list(range(2, x.dim())), c["using_bn"]
+    tracks = "running_mean" in t
+    state = {n: t[n] for n in ("running_mean", "running_var", "num_batches_tracked") if tracks}
+    if x.numel() == 0:
+        zero = 0 * (t["mean_weight"].sum() + t["var_weight"].sum())
+        return Result(affine(x, w, b) + zero, x, x, state)
+    shift = x.detach().flatten()[0]
+    d = x - shift
+    values = math.prod(x.shape[2:])
+    # Zero-dimensional space: a plane is one value, and the whole is unbiased instead.
+    at_planes, at_unions = (c["unbiased"] and c["instance"], c["unbiased"] and not c["instance"])
+    mean = d.mean(space, keepdim=True) if space else d
+    var = (d - mean).square().mean(space, keepdim=True) if space else torch.zeros_like(d)
+    if at_planes:
+        var = var * values / (values - 1)
+
+    def union(axis):
+        m = mean.mean(axis, keepdim=True)
+        v = (var + (mean - m).square()).mean(axis, keepdim=True)
+        n = values * x.shape[axis]
+        return m, v * n / (n - 1) if at_unions else v
+
+    sources = [(mean, var)] if c["instance"] else []
+    sources.append(union(1))
+    result_state, mean_terms = state, None
+    if using_bn and c["train"]:
+        sources.append(union(0))
+        m_bn, v_bn = (s.detach().reshape(-1) for s in sources[-1])
+        count = t["num_batches_tracked"] + 1
+        m = 1.0 / count.item() if c["momentum"] is None else c["momentum"]
+        old, new = (1 - m) * t["running_mean"], m * (m_bn + shift)
+        result_state = {
+            "running_mean": old + new,
+            "running_var": (1 - m) * t["running_var"] + m * v_bn,
+            "num_batches_tracked": count,
+        }
+        mean_terms = (old, new)
+    elif using_bn:
+        sources.append((along(t["running_mean"], x, 1) - shift, along(t["running_var"], x, 1)))
+    shares = [torch.softmax(t[n], 0) for n in ("mean_weight", "var_weight")]
+    mean, var = (sum(p * s[i] for p, s in zip(shares[i], sources)) for i in (0, 1))
+    rstd = (var + c["eps"]).rsqrt()
+    xhat = (d - mean) * rstd
+    slope = rstd.expand_as(x) * (1.0 if w is None else w)
+    result = Result(affine(xhat, w, b), xhat, slope, result_state, mean_terms)
+    along_var = -0.5 * xhat * rstd**2 * (1.0 if w is None else w)
+    for name, p, i, total, factor in (
+        ("mean_weight", shares[0], 0, mean, -slope),
+        ("var_weight", shares[1], 1, var, along_var),
+    ):
+        result.share_terms[name] = [(q * (s[i] - total) * factor).detach() for q, s in zip(p, sources)]
+    return result
+
+
 def weight_norm(t: dict, c: dict) -> Result:
     v, g = t["v"], t["g"]
     axes = [a for a in range(v.dim()) if a != c["dim"]]
@@ -206,6 +266,7 @@ ORACLES = {
     "group_norm": group_norm,
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
+    "switch_norm": switch_norm,
     "weight_norm": weight_norm,
 }
 
@@ -234,6 +295,8 @@ def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
         return F.group_norm(x, c["num_groups"], w, b, c["eps"]), {}
     if op == "weight_norm":
         return torch._weight_norm(t["v"], t["g"], -1 if c["dim"] is None else c["dim"]), {}
+    if op == "switch_norm":
+        return switched(t, c)
     tracks = "running_mean" in t
     rm, rv = (t[n].clone() if tracks else None for n in ("running_mean", "running_var"))
     count = t["num_batches_tracked"] + c["train"] if tracks else None
@@ -247,6 +310,47 @@ def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
     else:
         y = F.instance_norm(x, rm, rv, w, b, from_batch, m, c["eps"])
     return y, {"running_mean": rm, "running_var": rv, "num_batches_tracked": count} if tracks else {}
+
+
+def switched(t: dict, c: dict) -> tuple[torch.Tensor, dict]:
+    """torch.var_mean over the axes of each source. No union of planes: the unbiased variance of a plane enters
+    those of the layer and the batch by what it adds to them."""
+    x = t["x"]
+    space = list(range(2, x.dim()))
+    unbiased = int(c["unbiased"])
+
+    def moments(axes, correction):
+        var, mean = torch.var_mean(x, axes, correction=correction, keepdim=True)
+        return mean, var
+
+    sources, extra = [], 0.0
+    if c["instance"]:
+        sources.append(moments(space, unbiased))
+        extra = sources[0][1] - moments(space, 0)[1]
+    correction = 0 if c["instance"] else unbiased
+
+    def whole(axes, mean_axis):
+        mean, var = moments(axes, correction)
+        return mean, var + (extra.mean(mean_axis, keepdim=True) if c["instance"] else 0.0)
+
+    sources.append(whole([1, *space], 1))
+    state = {n: t[n] for n in ("running_mean", "running_var", "num_batches_tracked") if n in t}
+    if c["using_bn"] and c["train"]:
+        sources.append(whole([0, *space], 0))
+        count = t["num_batches_tracked"] + 1
+        m = 1.0 / count.item() if c["momentum"] is None else c["momentum"]
+        mean, var = (s.detach().reshape(-1) for s in sources[-1])
+        state = {
+            "running_mean": torch.lerp(t["running_mean"], mean, m),
+            "running_var": torch.lerp(t["running_var"], var, m),
+            "num_batches_tracked": count,
+        }
+    elif c["using_bn"]:
+        sources.append(tuple(along(t[n], x, 1) for n in ("running_mean", "running_var")))
+    shares = [torch.softmax(t[n], 0) for n in ("mean_weight", "var_weight")]
+    mean, var = (sum(p * s[i] for p, s in zip(shares[i], sources)) for i in (0, 1))
+    w, b = (along(t.get(n), x, 1) for n in ("weight", "bias"))
+    return affine((x - mean) / (var + c["eps"]).sqrt(), w, b), state
 
 
 def gradients(outputs: dict, leaves: dict, t: dict) -> dict:
@@ -264,6 +368,8 @@ def forward_in_extended_precision(op: str, t: dict, c: dict) -> np.ndarray | Non
     if np.finfo(np.longdouble).eps > 1e-18:
         return None
     n = {k: v.detach().numpy().astype(np.longdouble) for k, v in t.items()}
+    if op == "switch_norm":
+        return None
     if op == "weight_norm":
         axes = tuple(a for a in range(n["v"].ndim) if a != c["dim"])
         norm = np.sqrt((n["v"] ** 2).sum(axes, keepdims=True))
@@ -339,6 +445,8 @@ def scales(op: str, t: dict, c: dict, r: Result, expected: dict) -> dict[str, fl
             for name, term in (("weight", dy * r.xhat), ("bias", dy)):
                 if name in t:
                     terms["d" + name] = summed(term, t[name], None if trailing else 1)
+    for name, factors in r.share_terms.items():
+        terms["d" + name] = max((t["dy"] * f).square().sum().sqrt().item() for f in factors)
     if r.mean_terms is not None:
         old, new = r.mean_terms
         terms["running_mean"] = rms((old.square() + new.square()).sqrt())
@@ -734,6 +842,38 @@ def instance_norm_cases(w: Writer) -> None:
     case("37x29", "f32", (1, 2, 37, 29), True, "wb")
 
 
+def switch_norm_cases(w: Writer) -> None:
+    op = "switch_norm"
+
+    def case(slug, dtype, shape, train, style="plain", state=4, momentum=0.1, unbiased=True, bn=True):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        instance = len(shape) > 2
+        t = styled(draw, style, *shape) | draw.parameters("wb", shape[1])
+        for name in ("mean_weight", "var_weight"):
+            t[name] = draw.normal(1 + instance + bn, mean=1.0)
+        c = {"eps": 1e-5, "train": train, "unbiased": unbiased, "using_bn": bn, "instance": instance}
+        if bn:
+            t |= draw.state(shape[1], state, mean=STYLES[style][0])
+            c["momentum"] = momentum
+        w.case(slug, op, dtype, c, t)
+
+    for dtype in ALL:
+        case("rank4_train", dtype, (3, 4, 3, 5), True)
+        case("rank4_eval", dtype, (3, 4, 3, 5), False)
+        case("rank4_biased_train", dtype, (2, 3, 4, 2), True, unbiased=False)
+        case("rank4_cumulative", dtype, (2, 3, 4, 2), True, momentum=None, state=3)
+        case("rank4_without_batch", dtype, (2, 3, 4, 5), True, bn=False)
+        case("rank3_train", dtype, (4, 3, 7), True, momentum=0.3)
+        case("rank5_eval", dtype, (2, 3, 2, 3, 2), False)
+        case("rank2_train", dtype, (6, 5), True)
+        case("rank2_eval", dtype, (3, 5), False)
+        case("one_position_eval", dtype, (2, 4, 1, 1), False, unbiased=False)
+    for style in ("mean30", "mean3000"):
+        case(f"{style}_train", "f32", (3, 4, 19), True, style=style)
+        case(f"{style}_eval", "f32", (3, 4, 19), False, style=style)
+    case("empty_batch", "f32", (0, 3, 5), True)
+
+
 def batch_norm_cases(w: Writer) -> None:
     op = "batch_norm"
     NONE = object()
@@ -914,6 +1054,7 @@ def main() -> None:
     group_norm_cases(w)
     instance_norm_cases(w)
     batch_norm_cases(w)
+    switch_norm_cases(w)
     weight_norm_cases(w)
     onnx_cases(w)
     print(f"{w.count} cases, {w.size / 1e6:.2f} MB in {folder}")

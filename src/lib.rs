@@ -14,10 +14,11 @@
 //! | [`GroupNorm`] | [`group_norm()`] | group of channels of a sample | [`Module`] |
 //! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
 //! | [`WeightNorm`] | [`weight_norm`]`::{linear, conv1d, …}` | none: the weight is a length times a direction | [`Module`] |
+//! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed by learned shares | [`ModuleT`] |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
 //!
 //! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in training and inference are a
-//! [`Module`] too; BatchNorm and InstanceNorm are not, so that no `forward` can pick a mode unasked.
+//! [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so that no `forward` can pick a mode unasked.
 //!
 //! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with PyTorch's defaults.
 //!
@@ -69,7 +70,7 @@
 //! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a [`Box<dyn Norm>`](Norm), or a
 //!   [`NormedLayer`]: a linear layer or convolution together with its norm.
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
-//!   of BatchNorm and InstanceNorm, and [`recalibrate`] recomputes them.
+//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them.
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
@@ -103,10 +104,11 @@ pub use layers::layer_norm::{
     LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
 };
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
+pub use layers::switch_norm::{SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{
     Affine, Foldable, FrozenNorm, RunningStats, Snapshot, batch_norm, group_norm, instance_norm,
-    layer_norm, recalibrate, rms_norm, weight_norm,
+    layer_norm, recalibrate, rms_norm, switch_norm, weight_norm,
 };
 pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};

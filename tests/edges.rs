@@ -5,7 +5,7 @@ use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNorm, BatchNormOptions, Cast, GroupNorm, InstanceNormOptions, LayerNorm,
     LayerNormOptions, Norm, RmsNorm, RmsNormOptions, WeightNormOptions, batch_norm, group_norm,
-    instance_norm, layer_norm, ops, rms_norm, weight_norm,
+    instance_norm, layer_norm, ops, rms_norm, switch_norm, weight_norm,
 };
 
 const CPU: Device = Device::Cpu;
@@ -61,6 +61,7 @@ fn layers(
             "instance tracked",
             Box::new(instance_norm(dims[1], tracked, vb.pp("it"))?),
         ),
+        ("switch", Box::new(switch_norm(dims[1], 1e-5, vb.pp("s"))?)),
     ])
 }
 
@@ -559,13 +560,14 @@ fn what_is_not_finite_stays_in_its_row_group_or_channel() -> Result<()> {
                         "layer channels first" => sample == 1 && position == 3,
                         "group" => sample == 1 && channel >= 2,
                         "instance" | "instance tracked" => sample == 1 && channel == 2,
+                        // By the layer and by the batch.
+                        "switch" => sample == 1 || channel == 2,
                         other => panic!("no rule for {other}"),
                     };
                     if !reached {
-                        assert!(
-                            y.is_finite() && dx.is_finite(),
-                            "{name} {dtype:?} {bad} at {i}"
-                        );
+                        // Between samples and channels, the mixture carries the gradient everywhere.
+                        let back = dx.is_finite() || name == "switch";
+                        assert!(y.is_finite() && back, "{name} {dtype:?} {bad} at {i}");
                     } else if name == "rms" && bad.is_infinite() {
                         // x / inf is 0, inf / inf is not a number.
                         assert!(

@@ -94,7 +94,7 @@ fn of_config(config: &str, vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
 
 #[test]
 fn every_layer_lets_every_gradient_through() -> Result<()> {
-    let layers: [(&str, Build); 27] = [
+    let layers: [(&str, Build); 28] = [
         ("batch_norm", |vb| batch(1e-5.into(), vb)),
         ("batch_norm, cumulative", |vb| {
             batch(
@@ -225,6 +225,9 @@ fn every_layer_lets_every_gradient_through() -> Result<()> {
                 },
                 vb,
             )
+        }),
+        ("switch_norm", |vb| {
+            Ok(Box::new(candle_norm::switch_norm(CHANNELS, 1e-5, vb)?))
         }),
         ("weight_norm::linear", |vb| {
             let options = WeightNormOptions::default();

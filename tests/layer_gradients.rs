@@ -10,8 +10,8 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    NormConfig, RmsNormOptions, batch_norm, group_norm, instance_norm, layer_norm,
-    layer_norm_no_bias, rms_norm,
+    NormConfig, RmsNormOptions, SwitchNormOptions, batch_norm, group_norm, instance_norm,
+    layer_norm, layer_norm_no_bias, rms_norm,
 };
 use case::{Case, check_all};
 
@@ -261,6 +261,51 @@ fn instance_norms() -> Result<()> {
                     }
                 }
             }
+        }
+    }
+    check_all(cases)
+}
+
+#[test]
+fn switch_norms() -> Result<()> {
+    let mut cases = vec![];
+    for (using_bn, unbiased, train) in [
+        (true, true, true),
+        (true, true, false),
+        (true, false, true),
+        (false, true, true),
+        (false, false, false),
+    ] {
+        for (input, spatial_dims) in [
+            (&[3, 4, 2, 2][..], 2),
+            (&[2, 4, 3], 2),
+            (&[3, 4], 0),
+            (&[2, 4, 3], 0),
+        ] {
+            let options = SwitchNormOptions {
+                using_bn,
+                unbiased,
+                spatial_dims,
+                ..Default::default()
+            };
+            let forward = move |vb: VarBuilder, x: &Tensor| {
+                candle_norm::switch_norm(4, options, vb)?.forward_t(x, train)
+            };
+            let affine: &[usize] = if spatial_dims == 0 {
+                &[1, 4]
+            } else {
+                &[1, 4, 1, 1]
+            };
+            let sources = 1 + usize::from(spatial_dims > 0) + usize::from(using_bn);
+            let case = Case::new(format!("{options:?}, train {train}"), input, forward)
+                .param("weight", affine)
+                .param("bias", affine)
+                .param("mean_weight", &[sources])
+                .param("var_weight", &[sources]);
+            cases.push(match using_bn {
+                true => case.statistics_of(&affine[..affine.len().min(3)]),
+                false => case,
+            });
         }
     }
     check_all(cases)

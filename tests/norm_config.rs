@@ -9,17 +9,20 @@ use candle_nn::{
 };
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    NormConfig, NormedLayer, RmsNormOptions, WeightNormOptions, batch_norm, trainable_vars,
+    NormConfig, NormedLayer, RmsNormOptions, SwitchNormOptions, WeightNormOptions, batch_norm,
+    trainable_vars,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 const CPU: Device = Device::Cpu;
-const NAMES: [&str; 7] = [
-    "none", "batch", "layer", "group:2", "instance", "rms", "weight",
+const NAMES: [&str; 8] = [
+    "none", "batch", "layer", "group:2", "instance", "rms", "switch", "weight",
 ];
 /// Those that follow a layer.
-const ALONE: [&str; 6] = ["none", "batch", "layer", "group:2", "instance", "rms"];
+const ALONE: [&str; 7] = [
+    "none", "batch", "layer", "group:2", "instance", "rms", "switch",
+];
 
 type Build = fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>;
 /// The two ways to build a norm by itself.
@@ -94,6 +97,7 @@ fn names_round_trip_and_stand_for_the_default_options() {
         },
         NormConfig::Instance(InstanceNormOptions::default()),
         NormConfig::Rms(RmsNormOptions::default()),
+        NormConfig::Switch(SwitchNormOptions::default()),
         NormConfig::Weight(WeightNormOptions::default()),
     ];
     for (name, default) in NAMES.into_iter().zip(defaults) {
@@ -140,7 +144,7 @@ fn a_bad_name_is_quoted_next_to_the_good_ones() {
         assert_eq!(
             message(name.parse::<NormConfig>()).lines().next(),
             Some(format!(
-                "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms or weight, got {name:?}"
+                "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got {name:?}"
             ).as_str())
         );
     }
@@ -149,20 +153,20 @@ fn a_bad_name_is_quoted_next_to_the_good_ones() {
 #[test]
 fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
     let batch = ["running_mean", "running_var", "num_batches_tracked"];
-    let expected: [(&str, &[&str], &[&str]); 6] = [
+    let switch = ["weight", "bias", "mean_weight", "var_weight"];
+    let expected: [(&str, &[&str], &[&str]); 7] = [
         ("none", &[], &[]),
         ("batch", &["weight", "bias"], &batch),
         ("layer", &["weight", "bias"], &[]),
         ("group", &["weight", "bias"], &[]),
         ("instance", &[], &[]),
         ("rms", &["weight"], &[]),
+        ("switch", &switch, &batch),
     ];
     for (name, (kind, parameters, buffers)) in ALONE.into_iter().zip(expected) {
-        let vars = VarMap::new();
-        for norm in [
-            config(name).channels(4, vb(&vars))?,
-            config(name).features(4, vb(&vars))?,
-        ] {
+        for build in AXES {
+            let vars = VarMap::new();
+            let norm = build(&config(name), 4, vb(&vars))?;
             assert_eq!(norm.kind(), kind);
             let of = |tensors: Vec<(&'static str, Tensor)>| -> Vec<_> {
                 tensors.into_iter().map(|(name, _)| name).collect()
@@ -252,7 +256,8 @@ fn channels_are_those_of_axis_1_and_features_those_of_the_last() -> Result<()> {
         let mut shape = shape.to_vec();
         shape.swap(1, last);
         let features = random(&shape, 10 + seed)?;
-        for name in ALONE {
+        // The mixture of `switch` has a test of its own.
+        for name in ALONE.into_iter().filter(|name| *name != "switch") {
             let vars = VarMap::new();
             let by_channel = config(name).channels(4, vb(&vars))?;
             let by_feature = config(name).features(4, vb(&vars))?;
@@ -307,10 +312,30 @@ fn features_of_batch_are_the_batch_norm_of_the_transposed() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn features_of_switch_are_the_switch_norm_of_the_transposed_without_instances() -> Result<()> {
+    let (mine, its) = (VarMap::new(), VarMap::new());
+    let features = config("switch").features(4, vb(&mine))?;
+    let options = SwitchNormOptions {
+        spatial_dims: 0,
+        ..Default::default()
+    };
+    let channels = candle_norm::switch_norm(4, options, vb(&its))?;
+    scatter(&mine)?;
+    scatter(&its)?;
+    for (seed, train) in [(0, true), (1, true), (2, false)] {
+        let x = random(&[3, 5, 4], seed)?;
+        let y = features.forward_t(&x, train)?;
+        let want = channels.forward_t(&x.transpose(1, 2)?, train)?;
+        assert_close(&y, &want.transpose(1, 2)?, &format!("train {train}"))?;
+    }
+    Ok(())
+}
+
 /// What came is said as it came, not transposed.
 #[test]
 fn features_of_another_number_are_refused_in_the_shape_that_came() -> Result<()> {
-    for name in ["batch", "group:2", "instance"] {
+    for name in ["batch", "group:2", "instance", "switch"] {
         let norm = config(name).features(4, vb(&VarMap::new()))?;
         let text = message(norm.forward_t(&random(&[2, 4, 3], 0)?, true));
         let parts = [
@@ -536,6 +561,15 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
                     "norm.running_var",
                     "norm.weight",
                 ]),
+                "switch" => want.extend([
+                    "norm.bias",
+                    "norm.mean_weight",
+                    "norm.num_batches_tracked",
+                    "norm.running_mean",
+                    "norm.running_var",
+                    "norm.var_weight",
+                    "norm.weight",
+                ]),
                 "layer" | "group:2" => want.extend(["norm.bias", "norm.weight"]),
                 _ => {}
             }
@@ -547,15 +581,20 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
                 _ => "layer.weight",
             };
             assert_eq!(var(&vars, weight).dims(), block.weight, "{what}");
+            let kind = name.split(':').next().expect("the part before the colon");
             for name in want {
                 let dims = var(&vars, name).dims().to_vec();
                 match name {
                     "norm.num_batches_tracked" => assert!(dims.is_empty()),
                     _ if name.contains("weight") && name.starts_with("layer.") => {}
+                    // Those of the reference implementation have axes of size one, and a share for each source.
+                    "norm.mean_weight" | "norm.var_weight" => {
+                        assert!(dims.len() == 1 && dims[0] <= 3)
+                    }
+                    _ if kind == "switch" => assert!(dims.len() >= 2 && dims[..2] == [1, 6]),
                     _ => assert_eq!(dims, [6], "{what}: {name}"),
                 }
             }
-            let kind = name.split(':').next().expect("the part before the colon");
             assert_eq!(built.norm().kind(), kind, "{what}");
             assert_eq!(built.weight().is_some(), name != "weight", "{what}");
             let has_bias = matches!(name, "none" | "instance" | "rms");

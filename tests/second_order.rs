@@ -208,6 +208,35 @@ fn group_norm() {
 }
 
 #[test]
+fn switch_norm() {
+    in_a_process_of_its_own("switch_norm", || {
+        let mut draw = Draw::new(11);
+        let inputs = [
+            normal(&mut draw, &[3, 2, 5]),
+            normal(&mut draw, &[2]),
+            normal(&mut draw, &[2]),
+            normal(&mut draw, &[3]),
+            normal(&mut draw, &[3]),
+        ];
+        for path in [Path::Fused, Path::Composed] {
+            let f = |v: &[Tensor]| {
+                let sources = ops::SwitchSources {
+                    instance: true,
+                    batch: ops::SwitchBatch::Own,
+                    unbiased: true,
+                };
+                let shares = [&v[3], &v[4]];
+                let norm =
+                    || ops::switch_norm(&v[0], Some(&v[1]), Some(&v[2]), shares, sources, 0.1);
+                Ok(with_path(path, norm)?.0)
+            };
+            check(&format!("switch norm, {path:?}"), &inputs, f)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn instance_norm() {
     in_a_process_of_its_own("instance_norm", || check_layer(Kind::Instance, &[2, 3, 5]))
 }

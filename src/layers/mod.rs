@@ -8,6 +8,7 @@ pub mod layer_norm;
 pub(crate) mod params;
 pub mod rms_norm;
 mod running_stats;
+pub mod switch_norm;
 pub mod weight_norm;
 mod weighted;
 

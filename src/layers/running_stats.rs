@@ -4,7 +4,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in};
@@ -48,9 +48,9 @@ struct Inner {
 /// Running statistics as they were at one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// The mean of each channel, `[C]`.
+    /// The mean of each channel, `[C]`; of [`SwitchNorm`](crate::SwitchNorm) `[1, C, 1]`.
     pub mean: Tensor,
-    /// The variance of each channel, `[C]`.
+    /// The variance of each channel, of the same shape.
     pub var: Tensor,
     /// The number of batches that went into them.
     pub num_batches_tracked: i64,
@@ -92,32 +92,33 @@ impl RunningStats {
     /// The statistics of a layer: those of `vb` if it tracks any, else neutral ones that belong to no model.
     pub(crate) fn new(
         layer: &'static str,
-        num_features: usize,
+        shape: impl Into<Shape>,
         momentum: Option<f64>,
         track: bool,
         vb: &VarBuilder,
     ) -> Result<Self> {
-        check::countable(layer, "a channel axis", &[num_features])?;
+        let shape = shape.into();
+        check::countable(layer, "a channel axis", shape.dims())?;
         if track {
-            return Self::from_vb(layer, num_features, momentum, vb);
+            return Self::from_vb(layer, shape, momentum, vb);
         }
         let dtype = dtype_in(vb.dtype());
-        let mean = Tensor::zeros(num_features, dtype, vb.device())?;
-        let var = Tensor::ones(num_features, dtype, vb.device())?;
+        let mean = Tensor::zeros(&shape, dtype, vb.device())?;
+        let var = Tensor::ones(&shape, dtype, vb.device())?;
         Self::from_values(layer, mean, var, momentum)
     }
 
     /// The statistics that `vb` holds, or fresh ones: zero mean, unit variance, no batches.
     fn from_vb(
         layer: &'static str,
-        num_features: usize,
+        shape: Shape,
         momentum: Option<f64>,
         vb: &VarBuilder,
     ) -> Result<Self> {
         let dtype = dtype_in(vb.dtype());
         let get = |names: &[&str], initial: f64| -> Result<_> {
             let name = name_in(vb, names);
-            let value = vb.get_with_hints_dtype(num_features, name, Init::Const(initial), dtype)?;
+            let value = vb.get_with_hints_dtype(&shape, name, Init::Const(initial), dtype)?;
             let name = path(vb, name);
             check::dtype(layer, &name, &value, dtype)?;
             Ok((name, value))
@@ -249,6 +250,7 @@ impl RunningStats {
         };
         let blend = |running: &Var, batch: &Tensor| {
             let batch = batch.detach().to_dtype(running.dtype())?;
+            let batch = batch.reshape(running.shape())?;
             (running.as_detached_tensor() * (1. - momentum))? + (batch * momentum)?
         };
         let mean = if with_mean {

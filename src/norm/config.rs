@@ -9,12 +9,13 @@ use candle_nn::VarBuilder;
 use super::{Identity, Norm, OnLastAxis};
 use crate::{
     BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, RmsNormOptions,
-    WeightNormOptions, batch_norm, group_norm, instance_norm, layer_norm, rms_norm,
+    SwitchNormOptions, WeightNormOptions, batch_norm, group_norm, instance_norm, layer_norm,
+    rms_norm, switch_norm,
 };
 
 /// Which normalization a model uses: a value that comes from a command line or a configuration file.
 ///
-/// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups), `"instance"`, `"rms"` or `"weight"`, with
+/// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups), `"instance"`, `"rms"`, `"switch"` or `"weight"`, with
 /// default options; with the feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
 ///
 /// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
@@ -51,6 +52,8 @@ pub enum NormConfig {
     Instance(InstanceNormOptions),
     /// [`RmsNorm`](crate::RmsNorm).
     Rms(RmsNormOptions),
+    /// [`SwitchNorm`](crate::SwitchNorm).
+    Switch(SwitchNormOptions),
     /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
     Weight(WeightNormOptions),
 }
@@ -85,6 +88,7 @@ impl NormConfig {
                 };
                 Box::new(rms_norm(num_channels, options, vb)?)
             }
+            Self::Switch(options) => Box::new(switch_norm(num_channels, options, vb)?),
             Self::Weight(_) => bail!(
                 "NormConfig: expected a norm that follows a layer, got \"weight\", which goes around one; build the two together with NormConfig::linear, conv1d, conv2d, conv_transpose1d or conv_transpose2d"
             ),
@@ -93,7 +97,8 @@ impl NormConfig {
 
     /// The layer for features on the last axis of `[*, num_features]`.
     ///
-    /// `Batch`, `Group` and `Instance` take the features as channels, and all axes between the first and the last as space.
+    /// `Batch`, `Group` and `Instance` take the features as channels, and all axes between the first and the last as space. So does
+    /// `Switch`, without instances: its `spatial_dims` is set to 0.
     ///
     /// # Errors
     /// Options out of range; `Weight`, which needs the layer that it goes around.
@@ -112,6 +117,16 @@ impl NormConfig {
                     ..options
                 };
                 Box::new(rms_norm(num_features, options, vb)?)
+            }
+            Self::Switch(options) => {
+                let options = SwitchNormOptions {
+                    spatial_dims: 0,
+                    ..options
+                };
+                Box::new(OnLastAxis {
+                    norm: Box::new(switch_norm(num_features, options, vb)?),
+                    num_features,
+                })
             }
             Self::None => Box::new(Identity),
             Self::Batch(_) | Self::Group { .. } | Self::Instance(_) | Self::Weight(_) => {
@@ -132,6 +147,7 @@ impl NormConfig {
             Self::Group { options, .. } => options.affine.has_bias(),
             Self::Instance(o) => o.affine.has_bias(),
             Self::Rms(o) => o.affine.has_bias(),
+            Self::Switch(_) => true,
         }
     }
 }
@@ -145,6 +161,7 @@ impl fmt::Display for NormConfig {
             Self::Group { num_groups, .. } => write!(f, "group:{num_groups}"),
             Self::Instance(_) => f.write_str("instance"),
             Self::Rms(_) => f.write_str("rms"),
+            Self::Switch(_) => f.write_str("switch"),
             Self::Weight(_) => f.write_str("weight"),
         }
     }
@@ -161,6 +178,7 @@ impl FromStr for NormConfig {
             "layer" => Self::Layer(LayerNormOptions::default()),
             "instance" => Self::Instance(InstanceNormOptions::default()),
             "rms" => Self::Rms(RmsNormOptions::default()),
+            "switch" => Self::Switch(SwitchNormOptions::default()),
             "weight" => Self::Weight(WeightNormOptions::default()),
             _ => match s.strip_prefix("group:").and_then(groups) {
                 Some(num_groups) => Self::Group {
@@ -168,7 +186,7 @@ impl FromStr for NormConfig {
                     options: GroupNormOptions::default(),
                 },
                 None => bail!(
-                    "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms or weight, got {s:?}"
+                    "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got {s:?}"
                 ),
             },
         })
@@ -203,6 +221,7 @@ mod serde_form {
         },
         Instance(InstanceNormOptions),
         Rms(RmsNormOptions),
+        Switch(SwitchNormOptions),
         Weight(WeightNormOptions),
     }
 
@@ -228,6 +247,7 @@ mod serde_form {
                 },
                 NormConfig::Instance(o) => Options::Instance(o),
                 NormConfig::Rms(o) => Options::Rms(o),
+                NormConfig::Switch(o) => Options::Switch(o),
                 NormConfig::Weight(o) => Options::Weight(o),
             })
         }
@@ -247,6 +267,7 @@ mod serde_form {
                 },
                 Options::Instance(o) => Self::Instance(o),
                 Options::Rms(o) => Self::Rms(o),
+                Options::Switch(o) => Self::Switch(o),
                 Options::Weight(o) => Self::Weight(o),
             }
         }

@@ -174,6 +174,13 @@ pub(crate) fn eps(layer: &str, eps: f64) -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn at_most(layer: &str, name: &str, value: usize, most: usize) -> Result<()> {
+    if value > most {
+        bail!("{layer}: expected {name} of at most {most}, got {value}")
+    }
+    Ok(())
+}
+
 pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
     match momentum {
         Some(m) if !(0. ..=1.).contains(&m) => bail!(
@@ -203,6 +210,17 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     if values == 1 {
         bail!(
             "{layer}: expected more than 1 value per channel when training, got input size {:?}; use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A variance that is divided by n − 1.
+pub(crate) fn more_values(layer: &str, of: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per {of}, whose variance is unbiased, got input size {:?}; set unbiased to false",
             x.dims()
         )
     }

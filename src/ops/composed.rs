@@ -218,6 +218,12 @@ fn std(var: &Tensor, eps: f64) -> Result<Tensor> {
     (var + eps_in(var.dtype(), eps))?.sqrt()
 }
 
+/// μ and σ², biased, of each row of `x`, contiguous, `[rows, len]`, connected to the graph: `[rows]` each.
+pub(crate) fn mean_and_var(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (_, mean, var) = moments(x, true)?;
+    Ok((mean, var))
+}
+
 /// μ and `√(σ² + ε)` of each row of `x`, as [`standardize`] has them, connected to the graph: `[rows]` each.
 pub(crate) fn mean_and_std(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
     let (_, mean, var) = moments(x, true)?;

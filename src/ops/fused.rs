@@ -293,7 +293,7 @@ impl<F: FusedOp> Node<F> {
 }
 
 /// Whether candle keeps the graph of gradients; it reads the variable once for each thread, as this does.
-fn higher_order() -> bool {
+pub(super) fn higher_order() -> bool {
     thread_local! {
         static KEPT: Cell<Option<bool>> = const { Cell::new(None) };
     }

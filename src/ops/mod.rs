@@ -15,6 +15,7 @@ mod group_norm;
 mod instance_norm;
 mod moments;
 mod row_norm;
+mod switch_norm;
 mod weight_norm;
 
 use std::cell::Cell;
@@ -32,6 +33,8 @@ pub(crate) use moments::columns;
 pub use moments::{Moments, moments};
 pub use row_norm::{Cast, layer_norm, rms_norm};
 pub(crate) use row_norm::{RowNorm, row_norm};
+pub(crate) use switch_norm::shares;
+pub use switch_norm::{SwitchBatch, SwitchSources, switch_norm};
 pub use weight_norm::weight_norm;
 pub(crate) use weight_norm::{magnitude_shape, norms};
 

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, RunningStats, WeightNormOptions, ops, weight_norm,
+    RmsNormOptions, RunningStats, SwitchNormOptions, WeightNormOptions, ops, weight_norm,
 };
 
 use crate::case::{Case, Config, Outcome, one_line, required};
@@ -129,6 +129,16 @@ pub(crate) const OPS: &[Op] = &[
         adds: false,
         fused: true,
         plan: batch_norm,
+    },
+    Op {
+        name: "switch_norm",
+        input: "x",
+        required: &["mean_weight", "var_weight"],
+        optional: AFFINE,
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: switch_norm,
     },
     Op {
         name: "weight_norm",
@@ -263,6 +273,53 @@ fn batch_norm(case: &Case) -> Outcome<Plan> {
         inputs.extend(state.clone());
         let norm = candle_norm::batch_norm(channels, options, builder(inputs, dtype))?;
         with_state(norm.forward_t(&x, train)?, norm.running_stats())
+    }))
+}
+
+fn switch_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let unbiased = required("unbiased", c.flag("unbiased")?)?;
+    let using_bn = required("using_bn", c.flag("using_bn")?)?;
+    let instance = required("instance", c.flag("instance")?)?;
+    let momentum = momentum(&mut c, train && using_bn)?;
+    c.finish()?;
+    let state = stored_state(case, train, using_bn)?;
+    let rank = case.tensor("x")?.rank();
+    let options = SwitchNormOptions {
+        eps,
+        momentum,
+        using_bn,
+        spatial_dims: if instance { rank - 2 } else { 0 },
+        unbiased,
+        ..Default::default()
+    };
+    let (channels, dtype) = (channels(case)?, case.dtype);
+    let mut dims = vec![1; options.spatial_dims + 2];
+    dims[1] = channels;
+    Ok(Box::new(move |mut inputs| {
+        let x = inputs["x"].clone();
+        inputs.extend(state.clone());
+        // The reference implementation gives them axes of size one.
+        for (name, axes) in [
+            ("weight", rank),
+            ("bias", rank),
+            ("running_mean", 3),
+            ("running_var", 3),
+        ] {
+            if let Some(value) = inputs.get_mut(name) {
+                *value = value.reshape(&dims[..axes.min(dims.len())])?;
+            }
+        }
+        let norm = candle_norm::switch_norm(channels, options, builder(inputs, dtype))?;
+        let mut outputs = with_state(norm.forward_t(&x, train)?, norm.running_stats())?;
+        for (name, value) in &mut outputs.state {
+            if *name != COUNT {
+                *value = value.flatten_all()?;
+            }
+        }
+        Ok(outputs)
     }))
 }
 

@@ -13,8 +13,8 @@ pub(crate) struct Case {
     input: Vec<usize>,
     /// What `forward` finds in its `VarBuilder`, by name and shape.
     params: Vec<(&'static str, Vec<usize>)>,
-    /// Channels that `forward` finds running statistics of, for itself and for a norm that is part of it.
-    statistics: Option<usize>,
+    /// The shape of the running statistics that `forward` finds, for itself and for a norm that is part of it.
+    statistics: Option<Vec<usize>>,
     /// Also checked where the first sample and channel are zero.
     zeros: bool,
     paths: &'static [Path],
@@ -52,8 +52,13 @@ impl Case {
         }
     }
 
-    pub(crate) fn statistics(mut self, channels: usize) -> Self {
-        self.statistics = Some(channels);
+    pub(crate) fn statistics(self, channels: usize) -> Self {
+        self.statistics_of(&[channels])
+    }
+
+    /// Running statistics of a shape of their own.
+    pub(crate) fn statistics_of(mut self, shape: &[usize]) -> Self {
+        self.statistics = Some(shape.to_vec());
         self
     }
 
@@ -99,11 +104,11 @@ impl Case {
         let forward = |v: &[Tensor]| {
             let names = self.params.iter().map(|(name, _)| name.to_string());
             let mut tensors: Vec<_> = names.zip(v[1..].iter().cloned()).collect();
-            if let Some(channels) = self.statistics {
+            if let Some(shape) = &self.statistics {
                 for prefix in ["", "norm."] {
                     let name = |statistic: &str| format!("{prefix}{statistic}");
-                    tensors.push((name("running_mean"), uniform(channels, 101)));
-                    tensors.push((name("running_var"), (uniform(channels, 102) + 1.5)?));
+                    tensors.push((name("running_mean"), uniform(shape.as_slice(), 101)));
+                    tensors.push((name("running_var"), (uniform(shape.as_slice(), 102) + 1.5)?));
                 }
             }
             let tensors = tensors.into_iter().collect();

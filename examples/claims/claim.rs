@@ -1,0 +1,113 @@
+//! A claim: what is said, how it is measured, and the rule that the verdict comes from.
+
+use candle_core::Result;
+
+use crate::lab::{Lab, Measure};
+
+/// One row of the table.
+pub(crate) struct Claim {
+    pub(crate) id: u32,
+    /// Raised when the experiment changes, so that what an older one measured is not taken for it.
+    pub(crate) version: u32,
+    pub(crate) text: &'static str,
+    pub(crate) varied: &'static str,
+    pub(crate) fixed: &'static str,
+    /// The rule of `judge` in words.
+    pub(crate) rule: &'static str,
+    pub(crate) plot: Plot,
+    /// How many runs it has, for the bar: with five seeds and all rates, and quick.
+    pub(crate) runs: [u64; 2],
+    pub(crate) run: fn(&Lab) -> Result<Vec<Measure>>,
+    pub(crate) judge: fn(&Data) -> Judgement,
+}
+
+/// What of the measurements is drawn.
+pub(crate) struct Plot {
+    pub(crate) metric: &'static str,
+    pub(crate) y: &'static str,
+    /// The axis that is varied; without, arms are drawn one below the other.
+    pub(crate) x: Option<&'static str>,
+    pub(crate) log_x: bool,
+    pub(crate) log_y: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Confirmed,
+    NotConfirmed,
+    Depends,
+}
+
+/// A verdict, what it depends on if it does, and the figure that it rests on.
+pub(crate) struct Judgement {
+    pub(crate) verdict: Verdict,
+    pub(crate) on: &'static str,
+    pub(crate) figure: String,
+}
+
+impl Judgement {
+    /// Confirmed if all of `parts` hold, not if none does, else it depends on `on`.
+    pub(crate) fn of(parts: &[bool], on: &'static str, figure: String) -> Self {
+        let held = parts.iter().filter(|part| **part).count();
+        let verdict = match held {
+            0 => Verdict::NotConfirmed,
+            n if n == parts.len() => Verdict::Confirmed,
+            _ => Verdict::Depends,
+        };
+        Self {
+            verdict,
+            on,
+            figure,
+        }
+    }
+
+    pub(crate) fn words(&self) -> String {
+        match self.verdict {
+            Verdict::Confirmed => "confirmed".to_string(),
+            Verdict::NotConfirmed => "not confirmed".to_string(),
+            Verdict::Depends => format!("depends on {}", self.on),
+        }
+    }
+}
+
+/// The measurements of an experiment.
+pub(crate) struct Data(pub(crate) Vec<Measure>);
+
+impl Data {
+    /// The median of `metric` of `arm` at `x`; infinite where it was not measured, so that no rule holds by accident.
+    pub(crate) fn at(&self, metric: &str, arm: &str, x: f64) -> f64 {
+        let mine = |m: &&Measure| m.metric == metric && m.arm == arm && m.x == x;
+        self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
+    }
+
+    pub(crate) fn median(&self, metric: &str, arm: &str) -> f64 {
+        let mine = |m: &&Measure| m.metric == metric && m.arm == arm;
+        self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
+    }
+
+    /// The places of `metric` of `arm`, in order, with their medians.
+    pub(crate) fn along(&self, metric: &str, arm: &str) -> Vec<(f64, f64)> {
+        let mine = self.0.iter().filter(|m| m.metric == metric && m.arm == arm);
+        mine.map(|m| (m.x, m.median())).collect()
+    }
+}
+
+/// Three significant digits, and a word for what was never reached.
+pub(crate) fn show(value: f64) -> String {
+    if value.is_nan() {
+        return "—".to_string();
+    }
+    if value.is_infinite() {
+        return if value > 0. { "never" } else { "−∞" }.to_string();
+    }
+    let size = value.abs();
+    let text = if size == 0. {
+        "0".to_string()
+    } else if !(1e-3..1e6).contains(&size) {
+        format!("{value:.1e}")
+    } else {
+        let digits = (2 - size.log10().floor() as i32).max(0) as usize;
+        format!("{value:.digits$}")
+    };
+    text.replace('-', "−")
+}

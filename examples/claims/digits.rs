@@ -1,0 +1,355 @@
+//! Claims about norms in a convolutional network, on handwritten digits: 10, 11, 14, 16, 19.
+
+use candle_core::Result;
+use candle_nn::ModuleT;
+
+use crate::claim::{Claim, Data, Judgement, Plot, show};
+use crate::common::Digits;
+use crate::lab::{Lab, Measure, Trial};
+use crate::nets::{Cnn, Net, Start};
+use crate::training::{Course, Learned, Optim};
+
+const FIXED: &str = "three convolutions of 8, 16 and 16 channels and a linear head, 1297 digits to train on and 500 by other writers to test on, \
+                     SGD without momentum, starts and batches of a seed";
+const ACCURACY: &str = "accuracy";
+const RATES: [f64; 5] = [0.03, 0.1, 0.3, 1., 3.];
+
+pub(crate) fn claims() -> Vec<Claim> {
+    vec![
+        Claim {
+            id: 10,
+            version: 1,
+            text: "Batch norm converges faster and tolerates higher learning rates.",
+            varied: "the norm; the learning rate",
+            fixed: FIXED,
+            rule: "two parts, against no norm: at the tuned rate, fewer steps to 95 %; the largest rate of 0.03, 0.1, … 10 after which the accuracy is above 90 % is higher",
+            plot: Plot {
+                metric: "accuracy by rate",
+                y: "accuracy after 200 steps, in percent",
+                x: Some("learning rate"),
+                log_x: true,
+                log_y: false,
+            },
+            runs: [210, 72],
+            run: rates,
+            judge: |d| {
+                let steps = |norm| d.median("steps to 95 %", norm);
+                let largest = |norm: &str| {
+                    let trained = d
+                        .along("accuracy by rate", norm)
+                        .into_iter()
+                        .filter(|(_, a)| *a > 90.);
+                    trained.map(|(rate, _)| rate).fold(0., f64::max)
+                };
+                let figure = format!(
+                    "steps to 95 %: {} (batch), {} (none), {} (group), {} (layer); largest rate that trains: {}, {}, {}, {}",
+                    show(steps("batch")),
+                    show(steps("none")),
+                    show(steps("group:4")),
+                    show(steps("layer")),
+                    show(largest("batch")),
+                    show(largest("none")),
+                    show(largest("group:4")),
+                    show(largest("layer"))
+                );
+                Judgement::of(
+                    &[
+                        steps("batch") < steps("none"),
+                        largest("batch") > largest("none"),
+                    ],
+                    "the part",
+                    figure,
+                )
+            },
+        },
+        Claim {
+            id: 11,
+            version: 1,
+            text: "Batch norm makes training less sensitive to initialization.",
+            varied: "a factor of 0.01 to 10 on the He-normal weights; the norm",
+            fixed: FIXED,
+            rule: "confirmed if the accuracy after 200 steps, at a rate tuned for each factor, varies over the factors half as much as without a norm, or less; else not",
+            plot: Plot {
+                metric: ACCURACY,
+                y: "accuracy after 200 steps, in percent",
+                x: Some("factor on the weights"),
+                log_x: true,
+                log_y: false,
+            },
+            runs: [120, 60],
+            run: scales,
+            judge: |d| {
+                let range = |norm| {
+                    let medians: Vec<f64> = d
+                        .along(ACCURACY, norm)
+                        .into_iter()
+                        .map(|(_, a)| a)
+                        .collect();
+                    medians.iter().copied().fold(0., f64::max)
+                        - medians.iter().copied().fold(100., f64::min)
+                };
+                let [none, batch, layer] = ["none", "batch", "layer"].map(range);
+                let figure = format!(
+                    "the accuracy varies by {} points (none), {} (batch), {} (layer)",
+                    show(none),
+                    show(batch),
+                    show(layer)
+                );
+                Judgement::of(&[batch <= none / 2.], "", figure)
+            },
+        },
+        Claim {
+            id: 14,
+            version: 1,
+            text: "Batch norm suffers at small batches, where group and layer norm do not.",
+            varied: "the size of batches, at the same number of images seen; the norm",
+            fixed: FIXED,
+            rule: "two parts: from batches of 32 to 2 batch norm loses 2 points of accuracy or more; group and layer norm lose less than half of that",
+            plot: Plot {
+                metric: ACCURACY,
+                y: "accuracy after 5120 images, in percent",
+                x: Some("images in a batch"),
+                log_x: true,
+                log_y: false,
+            },
+            runs: [150, 75],
+            run: batches,
+            judge: |d| {
+                let loss = |norm| d.at(ACCURACY, norm, 32.) - d.at(ACCURACY, norm, 2.);
+                let [batch, layer, group] = ["batch", "layer", "group:4"].map(loss);
+                let figure = format!(
+                    "from 32 to 2 the accuracy falls by {} points (batch), {} (layer), {} (group)",
+                    show(batch),
+                    show(layer),
+                    show(group)
+                );
+                Judgement::of(
+                    &[batch >= 2., layer.max(group) < batch.max(0.) / 2.],
+                    "the part",
+                    figure,
+                )
+            },
+        },
+        Claim {
+            id: 16,
+            version: 1,
+            text: "Instance norm removes style (contrast, brightness).",
+            varied: "the norm; the contrast (halved) and the brightness (raised by 0.3) of test images",
+            fixed: FIXED,
+            rule: "two parts, contrast and brightness: instance norm loses at most half the accuracy that batch norm loses",
+            plot: Plot {
+                metric: "points lost",
+                y: "points of accuracy lost to half the contrast and more brightness",
+                x: None,
+                log_x: false,
+                log_y: false,
+            },
+            runs: [40, 20],
+            run: style,
+            judge: |d| {
+                let lost = |metric, norm| d.median("as they are", norm) - d.median(metric, norm);
+                let both = |metric| (lost(metric, "instance"), lost(metric, "batch"));
+                let (contrast, brightness) = (both("half the contrast"), both("more brightness"));
+                let figure = format!(
+                    "points lost by instance and batch norm: {} and {} to contrast, {} and {} to brightness",
+                    show(contrast.0),
+                    show(contrast.1),
+                    show(brightness.0),
+                    show(brightness.1)
+                );
+                let holds = |(instance, batch): (f64, f64)| batch > 1. && instance <= batch / 2.;
+                Judgement::of(
+                    &[holds(contrast), holds(brightness)],
+                    "the kind of shift",
+                    figure,
+                )
+            },
+        },
+        Claim {
+            id: 19,
+            version: 1,
+            text: "Batch norm and layer norm can be combined to advantage.",
+            varied: "the norm: batch, layer, instance, or all three with learned shares (switchable)",
+            fixed: FIXED,
+            rule: "confirmed if switchable norm's median accuracy is above the best single one's by 0.3 points or more; not if it is below it; between, it depends on the seed",
+            plot: Plot {
+                metric: ACCURACY,
+                y: "accuracy after 200 steps, in percent",
+                x: None,
+                log_x: false,
+                log_y: false,
+            },
+            runs: [40, 20],
+            run: combined,
+            judge: |d: &Data| {
+                let of = |norm| d.median(ACCURACY, norm);
+                let best = of("batch").max(of("layer"));
+                let gain = of("switch") - best;
+                let figure = format!(
+                    "{} % switchable, {} % batch, {} % layer, {} % instance",
+                    show(of("switch")),
+                    show(of("batch")),
+                    show(of("layer")),
+                    show(of("instance"))
+                );
+                Judgement::of(&[gain >= 0., gain >= 0.3], "the seed", figure)
+            },
+        },
+    ]
+}
+
+struct Arm<'a> {
+    norm: &'a str,
+    factor: f64,
+    batch: usize,
+    steps: usize,
+}
+
+impl Arm<'_> {
+    fn train(&self, sets: &(Digits, Digits), rate: f64, seed: u64) -> Result<(Net<Cnn>, Learned)> {
+        let net = Net::started(Start::He(self.factor), seed, |vb| Cnn::new(self.norm, vb))?;
+        let course = Course {
+            steps: self.steps,
+            batch: self.batch,
+            every: 5,
+            goal: 95.,
+            seed,
+        };
+        let learned = course.run(
+            &net.model,
+            Optim::sgd(net.trainable(), rate)?,
+            (&sets.0, &sets.1),
+        )?;
+        Ok((net, learned))
+    }
+}
+
+fn rates(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = Digits::load()?;
+    let mut all = vec![];
+    for norm in ["none", "batch", "layer", "group:4", "instance", "weight"] {
+        let arm = Arm {
+            norm,
+            factor: 1.,
+            batch: 64,
+            steps: lab.steps(200),
+        };
+        all.extend(lab.tuned(norm, &RATES, |rate, seed| {
+            let (_, learned) = arm.train(&sets, rate, seed)?;
+            Ok(Trial::new(
+                learned.score(arm.steps),
+                vec![("steps to 95 %", 0., learned.reached)],
+            ))
+        })?);
+        for rate in [0.03, 0.1, 0.3, 1., 3., 10.] {
+            if lab.quick && [0.1, 1.].contains(&rate) {
+                continue;
+            }
+            all.extend(lab.seeded(norm, |seed| {
+                let (_, learned) = arm.train(&sets, rate, seed)?;
+                Ok(vec![("accuracy by rate", rate, learned.accuracy)])
+            })?);
+        }
+    }
+    Ok(all)
+}
+
+fn scales(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = Digits::load()?;
+    let mut all = vec![];
+    for norm in ["none", "batch", "layer"] {
+        for factor in [0.01, 0.1, 1., 10.] {
+            let arm = Arm {
+                norm,
+                factor,
+                batch: 64,
+                steps: lab.steps(200),
+            };
+            all.extend(lab.tuned(norm, &RATES, |rate, seed| {
+                let (_, learned) = arm.train(&sets, rate, seed)?;
+                Ok(Trial::new(
+                    -learned.accuracy,
+                    vec![(ACCURACY, factor, learned.accuracy)],
+                ))
+            })?);
+        }
+    }
+    Ok(all)
+}
+
+fn batches(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = Digits::load()?;
+    let mut all = vec![];
+    for norm in ["batch", "layer", "group:4"] {
+        for batch in [2, 4, 8, 32, 128] {
+            let arm = Arm {
+                norm,
+                factor: 1.,
+                batch,
+                steps: lab.steps(5120 / batch),
+            };
+            all.extend(lab.tuned(norm, &[0.01, 0.03, 0.1, 0.3, 1.], |rate, seed| {
+                let (_, learned) = arm.train(&sets, rate, seed)?;
+                Ok(Trial::new(
+                    -learned.accuracy,
+                    vec![(ACCURACY, batch as f64, learned.accuracy)],
+                ))
+            })?);
+        }
+    }
+    Ok(all)
+}
+
+fn style(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = Digits::load()?;
+    let mut all = vec![];
+    for norm in ["none", "batch", "layer", "instance"] {
+        let arm = Arm {
+            norm,
+            factor: 1.,
+            batch: 64,
+            steps: lab.steps(200),
+        };
+        all.extend(lab.tuned(norm, &RATES, |rate, seed| {
+            let (net, learned) = arm.train(&sets, rate, seed)?;
+            let on = |images: &candle_core::Tensor| -> Result<f64> {
+                Ok(f64::from(
+                    sets.1.accuracy(&net.model.forward_t(images, false)?)?,
+                ))
+            };
+            let contrast = on(&(&sets.1.images * 0.5)?)?;
+            let brightness = on(&(&sets.1.images + 0.3)?)?;
+            let both = on(&((&sets.1.images * 0.5)? + 0.3)?)?;
+            let readings = vec![
+                ("points lost", 0., learned.accuracy - both),
+                ("as they are", 0., learned.accuracy),
+                ("half the contrast", 0., contrast),
+                ("more brightness", 0., brightness),
+            ];
+            Ok(Trial::new(-learned.accuracy, readings))
+        })?);
+    }
+    Ok(all)
+}
+
+fn combined(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = Digits::load()?;
+    let mut all = vec![];
+    for norm in ["batch", "layer", "instance", "switch"] {
+        let arm = Arm {
+            norm,
+            factor: 1.,
+            batch: 64,
+            steps: lab.steps(200),
+        };
+        all.extend(lab.tuned(norm, &RATES, |rate, seed| {
+            let (_, learned) = arm.train(&sets, rate, seed)?;
+            let readings = vec![
+                (ACCURACY, 0., learned.accuracy),
+                ("steps to 95 %", 0., learned.reached),
+            ];
+            Ok(Trial::new(learned.score(arm.steps), readings))
+        })?);
+    }
+    Ok(all)
+}

@@ -1,0 +1,160 @@
+//! The figure of a claim: curves over what is varied, or a row of dots for each arm.
+
+use std::fmt::Write;
+
+use crate::axis::Axis;
+use crate::claim::{Claim, show};
+use crate::lab::Measure;
+use crate::plot::{Chart, Curve, escape};
+
+/// Told apart also by eyes with protan, deutan or tritan deficiency.
+const COLORS: [&str; 9] = [
+    "#4f4f4f", "#0052a5", "#e5301a", "#118d55", "#4a93e6", "#a63c85", "#877e1f", "#8a2a86",
+    "#dd7a12",
+];
+const WIDTH: f64 = 720.;
+const FONT: &str = "font-family=\"sans-serif\" font-size=\"13\"";
+
+/// The figure as an SVG file of its own, on white.
+pub(crate) fn svg(
+    claim: &Claim,
+    measures: &[Measure],
+) -> Result<String, Box<dyn std::error::Error>> {
+    let shown: Vec<&Measure> = measures
+        .iter()
+        .filter(|m| m.metric == claim.plot.metric)
+        .collect();
+    match claim.plot.x {
+        Some(x) => curves(claim, &shown, x),
+        None => Ok(dots(claim, &shown)),
+    }
+}
+
+fn limits(values: impl Iterator<Item = f64>, log: bool) -> (f64, f64) {
+    let fits = |v: &f64| v.is_finite() && (!log || *v > 0.);
+    let (low, high) = values
+        .filter(fits)
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| {
+            (l.min(v), h.max(v))
+        });
+    match (low.is_finite(), log) {
+        (false, _) => (0.1, 1.),
+        (_, true) => (low / 1.3, high * 1.3),
+        (_, false) => {
+            let room = 0.06 * (high - low).max(1e-3 * high.abs()).max(1e-9);
+            (low - room, high + room)
+        }
+    }
+}
+
+fn curves(
+    claim: &Claim,
+    shown: &[&Measure],
+    x: &'static str,
+) -> Result<String, Box<dyn std::error::Error>> {
+    let plot = &claim.plot;
+    let mut arms: Vec<&str> = vec![];
+    for measure in shown {
+        if !arms.contains(&measure.arm.as_str()) {
+            arms.push(&measure.arm);
+        }
+    }
+    let (low, high) = limits(
+        shown.iter().flat_map(|m| m.values.iter().copied()),
+        plot.log_y,
+    );
+    let place = |v: f64| if v.is_nan() { high } else { v.clamp(low, high) };
+    let curve = |(class, arm): (usize, &&str)| {
+        let mine = || shown.iter().filter(|m| m.arm == **arm);
+        Curve {
+            label: arm.to_string(),
+            class,
+            points: mine().map(|m| (m.x, place(m.median()))).collect(),
+            band: mine()
+                .map(|m| (m.x, place(m.low()), place(m.high())))
+                .collect(),
+        }
+    };
+    let chart = Chart {
+        description: format!("{} over {x}, for each arm", plot.y),
+        size: (WIDTH as u32, 360),
+        x: Axis {
+            label: x,
+            range: bounds(limits(shown.iter().map(|m| m.x), plot.log_x)),
+            log: plot.log_x,
+            format: show,
+        },
+        y: Axis {
+            label: plot.y,
+            range: bounds((low, high)),
+            log: plot.log_y,
+            format: show,
+        },
+        mark: None,
+        family: 'a',
+        curves: arms.iter().enumerate().map(curve).collect(),
+    };
+    chart.standalone(&COLORS)
+}
+
+fn bounds((low, high): (f64, f64)) -> std::ops::Range<f64> {
+    low..high
+}
+
+/// For each arm the range of its seeds as a line, and its median as a dot with its figure.
+fn dots(claim: &Claim, shown: &[&Measure]) -> String {
+    let log = claim.plot.log_y;
+    let (low, high) = limits(shown.iter().flat_map(|m| m.values.iter().copied()), log);
+    let (left, right) = (230., WIDTH - 110.);
+    let position = |v: f64| if log { v.max(low).log10() } else { v };
+    let x = |v: f64| {
+        let v = if v.is_nan() { high } else { v.clamp(low, high) };
+        let share = (position(v) - position(low)) / (position(high) - position(low));
+        left + share * (right - left)
+    };
+    let height = 26. * shown.len() as f64 + 64.;
+    let title = escape(&format!("{}, for each arm", claim.plot.y));
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
+         aria-label=\"{title}\" {FONT}><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>"
+    );
+    for (row, measure) in shown.iter().enumerate() {
+        let y = 22. + 26. * row as f64;
+        let arm = escape(&measure.arm);
+        let color = COLORS[row % COLORS.len()];
+        let (from, to, at) = (x(measure.low()), x(measure.high()), x(measure.median()));
+        let figure = show(measure.median());
+        // Writing to a String does not fail.
+        let _ = write!(
+            svg,
+            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"#1c1e21\">{arm}</text>\
+             <line x1=\"{left}\" x2=\"{right}\" y1=\"{y}\" y2=\"{y}\" stroke=\"#e4e7ea\"/>\
+             <line x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke=\"{color}\" stroke-width=\"3\"/>\
+             <circle cx=\"{at:.1}\" cy=\"{y}\" r=\"5\" fill=\"{color}\"/>\
+             <text x=\"{}\" y=\"{}\" fill=\"#1c1e21\">{figure}</text>",
+            left - 12.,
+            y + 4.,
+            right + 14.,
+            y + 4.,
+        );
+    }
+    let bottom = height - 34.;
+    for share in [0., 0.5, 1.] {
+        let p = position(low) + share * (position(high) - position(low));
+        let value = show(if log { 10f64.powf(p) } else { p });
+        let at = left + share * (right - left);
+        let _ = write!(
+            svg,
+            "<text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"#5b6168\">{value}</text>"
+        );
+    }
+    let label = escape(claim.plot.y);
+    let _ = write!(
+        svg,
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"#1c1e21\">{label}{}</text></svg>",
+        (left + right) / 2.,
+        height - 12.,
+        if log { " (logarithmic)" } else { "" },
+    );
+    svg
+}

@@ -1,0 +1,324 @@
+//! Claims about the scale of inputs: 5, 8, 22.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_norm::scaling::{MinMaxScaler, RobustScaler, Scaler, StandardScaler};
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+
+use crate::cars::Split;
+use crate::claim::{Claim, Judgement, Plot, show};
+use crate::data::Series;
+use crate::lab::{Lab, Measure, Trial};
+use crate::nets::{Activation, Mlp, Net};
+use crate::training::{Optim, Prices, Regression, scalar};
+
+const SCALERS: [&str; 4] = ["none", "min-max", "z-score", "robust"];
+
+fn scaler(name: &str) -> Option<Box<dyn Scaler>> {
+    match name {
+        "min-max" => Some(Box::new(MinMaxScaler::default())),
+        "z-score" => Some(Box::new(StandardScaler::default())),
+        "robust" => Some(Box::new(RobustScaler::default())),
+        _ => None,
+    }
+}
+
+/// Both, scaled by what the first alone says.
+fn scaled(name: &str, train: &Tensor, test: &Tensor) -> Result<[Tensor; 2]> {
+    match scaler(name) {
+        Some(scaler) => {
+            scaler.fit(train)?;
+            Ok([scaler.transform(train)?, scaler.transform(test)?])
+        }
+        None => Ok([train.clone(), test.clone()]),
+    }
+}
+
+pub(crate) fn claims() -> Vec<Claim> {
+    vec![
+        Claim {
+            id: 5,
+            version: 1,
+            text: "Min-max is spoiled by outliers, z-scores are steadier.",
+            varied: "the scaler of the inputs; one training row whose mileage is 1000 times what it was, another one for each seed",
+            fixed: "prices as z-scores, two hidden layers of 32, 400 steps of AdamW, batches of 64; the rate is tuned with the row and without",
+            rule: "two parts: the corrupted row raises the error of min-max by 10 % or more; it raises that of z-scores by less than it does min-max's",
+            plot: Plot {
+                metric: "RMSE",
+                y: "RMSE of prices, in standard deviations",
+                x: None,
+                log_x: false,
+                log_y: false,
+            },
+            runs: [60, 30],
+            run: outlier,
+            judge: |d| {
+                let ratio = |name| {
+                    d.median("RMSE", &format!("{name}, one outlier"))
+                        / d.median("RMSE", &format!("{name}, clean"))
+                };
+                let [minmax, z, robust] = ["min-max", "z-score", "robust"].map(ratio);
+                let figure = format!(
+                    "one row multiplies the error by {} (min-max), {} (z-score), {} (robust)",
+                    show(minmax),
+                    show(z),
+                    show(robust)
+                );
+                Judgement::of(&[minmax >= 1.1, z < minmax], "the part", figure)
+            },
+        },
+        Claim {
+            id: 8,
+            version: 1,
+            text: "f16 needs values within ±65 504, and a good scale cuts the quantization error by three orders of magnitude.",
+            varied: "the quantity, and its scale: as it is, or its z-score",
+            fixed: "400 rows drawn for each seed; to f16 and back; mean absolute error in the quantity's own unit",
+            rule: "two parts: what exceeds 65 504 becomes infinite unscaled and stays finite scaled; where it is finite, the error shrinks 300 times or more for every quantity",
+            plot: Plot {
+                metric: "error cut by",
+                y: "how many times smaller the scaled error is",
+                x: None,
+                log_x: false,
+                log_y: true,
+            },
+            runs: [25, 10],
+            run: round_trip,
+            judge: |d| {
+                let cut = |arm| d.median("error cut by", arm);
+                let finite = ["DAX", "CO2"].map(cut);
+                let beyond = ["price", "mileage, miles"].iter().all(|arm| {
+                    d.median("error as it is", arm).is_infinite()
+                        && d.median("error scaled", arm).is_finite()
+                });
+                let figure = format!(
+                    "beyond 65 504: {}; error cut {} times (DAX), {} times (CO2), {} times (dates as numbers)",
+                    if beyond {
+                        "infinite, and finite once scaled"
+                    } else {
+                        "not as said"
+                    },
+                    show(finite[0]),
+                    show(finite[1]),
+                    show(cut("date, days since 1900"))
+                );
+                let all = finite
+                    .iter()
+                    .chain(&[cut("date, days since 1900")])
+                    .all(|c| *c >= 300.);
+                Judgement::of(
+                    &[beyond, all],
+                    "the part: the range holds, the factor does not",
+                    figure,
+                )
+            },
+        },
+        Claim {
+            id: 22,
+            version: 1,
+            text: "Distance methods (nearest neighbors, k-means) need scaled features.",
+            varied: "the scaler of the inputs",
+            fixed: "the mean price of the 5 nearest of 604 cars for 200 others, another split for each seed; k-means of 6 groups, started at 6 cars of the seed: the share of the variance of prices within groups",
+            rule: "two parts: with every scaler the error of the neighbors is at most 0.9 of the unscaled one; so is the variance within the groups",
+            plot: Plot {
+                metric: "neighbors' RMSE",
+                y: "RMSE of the 5 nearest, in dollars",
+                x: None,
+                log_x: false,
+                log_y: false,
+            },
+            runs: [20, 8],
+            run: distances,
+            judge: |d| {
+                let ratios = |metric| {
+                    SCALERS[1..]
+                        .iter()
+                        .map(|s| d.median(metric, s) / d.median(metric, "none"))
+                        .collect::<Vec<_>>()
+                };
+                let (near, groups) = (ratios("neighbors' RMSE"), ratios("variance within groups"));
+                let list = |r: &[f64]| r.iter().map(|v| show(*v)).collect::<Vec<_>>().join(", ");
+                let figure = format!(
+                    "against unscaled (min-max, z-score, robust): neighbors' error ×{}; variance within groups ×{}",
+                    list(&near),
+                    list(&groups)
+                );
+                let parts = [
+                    near.iter().all(|r| *r <= 0.9),
+                    groups.iter().all(|r| *r <= 0.9),
+                ];
+                Judgement::of(&parts, "the method", figure)
+            },
+        },
+    ]
+}
+
+fn outlier(lab: &Lab) -> Result<Vec<Measure>> {
+    let (split, cars) = (Split::load()?, Prices::load()?);
+    let mut all = vec![];
+    for name in &SCALERS[1..] {
+        for corrupted in [false, true] {
+            let arm = format!(
+                "{name}, {}",
+                if corrupted { "one outlier" } else { "clean" }
+            );
+            all.extend(
+                lab.tuned(&arm, &[1e-3, 3e-3, 1e-2, 3e-2, 0.1], |rate, seed| {
+                    let mut rows = split.train.inputs.to_vec2::<f32>()?;
+                    if corrupted {
+                        let row = StdRng::seed_from_u64(seed).random_range(0..rows.len());
+                        rows[row][0] *= 1000.;
+                    }
+                    let [train, test] =
+                        scaled(name, &Tensor::new(rows, &Device::Cpu)?, &split.test.inputs)?;
+                    let net = Net::new(seed, |vb| {
+                        Mlp::new("none", &[17, 32, 32], 1, Activation::Relu, vb)
+                    })?;
+                    let y = [&cars.scores[0], &cars.scores[1]];
+                    let course = Regression {
+                        x: [&train, &test],
+                        y,
+                        steps: lab.steps(400),
+                        goal: f64::INFINITY,
+                        seed,
+                    };
+                    let (_, r2) = course.run(&net.model, Optim::adam(net.trainable(), rate)?)?;
+                    let spread = scalar(&cars.scores[1].flatten_all()?.var(0)?)?;
+                    let rmse = ((1. - r2) * spread).sqrt();
+                    Ok(Trial::new(rmse, vec![("RMSE", 0., rmse)]))
+                })?,
+            );
+        }
+    }
+    Ok(all)
+}
+
+fn round_trip(lab: &Lab) -> Result<Vec<Measure>> {
+    let (split, stocks, co2) = (Split::load()?, Series::stocks()?, Series::co2()?);
+    let column = |x: &Tensor, i: usize| x.narrow(1, i, 1)?.contiguous()?.to_dtype(DType::F64);
+    let days: Vec<f64> = (0..2284).map(|week| 21_270. + 7. * week as f64).collect();
+    let quantities = [
+        ("price", column(&split.train.prices, 0)?),
+        ("mileage, miles", (column(&split.train.inputs, 0)? * 2.)?),
+        ("DAX", column(&stocks.tensor()?, 0)?),
+        ("CO2", column(&co2.tensor()?, 0)?),
+        (
+            "date, days since 1900",
+            Tensor::from_vec(days, (2284, 1), &Device::Cpu)?,
+        ),
+    ];
+    let mut all = vec![];
+    for (arm, values) in quantities {
+        all.extend(lab.seeded(arm, |seed| {
+            let mut order: Vec<u32> = (0..values.dim(0)? as u32).collect();
+            order.shuffle(&mut StdRng::seed_from_u64(seed));
+            let drawn = values.index_select(&Tensor::new(&order[..400], &Device::Cpu)?, 0)?;
+            let scaler = StandardScaler::default();
+            scaler.fit(&drawn)?;
+            let halved = |x: &Tensor| x.to_dtype(DType::F16)?.to_dtype(DType::F64);
+            let error = |back: &Tensor| scalar(&(back - &drawn)?.abs()?.mean_all()?);
+            let plain = error(&halved(&drawn)?)?;
+            let scaled = error(&scaler.inverse_transform(&halved(&scaler.transform(&drawn)?)?)?)?;
+            Ok(vec![
+                ("error cut by", 0., plain / scaled),
+                ("error as it is", 0., plain),
+                ("error scaled", 0., scaled),
+            ])
+        })?);
+    }
+    Ok(all)
+}
+
+fn distances(lab: &Lab) -> Result<Vec<Measure>> {
+    let split = Split::load()?;
+    let inputs = split.all_inputs()?;
+    let prices = Tensor::cat(&[&split.train.prices, &split.test.prices], 0)?;
+    let mut all = vec![];
+    for name in SCALERS {
+        all.extend(lab.seeded(name, |seed| {
+            let mut order: Vec<u32> = (0..inputs.dim(0)? as u32).collect();
+            order.shuffle(&mut StdRng::seed_from_u64(seed));
+            let part = |x: &Tensor, from: usize, to: usize| {
+                x.index_select(&Tensor::new(&order[from..to], &Device::Cpu)?, 0)
+            };
+            let [train, test] = scaled(name, &part(&inputs, 0, 604)?, &part(&inputs, 604, 804)?)?;
+            let (train, test) = (train.to_vec2::<f32>()?, test.to_vec2::<f32>()?);
+            let known = part(&prices, 0, 604)?.flatten_all()?.to_vec1::<f32>()?;
+            let asked = part(&prices, 604, 804)?.flatten_all()?.to_vec1::<f32>()?;
+            let readings = [
+                neighbors(&train, &known, &test, &asked),
+                groups(&train, &known),
+            ];
+            Ok(vec![
+                ("neighbors' RMSE", 0., readings[0]),
+                ("variance within groups", 0., readings[1]),
+            ])
+        })?);
+    }
+    Ok(all)
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+}
+
+fn neighbors(train: &[Vec<f32>], known: &[f32], test: &[Vec<f32>], asked: &[f32]) -> f64 {
+    let mut square = 0.;
+    for (x, price) in test.iter().zip(asked) {
+        let mut near: Vec<(f64, f32)> = train
+            .iter()
+            .map(|t| distance(t, x))
+            .zip(known.iter().copied())
+            .collect();
+        near.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let guess = near[..5]
+            .iter()
+            .map(|(_, price)| f64::from(*price))
+            .sum::<f64>()
+            / 5.;
+        square += (guess - f64::from(*price)).powi(2);
+    }
+    (square / test.len() as f64).sqrt()
+}
+
+/// k-means, and the share of the variance of prices that its groups leave.
+fn groups(rows: &[Vec<f32>], prices: &[f32]) -> f64 {
+    const K: usize = 6;
+    let mut centers: Vec<Vec<f32>> = rows[..K].to_vec();
+    let mut member = vec![0; rows.len()];
+    for _ in 0..30 {
+        for (m, row) in member.iter_mut().zip(rows) {
+            let nearest = |a: &usize, b: &usize| {
+                distance(row, &centers[*a]).total_cmp(&distance(row, &centers[*b]))
+            };
+            *m = (0..K).min_by(nearest).unwrap_or(0);
+        }
+        for (k, center) in centers.iter_mut().enumerate() {
+            let mine: Vec<&Vec<f32>> = rows
+                .iter()
+                .zip(&member)
+                .filter(|(_, m)| **m == k)
+                .map(|(row, _)| row)
+                .collect();
+            if !mine.is_empty() {
+                let mean =
+                    |i: usize| mine.iter().map(|row| row[i]).sum::<f32>() / mine.len() as f32;
+                *center = (0..center.len()).map(mean).collect();
+            }
+        }
+    }
+    let square = |prices: &[f64]| {
+        let mean = prices.iter().sum::<f64>() / prices.len().max(1) as f64;
+        prices.iter().map(|p| (p - mean).powi(2)).sum::<f64>()
+    };
+    let of = |k: usize| {
+        prices
+            .iter()
+            .zip(&member)
+            .filter(|(_, m)| **m == k)
+            .map(|(p, _)| f64::from(*p))
+            .collect::<Vec<_>>()
+    };
+    let within: f64 = (0..K).map(|k| square(&of(k))).sum();
+    within / square(&prices.iter().map(|p| f64::from(*p)).collect::<Vec<_>>())
+}

@@ -1,0 +1,186 @@
+//! What articles and tutorials say of normalization, measured.
+//!
+//!     cargo run --release --example claims                  # all 24, into docs/claims.md, docs/claims.html and docs/claims/
+//!     cargo run --release --example claims -- --claim 14    # one of them, into target/claims
+//!     cargo run --release --example claims -- --quick       # all of them, roughly, into target/claims
+//!
+//! A claim is a value: what is varied, what is held fixed, the experiment, and the rule that its verdict follows by. What was measured is kept in
+//! `target/claims/cache`, so that an interrupted run goes on where it was, and pages are written anew without measuring anew.
+
+#[path = "../common/axis.rs"]
+mod axis;
+#[path = "../regression/data.rs"]
+#[allow(dead_code)]
+mod cars;
+mod claim;
+#[path = "../common/mod.rs"]
+mod common;
+mod cost;
+#[path = "../forecast/data.rs"]
+#[allow(dead_code)]
+mod data;
+mod depth;
+mod digits;
+mod figure;
+mod inputs;
+mod lab;
+mod nets;
+#[path = "../common/plot.rs"]
+mod plot;
+mod report;
+#[path = "../forecast/scales.rs"]
+#[allow(dead_code)]
+mod scales;
+mod sequences;
+mod series;
+mod small_sets;
+mod targets;
+mod training;
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use claim::{Claim, Data};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use lab::{Lab, Measure};
+use report::Entry;
+use serde_json::{Value, json};
+
+/// Candle allocates the result of every operation: the allocator is a good part of a step's time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Raised when the machinery changes what experiments measure.
+const VERSION: u32 = 1;
+
+/// Claims about normalization, measured on real data.
+#[derive(Parser)]
+struct Options {
+    /// Only this claim; may be given several times
+    #[arg(long)]
+    claim: Vec<u32>,
+    /// Fewer seeds, steps and learning rates: rough figures
+    #[arg(long)]
+    quick: bool,
+    /// Where the pages go [default: docs for a full run, else target/claims]
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Measure anew what is in the cache
+    #[arg(long)]
+    fresh: bool,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if let Some(code) = common::in_single_threaded_candle() {
+        return code;
+    }
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// All claims, in order.
+fn claims() -> Vec<Claim> {
+    let rooms = [
+        targets::claims(),
+        inputs::claims(),
+        series::claims(),
+        digits::claims(),
+        small_sets::claims(),
+        depth::claims(),
+        sequences::claims(),
+        cost::claims(),
+    ];
+    let mut all: Vec<Claim> = rooms.into_iter().flatten().collect();
+    all.sort_by_key(|claim| claim.id);
+    all
+}
+
+fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let all = claims();
+    if let Some(id) = options
+        .claim
+        .iter()
+        .find(|id| all.iter().all(|c| c.id != **id))
+    {
+        return Err(format!("--claim: expected one of 1 to {}, got {id}", all.len()).into());
+    }
+    let wanted = |claim: &Claim| options.claim.is_empty() || options.claim.contains(&claim.id);
+    let chosen: Vec<Claim> = all.into_iter().filter(wanted).collect();
+    let scratch = Path::new("target").join("claims");
+    let whole = options.claim.is_empty() && !options.quick;
+    let folder = match &options.out {
+        Some(out) => out.clone(),
+        None if whole => PathBuf::from("docs"),
+        None => scratch.clone(),
+    };
+    let cache = scratch.join("cache");
+    fs::create_dir_all(&cache)?;
+    let total = chosen
+        .iter()
+        .map(|c| c.runs[usize::from(options.quick)])
+        .sum();
+    let bar = ProgressBar::new(total);
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:30} {pos}/{len} runs, {elapsed} gone, {eta} left  {msg}",
+    )?);
+    let lab = Lab::new(options.quick, bar);
+    let mut entries = vec![];
+    let mut done = 0;
+    for claim in chosen {
+        lab.bar.set_message(format!("claim {}", claim.id));
+        let data = measured(&claim, &lab, &cache, options.fresh)?;
+        done += claim.runs[usize::from(options.quick)];
+        lab.bar.set_position(done);
+        entries.push(Entry { claim, data });
+    }
+    lab.bar.finish_and_clear();
+    report::write(&folder, &entries, options.quick, lab.seeds())?;
+    if options.quick {
+        println!("Rough figures of a quick run:");
+    }
+    for Entry { claim, data } in &entries {
+        let judged = (claim.judge)(data);
+        println!("{:2}  {}: {}", claim.id, judged.words(), judged.figure);
+    }
+    println!("Written: {}", folder.join("claims.md").display());
+    Ok(())
+}
+
+/// What the experiment measured, now or before.
+fn measured(claim: &Claim, lab: &Lab, cache: &Path, fresh: bool) -> Result<Data, Box<dyn Error>> {
+    let name = if lab.quick { "quick" } else { "full" };
+    let file = cache.join(format!("{name}-{:02}.json", claim.id));
+    let key = json!([
+        VERSION,
+        claim.version,
+        lab.seeds(),
+        env!("CARGO_PKG_VERSION")
+    ]);
+    if let (false, Ok(text)) = (fresh, fs::read_to_string(&file))
+        && let Ok(stored) = serde_json::from_str::<Value>(&text)
+        && stored["key"] == key
+        && let Some(measures) = stored["measures"].as_array()
+        && let Some(measures) = measures.iter().map(Measure::from_json).collect()
+    {
+        return Ok(Data(measures));
+    }
+    let measures = (claim.run)(lab).map_err(|e| format!("claim {}: {e}", claim.id))?;
+    let stored = json!({
+        "key": key,
+        "measures": measures.iter().map(Measure::to_json).collect::<Vec<_>>(),
+    });
+    // Whole or not at all: a run may be interrupted here too.
+    let partial = file.with_extension("partial");
+    fs::write(&partial, serde_json::to_string_pretty(&stored)?)?;
+    fs::rename(partial, file)?;
+    Ok(Data(measures))
+}

@@ -1,0 +1,202 @@
+//! Training on digits and on cars, and what is measured on the way.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::loss::cross_entropy;
+use candle_nn::{AdamW, ModuleT, Optimizer, ParamsAdamW, SGD};
+use candle_norm::scaling::{Scaler, StandardScaler};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use crate::cars::Split;
+use crate::common::Digits;
+
+pub(crate) fn scalar(t: &Tensor) -> Result<f64> {
+    t.to_dtype(DType::F64)?.to_scalar()
+}
+
+/// Either of candle's optimizers, without decay.
+pub(crate) enum Optim {
+    Sgd(SGD),
+    Adam(AdamW),
+}
+
+impl Optim {
+    pub(crate) fn sgd(vars: Vec<Var>, rate: f64) -> Result<Self> {
+        Ok(Self::Sgd(SGD::new(vars, rate)?))
+    }
+
+    pub(crate) fn adam(vars: Vec<Var>, rate: f64) -> Result<Self> {
+        Self::adam_with(vars, rate, 0.)
+    }
+
+    pub(crate) fn adam_with(vars: Vec<Var>, lr: f64, weight_decay: f64) -> Result<Self> {
+        let params = ParamsAdamW {
+            lr,
+            weight_decay,
+            ..Default::default()
+        };
+        Ok(Self::Adam(AdamW::new(vars, params)?))
+    }
+
+    pub(crate) fn step(&mut self, loss: &Tensor) -> Result<()> {
+        match self {
+            Self::Sgd(o) => o.backward_step(loss),
+            Self::Adam(o) => o.backward_step(loss),
+        }
+    }
+}
+
+/// Rows in an order that the seed decides, without end.
+pub(crate) struct Batches {
+    order: Vec<u32>,
+    next: usize,
+    rng: StdRng,
+}
+
+impl Batches {
+    pub(crate) fn new(rows: usize, seed: u64) -> Self {
+        Self {
+            order: (0..rows as u32).collect(),
+            next: rows,
+            rng: StdRng::seed_from_u64(seed),
+        }
+    }
+
+    /// The positions of the next `size` rows.
+    pub(crate) fn next(&mut self, size: usize) -> Result<Tensor> {
+        if self.next + size > self.order.len() {
+            self.order.shuffle(&mut self.rng);
+            self.next = 0;
+        }
+        let batch = &self.order[self.next..self.next + size];
+        self.next += size;
+        Tensor::new(batch, &Device::Cpu)
+    }
+}
+
+/// Training of a classifier of digits.
+pub(crate) struct Course {
+    pub(crate) steps: usize,
+    pub(crate) batch: usize,
+    /// Every so many steps the accuracy is measured.
+    pub(crate) every: usize,
+    /// The accuracy in percent to be reached.
+    pub(crate) goal: f32,
+    pub(crate) seed: u64,
+}
+
+/// What training gave.
+pub(crate) struct Learned {
+    /// On the test images, in percent, at the end.
+    pub(crate) accuracy: f64,
+    /// The step at which the goal was reached first; infinite if it never was.
+    pub(crate) reached: f64,
+}
+
+impl Learned {
+    /// Lower is better: by the steps to the goal, then by the errors.
+    pub(crate) fn score(&self, steps: usize) -> f64 {
+        self.reached.min(2. * steps as f64) + (100. - self.accuracy) / 100.
+    }
+}
+
+impl Course {
+    pub(crate) fn run(
+        &self,
+        net: &impl ModuleT,
+        mut optimizer: Optim,
+        (train, test): (&Digits, &Digits),
+    ) -> Result<Learned> {
+        let mut batches = Batches::new(train.labels.dim(0)?, self.seed);
+        let mut reached = f64::INFINITY;
+        for step in 1..=self.steps {
+            let rows = batches.next(self.batch)?;
+            let logits = net.forward_t(&train.images.index_select(&rows, 0)?, true)?;
+            let loss = cross_entropy(&logits, &train.labels.index_select(&rows, 0)?)?;
+            optimizer.step(&loss)?;
+            if step % self.every == 0 {
+                if !scalar(&loss)?.is_finite() {
+                    break;
+                }
+                let logits = net.forward_t(&test.images, false)?;
+                if reached.is_infinite() && test.accuracy(&logits)? >= self.goal {
+                    reached = step as f64;
+                }
+            }
+        }
+        let logits = net.forward_t(&test.images, false)?;
+        let accuracy = f64::from(test.accuracy(&logits)?);
+        Ok(Learned { accuracy, reached })
+    }
+}
+
+/// Cars with z-scored inputs, and their prices in dollars and as z-scores.
+pub(crate) struct Prices {
+    pub(crate) train: Tensor,
+    pub(crate) test: Tensor,
+    pub(crate) dollars: [Tensor; 2],
+    pub(crate) scores: [Tensor; 2],
+}
+
+impl Prices {
+    pub(crate) fn load() -> Result<Self> {
+        let split = Split::load()?;
+        let (inputs, prices) = (StandardScaler::default(), StandardScaler::default());
+        inputs.fit(&split.train.inputs)?;
+        prices.fit(&split.train.prices)?;
+        let dollars = [split.train.prices.clone(), split.test.prices.clone()];
+        Ok(Self {
+            train: inputs.transform(&split.train.inputs)?,
+            test: inputs.transform(&split.test.inputs)?,
+            scores: [
+                prices.transform(&dollars[0])?,
+                prices.transform(&dollars[1])?,
+            ],
+            dollars,
+        })
+    }
+}
+
+/// 1 less the squared error by the variance of the target.
+pub(crate) fn r2(prediction: &Tensor, target: &Tensor) -> Result<f64> {
+    let error = scalar(&(prediction - target)?.sqr()?.mean_all()?)?;
+    let mean = target.broadcast_sub(&target.mean_keepdim(0)?)?;
+    Ok(1. - error / scalar(&mean.sqr()?.mean_all()?)?)
+}
+
+/// Training of a regression.
+pub(crate) struct Regression<'a> {
+    pub(crate) x: [&'a Tensor; 2],
+    pub(crate) y: [&'a Tensor; 2],
+    pub(crate) steps: usize,
+    pub(crate) goal: f64,
+    pub(crate) seed: u64,
+}
+
+impl Regression<'_> {
+    /// The step at which R² on the test set reached the goal, and R² at the end.
+    pub(crate) fn run(&self, net: &impl ModuleT, mut optimizer: Optim) -> Result<(f64, f64)> {
+        const EVERY: usize = 10;
+        let mut batches = Batches::new(self.x[0].dim(0)?, self.seed);
+        let mut reached = f64::INFINITY;
+        for step in 1..=self.steps {
+            let rows = batches.next(64)?;
+            let prediction = net.forward_t(&self.x[0].index_select(&rows, 0)?, true)?;
+            let loss = (prediction - self.y[0].index_select(&rows, 0)?)?
+                .sqr()?
+                .mean_all()?;
+            optimizer.step(&loss)?;
+            if step % EVERY == 0 && reached.is_infinite() {
+                let r2 = r2(&net.forward_t(self.x[1], false)?, self.y[1])?;
+                if !r2.is_finite() {
+                    break;
+                }
+                if r2 >= self.goal {
+                    reached = step as f64;
+                }
+            }
+        }
+        Ok((reached, r2(&net.forward_t(self.x[1], false)?, self.y[1])?))
+    }
+}

@@ -1,0 +1,275 @@
+//! Switchable normalization.
+
+use candle_core::{Result, Tensor, Var};
+use candle_nn::{Init, ModuleT, VarBuilder};
+
+use super::params::{Affine, AffineParams};
+use super::running_stats::RunningStats;
+use crate::Norm;
+use crate::ops::{self, SwitchBatch, SwitchSources, check};
+
+const LAYER: &str = "SwitchNorm";
+
+// The names of the reference implementation.
+const MEAN_WEIGHT: &str = "mean_weight";
+const VAR_WEIGHT: &str = "var_weight";
+
+/// Configuration of [`SwitchNorm`], with the defaults of the reference implementation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
+pub struct SwitchNormOptions {
+    /// Added to the variance, inside the root. Default: 1e-5.
+    pub eps: f64,
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    ///
+    /// The reference implementation writes 0.9 for the weight of the old value, and `using_moving_average=False` for `None`.
+    pub momentum: Option<f64>,
+    /// Mix in the statistics of the batch; without, training and inference are the same. Default: true.
+    pub using_bn: bool,
+    /// The spatial axes of the input, which say what the parameters are called in shape: `[1, C, 1, 1]` for two of them. Any input of
+    /// rank 3 or more will do. With 0 there are no instances to have statistics: layer and batch are mixed. Default: 2.
+    pub spatial_dims: usize,
+    /// Divide the variance of an instance by n − 1, as the reference implementation does, in place of n, as the paper does. The
+    /// variances of layer and batch are formed from it; without instances they are divided by n − 1 themselves. Default: true.
+    pub unbiased: bool,
+    /// Start from a scale of zero, for the last norm of a residual branch. Default: false.
+    pub last_gamma: bool,
+}
+
+impl Default for SwitchNormOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            momentum: Some(0.1),
+            using_bn: true,
+            spatial_dims: 2,
+            unbiased: true,
+            last_gamma: false,
+        }
+    }
+}
+
+impl From<f64> for SwitchNormOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+impl SwitchNormOptions {
+    fn sources<'a>(&self, batch: SwitchBatch<'a>) -> SwitchSources<'a> {
+        SwitchSources {
+            instance: self.spatial_dims > 0,
+            batch,
+            unbiased: self.unbiased,
+        }
+    }
+
+    fn initial_weight(&self) -> f64 {
+        if self.last_gamma { 0. } else { 1. }
+    }
+}
+
+/// Switchable normalization: each channel of each sample by a learned mixture of the statistics of its instance, layer and batch.
+///
+/// `y = (x − Σ mₖ·μₖ) / √(Σ vₖ·σ²ₖ + ε) · w + b`
+///
+/// Where:
+/// - k runs over instance (space), layer (channels and space) and batch (samples and space);
+/// - `m = softmax(mean_weight)` and `v = softmax(var_weight)` are the shares that the layer learns;
+/// - in inference, the statistics of the batch are the running ones, to which each training batch adds `momentum` of its own;
+/// - `w` and `b` are `weight` and `bias`, one value a channel;
+/// - ε is `eps`.
+///
+/// Luo, Ren, Peng, Zhang and Li, 2019, <https://arxiv.org/abs/1806.10779>. The two modes differ, so the layer is a [`ModuleT`]. The dtype
+/// is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once, and keeps `f32` statistics.
+#[derive(Debug, Clone)]
+pub struct SwitchNorm {
+    params: AffineParams,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    /// Neutral ones, in no `VarMap`, where none are tracked.
+    stats: RunningStats,
+    options: SwitchNormOptions,
+    num_features: usize,
+}
+
+/// A [`SwitchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+///
+/// Names and shapes are those of the reference implementation, for two spatial axes: `weight` and `bias`, `[1, C, 1, 1]`; `mean_weight`
+/// and `var_weight`, `[3]`; `running_mean` and `running_var`, `[1, C, 1]`. Also `num_batches_tracked` (0 if missing).
+///
+/// # Errors
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::switch_norm(3, 1e-5, vb)?;
+/// let x = Tensor::randn(5f32, 2., (4, 3, 8, 8), &Device::Cpu)?;
+/// assert_eq!(norm.forward_t(&x, true)?.dims(), [4, 3, 8, 8]);
+/// assert_eq!(norm.mean_shares()?, [1. / 3.; 3]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn switch_norm(
+    num_features: usize,
+    options: impl Into<SwitchNormOptions>,
+    vb: VarBuilder,
+) -> Result<SwitchNorm> {
+    let options = options.into();
+    check::eps(LAYER, options.eps)?;
+    check::momentum(LAYER, options.momentum)?;
+    // A tensor of candle has eight axes at the most.
+    check::at_most(LAYER, "spatial_dims", options.spatial_dims, 6)?;
+    let mut affine = vec![1; options.spatial_dims + 2];
+    affine[1] = num_features;
+    let statistics = &affine[..affine.len().min(3)];
+    let stats = RunningStats::new(LAYER, statistics, options.momentum, options.using_bn, &vb)?;
+    let sources = 1 + usize::from(options.spatial_dims > 0) + usize::from(options.using_bn);
+    let shares = |name| vb.get_with_hints(sources, name, Init::Const(1.));
+    Ok(SwitchNorm {
+        mean_weight: shares(MEAN_WEIGHT)?,
+        var_weight: shares(VAR_WEIGHT)?,
+        params: AffineParams::new(&vb, affine, Affine::WeightAndBias, options.initial_weight())?,
+        stats,
+        options,
+        num_features,
+    })
+}
+
+impl SwitchNorm {
+    /// The scale of each channel.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.params.weight()
+    }
+
+    /// The shift of each channel.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.params.bias()
+    }
+
+    /// What the shares of the means are the softmax of: instance, layer, batch.
+    pub fn mean_weight(&self) -> &Tensor {
+        &self.mean_weight
+    }
+
+    /// What the shares of the variances are the softmax of: instance, layer, batch.
+    pub fn var_weight(&self) -> &Tensor {
+        &self.var_weight
+    }
+
+    /// The shares of the means of instance, layer and batch, as far as they are mixed.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    pub fn mean_shares(&self) -> Result<Vec<f64>> {
+        ops::shares(&self.mean_weight)
+    }
+
+    /// The shares of the variances of instance, layer and batch, as far as they are mixed.
+    ///
+    /// # Errors
+    /// Only those of the device.
+    pub fn var_shares(&self) -> Result<Vec<f64>> {
+        ops::shares(&self.var_weight)
+    }
+
+    /// ε, added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.options.eps
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &SwitchNormOptions {
+        &self.options
+    }
+
+    /// The number of channels on axis 1.
+    pub fn num_features(&self) -> usize {
+        self.num_features
+    }
+
+    /// The running statistics, if those of the batch are mixed in.
+    pub fn running_stats(&self) -> Option<&RunningStats> {
+        self.options.using_bn.then_some(&self.stats)
+    }
+}
+
+impl ModuleT for SwitchNorm {
+    /// Normalizes `xs`; in inference with the running statistics for those of the batch.
+    ///
+    /// # Shapes
+    /// `[N, num_features, *]` of rank at least 3, or 2 without spatial axes; the output is contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device; one value where a variance is unbiased. No error changes the
+    /// statistics.
+    fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
+        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features)?;
+        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
+        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
+        let apply = |batch| {
+            let shares = [&self.mean_weight, &self.var_weight];
+            let (weight, bias) = (weight.as_ref(), bias.as_ref());
+            ops::switch_norm(
+                xs,
+                weight,
+                bias,
+                shares,
+                options.sources(batch),
+                options.eps,
+            )
+        };
+        if !options.using_bn {
+            return Ok(apply(SwitchBatch::Absent)?.0);
+        }
+        if !train {
+            let statistics = self.stats.snapshot()?;
+            let (mean, var) = (
+                statistics.mean.flatten_all()?,
+                statistics.var.flatten_all()?,
+            );
+            return Ok(apply(SwitchBatch::Given(&mean, &var))?.0);
+        }
+        let (y, statistics) = apply(SwitchBatch::Own)?;
+        if let Some(statistics) = statistics {
+            self.stats.update(&statistics, true)?;
+        }
+        Ok(y)
+    }
+}
+
+impl Norm for SwitchNorm {
+    fn kind(&self) -> &'static str {
+        "switch"
+    }
+
+    fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+        let mut all = self.params.named();
+        all.push((MEAN_WEIGHT, self.mean_weight.clone()));
+        all.push((VAR_WEIGHT, self.var_weight.clone()));
+        all
+    }
+
+    fn running_stats(&self) -> Option<&RunningStats> {
+        self.running_stats()
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.params.reset(self.options.initial_weight())?;
+        for shares in [&self.mean_weight, &self.var_weight] {
+            if shares.is_variable() {
+                Var::from_tensor(shares)?.set(&shares.ones_like()?.detach())?;
+            }
+        }
+        self.stats.reset()
+    }
+}

@@ -1,0 +1,234 @@
+//! Switchable normalization: what it is at the corners of its mixture, its names, errors, and what training leaves for inference.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{ModuleT, VarBuilder, VarMap};
+use candle_norm::{Norm, Path, SwitchNormOptions, ops, param_groups, switch_norm, with_path};
+
+const CPU: Device = Device::Cpu;
+const PATHS: [Path; 2] = [Path::Fused, Path::Composed];
+
+fn vb(vars: &VarMap, dtype: DType) -> VarBuilder<'static> {
+    VarBuilder::from_varmap(vars, dtype, &CPU)
+}
+
+fn values(t: &Tensor) -> Result<Vec<f64>> {
+    t.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
+}
+
+/// Numbers that look random and are the same on every run.
+fn noise(dims: &[usize]) -> Result<Tensor> {
+    let n: usize = dims.iter().product();
+    let data: Vec<f64> = (0..n)
+        .map(|i| ((i * i + 3 * i) as f64 * 0.7).sin() * 2. + 0.5)
+        .collect();
+    Tensor::from_vec(data, dims, &CPU)
+}
+
+fn set(vars: &VarMap, name: &str, value: &Tensor) -> Result<()> {
+    vars.data().lock().expect("no thread panicked")[name].set(value)
+}
+
+#[track_caller]
+fn assert_close(got: &Tensor, want: &Tensor, bound: f64) -> Result<()> {
+    assert_eq!(got.dims(), want.dims());
+    for (got, want) in values(got)?.into_iter().zip(values(want)?) {
+        assert!(
+            (got - want).abs() <= bound * (1. + want.abs()),
+            "{got} for {want}"
+        );
+    }
+    Ok(())
+}
+
+#[track_caller]
+fn assert_message<T>(result: Result<T>, expected: &[&str]) {
+    let Err(error) = result else {
+        panic!("expected an error with {expected:?}, got a result")
+    };
+    let message = error.to_string();
+    for part in expected {
+        assert!(message.contains(part), "expected {part:?} in: {message}");
+    }
+}
+
+#[test]
+fn a_share_of_one_is_the_norm_that_it_is_of() -> Result<()> {
+    let x = noise(&[3, 4, 2, 5])?;
+    let alone = [
+        ops::instance_norm(&x, None, None, 1e-5)?.0,
+        ops::group_norm(&x, 1, None, None, 1e-5)?,
+        ops::batch_norm(&x, None, None, 1e-5)?.0,
+    ];
+    for (source, want) in alone.iter().enumerate() {
+        for path in PATHS {
+            let vars = VarMap::new();
+            let options = SwitchNormOptions {
+                unbiased: false,
+                ..Default::default()
+            };
+            let norm = switch_norm(4, options, vb(&vars, DType::F64))?;
+            let mut weights = [-400f64; 3];
+            weights[source] = 400.;
+            for name in ["mean_weight", "var_weight"] {
+                set(&vars, name, &Tensor::new(&weights, &CPU)?)?;
+            }
+            assert_close(&with_path(path, || norm.forward_t(&x, true))?, want, 1e-12)?;
+            let mut shares = vec![0.; 3];
+            shares[source] = 1.;
+            assert_eq!(
+                (norm.mean_shares()?, norm.var_shares()?),
+                (shares.clone(), shares)
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn names_and_shapes_are_those_of_the_reference_implementation() -> Result<()> {
+    let cases: [(usize, bool, &[usize], &[usize], usize); 4] = [
+        (2, true, &[1, 6, 1, 1], &[1, 6, 1], 3),
+        (3, true, &[1, 6, 1, 1, 1], &[1, 6, 1], 3),
+        (0, true, &[1, 6], &[1, 6], 2),
+        (2, false, &[1, 6, 1, 1], &[], 2),
+    ];
+    for (spatial_dims, using_bn, affine, statistics, sources) in cases {
+        let vars = VarMap::new();
+        let options = SwitchNormOptions {
+            spatial_dims,
+            using_bn,
+            ..Default::default()
+        };
+        let norm = switch_norm(6, options, vb(&vars, DType::F32))?;
+        let named = vars.data().lock().expect("no thread panicked").clone();
+        let mut want = vec![("weight", affine.to_vec()), ("bias", affine.to_vec())];
+        want.push(("mean_weight", vec![sources]));
+        want.push(("var_weight", vec![sources]));
+        if using_bn {
+            want.push(("running_mean", statistics.to_vec()));
+            want.push(("running_var", statistics.to_vec()));
+            want.push(("num_batches_tracked", vec![]));
+        }
+        assert_eq!(named.len(), want.len());
+        for (name, dims) in want {
+            assert_eq!(named[name].dims(), dims, "{name}");
+        }
+        // None of them decays.
+        let groups = param_groups(&vars);
+        assert_eq!((groups.decay.len(), groups.no_decay.len()), (0, 4));
+        assert_eq!(norm.parameters().len(), 4);
+    }
+    Ok(())
+}
+
+#[test]
+fn inference_uses_what_training_left_and_reset_forgets_it() -> Result<()> {
+    let x = noise(&[3, 4, 2, 5])?;
+    let vars = VarMap::new();
+    let options = SwitchNormOptions {
+        momentum: Some(1.),
+        ..Default::default()
+    };
+    let norm = switch_norm(4, options, vb(&vars, DType::F64))?;
+    let trained = norm.forward_t(&x, true)?;
+    // With a momentum of 1 the running statistics are those of the batch.
+    assert_close(&norm.forward_t(&x, false)?, &trained, 1e-12)?;
+    let stats = norm.running_stats().expect("statistics").snapshot()?;
+    assert_eq!(
+        (stats.mean.dims(), stats.num_batches_tracked),
+        (&[1, 4, 1][..], 1)
+    );
+    set(&vars, "mean_weight", &Tensor::new(&[3f64, 0., 1.], &CPU)?)?;
+    norm.reset()?;
+    let fresh = norm.running_stats().expect("statistics").snapshot()?;
+    assert_eq!(
+        (values(&fresh.mean)?, fresh.num_batches_tracked),
+        (vec![0.; 4], 0)
+    );
+    assert_eq!(values(norm.mean_weight())?, [1.; 3]);
+    Ok(())
+}
+
+#[test]
+fn half_precision_is_rounded_once() -> Result<()> {
+    for dtype in [DType::F16, DType::BF16] {
+        for path in PATHS {
+            for train in [true, false] {
+                let x = (noise(&[3, 4, 5, 7])? * 3.)?.to_dtype(dtype)?;
+                let run = |x: &Tensor| -> Result<(Tensor, Tensor)> {
+                    let vars = VarMap::new();
+                    let norm = switch_norm(4, 1e-5, vb(&vars, DType::F32))?;
+                    let x = Var::from_tensor(x)?;
+                    let y = with_path(path, || norm.forward_t(&x, train))?;
+                    let cotangent = noise(x.dims())?.to_dtype(dtype)?.to_dtype(y.dtype())?;
+                    let grads = (&y * cotangent)?.sum_all()?.backward()?;
+                    Ok((y.detach(), grads.get(&x).expect("a gradient").clone()))
+                };
+                let (half, wide) = (run(&x)?, run(&x.to_dtype(DType::F32)?)?);
+                for (half, wide) in [(half.0, wide.0), (half.1, wide.1)] {
+                    assert_eq!(half.dtype(), dtype);
+                    assert_eq!(values(&half)?, values(&wide.to_dtype(dtype)?)?);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
+    let vars = VarMap::new();
+    let norm = switch_norm(4, 1e-5, vb(&vars, DType::F64))?;
+    let state =
+        || -> Result<Vec<Vec<f64>>> { norm.buffers().iter().map(|(_, t)| values(t)).collect() };
+    let before = state()?;
+    assert_message(
+        norm.forward_t(&noise(&[2, 4])?, true),
+        &["SwitchNorm", "rank at least 3", "[2, 4]"],
+    );
+    assert_message(
+        norm.forward_t(&noise(&[2, 3, 5])?, true),
+        &["SwitchNorm", "expected 4 channels"],
+    );
+    let one = [
+        "SwitchNorm",
+        "more than 1 value per channel of a sample",
+        "[2, 4, 1]",
+        "set unbiased to false",
+    ];
+    assert_message(norm.forward_t(&noise(&[2, 4, 1])?, true), &one);
+    assert_eq!(state()?, before);
+    for (options, expected) in [
+        (SwitchNormOptions::from(0.), "expected eps > 0"),
+        (
+            SwitchNormOptions {
+                momentum: Some(1.5),
+                ..Default::default()
+            },
+            "expected a momentum between 0 and 1",
+        ),
+        (
+            SwitchNormOptions {
+                spatial_dims: 7,
+                ..Default::default()
+            },
+            "expected spatial_dims of at most 6, got 7",
+        ),
+    ] {
+        assert_message(
+            switch_norm(4, options, vb(&VarMap::new(), DType::F64)),
+            &["SwitchNorm", expected],
+        );
+    }
+    let flat = SwitchNormOptions {
+        spatial_dims: 0,
+        ..Default::default()
+    };
+    let norm = switch_norm(4, flat, vb(&VarMap::new(), DType::F64))?;
+    assert_message(
+        norm.forward_t(&noise(&[1, 4])?, true),
+        &["SwitchNorm", "more than 1 value per channel"],
+    );
+    assert_eq!(norm.forward_t(&noise(&[1, 4])?, false)?.dims(), [1, 4]);
+    Ok(())
+}
