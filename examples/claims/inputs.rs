@@ -8,9 +8,9 @@ use rand::{Rng, SeedableRng};
 
 use crate::cars::Split;
 use crate::claim::{Claim, Judgement, Plot, show};
-use crate::data::Series;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
+use crate::series::Series;
 use crate::training::{Optim, Prices, Regression, scalar};
 
 const SCALERS: [&str; 4] = ["none", "min-max", "z-score", "robust"];

@@ -16,12 +16,10 @@ mod claim;
 #[path = "../common/mod.rs"]
 mod common;
 mod cost;
-#[path = "../forecast/data.rs"]
-#[allow(dead_code)]
-mod data;
 mod depth;
 mod digits;
 mod figure;
+mod forecasts;
 mod inputs;
 mod lab;
 mod nets;
@@ -32,6 +30,7 @@ mod report;
 #[allow(dead_code)]
 mod scales;
 mod sequences;
+#[path = "../common/series.rs"]
 mod series;
 mod small_sets;
 mod targets;
@@ -75,16 +74,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    if let Some(code) = common::in_single_threaded_candle() {
-        return code;
-    }
-    match run(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    common::run(|| run(&options))
 }
 
 /// All claims, in order.
@@ -92,7 +82,7 @@ fn claims() -> Vec<Claim> {
     let rooms = [
         targets::claims(),
         inputs::claims(),
-        series::claims(),
+        forecasts::claims(),
         digits::claims(),
         small_sets::claims(),
         depth::claims(),

@@ -6,10 +6,10 @@ use candle_norm::scaling::{RevIn, RevInOptions, rev_in};
 use candle_norm::{LayerNorm, layer_norm};
 
 use crate::claim::{Claim, Data, Judgement, Plot, show};
-use crate::data::Series;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
 use crate::scales::Scaling;
+use crate::series::Series;
 use crate::training::{Batches, Optim, scalar};
 
 /// Rows that a forecast is made from.
