@@ -164,27 +164,33 @@ impl AdaptiveScaler {
 
     fn observe_by(&self, watch: &mut Watch, x: &Tensor) -> Result<Vec<DriftEvent>> {
         let rows = watch.rows(x)?;
-        let mut events = vec![];
-        let mut done = Ok(());
+        let (mut events, mut done, mut fitted) = (vec![], Ok(()), None);
         for row in rows.each() {
             let now = watch.row(row);
-            if let (Some(event), Err(error)) = (now.first(), self.answer(watch, &now)) {
-                done = done.and(check::series::refitted(LAYER, event, Err(error)));
+            if let Some(event) = now.first() {
+                match self.answer(watch) {
+                    Ok(rows) => fitted = Some(rows),
+                    Err(error) => {
+                        done = done.and(check::series::refitted(LAYER, event, Err(error)));
+                    }
+                }
             }
             events.extend(now);
+        }
+        // Whoever transforms meanwhile sees the scaler before this call or after it, and none that was fitted in between.
+        if let Some(rows) = fitted {
+            self.scaler.fit(&rows)?;
         }
         done.map(|()| events)
     }
 
-    /// Fits scaler and monitor anew if there are events; changes neither where that fails.
-    fn answer(&self, watch: &mut Watch, events: &[DriftEvent]) -> Result<()> {
-        if events.is_empty() {
-            return Ok(());
-        }
+    /// Gives the monitor a new reference after an event, which it returns; changes nothing where the scaler cannot be fitted to it.
+    fn answer(&self, watch: &mut Watch) -> Result<Tensor> {
         let reference = watch.referring(&watch.features, self.next_reference(watch))?;
-        self.scaler.fit(&watch.tensor(&reference.values)?)?;
+        let rows = watch.tensor(&reference.values)?;
+        self.scaler.snapshot().fit(&rows)?;
         watch.refer_to(reference);
-        Ok(())
+        Ok(rows)
     }
 
     fn fit_by(&self, current: &mut Watch, x: &Tensor) -> Result<()> {
