@@ -211,7 +211,7 @@ impl Arm<'_> {
         let course = Course {
             steps: self.steps,
             batch: self.batch,
-            every: 5,
+            every: 10,
             goal: 95.,
             seed,
         };

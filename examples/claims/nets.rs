@@ -3,8 +3,8 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use candle_core::{DType, Device, Error, Result, Tensor, Var};
-use candle_nn::{Conv2dConfig, Linear, Module, ModuleT, VarBuilder, VarMap, linear};
-use candle_norm::{NormConfig, NormedLayer, trainable_vars};
+use candle_nn::{Init, Linear, Module, ModuleT, VarBuilder, VarMap, linear};
+use candle_norm::{Norm, NormConfig, NormedLayer, ops, trainable_vars};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
@@ -65,37 +65,131 @@ impl ModuleT for Mlp {
     }
 }
 
+/// A convolution of 3 × 3 with its norm, on maps of one size.
+///
+/// As one matrix product over all positions: for maps as small as these that is many times as fast as candle's own on the CPU.
+struct Conv {
+    side: usize,
+    /// For each pixel of a kernel and each position, the position that it sees; one behind the last where that is outside.
+    seen: Tensor,
+    weight: Tensor,
+    /// Of weight norm.
+    magnitude: Option<Tensor>,
+    bias: Option<Tensor>,
+    norm: Option<Box<dyn Norm>>,
+}
+
+impl Conv {
+    fn new(norm: &str, inputs: usize, outputs: usize, side: usize, vb: VarBuilder) -> Result<Self> {
+        let mut seen = vec![];
+        for kernel in 0..9 {
+            for position in 0..side * side {
+                let (y, x) = (position / side + kernel / 3, position % side + kernel % 3);
+                let inside = (1..=side).contains(&y) && (1..=side).contains(&x);
+                let at = if inside {
+                    (y - 1) * side + x - 1
+                } else {
+                    side * side
+                };
+                seen.push(at as u32);
+            }
+        }
+        let own_bias = ["none", "weight", "instance"].contains(&norm);
+        let names = match norm {
+            "weight" => [
+                "parametrizations.weight.original1",
+                "parametrizations.weight.original0",
+            ],
+            _ => ["weight", ""],
+        };
+        let zero = |shape, name| vb.get_with_hints(shape, name, Init::Const(0.));
+        Ok(Self {
+            side,
+            seen: Tensor::new(seen, &Device::Cpu)?,
+            weight: zero((outputs, 9 * inputs), names[0])?,
+            magnitude: match norm {
+                "weight" => Some(zero((outputs, 1), names[1])?),
+                _ => None,
+            },
+            bias: match own_bias {
+                true => Some(zero((outputs, 1), "bias")?),
+                false => None,
+            },
+            norm: match norm {
+                "none" | "weight" => None,
+                _ => Some(
+                    norm.parse::<NormConfig>()?
+                        .channels(outputs, vb.pp("norm"))?,
+                ),
+            },
+        })
+    }
+
+    /// `[N, C, side, side]` to as many maps as there are outputs.
+    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        let (n, c, positions) = (x.dim(0)?, x.dim(1)?, self.side * self.side);
+        let by_channel = x.flatten_from(2)?.transpose(0, 1)?.contiguous()?;
+        let outside = Tensor::zeros((c, n, 1), DType::F32, &Device::Cpu)?;
+        let columns = Tensor::cat(&[&by_channel, &outside], 2)?
+            .index_select(&self.seen, 2)?
+            .reshape((c, n, 9, positions))?
+            .transpose(1, 2)?
+            .contiguous()?
+            .reshape((9 * c, n * positions))?;
+        let weight = match &self.magnitude {
+            Some(g) => ops::weight_norm(&self.weight, g, Some(0))?,
+            None => self.weight.clone(),
+        };
+        let mut y = weight.matmul(&columns)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        let maps = y
+            .reshape(((), n, positions))?
+            .transpose(0, 1)?
+            .contiguous()?;
+        let maps = maps.reshape((n, (), self.side, self.side))?;
+        match &self.norm {
+            Some(norm) => norm.forward_t(&maps, train),
+            None => Ok(maps),
+        }
+    }
+}
+
 /// Three convolutions, each with its norm, on images `[N, 1, 8, 8]`.
 pub(crate) struct Cnn {
-    convs: [NormedLayer; 3],
+    convs: [Conv; 3],
     head: Linear,
 }
 
 impl Cnn {
     pub(crate) fn new(norm: &str, vb: VarBuilder) -> Result<Self> {
-        let norm: NormConfig = norm.parse()?;
-        let config = Conv2dConfig {
-            padding: 1,
-            ..Default::default()
-        };
-        let conv = |name, inputs, outputs| norm.conv2d(inputs, outputs, 3, config, vb.pp(name));
         Ok(Self {
             convs: [
-                conv("conv1", 1, 8)?,
-                conv("conv2", 8, 16)?,
-                conv("conv3", 16, 16)?,
+                Conv::new(norm, 1, 8, 8, vb.pp("conv1"))?,
+                Conv::new(norm, 8, 16, 4, vb.pp("conv2"))?,
+                Conv::new(norm, 16, 16, 4, vb.pp("conv3"))?,
             ],
             head: linear(16 * 2 * 2, 10, vb.pp("head"))?,
         })
     }
 }
 
+/// Means of 2 × 2: a reshape and two sums, where candle's pooling goes pixel by pixel.
+fn halved(maps: &Tensor) -> Result<Tensor> {
+    let (n, c, h, w) = maps.dims4()?;
+    maps.reshape((n * c * h / 2, 2, w / 2, 2))?
+        .mean(3)?
+        .mean(1)?
+        .reshape((n, c, h / 2, w / 2))
+}
+
 impl ModuleT for Cnn {
     fn forward_t(&self, images: &Tensor, train: bool) -> Result<Tensor> {
         let [first, second, third] = &self.convs;
-        let x = first.forward_t(images, train)?.relu()?.avg_pool2d(2)?;
-        let x = second.forward_t(&x, train)?.relu()?;
-        let x = third.forward_t(&x, train)?.relu()?.avg_pool2d(2)?;
+        let x = halved(&first.forward(images, train)?.relu()?)?;
+        let x = second.forward(&x, train)?.relu()?;
+        let x = halved(&third.forward(&x, train)?.relu()?)?;
         self.head.forward(&x.flatten_from(1)?)
     }
 }
