@@ -303,7 +303,7 @@ fn offset(values: &Tensor, sources: &SwitchSources) -> Result<Tensor> {
             mean.mean_all()?.reshape((1, 1))?
         }
     };
-    let finite = (&offset - &offset)?.eq(0.)?;
+    let finite = offset.sub(&offset)?.eq(0.)?;
     finite.where_cond(&offset, &offset.zeros_like()?)
 }
 
