@@ -74,7 +74,7 @@ impl Judgement {
 pub(crate) struct Data(pub(crate) Vec<Measure>);
 
 impl Data {
-    /// The median of `metric` of `arm` at `x`; infinite where it was not measured, so that no rule holds by accident.
+    /// The median of `metric` of `arm` at `x`; not a number where it was not measured, so that no rule holds by accident.
     pub(crate) fn at(&self, metric: &str, arm: &str, x: f64) -> f64 {
         let mine = |m: &&Measure| m.metric == metric && m.arm == arm && m.x == x;
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
@@ -110,4 +110,32 @@ pub(crate) fn show(value: f64) -> String {
         format!("{value:.digits$}")
     };
     text.replace('-', "−")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verdict_follows_from_the_parts_of_its_rule() {
+        let words = |parts: &[bool]| Judgement::of(parts, "the size", String::new()).words();
+        assert_eq!(words(&[true, true]), "confirmed");
+        assert_eq!(words(&[true, false]), "depends on the size");
+        assert_eq!(words(&[false]), "not confirmed");
+    }
+
+    #[test]
+    fn figures_have_three_digits() {
+        let shown = [0., 0.01234, -1.5, 123.4, 45_678., 1.23e8, f64::INFINITY].map(show);
+        assert_eq!(
+            shown,
+            ["0", "0.0123", "−1.50", "123", "45678", "1.2e8", "never"]
+        );
+    }
+
+    #[test]
+    fn what_was_not_measured_holds_no_rule() {
+        let data = Data(vec![]);
+        assert!(data.median("a", "b").is_nan() && data.at("a", "b", 0.).is_nan());
+    }
 }

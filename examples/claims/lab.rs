@@ -228,3 +228,63 @@ impl Measure {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lab() -> Lab {
+        Lab::new(false, ProgressBar::hidden())
+    }
+
+    #[test]
+    fn an_arm_is_run_at_the_rate_that_the_tuning_seed_prefers() -> Result<()> {
+        let run = |rate: f64, seed| {
+            // On the tuning seed 0.1 is the best, on the others it is not.
+            let score = if seed == TUNING_SEED {
+                (rate - 0.1).abs()
+            } else {
+                -rate
+            };
+            let score = if rate > 0.5 { f64::NAN } else { score };
+            Ok(Trial::new(
+                score,
+                vec![("a", 0., rate), ("b", 3., seed as f64)],
+            ))
+        };
+        let measures = lab().tuned("arm", &[1., 0.01, 0.1, 0.3], run)?;
+        assert_eq!(measures[0].rate, Some(0.1));
+        assert_eq!(measures[0].values, [0.1; 5]);
+        assert_eq!(
+            (measures[1].x, &measures[1].values[..]),
+            (3., &[0., 1., 2., 3., 4.][..])
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn an_error_of_one_run_is_that_of_the_arm() {
+        let run = |seed| match seed {
+            3 => bail!("no more"),
+            _ => Ok(vec![("a", 0., 1.)]),
+        };
+        assert!(lab().seeded("arm", run).is_err());
+    }
+
+    #[test]
+    fn what_was_never_reached_survives_the_cache_and_counts_as_the_largest() {
+        let measure = Measure {
+            metric: "steps".to_string(),
+            arm: "none".to_string(),
+            x: 2.,
+            values: vec![10., f64::INFINITY, f64::NAN, 30., 20.],
+            rate: None,
+        };
+        let back = Measure::from_json(&measure.to_json()).expect("what was written");
+        assert_eq!(
+            (back.median(), back.low(), back.high()),
+            (30., 10., f64::INFINITY)
+        );
+        assert_eq!(format!("{back:?}"), format!("{measure:?}"));
+    }
+}
