@@ -7,7 +7,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::cars::Split;
-use crate::claim::{Claim, Judgement, Plot, show};
+use crate::claim::{Claim, Judgement, PART, Plot, show};
 use crate::data::Series;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
@@ -65,7 +65,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(z),
                     show(robust)
                 );
-                Judgement::of(&[minmax >= 1.1, z < minmax], "the part", figure)
+                Judgement::of(&[minmax >= 1.1, z < minmax], PART, figure)
             },
         },
         Claim {
@@ -106,11 +106,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     .iter()
                     .chain(&[cut("date, days since 1900")])
                     .all(|c| *c >= 300.);
-                Judgement::of(
-                    &[beyond, all],
-                    "the part: the range holds, the factor does not",
-                    figure,
-                )
+                Judgement::of(&[beyond, all], PART, figure)
             },
         },
         Claim {

@@ -176,7 +176,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
 }
 
 fn paragraphs(text: &str) -> String {
-    let escaped = escape(text).replace("**", "");
+    let escaped = escape(text).replace("**", "").replace('`', "");
     let parts = escaped.trim().split("\n\n");
     parts.map(|part| format!("<p>{part}</p>")).collect()
 }

@@ -5,7 +5,7 @@ use candle_nn::ops::softmax;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
 use candle_norm::{Norm, NormConfig};
 
-use crate::claim::{Claim, Judgement, Plot, show};
+use crate::claim::{Claim, Judgement, PART, Plot, show};
 use crate::common::Digits;
 use crate::cost::layer_and_rms;
 use crate::lab::{Lab, Measure, Trial};
@@ -58,7 +58,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     accuracy("transformer", "layer"),
                     accuracy("transformer", "batch")
                 );
-                Judgement::of(&[layer <= 1e-4, batch >= 0.01], "the part", figure)
+                Judgement::of(&[layer <= 1e-4, batch >= 0.01], PART, figure)
             },
         },
         Claim {
@@ -97,7 +97,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 Judgement::of(
                     &[lost <= 1., ratios.iter().all(|(_, r)| *r <= 0.95)],
-                    "the part: accuracy or time",
+                    PART,
                     figure,
                 )
             },
