@@ -26,7 +26,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 12,
-            version: 1,
+            version: 2,
             text: "Batch norm stops gradients from vanishing and exploding with depth.",
             varied: "5 to 50 hidden layers; sigmoid, tanh, ReLU; the norm: none, batch, layer",
             fixed: "layers of 32, Xavier weights, 128 digits, before the first step",

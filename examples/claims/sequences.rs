@@ -63,7 +63,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 17,
-            version: 1,
+            version: 2,
             text: "RMS norm needs only the scale, and is cheaper than layer norm.",
             varied: "the norm of a transformer; the length of rows for the time of the layer alone",
             fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time of forward and backward in f32 on one thread, layers by turns, medians",

@@ -23,7 +23,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 1,
-            version: 1,
+            version: 2,
             text: "Training on targets that were not normalized takes 37 % more iterations to the same accuracy.",
             varied: "the target: dollars, or their z-score",
             fixed: "a network of two hidden layers of 32, z-scored inputs, batches of 64, AdamW without decay, starts and batches of a seed",
@@ -118,7 +118,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 4,
-            version: 1,
+            version: 2,
             text: "An unnormalized network can end up predicting the same value for every sample; normalizing each batch by itself makes training and inference disagree; parameters fitted once on the training set fix both.",
             varied: "min-max of inputs and targets: none, of each batch by itself, fitted to the training set",
             fixed: "the network of claim 1, 1000 steps; the test set is asked for at once and one car at a time",
@@ -300,11 +300,7 @@ fn fitted_or_not(lab: &Lab) -> Result<Vec<Measure>> {
             "fitted" => fitted.transform(x),
             _ => min_max(x)?.transform(x),
         };
-        let rates = match arm {
-            // In dollars, also rates that are large enough to get there.
-            "none" => [1e-4, 1e-3, 1e-2, 0.1, 1.],
-            _ => [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
-        };
+        let rates = [1e-4, 1e-3, 1e-2, 0.1, 1.];
         all.extend(lab.tuned(arm, &rates, |rate, seed| {
             let net = mlp("none", seed)?;
             let mut optimizer = Optim::adam(net.trainable(), rate)?;
