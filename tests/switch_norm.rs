@@ -86,9 +86,8 @@ fn a_share_of_one_is_the_norm_that_it_is_of() -> Result<()> {
 
 #[test]
 fn names_and_shapes_are_those_of_the_reference_implementation() -> Result<()> {
-    type Dims = &'static [usize];
-    let cases: [(usize, bool, Dims, Dims, usize); 4] = [
-        (2, true, &[1, 6, 1, 1], &[1, 6, 1], 3),
+    let cases = [
+        (2, true, &[1, 6, 1, 1][..], &[1, 6, 1][..], 3),
         (3, true, &[1, 6, 1, 1, 1], &[1, 6, 1], 3),
         (0, true, &[1, 6], &[1, 6], 2),
         (2, false, &[1, 6, 1, 1], &[], 2),

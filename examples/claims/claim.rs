@@ -38,10 +38,13 @@ pub(crate) enum Verdict {
     Depends,
 }
 
+/// What a verdict depends on where the rule has parts that stand by themselves.
+pub(crate) const PART: &str = "the part";
+
 /// A verdict, what it depends on if it does, and the figure that it rests on.
 pub(crate) struct Judgement {
     pub(crate) verdict: Verdict,
-    pub(crate) on: &'static str,
+    on: String,
     pub(crate) figure: String,
 }
 
@@ -53,6 +56,18 @@ impl Judgement {
             0 => Verdict::NotConfirmed,
             n if n == parts.len() => Verdict::Confirmed,
             _ => Verdict::Depends,
+        };
+        let on = match on {
+            PART => {
+                let numbered = |wanted: bool| {
+                    let numbers = (1..).zip(parts).filter(|(_, part)| **part == wanted);
+                    let numbers: Vec<String> =
+                        numbers.map(|(n, _): (u32, _)| n.to_string()).collect();
+                    numbers.join(", ")
+                };
+                format!("{PART} ({} yes, {} no)", numbered(true), numbered(false))
+            }
+            on => on.to_string(),
         };
         Self {
             verdict,
@@ -122,6 +137,8 @@ mod tests {
         assert_eq!(words(&[true, true]), "confirmed");
         assert_eq!(words(&[true, false]), "depends on the size");
         assert_eq!(words(&[false]), "not confirmed");
+        let parts = Judgement::of(&[true, false, true], PART, String::new());
+        assert_eq!(parts.words(), "depends on the part (1, 3 yes, 2 no)");
     }
 
     #[test]

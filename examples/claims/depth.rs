@@ -26,25 +26,23 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 12,
-            version: 1,
+            version: 2,
             text: "Batch norm stops gradients from vanishing and exploding with depth.",
             varied: "5 to 50 hidden layers; sigmoid, tanh, ReLU; the norm: none, batch, layer",
             fixed: "layers of 32, Xavier weights, 128 digits, before the first step",
             rule: "for each activation: with batch norm, the gradient of the first hidden layer at depth 50 is within a factor of 10 of the last one's, and nearer to it than without a norm",
             plot: Plot {
                 metric: RATIO,
-                y: "gradient of the first layer by that of the last",
+                y: "powers of ten of first by last layer's gradient",
                 x: Some("hidden layers"),
                 log_x: true,
-                log_y: true,
+                log_y: false,
             },
             runs: [180, 72],
             run: gradients,
             judge: |d| {
                 let off = |activation: &str, norm: &str| {
-                    d.at(RATIO, &format!("{activation}, {norm}"), 50.)
-                        .log10()
-                        .abs()
+                    d.at(RATIO, &format!("{activation}, {norm}"), 50.).abs()
                 };
                 let words = ACTIVATIONS.map(|(a, _)| {
                     let at = |norm| show(d.at(RATIO, &format!("{a}, {norm}"), 50.));
@@ -60,7 +58,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 Judgement::of(
                     &parts,
                     "the activation",
-                    format!("first layer by last at depth 50: {}", words.join("; ")),
+                    format!(
+                        "powers of ten of the first layer by the last at depth 50: {}",
+                        words.join("; ")
+                    ),
                 )
             },
         },
@@ -130,8 +131,8 @@ fn gradients(lab: &Lab) -> Result<Vec<Measure>> {
                         // Of an element: the first layer has more of them.
                         gradient.map_or(Ok(f64::NAN), |g| Ok(scalar(&g.sqr()?.mean_all()?)?.sqrt()))
                     };
-                    // What vanished altogether still has a place on a logarithmic axis.
-                    let ratio = (size(0)? / size(depth - 1)?).max(1e-30);
+                    // What vanished altogether still has a logarithm.
+                    let ratio = (size(0)? / size(depth - 1)?).max(1e-30).log10();
                     Ok(vec![(RATIO, depth as f64, ratio)])
                 })?);
             }

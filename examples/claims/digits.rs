@@ -3,7 +3,7 @@
 use candle_core::Result;
 use candle_nn::ModuleT;
 
-use crate::claim::{Claim, Data, Judgement, Plot, show};
+use crate::claim::{Claim, Data, Judgement, PART, Plot, show};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Cnn, Net, Start};
@@ -57,7 +57,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                         steps("batch") < steps("none"),
                         largest("batch") > largest("none"),
                     ],
-                    "the part",
+                    PART,
                     figure,
                 )
             },
@@ -104,7 +104,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm suffers at small batches, where group and layer norm do not.",
             varied: "the size of batches, at the same number of images seen; the norm",
             fixed: FIXED,
-            rule: "two parts: from batches of 32 to 2 batch norm loses 2 points of accuracy or more; group and layer norm lose less than half of that",
+            rule: "two parts: from batches of 32 to 2 batch norm loses 2 points of accuracy or more; then group and layer norm lose less than half of that",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 5120 images, in percent",
@@ -124,8 +124,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(group)
                 );
                 Judgement::of(
-                    &[batch >= 2., layer.max(group) < batch.max(0.) / 2.],
-                    "the part",
+                    &[batch >= 2., batch >= 2. && layer.max(group) < batch / 2.],
+                    PART,
                     figure,
                 )
             },

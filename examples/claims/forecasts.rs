@@ -5,7 +5,7 @@ use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
 use candle_norm::scaling::{RevIn, RevInOptions, rev_in};
 use candle_norm::{LayerNorm, layer_norm};
 
-use crate::claim::{Claim, Data, Judgement, Plot, show};
+use crate::claim::{Claim, Data, Judgement, PART, Plot, show};
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
 use crate::scales::Scaling;
@@ -87,11 +87,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(m("first state by last", "z-score"))
                 );
                 let grows = through > 1. && through > m("first state by last", "z-score");
-                Judgement::of(
-                    &[ratio >= 100., grows],
-                    "what is meant: the gradient is large, but it does not grow through time",
-                    figure,
-                )
+                Judgement::of(&[ratio >= 100., grows], PART, figure)
             },
         },
         Claim {
@@ -122,7 +118,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(first),
                     show(cut)
                 );
-                Judgement::of(&[alarms >= 1., cut >= 5.], "the part", figure)
+                Judgement::of(&[alarms >= 1., cut >= 5.], PART, figure)
             },
         },
     ]

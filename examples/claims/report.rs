@@ -23,8 +23,8 @@ fn introduction(quick: bool, seeds: u64) -> String {
     format!(
         "{}Articles and tutorials say a lot about normalization. Each row here is one such claim, an experiment on real data, and a verdict that \
          follows from the measurements by the rule that its section states: nothing is typed in. Figures are medians of {seeds} seeds, with their \
-         range. Where a network is trained, the learning rate of every arm is the best of the same few rates on a seed that is used for nothing \
-         else. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what holds everywhere.\n",
+         range. Where a network is trained, the learning rate of every arm is the best of the same few rates, by the result on \
+         the test set, on a seed that is used for nothing else. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what holds everywhere.\n",
         if quick { rough } else { "" }
     )
 }
@@ -176,7 +176,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
 }
 
 fn paragraphs(text: &str) -> String {
-    let escaped = escape(text).replace("**", "");
+    let escaped = escape(text).replace("**", "").replace('`', "");
     let parts = escaped.trim().split("\n\n");
     parts.map(|part| format!("<p>{part}</p>")).collect()
 }

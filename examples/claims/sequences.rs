@@ -5,7 +5,7 @@ use candle_nn::ops::softmax;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
 use candle_norm::{Norm, NormConfig};
 
-use crate::claim::{Claim, Judgement, Plot, show};
+use crate::claim::{Claim, Judgement, PART, Plot, show};
 use crate::common::Digits;
 use crate::cost::layer_and_rms;
 use crate::lab::{Lab, Measure, Trial};
@@ -58,12 +58,12 @@ pub(crate) fn claims() -> Vec<Claim> {
                     accuracy("transformer", "layer"),
                     accuracy("transformer", "batch")
                 );
-                Judgement::of(&[layer <= 1e-4, batch >= 0.01], "the part", figure)
+                Judgement::of(&[layer <= 1e-4, batch >= 0.01], PART, figure)
             },
         },
         Claim {
             id: 17,
-            version: 1,
+            version: 2,
             text: "RMS norm needs only the scale, and is cheaper than layer norm.",
             varied: "the norm of a transformer; the length of rows for the time of the layer alone",
             fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time of forward and backward in f32 on one thread, layers by turns, medians",
@@ -97,7 +97,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 Judgement::of(
                     &[lost <= 1., ratios.iter().all(|(_, r)| *r <= 0.95)],
-                    "the part: accuracy or time",
+                    PART,
                     figure,
                 )
             },

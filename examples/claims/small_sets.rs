@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::ops::log_softmax;
 use candle_nn::{ModuleT, loss::cross_entropy};
 
-use crate::claim::{Claim, Judgement, Plot, show};
+use crate::claim::{Claim, Judgement, PART, Plot, show};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
@@ -49,11 +49,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     "batch norm alone {gain:+.1} points on the test set, the gap smaller by {gap:+.1}; the others: {}",
                     others.collect::<Vec<_>>().join(", ")
                 );
-                Judgement::of(
-                    &[gain >= 0.5, gap >= 0.5],
-                    "the part",
-                    figure.replace('-', "−"),
-                )
+                Judgement::of(&[gain >= 0.5, gap >= 0.5], PART, figure.replace('-', "−"))
             },
         },
         Claim {
