@@ -16,7 +16,8 @@ mod step;
 use std::hint::black_box;
 use std::time::Duration;
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Device, Error, Result, Tensor};
+use candle_norm::ops;
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 use case::{Case, Inputs, Op, Pass};
@@ -49,6 +50,7 @@ fn main() -> Result<()> {
         let shapes = ROW_LENGTHS.map(|len| vec![ELEMENTS / len, len]);
         kernel(&mut criterion, op, &shapes)?;
     }
+    residual(&mut criterion)?;
     for op in [
         Op::BatchNorm,
         Op::BatchNormInference,
@@ -84,6 +86,32 @@ fn kernel(criterion: &mut Criterion, op: Op, shapes: &[Vec<usize>]) -> Result<()
         }
         group.finish();
     }
+    Ok(())
+}
+
+/// A residual added and the sum normalized, in one pass and one after the other.
+fn residual(criterion: &mut Criterion) -> Result<()> {
+    let mut group = criterion.benchmark_group("residual/forward");
+    for dtype in [DType::F32, DType::BF16] {
+        for (rows, len) in [(128, 768), (4096, 768), (16384, 1024)] {
+            let noise = || Tensor::randn(0f32, 1., (rows, len), &Device::Cpu)?.to_dtype(dtype);
+            let (x, residual) = (noise()?, noise()?);
+            let weight = Tensor::ones(len, dtype, &Device::Cpu)?;
+            let bias = weight.zeros_like()?;
+            let (w, bias) = (Some(&weight), Some(&bias));
+            let name = format!("{}/{rows}x{len}", dtype.as_str());
+            group.bench_function(BenchmarkId::new("at once", &name), |bencher| {
+                bencher.iter(|| ops::add_layer_norm(&x, &residual, len, w, bias, 1e-5));
+            });
+            group.bench_function(BenchmarkId::new("apart", &name), |bencher| {
+                bencher.iter(|| {
+                    let sum = (&x + &residual)?;
+                    Ok::<_, Error>((ops::layer_norm(&sum, len, w, bias, 1e-5)?, sum))
+                });
+            });
+        }
+    }
+    group.finish();
     Ok(())
 }
 

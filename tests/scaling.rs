@@ -16,9 +16,6 @@ mod gradients;
 mod half;
 #[path = "scaling/kinds.rs"]
 mod kinds;
-#[cfg(feature = "serde")]
-#[path = "scaling/options.rs"]
-mod options;
 #[path = "scaling/pipeline.rs"]
 mod pipeline;
 #[path = "scaling/precision.rs"]

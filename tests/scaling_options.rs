@@ -1,4 +1,6 @@
-//! Options as configuration files have them.
+//! Options as configuration files have them, with the feature `serde`.
+
+#![cfg(feature = "serde")]
 
 use candle_norm::scaling::{
     Causal, DriftOptions, EwmScalerOptions, MinMaxScalerOptions, Nan, OnDrift, SlidingScalerOptions,
