@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use crate::lab::{Lab, Measure};
+use crate::lab::{Lab, Measure, median};
 
 /// One row of the table.
 pub(crate) struct Claim {
@@ -100,11 +100,50 @@ impl Data {
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
     }
 
+    /// What `metric` of `arm` exceeds that of `other` by, for each seed: both start alike and see the same batches.
+    pub(crate) fn gains(&self, metric: &str, arm: &str, other: &str) -> Vec<f64> {
+        self.gains_at(metric, (arm, f64::NAN), (other, f64::NAN))
+    }
+
+    /// The same of an arm at one place and another at another; NaN stands for the only place.
+    pub(crate) fn gains_at(
+        &self,
+        metric: &str,
+        (arm, x): (&str, f64),
+        (other, at): (&str, f64),
+    ) -> Vec<f64> {
+        let values = |arm: &str, x: f64| {
+            let mine =
+                |m: &&Measure| m.metric == metric && m.arm == arm && (x.is_nan() || m.x == x);
+            self.0.iter().find(mine).map_or(&[][..], |m| &m.values)
+        };
+        let pairs = values(arm, x).iter().zip(values(other, at));
+        pairs.map(|(a, b)| a - b).collect()
+    }
+
     /// The places of `metric` of `arm`, in order, with their medians.
     pub(crate) fn along(&self, metric: &str, arm: &str) -> Vec<(f64, f64)> {
         let mine = self.0.iter().filter(|m| m.metric == metric && m.arm == arm);
         mine.map(|m| (m.x, m.median())).collect()
     }
+}
+
+/// Whether `holds` in at least four of five seeds; a difference that is not a number does not.
+pub(crate) fn mostly(differences: &[f64], holds: impl Fn(f64) -> bool) -> bool {
+    let held = differences.iter().filter(|d| holds(**d)).count();
+    !differences.is_empty() && 5 * held >= 4 * differences.len()
+}
+
+/// A difference between two arms over the seeds: its median, and in how many it has the sign of the median.
+pub(crate) fn spread(differences: &[f64]) -> String {
+    let middle = median(differences);
+    let alike = differences.iter().filter(|d| **d * middle > 0.).count();
+    let sign = if middle > 0. { "+" } else { "" };
+    format!(
+        "{sign}{} ({alike} of {} seeds)",
+        show(middle),
+        differences.len()
+    )
 }
 
 /// Three significant digits, and a word for what was never reached.
@@ -148,6 +187,28 @@ mod tests {
             shown,
             ["0", "0.0123", "−1.50", "123", "45678", "1.2e8", "never"]
         );
+    }
+
+    #[test]
+    fn arms_are_compared_seed_by_seed() {
+        let measure = |arm: &str, values: [f64; 5]| Measure {
+            metric: "steps".to_string(),
+            arm: arm.to_string(),
+            x: 0.,
+            values: values.to_vec(),
+            rate: None,
+        };
+        let never = f64::INFINITY;
+        let data = Data(vec![
+            measure("a", [1., 2., 3., 4., never]),
+            measure("b", [2., 4., 4., 8., never]),
+        ]);
+        let gains = data.gains("steps", "b", "a");
+        assert_eq!(gains[..4], [1., 2., 1., 4.]);
+        assert!(mostly(&gains, |d| d > 0.) && !mostly(&gains, |d| d > 1.));
+        assert!(!mostly(&data.gains("steps", "b", "c"), |_| true));
+        assert_eq!(spread(&gains), "+2.00 (4 of 5 seeds)");
+        assert_eq!(spread(&[-1., -2., 3.]), "−1.00 (2 of 3 seeds)");
     }
 
     #[test]

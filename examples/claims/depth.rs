@@ -7,7 +7,7 @@ use crate::claim::{Claim, Judgement, Plot, show};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net, Start};
-use crate::training::{Batches, Course, Optim, scalar};
+use crate::training::{Batches, Course, Optim, flat_digits, scalar};
 
 const RATIO: &str = "first by last";
 const ACCURACY: &str = "accuracy";
@@ -142,14 +142,7 @@ fn gradients(lab: &Lab) -> Result<Vec<Measure>> {
 }
 
 fn starts(lab: &Lab) -> Result<Vec<Measure>> {
-    let (train, test) = Digits::load()?;
-    let flat = |d: Digits| -> Result<Digits> {
-        Ok(Digits {
-            images: d.images.flatten_from(1)?,
-            labels: d.labels,
-        })
-    };
-    let (train, test) = (flat(train)?, flat(test)?);
+    let sets = flat_digits()?;
     let mut all = vec![];
     for (name, start) in STARTS {
         for norm in ["none", "batch"] {
@@ -157,7 +150,8 @@ fn starts(lab: &Lab) -> Result<Vec<Measure>> {
                 all.extend(lab.tuned(
                     &format!("{name}, {norm}"),
                     &[0.01, 0.03, 0.1, 0.3, 1.],
-                    |rate, seed| {
+                    &sets,
+                    |sets, rate, seed| {
                         let net = Net::started(start, seed, |vb| {
                             Mlp::new(norm, &stack(depth), 10, Activation::Relu, vb)
                         })?;
@@ -168,11 +162,8 @@ fn starts(lab: &Lab) -> Result<Vec<Measure>> {
                             goal: 85.,
                             seed,
                         };
-                        let learned = course.run(
-                            &net.model,
-                            Optim::sgd(net.trainable(), rate)?,
-                            (&train, &test),
-                        )?;
+                        let learned =
+                            course.run(&net.model, Optim::sgd(net.trainable(), rate)?, sets)?;
                         Ok(Trial::new(
                             -learned.accuracy,
                             vec![(ACCURACY, depth as f64, learned.accuracy)],

@@ -11,8 +11,9 @@ use crate::claim::{Claim, Judgement, PART, Plot, show};
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net};
 use crate::series::Series;
-use crate::training::{Optim, Prices, Regression, scalar};
+use crate::training::{Optim, Prices, Regression, cars, scalar};
 
+const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 0.1];
 const SCALERS: [&str; 4] = ["none", "min-max", "z-score", "robust"];
 
 fn scaler(name: &str) -> Option<Box<dyn Scaler>> {
@@ -145,7 +146,13 @@ pub(crate) fn claims() -> Vec<Claim> {
 }
 
 fn outlier(lab: &Lab) -> Result<Vec<Measure>> {
-    let (split, cars) = (Split::load()?, Prices::load()?);
+    let sets = cars()?.map(|split| {
+        Ok((
+            split.train.inputs.to_vec2::<f32>()?,
+            split.test.inputs.clone(),
+            Prices::new(split)?,
+        ))
+    })?;
     let mut all = vec![];
     for name in &SCALERS[1..] {
         for corrupted in [false, true] {
@@ -154,14 +161,13 @@ fn outlier(lab: &Lab) -> Result<Vec<Measure>> {
                 if corrupted { "one outlier" } else { "clean" }
             );
             all.extend(
-                lab.tuned(&arm, &[1e-3, 3e-3, 1e-2, 3e-2, 0.1], |rate, seed| {
-                    let mut rows = split.train.inputs.to_vec2::<f32>()?;
+                lab.tuned(&arm, &RATES, &sets, |(rows, test, cars), rate, seed| {
+                    let mut rows = rows.clone();
                     if corrupted {
                         let row = StdRng::seed_from_u64(seed).random_range(0..rows.len());
                         rows[row][0] *= 1000.;
                     }
-                    let [train, test] =
-                        scaled(name, &Tensor::new(rows, &Device::Cpu)?, &split.test.inputs)?;
+                    let [train, test] = scaled(name, &Tensor::new(rows, &Device::Cpu)?, test)?;
                     let net = Net::new(seed, |vb| {
                         Mlp::new("none", &[17, 32, 32], 1, Activation::Relu, vb)
                     })?;

@@ -8,8 +8,27 @@ use candle_core::{Result, bail};
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
-/// Learning rates are chosen on this seed alone, which no result is measured on.
+/// Learning rates are chosen on seeds from this one on, which no result is measured on.
 const TUNING_SEED: u64 = 1000;
+/// How much further the search for a rate goes at once where the best one is the last of the list, and how often.
+const FURTHER: f64 = 3.;
+const EXTENSIONS: usize = 2;
+
+/// The same data twice: what is measured, and a part of what it trains on, cut in two again. Rates are chosen on the latter, so that
+/// nothing which a result is measured on has a say in them.
+pub(crate) struct Sets<D> {
+    pub(crate) tuning: D,
+    pub(crate) measured: D,
+}
+
+impl<D> Sets<D> {
+    pub(crate) fn map<E>(&self, f: impl Fn(&D) -> Result<E>) -> Result<Sets<E>> {
+        Ok(Sets {
+            tuning: f(&self.tuning)?,
+            measured: f(&self.measured)?,
+        })
+    }
+}
 
 /// The same quantity of the same arm at the same place, once for each seed.
 #[derive(Clone, Debug, PartialEq)]
@@ -100,24 +119,57 @@ impl Lab {
         done.into_iter().map(|(_, result)| result).collect()
     }
 
-    /// `run` for every seed, at the one of `rates` whose run on the tuning seed has the lowest score.
-    pub(crate) fn tuned(
+    /// The seeds that a rate is chosen on.
+    pub(crate) fn tuning_seeds(&self) -> u64 {
+        if self.quick { 1 } else { 3 }
+    }
+
+    /// The median score of `rate` over the tuning seeds.
+    fn scores<D: Sync>(
+        &self,
+        rates: &[f64],
+        data: &D,
+        run: &(impl Fn(&D, f64, u64) -> Result<Trial> + Sync),
+    ) -> Result<Vec<f64>> {
+        let seeds = self.tuning_seeds() as usize;
+        let scores = self.parallel(rates.len() * seeds, |i| {
+            Ok(run(data, rates[i / seeds], TUNING_SEED + (i % seeds) as u64)?.score)
+        })?;
+        Ok(scores.chunks(seeds).map(median).collect())
+    }
+
+    /// `run` for every seed, at the one of `rates`, which grow, whose runs on the tuning seeds have the lowest score. Where that is the
+    /// first or the last and the score still falls, the search goes on beyond it.
+    pub(crate) fn tuned<D: Sync>(
         &self,
         arm: &str,
         rates: &[f64],
-        run: impl Fn(f64, u64) -> Result<Trial> + Sync,
+        sets: &Sets<D>,
+        run: impl Fn(&D, f64, u64) -> Result<Trial> + Sync,
     ) -> Result<Vec<Measure>> {
-        let rates = self.rates(rates);
-        let scores = self.parallel(rates.len(), |i| Ok(run(rates[i], TUNING_SEED)?.score))?;
-        let worst_last = |score: f64| if score.is_nan() { f64::INFINITY } else { score };
-        let mut best = 0;
-        for i in 1..rates.len() {
-            if worst_last(scores[i]) < worst_last(scores[best]) {
-                best = i;
-            }
+        let mut rates = self.rates(rates);
+        let mut scores = self.scores(&rates, &sets.tuning, &run)?;
+        let mut best = lowest(&scores);
+        for _ in 0..EXTENSIONS {
+            let last = scores.len() - 1;
+            let next = match best {
+                0 if last > 0 && scores[0] < scores[1] => rates[0] / FURTHER,
+                i if i == last && last > 0 && scores[last] < scores[last - 1] => {
+                    rates[last] * FURTHER
+                }
+                _ => break,
+            };
+            self.bar.inc_length(self.tuning_seeds());
+            let score = self.scores(&[next], &sets.tuning, &run)?[0];
+            let at = if next < rates[0] { 0 } else { rates.len() };
+            rates.insert(at, next);
+            scores.insert(at, score);
+            best = lowest(&scores);
         }
         let rate = rates[best];
-        let trials = self.parallel(self.seeds() as usize, |seed| run(rate, seed as u64))?;
+        let trials = self.parallel(self.seeds() as usize, |seed| {
+            run(&sets.measured, rate, seed as u64)
+        })?;
         gather(arm, Some(rate), trials)
     }
 
@@ -173,17 +225,29 @@ fn gather(arm: &str, rate: Option<f64>, trials: Vec<Trial>) -> Result<Vec<Measur
     Ok((0..first.readings.len()).map(measure).collect())
 }
 
+/// The first of the lowest.
+fn lowest(scores: &[f64]) -> usize {
+    let mut best = 0;
+    for i in 1..scores.len() {
+        if scores[i] < scores[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// The middle one, where NaN, a run that failed, counts as the largest.
+pub(crate) fn median(values: &[f64]) -> f64 {
+    let or_infinite = |v: &f64| if v.is_nan() { f64::INFINITY } else { *v };
+    let mut sorted: Vec<f64> = values.iter().map(or_infinite).collect();
+    sorted.sort_by(f64::total_cmp);
+    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
+    if low == high { low } else { (low + high) / 2. }
+}
+
 impl Measure {
     pub(crate) fn median(&self) -> f64 {
-        let mut sorted = self.values.clone();
-        // NaN is a run that failed.
-        sorted
-            .iter_mut()
-            .filter(|v| v.is_nan())
-            .for_each(|v| *v = f64::INFINITY);
-        sorted.sort_by(f64::total_cmp);
-        let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-        if low == high { low } else { (low + high) / 2. }
+        median(&self.values)
     }
 
     pub(crate) fn low(&self) -> f64 {
@@ -238,13 +302,18 @@ mod tests {
     }
 
     #[test]
-    fn an_arm_is_run_at_the_rate_that_the_tuning_seed_prefers() -> Result<()> {
-        let run = |rate: f64, seed| {
-            // On the tuning seed 0.1 is the best, on the others it is not.
-            let score = if seed == TUNING_SEED {
-                (rate - 0.1).abs()
-            } else {
-                -rate
+    fn an_arm_is_run_at_the_rate_that_the_tuning_seeds_prefer() -> Result<()> {
+        let sets = Sets {
+            tuning: "tuning",
+            measured: "measured",
+        };
+        let run = |set: &&str, rate: f64, seed| {
+            // On the tuning seeds 0.1 is the best but for one of them, on the others it is not.
+            let score = match (*set, seed) {
+                ("tuning", TUNING_SEED) => rate,
+                ("tuning", s) if s > TUNING_SEED => (rate - 0.1).abs(),
+                ("measured", s) if s < TUNING_SEED => -rate,
+                _ => bail!("{set} with the seed {seed}"),
             };
             let score = if rate > 0.5 { f64::NAN } else { score };
             Ok(Trial::new(
@@ -252,12 +321,40 @@ mod tests {
                 vec![("a", 0., rate), ("b", 3., seed as f64)],
             ))
         };
-        let measures = lab().tuned("arm", &[1., 0.01, 0.1, 0.3], run)?;
+        let measures = lab().tuned("arm", &[0.01, 0.1, 0.3, 1.], &sets, run)?;
         assert_eq!(measures[0].rate, Some(0.1));
         assert_eq!(measures[0].values, [0.1; 5]);
         assert_eq!(
             (measures[1].x, &measures[1].values[..]),
             (3., &[0., 1., 2., 3., 4.][..])
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_search_goes_on_beyond_an_end_that_is_the_best() -> Result<()> {
+        let sets = Sets {
+            tuning: (),
+            measured: (),
+        };
+        let found = |optimum: f64| {
+            let run = |_: &(), rate: f64, _| {
+                Ok(Trial::new(
+                    (rate / optimum).ln().abs(),
+                    vec![("a", 0., rate)],
+                ))
+            };
+            Ok::<_, candle_core::Error>(lab().tuned("arm", &[1., 3., 9.], &sets, run)?[0].rate)
+        };
+        assert_eq!(found(3.)?, Some(3.));
+        assert_eq!(found(27.)?, Some(27.));
+        assert_eq!(found(1e6)?, Some(81.));
+        assert_eq!(found(1. / 3.)?, Some(1. / 3.));
+        // Where all are alike there is nowhere to go.
+        let run = |_: &(), rate: f64, _| Ok(Trial::new(1., vec![("a", 0., rate)]));
+        assert_eq!(
+            lab().tuned("arm", &[1., 3., 9.], &sets, run)?[0].rate,
+            Some(1.)
         );
         Ok(())
     }

@@ -18,13 +18,14 @@ pub(crate) struct Entry {
 
 const TITLE: &str = "What is said of normalization, measured";
 
-fn introduction(quick: bool, seeds: u64) -> String {
+fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
     let rough = "**These figures are rough**: they come from a quick run, with fewer seeds, steps and learning rates.\n\n";
     format!(
         "{}Articles and tutorials say a lot about normalization. Each row here is one such claim, an experiment on real data, and a verdict that \
          follows from the measurements by the rule that its section states: nothing is typed in. Figures are medians of {seeds} seeds, with their \
-         range. Where a network is trained, the learning rate of every arm is the best of the same few rates, by the result on \
-         the test set, on a seed that is used for nothing else. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what holds everywhere.\n",
+         range. Where a network is trained, the learning rate of every arm is the best of the same few rates, by the median \
+         result of {tuning} seeds that are used for nothing else, on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
+         start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what holds everywhere.\n",
         if quick { rough } else { "" }
     )
 }
@@ -39,7 +40,7 @@ pub(crate) fn write(
     folder: &Path,
     entries: &[Entry],
     quick: bool,
-    seeds: u64,
+    seeds: [u64; 2],
 ) -> Result<(), Box<dyn Error>> {
     let figures = folder.join("claims");
     fs::create_dir_all(&figures)?;

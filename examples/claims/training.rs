@@ -8,8 +8,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-use crate::cars::Split;
+use crate::cars::{Cars, Split};
 use crate::common::Digits;
+use crate::lab::Sets;
 
 pub(crate) fn scalar(t: &Tensor) -> Result<f64> {
     t.to_dtype(DType::F64)?.to_scalar()
@@ -75,6 +76,50 @@ impl Batches {
     }
 }
 
+/// Digits to train on, and others to test on.
+pub(crate) type DigitSets = (Digits, Digits);
+
+/// Rates are tuned on 297 of the digits to train on, with the other 1000.
+pub(crate) fn digits() -> Result<Sets<DigitSets>> {
+    let measured = Digits::load()?;
+    let part = |rows: std::ops::Range<u32>| measured.0.select(&rows.collect::<Vec<_>>());
+    Ok(Sets {
+        tuning: (part(0..1000)?, part(1000..1297)?),
+        measured,
+    })
+}
+
+/// Digits as rows of 64 pixels.
+pub(crate) fn flat_digits() -> Result<Sets<DigitSets>> {
+    let flat = |d: &Digits| -> Result<Digits> {
+        Ok(Digits {
+            images: d.images.flatten_from(1)?,
+            labels: d.labels.clone(),
+        })
+    };
+    digits()?.map(|(train, test)| Ok((flat(train)?, flat(test)?)))
+}
+
+/// Rates are tuned on a quarter of the cars to train on, with the other three.
+pub(crate) fn cars() -> Result<Sets<Split>> {
+    let measured = Split::load()?;
+    let taught = 3 * measured.train.count() / 4;
+    let part = |from: usize, to: usize| -> Result<Cars> {
+        Ok(Cars {
+            inputs: measured.train.inputs.narrow(0, from, to - from)?,
+            prices: measured.train.prices.narrow(0, from, to - from)?,
+        })
+    };
+    Ok(Sets {
+        tuning: Split {
+            names: measured.names.clone(),
+            train: part(0, taught)?,
+            test: part(taught, measured.train.count())?,
+        },
+        measured,
+    })
+}
+
 /// Training of a classifier of digits.
 pub(crate) struct Course {
     pub(crate) steps: usize,
@@ -106,7 +151,7 @@ impl Course {
         &self,
         net: &impl ModuleT,
         mut optimizer: Optim,
-        (train, test): (&Digits, &Digits),
+        (train, test): &DigitSets,
     ) -> Result<Learned> {
         let mut batches = Batches::new(train.labels.dim(0)?, self.seed);
         let mut reached = f64::INFINITY;
@@ -140,8 +185,7 @@ pub(crate) struct Prices {
 }
 
 impl Prices {
-    pub(crate) fn load() -> Result<Self> {
-        let split = Split::load()?;
+    pub(crate) fn new(split: &Split) -> Result<Self> {
         let (inputs, prices) = (StandardScaler::default(), StandardScaler::default());
         inputs.fit(&split.train.inputs)?;
         prices.fit(&split.train.prices)?;
@@ -167,6 +211,7 @@ pub(crate) fn r2(prediction: &Tensor, target: &Tensor) -> Result<f64> {
 
 /// Training of a regression.
 pub(crate) struct Regression<'a> {
+    /// To train on, and to test on.
     pub(crate) x: [&'a Tensor; 2],
     pub(crate) y: [&'a Tensor; 2],
     pub(crate) steps: usize,
@@ -177,7 +222,7 @@ pub(crate) struct Regression<'a> {
 impl Regression<'_> {
     /// The step at which R² on the test set reached the goal, and R² at the end.
     pub(crate) fn run(&self, net: &impl ModuleT, mut optimizer: Optim) -> Result<(f64, f64)> {
-        const EVERY: usize = 10;
+        const EVERY: usize = 2;
         let mut batches = Batches::new(self.x[0].dim(0)?, self.seed);
         let mut reached = f64::INFINITY;
         for step in 1..=self.steps {
