@@ -158,7 +158,7 @@ fn starts(lab: &Lab) -> Result<Vec<Measure>> {
                         let course = Course {
                             steps: lab.steps(300),
                             batch: 64,
-                            every: 10,
+                            every: lab.steps(300),
                             goal: 85.,
                             seed,
                         };

@@ -212,17 +212,28 @@ struct Arm<'a> {
 }
 
 impl Arm<'_> {
-    fn train(&self, sets: &DigitSets, rate: f64, seed: u64) -> Result<(Net<Cnn>, Learned)> {
+    /// After `every` so many steps the test digits are asked.
+    fn train_looking(
+        &self,
+        every: usize,
+        sets: &DigitSets,
+        rate: f64,
+        seed: u64,
+    ) -> Result<(Net<Cnn>, Learned)> {
         let net = Net::started(Start::He(self.factor), seed, |vb| Cnn::new(self.norm, vb))?;
         let course = Course {
             steps: self.steps,
             batch: self.batch,
-            every: 10,
+            every,
             goal: 95.,
             seed,
         };
         let learned = course.run(&net.model, Optim::sgd(net.trainable(), rate)?, sets)?;
         Ok((net, learned))
+    }
+
+    fn train(&self, sets: &DigitSets, rate: f64, seed: u64) -> Result<(Net<Cnn>, Learned)> {
+        self.train_looking(self.steps, sets, rate, seed)
     }
 }
 
@@ -237,7 +248,7 @@ fn rates(lab: &Lab) -> Result<Vec<Measure>> {
             steps: lab.steps(200),
         };
         all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-            let (_, learned) = arm.train(sets, rate, seed)?;
+            let (_, learned) = arm.train_looking(10, sets, rate, seed)?;
             Ok(Trial::new(
                 learned.score(arm.steps),
                 vec![("steps to 95 %", 0., learned.reached)],
@@ -348,7 +359,7 @@ fn combined(lab: &Lab) -> Result<Vec<Measure>> {
             steps: lab.steps(200),
         };
         all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-            let (_, learned) = arm.train(sets, rate, seed)?;
+            let (_, learned) = arm.train_looking(10, sets, rate, seed)?;
             let readings = vec![
                 (ACCURACY, 0., learned.accuracy),
                 ("steps to 95 %", 0., learned.reached),

@@ -202,7 +202,7 @@ fn trained(lab: &Lab, net: &str, norm: &str, arm: &str) -> Result<Vec<Measure>> 
         let course = Course {
             steps: lab.steps(300),
             batch: 64,
-            every: 10,
+            every: lab.steps(300),
             goal: 95.,
             seed,
         };
