@@ -146,13 +146,13 @@ pub(crate) fn spread(differences: &[f64]) -> String {
     )
 }
 
-/// Three significant digits, and a word for what was never reached.
+/// Three significant digits.
 pub(crate) fn show(value: f64) -> String {
     if value.is_nan() {
         return "—".to_string();
     }
     if value.is_infinite() {
-        return if value > 0. { "never" } else { "−∞" }.to_string();
+        return if value > 0. { "∞" } else { "−∞" }.to_string();
     }
     let size = value.abs();
     let text = if size == 0. {
@@ -164,6 +164,26 @@ pub(crate) fn show(value: f64) -> String {
         format!("{value:.digits$}")
     };
     text.replace('-', "−")
+}
+
+/// The same of steps to a goal, with a word for what was never reached.
+pub(crate) fn steps(value: f64) -> String {
+    match value.is_infinite() {
+        true => "never".to_string(),
+        false => show(value),
+    }
+}
+
+/// A place on an axis: 32 and 0.5, where a measurement would be 32.0 and 0.500.
+pub(crate) fn place(value: f64) -> String {
+    let shown = show(value);
+    match shown.split_once('.') {
+        Some((_, digits)) if digits.bytes().all(|b| b.is_ascii_digit()) => shown
+            .trim_end_matches('0')
+            .trim_end_matches('.')
+            .to_string(),
+        _ => shown,
+    }
 }
 
 #[cfg(test)]
@@ -185,8 +205,11 @@ mod tests {
         let shown = [0., 0.01234, -1.5, 123.4, 45_678., 1.23e8, f64::INFINITY].map(show);
         assert_eq!(
             shown,
-            ["0", "0.0123", "−1.50", "123", "45678", "1.2e8", "never"]
+            ["0", "0.0123", "−1.50", "123", "45678", "1.2e8", "∞"]
         );
+        assert_eq!([40., f64::INFINITY].map(steps), ["40.0", "never"]);
+        let places = [0.5, 32., 100., 0., 1e-4, 2.5e6, -10.].map(place);
+        assert_eq!(places, ["0.5", "32", "100", "0", "1.0e−4", "2.5e6", "−10"]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             rule: "for each activation: with batch norm, the gradient of the first hidden layer at depth 50 is within a factor of 10 of the last one's, and nearer to it than without a norm",
             plot: Plot {
                 metric: RATIO,
-                y: "powers of ten of first by last layer's gradient",
+                y: "log10 of first by last gradient",
                 x: Some("hidden layers"),
                 log_x: true,
                 log_y: false,

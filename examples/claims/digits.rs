@@ -3,7 +3,7 @@
 use candle_core::Result;
 use candle_nn::ModuleT;
 
-use crate::claim::{Claim, Data, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Data, Judgement, PART, Plot, mostly, place, show, spread, steps};
 use crate::lab::{Lab, Measure, Trial, median};
 use crate::nets::{Cnn, Net, Start};
 use crate::training::{Course, DigitSets, Learned, Optim, digits};
@@ -32,7 +32,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [210, 72],
             run: rates,
             judge: |d| {
-                let steps = |norm| d.median("steps to 95 %", norm);
+                let to_goal = |norm| d.median("steps to 95 %", norm);
                 let largest = |norm: &str| {
                     let trained = d
                         .along("accuracy by rate", norm)
@@ -42,18 +42,18 @@ pub(crate) fn claims() -> Vec<Claim> {
                 };
                 let figure = format!(
                     "steps to 95 %: {} (batch), {} (none), {} (group), {} (layer); largest rate that trains: {}, {}, {}, {}",
-                    show(steps("batch")),
-                    show(steps("none")),
-                    show(steps("group:4")),
-                    show(steps("layer")),
-                    show(largest("batch")),
-                    show(largest("none")),
-                    show(largest("group:4")),
-                    show(largest("layer"))
+                    steps(to_goal("batch")),
+                    steps(to_goal("none")),
+                    steps(to_goal("group:4")),
+                    steps(to_goal("layer")),
+                    place(largest("batch")),
+                    place(largest("none")),
+                    place(largest("group:4")),
+                    place(largest("layer"))
                 );
                 Judgement::of(
                     &[
-                        steps("batch") < steps("none"),
+                        to_goal("batch") < to_goal("none"),
                         largest("batch") > largest("none"),
                     ],
                     PART,

@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
+use plotters::coord::ranged1d::{BoldPoints, Ranged};
+
 use crate::axis::Axis;
-use crate::claim::{Claim, show};
+use crate::claim::{Claim, place, show, steps};
 use crate::lab::Measure;
 use crate::plot::{Chart, Curve, escape};
 
@@ -63,32 +65,33 @@ fn curves(
         shown.iter().flat_map(|m| m.values.iter().copied()),
         plot.log_y,
     );
-    let place = |v: f64| if v.is_nan() { high } else { v.clamp(low, high) };
+    let within = |v: f64| if v.is_nan() { high } else { v.clamp(low, high) };
     let curve = |(class, arm): (usize, &&str)| {
         let mine = || shown.iter().filter(|m| m.arm == **arm);
         Curve {
             label: arm.to_string(),
             class,
-            points: mine().map(|m| (m.x, place(m.median()))).collect(),
+            points: mine().map(|m| (m.x, within(m.median()))).collect(),
             band: mine()
-                .map(|m| (m.x, place(m.low()), place(m.high())))
+                .map(|m| (m.x, within(m.low()), within(m.high())))
                 .collect(),
         }
     };
     let chart = Chart {
         description: format!("{} over {x}, for each arm", plot.y),
-        size: (WIDTH as u32, 360),
+        // Names of many arms need room beside each other.
+        size: (WIDTH as u32, 330 + 15 * arms.len() as u32),
         x: Axis {
             label: x,
             range: bounds(limits(shown.iter().map(|m| m.x), plot.log_x)),
             log: plot.log_x,
-            format: show,
+            format: place,
         },
         y: Axis {
             label: plot.y,
             range: bounds((low, high)),
             log: plot.log_y,
-            format: show,
+            format: place,
         },
         mark: None,
         family: 'a',
@@ -99,6 +102,21 @@ fn curves(
 
 fn bounds((low, high): (f64, f64)) -> std::ops::Range<f64> {
     low..high
+}
+
+/// Round values between the limits. Where a logarithmic axis is too short for two of its own, those of a linear one.
+fn ticks(low: f64, high: f64, log: bool) -> Vec<f64> {
+    let axis = |log| Axis {
+        label: "",
+        range: low..high,
+        log,
+        format: place,
+    };
+    let ticks = axis(log).key_points(BoldPoints(6));
+    if ticks.len() > 1 {
+        return ticks;
+    }
+    axis(false).key_points(BoldPoints(6))
 }
 
 /// For each arm the range of its seeds as a line, and its median as a dot with its figure.
@@ -118,12 +136,26 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
          aria-label=\"{title}\" {FONT}><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>"
     );
+    let bottom = height - 34.;
+    for tick in ticks(low, high, log) {
+        let at = x(tick);
+        let _ = write!(
+            svg,
+            "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"8\" y2=\"{}\" stroke=\"#e4e7ea\"/>\
+             <text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"#5b6168\">{}</text>",
+            bottom - 14.,
+            place(tick)
+        );
+    }
     for (row, measure) in shown.iter().enumerate() {
         let y = 22. + 26. * row as f64;
         let arm = escape(&measure.arm);
         let color = COLORS[row % COLORS.len()];
         let (from, to, at) = (x(measure.low()), x(measure.high()), x(measure.median()));
-        let figure = show(measure.median());
+        let figure = match measure.metric.starts_with("steps") {
+            true => steps(measure.median()),
+            false => show(measure.median()),
+        };
         // Writing to a String does not fail.
         let _ = write!(
             svg,
@@ -136,16 +168,6 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
             y + 4.,
             right + 14.,
             y + 4.,
-        );
-    }
-    let bottom = height - 34.;
-    for share in [0., 0.5, 1.] {
-        let p = position(low) + share * (position(high) - position(low));
-        let value = show(if log { 10f64.powf(p) } else { p });
-        let at = left + share * (right - left);
-        let _ = write!(
-            svg,
-            "<text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"#5b6168\">{value}</text>"
         );
     }
     let label = escape(claim.plot.y);

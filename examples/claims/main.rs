@@ -1,6 +1,6 @@
-//! What articles and tutorials say of normalization, measured.
+//! What articles and tutorials say of normalization, and what the guide of this crate says, measured.
 //!
-//!     cargo run --release --example claims                  # all 24, into docs/claims.md, docs/claims.html and docs/claims/
+//!     cargo run --release --example claims                  # all, into docs/claims.md, docs/claims.html and docs/claims/
 //!     cargo run --release --example claims -- --claim 14    # one of them, into target/claims
 //!     cargo run --release --example claims -- --quick       # all of them, roughly, into target/claims
 //!

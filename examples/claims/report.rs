@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use crate::claim::{Claim, Data, show};
+use crate::claim::{Claim, Data, place, show, steps};
 use crate::figure;
 use crate::lab::Measure;
 use crate::plot::escape;
@@ -17,15 +17,18 @@ pub(crate) struct Entry {
 }
 
 const TITLE: &str = "What is said of normalization, measured";
+/// Claims up to this one are met in articles and tutorials, those beyond in `docs/guide.md`.
+const OF_TUTORIALS: u32 = 24;
 
 fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
     let rough = "**These figures are rough**: they come from a quick run, with fewer seeds, steps and learning rates.\n\n";
     format!(
-        "{}Articles and tutorials say a lot about normalization. Each row here is one such claim, an experiment on real data, and a verdict that \
-         follows from the measurements by the rule that its section states: nothing is typed in. Figures are medians of {seeds} seeds, with their \
-         range. Where a network is trained, the learning rate of every arm is the best of the same few rates, by the median \
-         result of {tuning} seeds that are used for nothing else, on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
-         start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what holds everywhere.\n",
+        "{}Articles and tutorials say a lot about normalization, and so does [the guide](guide.md) of this crate. Each row here is one such claim, an \
+         experiment on real data, and a verdict that follows from the measurements by the rule that its section states: nothing is typed in.\n\n\
+         Figures are medians of {seeds} seeds, with their range. Where a network is trained, the learning rate of every arm is the best of the same few rates, \
+         by the median result of {tuning} further seeds on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
+         start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what \
+         holds everywhere.\n",
         if quick { rough } else { "" }
     )
 }
@@ -33,6 +36,51 @@ fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
 fn command(id: u32, quick: bool) -> String {
     let quick = if quick { " --quick" } else { "" };
     format!("cargo run --release --example claims -- --claim {id}{quick}")
+}
+
+/// The rows of one table of verdicts: those of tutorials come first, then those of the guide.
+fn tables(entries: &[Entry]) -> impl Iterator<Item = (&'static str, &[Entry])> {
+    let said = entries.partition_point(|entry| entry.claim.id <= OF_TUTORIALS);
+    let (tutorials, guide) = entries.split_at(said);
+    [
+        ("What articles and tutorials say", tutorials),
+        ("What the guide of this crate says", guide),
+    ]
+    .into_iter()
+    .filter(|(_, entries)| !entries.is_empty())
+}
+
+fn table(entries: &[Entry]) -> Result<String, Box<dyn Error>> {
+    let mut text = "| # | claim | measured | verdict |\n| --- | --- | --- | --- |\n".to_string();
+    for Entry { claim, data } in entries {
+        let judged = (claim.judge)(data);
+        let (id, words) = (claim.id, judged.words());
+        writeln!(
+            text,
+            "| [{id}](#claim-{id}) | {} | {} | **{words}** |",
+            claim.text, judged.figure
+        )?;
+    }
+    Ok(text)
+}
+
+fn html_table(entries: &[Entry]) -> Result<String, Box<dyn Error>> {
+    let mut text =
+        "<table><thead><tr><th>#<th>claim<th>measured<th>verdict</thead><tbody>".to_string();
+    for Entry { claim, data } in entries {
+        let judged = (claim.judge)(data);
+        write!(
+            text,
+            "<tr class=\"{:?}\"><td><a href=\"#claim-{id}\">{id}</a><td>{}<td>{}<td><b>{}</b>",
+            judged.verdict,
+            escape(claim.text),
+            escape(&judged.figure),
+            escape(&judged.words()),
+            id = claim.id,
+        )?;
+    }
+    text += "</tbody></table>";
+    Ok(text)
 }
 
 /// Writes `claims.md`, `claims.html` and `claims/NN.svg` into `folder`.
@@ -44,33 +92,13 @@ pub(crate) fn write(
 ) -> Result<(), Box<dyn Error>> {
     let figures = folder.join("claims");
     fs::create_dir_all(&figures)?;
-    let mut markdown = format!(
-        "# {TITLE}\n\n{}\n| # | claim | measured | verdict |\n| --- | --- | --- | --- |\n",
-        introduction(quick, seeds)
-    );
-    let mut html = format!(
-        "<h1>{TITLE}</h1>{}",
-        paragraphs(&introduction(quick, seeds))
-    );
-    html += "<table><thead><tr><th>#<th>claim<th>measured<th>verdict</thead><tbody>";
-    for Entry { claim, data } in entries {
-        let judged = (claim.judge)(data);
-        let (id, words) = (claim.id, judged.words());
-        writeln!(
-            markdown,
-            "| [{id}](#claim-{id}) | {} | {} | **{words}** |",
-            claim.text, judged.figure
-        )?;
-        write!(
-            html,
-            "<tr class=\"{:?}\"><td><a href=\"#claim-{id}\">{id}</a><td>{}<td>{}<td><b>{}</b>",
-            judged.verdict,
-            escape(claim.text),
-            escape(&judged.figure),
-            escape(&words)
-        )?;
+    let introduction = introduction(quick, seeds);
+    let mut markdown = format!("# {TITLE}\n\n{introduction}");
+    let mut html = format!("<h1>{TITLE}</h1>{}", paragraphs(&introduction));
+    for (title, entries) in tables(entries) {
+        write!(markdown, "\n## {title}\n\n{}", table(entries)?)?;
+        write!(html, "<h2>{title}</h2>{}", html_table(entries)?)?;
     }
-    html += "</tbody></table>";
     for Entry { claim, data } in entries {
         let svg = figure::svg(claim, &data.0)?;
         let name = format!("{:02}.svg", claim.id);
@@ -164,12 +192,22 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
     let x = claim.plot.x.unwrap_or_default().to_string();
     let mut rows = vec![line("arm".to_string(), "what".to_string(), x, head)];
     rows.extend(data.0.iter().map(|m: &Measure| {
+        // Steps to a goal may never reach it.
+        let show = match m.metric.starts_with("steps") {
+            true => steps,
+            false => show,
+        };
         let range = format!("{} to {}", show(m.low()), show(m.high()));
-        let rate = m.rate.map_or("".to_string(), show);
+        let rate = m.rate.map_or("".to_string(), place);
+        // What was measured once for all places has none.
+        let x = match m.x == 0. && claim.plot.log_x {
+            true => String::new(),
+            false => place(m.x),
+        };
         line(
             m.arm.clone(),
             m.metric.clone(),
-            show(m.x),
+            x,
             [show(m.median()), range, rate],
         )
     }));
@@ -178,6 +216,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
 
 fn paragraphs(text: &str) -> String {
     let escaped = escape(text).replace("**", "").replace('`', "");
+    let escaped = escaped.replace("[the guide](guide.md)", "the guide");
     let parts = escaped.trim().split("\n\n");
     parts.map(|part| format!("<p>{part}</p>")).collect()
 }

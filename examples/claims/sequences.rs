@@ -29,7 +29,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             rule: "two parts, for both networks and each length: with layer norm the two have the outputs that they have in the batch within 1e-4; with batch norm it is off by 0.01 or more",
             plot: Plot {
                 metric: APART,
-                y: "largest difference between alone and in a batch",
+                y: "largest difference from the batch",
                 x: Some("rows in the sequence"),
                 log_x: true,
                 log_y: true,
