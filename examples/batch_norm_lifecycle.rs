@@ -12,8 +12,6 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var, bail};
 use candle_nn::ops::Identity;
 use candle_nn::{Conv2d, Linear, VarBuilder, VarMap};
@@ -47,14 +45,9 @@ impl<N: ModuleT> ModuleT for Net<N> {
 
 /// Prints the accuracy in inference and the shortest time of 10 passes; returns the outputs.
 fn evaluate(stage: &str, net: &impl ModuleT, test: &Digits) -> Result<Tensor> {
-    let (mut logits, mut fastest) = (test.images.clone(), Duration::MAX);
-    for _ in 0..10 {
-        let start = Instant::now();
-        logits = net.forward_t(&test.images, false)?;
-        fastest = fastest.min(start.elapsed());
-    }
-    println!("{stage:34}{:6.1} %  {fastest:.1?}", test.accuracy(&logits)?);
-    Ok(logits)
+    let evaluation = test.evaluate(net, 10)?;
+    println!("{stage:34}{evaluation}");
+    Ok(evaluation.logits)
 }
 
 fn main() -> Result<()> {

@@ -17,10 +17,10 @@ mod common;
 use std::process::ExitCode;
 
 use candle_core::{DType, Device, IndexOp, Module, ModuleT, Result, Tensor, bail};
-use candle_nn::{AdamW, Conv2d, Conv2dConfig, Optimizer, VarBuilder, VarMap};
-use candle_norm::{NormConfig, NormedLayer, trainable_vars};
+use candle_nn::{Conv2d, Conv2dConfig, VarBuilder, VarMap};
+use candle_norm::{NormConfig, NormedLayer};
 use clap::Parser;
-use common::{Digits, batches, initialize, picture};
+use common::{Digits, Training, batches, initialize, picture};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
@@ -33,6 +33,7 @@ const CHANNELS: [usize; 3] = [16, 32, 64];
 /// Standard deviation of the noise, where the ink has 1.
 const NOISE: f32 = 0.4;
 const BATCH: usize = 2;
+const EPOCHS: usize = 4;
 const LEARNING_RATE: f64 = 6e-3;
 /// The mean squared error on the test digits.
 const REACHES: f32 = 0.033;
@@ -115,25 +116,20 @@ fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 fn train(net: &UNet, vars: &VarMap, digits: &Digits, options: &Options) -> Result<()> {
-    let mut optimizer = AdamW::new_lr(trainable_vars(vars), options.lr)?;
+    initialize(vars, 1)?;
     let mut rng = StdRng::seed_from_u64(1);
-    let epochs = if options.quick { 1 } else { 4 };
-    let epoch = |_| batches(digits.images.dims()[0], options.batch, &mut rng);
-    let mut steps: Vec<_> = (0..epochs).flat_map(epoch).collect();
-    if options.quick {
-        steps.truncate(50);
-    }
-    let bar = common::progress_bar(steps.len());
-    for (step, positions) in steps.iter().enumerate() {
-        let images = digits.select(positions)?.images;
+    let batches = batches(digits.len(), options.batch, EPOCHS, &mut rng);
+    let training = Training {
+        steps: if options.quick { 50 } else { batches.len() },
+        learning_rate: options.lr,
+        weight_decay: 0.01,
+        warm_up: 0,
+    };
+    training.run(vars, |step| {
+        let images = digits.select(&batches[step])?.images;
         let restored = net.forward_t(&with_noise(&images, &mut rng)?, true)?;
-        let left = 1. - step as f64 / steps.len() as f64;
-        optimizer.set_learning_rate(options.lr * left);
-        optimizer.backward_step(&squared_error(&restored, &images)?)?;
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(())
+        squared_error(&restored, &images)
+    })
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -143,7 +139,6 @@ fn run(options: &Options) -> Result<()> {
         options.norm,
         VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu),
     )?;
-    initialize(&vars, 1)?;
     train(&net, &vars, &digits, options)?;
 
     let noisy = with_noise(&test.images, &mut StdRng::seed_from_u64(0))?;

@@ -22,9 +22,10 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, bail};
 use candle_nn::ops::sigmoid;
-use candle_nn::{AdamW, Linear, Optimizer, VarBuilder, VarMap, linear, linear_no_bias};
-use candle_norm::{Norm, NormConfig, trainable_vars};
+use candle_nn::{Linear, VarBuilder, VarMap, linear, linear_no_bias};
+use candle_norm::{Norm, NormConfig};
 use clap::Parser;
+use common::{Training, initialize};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use series::Series;
@@ -145,24 +146,23 @@ impl Weeks {
     }
 }
 
+/// Trains on windows whose targets end before the week `last`.
 fn train(net: &Forecaster, vars: &VarMap, weeks: &Weeks, last: usize, quick: bool) -> Result<()> {
-    common::initialize(vars, 1)?;
-    let mut optimizer = AdamW::new_lr(trainable_vars(vars), LEARNING_RATE)?;
+    initialize(vars, 1)?;
     let mut rng = StdRng::seed_from_u64(1);
-    let steps = if quick { 10 } else { 400 };
-    let bar = common::progress_bar(steps);
-    for step in 0..steps {
-        let origins = [(); BATCH].map(|()| rng.random_range(WINDOW - 1..last));
+    let training = Training {
+        steps: if quick { 10 } else { 400 },
+        learning_rate: LEARNING_RATE,
+        weight_decay: 0.01,
+        warm_up: 0,
+    };
+    training.run(vars, |_| {
+        let origins = [(); BATCH].map(|()| rng.random_range(WINDOW - 1..last - HORIZON));
         let (windows, targets) = weeks.pairs(&origins)?;
-        let loss = (net.forward_t(&windows, true)? - targets)?
+        (net.forward_t(&windows, true)? - targets)?
             .sqr()?
-            .mean_all()?;
-        optimizer.set_learning_rate(LEARNING_RATE * (1. - step as f64 / steps as f64));
-        optimizer.backward_step(&loss)?;
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(())
+            .mean_all()
+    })
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -177,7 +177,7 @@ fn run(options: &Options) -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let net = Forecaster::new(options.norm, vb)?;
-    train(&net, &vars, &weeks, series.train - HORIZON, options.quick)?;
+    train(&net, &vars, &weeks, series.train, options.quick)?;
 
     let test: Vec<usize> = (series.train..series.rows() - HORIZON).collect();
     let error = weeks.error(&test, |windows| net.forward_t(windows, false))?;

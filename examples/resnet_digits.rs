@@ -14,15 +14,14 @@
 mod common;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, bail};
 use candle_nn::loss::cross_entropy;
 use candle_nn::ops::Identity;
-use candle_nn::{Conv2d, Conv2dConfig, Linear, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 use candle_norm::{BatchNorm, NormConfig, batch_norm};
 use clap::Parser;
-use common::{Digits, batches, initialize, largest_difference};
+use common::{Digits, Training, batches, initialize, largest_difference};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -158,42 +157,18 @@ impl<N: ModuleT> ModuleT for Net<N> {
 
 fn train(net: &impl ModuleT, vars: &VarMap, digits: &Digits, options: &Options) -> Result<()> {
     initialize(vars, 1)?;
-    let mut optimizers = common::adamw(vars, 0.05)?;
     let mut rng = StdRng::seed_from_u64(1);
-    let epoch = |_| batches(digits.images.dims()[0], options.batch, &mut rng);
-    let mut steps: Vec<_> = (0..EPOCHS).flat_map(epoch).collect();
-    if options.quick {
-        steps.truncate(8);
-    }
-    let bar = common::progress_bar(steps.len());
-    for (step, positions) in steps.iter().enumerate() {
-        let batch = digits.select(positions)?;
-        let logits = net.forward_t(&batch.images, true)?;
-        let grads = cross_entropy(&logits, &batch.labels)?.backward()?;
-        for optimizer in &mut optimizers {
-            let left = 1. - step as f64 / steps.len() as f64;
-            optimizer.set_learning_rate(LEARNING_RATE * left);
-            optimizer.step(&grads)?;
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(())
-}
-
-/// Prints the accuracy in inference and the shortest time of some passes; returns the outputs.
-fn evaluate(stage: &str, net: &impl ModuleT, test: &Digits, passes: usize) -> Result<Tensor> {
-    let (mut logits, mut fastest) = (test.images.clone(), Duration::MAX);
-    for _ in 0..passes {
-        let start = Instant::now();
-        logits = net.forward_t(&test.images, false)?;
-        fastest = fastest.min(start.elapsed());
-    }
-    println!(
-        "{stage:28}{:6.1} %  {fastest:8.1?}",
-        test.accuracy(&logits)?
-    );
-    Ok(logits)
+    let batches = batches(digits.len(), options.batch, EPOCHS, &mut rng);
+    let training = Training {
+        steps: if options.quick { 8 } else { batches.len() },
+        learning_rate: LEARNING_RATE,
+        weight_decay: 0.05,
+        warm_up: 0,
+    };
+    training.run(vars, |step| {
+        let batch = digits.select(&batches[step])?;
+        cross_entropy(&net.forward_t(&batch.images, true)?, &batch.labels)
+    })
 }
 
 fn run(options: &Options) -> Result<()> {
@@ -205,32 +180,38 @@ fn run(options: &Options) -> Result<()> {
     let NormConfig::Batch(batch) = options.norm else {
         let net = Net::new(vb, |channels, vb| options.norm.channels(channels, vb))?;
         train(&net, &vars, &digits, options)?;
-        evaluate(&format!("trained, {}", options.norm), &net, &test, passes)?;
+        let trained = test.evaluate(&net, passes)?;
+        println!("{:28}{trained}", format!("trained, {}", options.norm));
         println!("Change the norm: --norm batch trains, freezes and folds; the batch: --batch 2.");
         return Ok(());
     };
     let net: Net<BatchNorm> = Net::new(vb, |channels, vb| batch_norm(channels, batch, vb))?;
     train(&net, &vars, &digits, options)?;
-    let trained = evaluate("trained, batch", &net, &test, passes)?;
+    let trained = test.evaluate(&net, passes)?;
+    println!("trained, batch              {trained}");
+    // No batch moves the statistics any more.
     let frozen = net.map(|ConvNorm { conv, norm }| {
         let (conv, norm) = (conv.clone(), norm.frozen()?);
         Ok(ConvNorm { conv, norm })
     })?;
-    let fixed = evaluate("statistics frozen", &frozen, &test, passes)?;
+    let fixed = test.evaluate(&frozen, passes)?;
+    println!("statistics frozen           {fixed}");
+    // A norm with fixed statistics is a scale and a shift of each channel: the convolution can do both.
     let folded = frozen.map(|ConvNorm { conv, norm }| {
         let (conv, norm) = (norm.fold_into(conv)?, Identity);
         Ok(ConvNorm { conv, norm })
     })?;
-    let plain = evaluate("folded into the convolutions", &folded, &test, passes)?;
+    let plain = test.evaluate(&folded, passes)?;
+    println!("folded into the convolutions{plain}");
 
-    let by_freezing = largest_difference(&trained, &fixed)?;
-    let by_folding = largest_difference(&trained, &plain)?;
+    let by_freezing = largest_difference(&trained.logits, &fixed.logits)?;
+    let by_folding = largest_difference(&trained.logits, &plain.logits)?;
     println!("Outputs changed by freezing: {by_freezing:.0e}, by folding: {by_folding:.0e}");
     println!("Change the norm: --norm group, layer, instance, rms or none; the batch: --batch 2.");
     if by_freezing > 1e-4 || by_folding > 1e-3 {
         bail!("expected the same outputs before and after")
     }
-    if !options.quick && options.batch == BATCH && test.accuracy(&plain)? < REACHES {
+    if !options.quick && options.batch == BATCH && plain.accuracy < REACHES {
         bail!("expected {REACHES} % of the digits right")
     }
     Ok(())

@@ -20,10 +20,10 @@ use std::process::ExitCode;
 
 use candle_core::{DType, Device, IndexOp, Module, ModuleT, Result, Tensor, bail};
 use candle_nn::loss::cross_entropy;
-use candle_nn::{Linear, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Linear, VarBuilder, VarMap};
 use candle_norm::{NormConfig, NormedLayer, ops};
 use clap::Parser;
-use common::{Digits, batches, initialize, largest_difference, picture};
+use common::{Digits, Training, batches, initialize, largest_difference, picture};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -110,35 +110,29 @@ fn adain(content: &Tensor, style_image: &Tensor) -> Result<Tensor> {
 
 fn train(net: &Net, vars: &VarMap, digits: &Digits, quick: bool) -> Result<()> {
     initialize(vars, 1)?;
-    let mut optimizers = common::adamw(vars, 0.05)?;
-    let mut rng = StdRng::seed_from_u64(1);
-    let epoch = |_| batches(digits.images.dims()[0], BATCH, &mut rng);
-    let mut steps: Vec<_> = (0..EPOCHS).flat_map(epoch).collect();
-    if quick {
-        steps.truncate(20);
-    }
-    let bar = common::progress_bar(steps.len());
-    for (step, positions) in steps.iter().enumerate() {
-        let batch = digits.select(positions)?;
-        let logits = net.forward_t(&batch.images, true)?;
-        let grads = cross_entropy(&logits, &batch.labels)?.backward()?;
-        for optimizer in &mut optimizers {
-            let left = 1. - step as f64 / steps.len() as f64;
-            optimizer.set_learning_rate(LEARNING_RATE * left);
-            optimizer.step(&grads)?;
-        }
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
-    Ok(())
+    let batches = batches(digits.len(), BATCH, EPOCHS, &mut StdRng::seed_from_u64(1));
+    let training = Training {
+        steps: if quick { 20 } else { batches.len() },
+        learning_rate: LEARNING_RATE,
+        weight_decay: 0.05,
+        warm_up: 0,
+    };
+    training.run(vars, |step| {
+        let batch = digits.select(&batches[step])?;
+        cross_entropy(&net.forward_t(&batch.images, true)?, &batch.labels)
+    })
 }
 
 fn run(options: &Options) -> Result<()> {
     let (digits, test) = Digits::load()?;
-    let model = digits.images.i(..1)?;
-    let shifted = shifted(&test.images, &mut StdRng::seed_from_u64(0))?;
-    let restyled = adain(&shifted, &model)?;
-    let first: Vec<_> = [&model, &test.images, &shifted, &restyled]
+    let style_image = digits.images.i(..1)?;
+    let test_as = |images| Digits {
+        images,
+        labels: test.labels.clone(),
+    };
+    let shifted = test_as(shifted(&test.images, &mut StdRng::seed_from_u64(0))?);
+    let moved = test_as(adain(&shifted.images, &style_image)?);
+    let first: Vec<_> = [&style_image, &test.images, &shifted.images, &moved.images]
         .iter()
         .map(|images| images.i((0, 0)))
         .collect::<Result<_>>()?;
@@ -146,7 +140,7 @@ fn run(options: &Options) -> Result<()> {
     println!(
         "A training image, a test image, the same shifted, and moved to the style of the first."
     );
-    let (wanted, got) = (style(&model)?, style(&restyled.i(..1)?)?);
+    let (wanted, got) = (style(&style_image)?, style(&moved.images.i(..1)?)?);
     let apart = largest_difference(&wanted.0, &got.0)?.max(largest_difference(&wanted.1, &got.1)?);
     println!("Mean and deviation differ from those of the style by {apart:.0e}\n");
     if apart > 1e-3 {
@@ -161,12 +155,9 @@ fn run(options: &Options) -> Result<()> {
             VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu),
         )?;
         train(&net, &vars, &digits, options.quick)?;
-        let accuracy = |images| test.accuracy(&net.forward_t(images, false)?);
-        let [plain, under_shift, moved] = [
-            accuracy(&test.images)?,
-            accuracy(&shifted)?,
-            accuracy(&restyled)?,
-        ];
+        let accuracy = |set: &Digits| Result::Ok(set.evaluate(&net, 1)?.accuracy);
+        let (plain, under_shift) = (accuracy(&test)?, accuracy(&shifted)?);
+        let moved = accuracy(&moved)?;
         let name = norm.to_string();
         println!("{name:18}{plain:7.1} % {under_shift:6.1} % {moved:13.1} %");
         let instance = matches!(norm, NormConfig::Instance(_));

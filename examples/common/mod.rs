@@ -2,9 +2,10 @@
 #![allow(dead_code)] // Each example uses some of it.
 
 use std::env;
-use std::fmt::Display;
+use std::fmt::{self, Display, Formatter};
 use std::io::Read;
 use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Error, IndexOp, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap, loss::cross_entropy};
@@ -50,6 +51,10 @@ impl Digits {
         })
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.labels.dims()[0]
+    }
+
     /// The images at these positions, in this order.
     pub(crate) fn select(&self, positions: &[u32]) -> Result<Self> {
         let index = Tensor::new(positions, &Device::Cpu)?;
@@ -63,6 +68,21 @@ impl Digits {
     pub(crate) fn accuracy(&self, logits: &Tensor) -> Result<f32> {
         let right = logits.argmax(1)?.eq(&self.labels)?;
         Ok(100. * right.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>()?)
+    }
+
+    /// Asks `net` for its answers, in inference; as often as `passes`, to see how fast it can be.
+    pub(crate) fn evaluate(&self, net: &impl ModuleT, passes: usize) -> Result<Evaluation> {
+        let (mut logits, mut fastest) = (self.images.clone(), Duration::MAX);
+        for _ in 0..passes {
+            let start = Instant::now();
+            logits = net.forward_t(&self.images, false)?;
+            fastest = fastest.min(start.elapsed());
+        }
+        Ok(Evaluation {
+            accuracy: self.accuracy(&logits)?,
+            logits,
+            fastest,
+        })
     }
 
     /// Trains the variables `vars` of `net` on batches of `size`, in order, with AdamW.
@@ -84,8 +104,64 @@ impl Digits {
     }
 }
 
+/// What a network answers to some digits.
+pub(crate) struct Evaluation {
+    pub(crate) logits: Tensor,
+    /// In percent.
+    pub(crate) accuracy: f32,
+    /// The time of the fastest pass.
+    pub(crate) fastest: Duration,
+}
+
+impl Display for Evaluation {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        write!(f, "{:6.1} %  {:.1?}", self.accuracy, self.fastest)
+    }
+}
+
+/// How the models learn: AdamW, its learning rate rising for `warm_up` steps and falling to zero at the last.
+pub(crate) struct Training {
+    pub(crate) steps: usize,
+    pub(crate) learning_rate: f64,
+    pub(crate) weight_decay: f64,
+    pub(crate) warm_up: usize,
+}
+
+impl Training {
+    /// Takes the steps, each down the gradient of the `loss` of its number, and shows a bar.
+    pub(crate) fn run(
+        &self,
+        vars: &VarMap,
+        loss: impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<()> {
+        self.run_with(vars, &progress_bar(self.steps), loss)
+    }
+
+    /// The same with a bar of the caller's.
+    pub(crate) fn run_with(
+        &self,
+        vars: &VarMap,
+        bar: &ProgressBar,
+        mut loss: impl FnMut(usize) -> Result<Tensor>,
+    ) -> Result<()> {
+        let mut optimizers = adamw(vars, self.weight_decay)?;
+        for step in 0..self.steps {
+            let grads = loss(step)?.backward()?;
+            let warm = (step + 1) as f64 / self.warm_up as f64;
+            let left = 1. - step as f64 / self.steps as f64;
+            for optimizer in &mut optimizers {
+                optimizer.set_learning_rate(self.learning_rate * warm.min(left));
+                optimizer.step(&grads)?;
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+}
+
 /// AdamW for the weights, and one without decay for the rest: decay would pull the scales of norms to zero.
-pub(crate) fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
+fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
     let groups = param_groups(vars);
     let new = |vars, weight_decay| {
         let params = ParamsAdamW {
@@ -97,11 +173,20 @@ pub(crate) fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
     Ok([new(groups.decay, weight_decay)?, new(groups.no_decay, 0.)?])
 }
 
-/// The positions of an epoch in random order, in batches of `size`; those that are left over wait for another epoch.
-pub(crate) fn batches(count: usize, size: usize, rng: &mut impl Rng) -> Vec<Vec<u32>> {
-    let mut order: Vec<u32> = (0..count as u32).collect();
-    order.shuffle(rng);
-    order.chunks_exact(size).map(<[u32]>::to_vec).collect()
+/// The positions of `count` samples in batches of `size`, each epoch in another order; what is left over waits for another epoch.
+pub(crate) fn batches(
+    count: usize,
+    size: usize,
+    epochs: usize,
+    rng: &mut impl Rng,
+) -> Vec<Vec<u32>> {
+    let mut batches = vec![];
+    for _ in 0..epochs {
+        let mut order: Vec<u32> = (0..count as u32).collect();
+        order.shuffle(rng);
+        batches.extend(order.chunks_exact(size).map(<[u32]>::to_vec));
+    }
+    batches
 }
 
 /// A norm by its name; "group" alone is of 8 groups.
