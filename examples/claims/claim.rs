@@ -100,25 +100,34 @@ impl Data {
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
     }
 
-    /// What `metric` of `arm` exceeds that of `other` by, for each seed: both start alike and see the same batches.
-    pub(crate) fn gains(&self, metric: &str, arm: &str, other: &str) -> Vec<f64> {
-        self.gains_at(metric, (arm, f64::NAN), (other, f64::NAN))
+    /// What was measured of `metric` of `arm`, for each seed; nothing where it was not.
+    pub(crate) fn values(&self, metric: &str, arm: &str) -> &[f64] {
+        let mine = |m: &&Measure| m.metric == metric && m.arm == arm;
+        self.0.iter().find(mine).map_or(&[], |m| &m.values)
     }
 
-    /// The same of an arm at one place and another at another; NaN stands for the only place.
+    /// The same at one place.
+    pub(crate) fn values_at(&self, metric: &str, arm: &str, x: f64) -> &[f64] {
+        let mine = |m: &&Measure| m.metric == metric && m.arm == arm && m.x == x;
+        self.0.iter().find(mine).map_or(&[], |m| &m.values)
+    }
+
+    /// What `metric` of `arm` exceeds that of `other` by, for each seed: both start alike and see the same batches.
+    pub(crate) fn gains(&self, metric: &str, arm: &str, other: &str) -> Vec<f64> {
+        differences(self.values(metric, arm), self.values(metric, other))
+    }
+
+    /// The same of an arm at one place and another at another.
     pub(crate) fn gains_at(
         &self,
         metric: &str,
         (arm, x): (&str, f64),
         (other, at): (&str, f64),
     ) -> Vec<f64> {
-        let values = |arm: &str, x: f64| {
-            let mine =
-                |m: &&Measure| m.metric == metric && m.arm == arm && (x.is_nan() || m.x == x);
-            self.0.iter().find(mine).map_or(&[][..], |m| &m.values)
-        };
-        let pairs = values(arm, x).iter().zip(values(other, at));
-        pairs.map(|(a, b)| a - b).collect()
+        differences(
+            self.values_at(metric, arm, x),
+            self.values_at(metric, other, at),
+        )
     }
 
     /// The places of `metric` of `arm`, in order, with their medians.
@@ -126,6 +135,10 @@ impl Data {
         let mine = self.0.iter().filter(|m| m.metric == metric && m.arm == arm);
         mine.map(|m| (m.x, m.median())).collect()
     }
+}
+
+fn differences(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
 /// Whether `holds` in at least four of five seeds; a difference that is not a number does not.

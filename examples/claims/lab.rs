@@ -83,7 +83,7 @@ impl Lab {
 
     /// Of `full` steps those that are taken.
     pub(crate) fn steps(&self, full: usize) -> usize {
-        if self.quick { full.div_ceil(8) } else { full }
+        if self.quick { full.div_ceil(10) } else { full }
     }
 
     fn rates(&self, rates: &[f64]) -> Vec<f64> {

@@ -23,8 +23,14 @@ mod forecasts;
 mod inputs;
 mod lab;
 mod nets;
+mod placement;
 #[path = "../common/plot.rs"]
 mod plot;
+#[path = "../cartpole/policy.rs"]
+#[allow(dead_code)]
+mod policy;
+mod practice;
+mod precision;
 mod report;
 #[path = "../forecast/scales.rs"]
 #[allow(dead_code)]
@@ -33,6 +39,7 @@ mod sequences;
 #[path = "../common/series.rs"]
 mod series;
 mod small_sets;
+mod statistics;
 mod targets;
 mod training;
 
@@ -88,6 +95,10 @@ fn claims() -> Vec<Claim> {
         depth::claims(),
         sequences::claims(),
         cost::claims(),
+        practice::claims(),
+        statistics::claims(),
+        placement::claims(),
+        precision::claims(),
     ];
     let mut all: Vec<Claim> = rooms.into_iter().flatten().collect();
     all.sort_by_key(|claim| claim.id);

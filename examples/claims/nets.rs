@@ -42,7 +42,16 @@ impl Mlp {
         activation: Activation,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let norm: NormConfig = norm.parse()?;
+        Self::with(norm.parse()?, widths, outputs, activation, vb)
+    }
+
+    pub(crate) fn with(
+        norm: NormConfig,
+        widths: &[usize],
+        outputs: usize,
+        activation: Activation,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let layer = |(i, pair): (usize, &[usize])| {
             norm.linear(pair[0], pair[1], vb.pp(format!("hidden{i:02}")))
         };
@@ -55,11 +64,56 @@ impl Mlp {
     }
 }
 
+impl Mlp {
+    pub(crate) fn norms(&self) -> Vec<&dyn Norm> {
+        self.hidden.iter().map(NormedLayer::norm).collect()
+    }
+}
+
 impl ModuleT for Mlp {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.hidden {
             x = self.activation.apply(&layer.forward_t(&x, train)?)?;
+        }
+        self.head.forward(&x)
+    }
+}
+
+/// Two hidden layers of 64 on rows of 64 pixels, each with its norm before its ReLU or behind it.
+pub(crate) struct Placed<N> {
+    pub(crate) hidden: Vec<(Linear, N)>,
+    pub(crate) head: Linear,
+    before: bool,
+}
+
+impl<N> Placed<N> {
+    pub(crate) fn new(
+        before: bool,
+        norm: impl Fn(VarBuilder) -> Result<N>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let layer = |i| {
+            let vb = vb.pp(format!("hidden{i:02}"));
+            Ok((linear(64, 64, vb.clone())?, norm(vb.pp("norm"))?))
+        };
+        Ok(Self {
+            hidden: (0..2).map(layer).collect::<Result<_>>()?,
+            head: linear(64, 10, vb.pp("head"))?,
+            before,
+        })
+    }
+}
+
+impl<N: ModuleT> ModuleT for Placed<N> {
+    fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (layer, norm) in &self.hidden {
+            x = layer.forward(&x)?;
+            x = match self.before {
+                true => norm.forward_t(&x, train)?.relu()?,
+                false => norm.forward_t(&x.relu()?, train)?,
+            };
         }
         self.head.forward(&x)
     }
@@ -233,8 +287,18 @@ impl<M> Net<M> {
         seed: u64,
         build: impl FnOnce(VarBuilder) -> Result<M>,
     ) -> Result<Self> {
+        Self::typed(DType::F32, start, seed, build)
+    }
+
+    /// The same start, rounded to `dtype`.
+    pub(crate) fn typed(
+        dtype: DType,
+        start: Start,
+        seed: u64,
+        build: impl FnOnce(VarBuilder) -> Result<M>,
+    ) -> Result<Self> {
         let vars = VarMap::new();
-        let model = build(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+        let model = build(VarBuilder::from_varmap(&vars, dtype, &Device::Cpu))?;
         let named = vars.data().lock().expect("no thread panicked").clone();
         for (name, var) in &named {
             let ofnorm = name.contains("norm");
@@ -242,7 +306,7 @@ impl<M> Net<M> {
                 var.set(&var.zeros_like()?.detach())?;
             } else if var.rank() >= 2 && !ofnorm && !name.ends_with("original0") {
                 let name = name.replace("parametrizations.weight.original1", "weight");
-                var.set(&weights(start, seed, &name, var)?)?;
+                var.set(&weights(start, seed, &name, var)?.to_dtype(var.dtype())?)?;
             }
         }
         for (name, magnitude) in &named {

@@ -3,6 +3,8 @@
 use candle_core::{Result, Tensor};
 use candle_nn::ops::log_softmax;
 use candle_nn::{ModuleT, loss::cross_entropy};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
 use crate::common::Digits;
@@ -140,7 +142,7 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
                         Mlp::new(norm, &[64, 64, 64], 10, Activation::Relu, vb)
                     })?;
                     let decay = if means == "L2" { 0.1 } else { 0. };
-                    let mut optimizer = Optim::adam_with(net.trainable(), rate, decay)?;
+                    let mut optimizer = Optim::adam_with([(net.trainable(), decay)], rate)?;
                     let weights: Vec<_> = net
                         .trainable()
                         .into_iter()
@@ -159,7 +161,7 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
                         let rows = batches.next(32)?;
                         let mut x = train.images.index_select(&rows, 0)?;
                         if means == "dropout" {
-                            x = masked(&x, seed, step)?;
+                            x = masked(&x, 0.2, seed, step)?;
                         }
                         let (logits, labels) = (
                             net.model.forward_t(&x, true)?,
@@ -198,12 +200,18 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// A fifth of the pixels set to zero, the others made up for it. candle's own dropout cannot be seeded.
-fn masked(x: &Tensor, seed: u64, step: usize) -> Result<Tensor> {
-    use rand::{Rng, SeedableRng};
-    let mut rng = rand::rngs::StdRng::seed_from_u64(seed << 32 | step as u64);
-    let keep = (0..x.elem_count()).map(|_| if rng.random_bool(0.8) { 1.25f32 } else { 0. });
-    x * Tensor::from_vec(keep.collect(), x.shape(), x.device())?
+/// A share of the values set to zero, the others made up for it. candle's own dropout cannot be seeded.
+pub(crate) fn masked(x: &Tensor, share: f64, seed: u64, step: usize) -> Result<Tensor> {
+    let mut rng = StdRng::seed_from_u64(seed << 32 | step as u64);
+    let kept = (1. / (1. - share)) as f32;
+    let mask = (0..x.elem_count()).map(|_| {
+        if rng.random_bool(1. - share) {
+            kept
+        } else {
+            0.
+        }
+    });
+    x * Tensor::from_vec(mask.collect(), x.shape(), x.device())?
 }
 
 fn generator(lab: &Lab) -> Result<Vec<Measure>> {

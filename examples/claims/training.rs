@@ -1,5 +1,6 @@
 //! Training on digits and on cars, and what is measured on the way.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{AdamW, ModuleT, Optimizer, ParamsAdamW, SGD};
@@ -16,10 +17,10 @@ pub(crate) fn scalar(t: &Tensor) -> Result<f64> {
     t.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// Either of candle's optimizers, without decay.
+/// Either of candle's optimizers; AdamW once for each group of variables that has a decay of its own.
 pub(crate) enum Optim {
     Sgd(SGD),
-    Adam(AdamW),
+    Adam(Vec<AdamW>),
 }
 
 impl Optim {
@@ -28,22 +29,42 @@ impl Optim {
     }
 
     pub(crate) fn adam(vars: Vec<Var>, rate: f64) -> Result<Self> {
-        Self::adam_with(vars, rate, 0.)
+        Self::adam_with([(vars, 0.)], rate)
     }
 
-    pub(crate) fn adam_with(vars: Vec<Var>, lr: f64, weight_decay: f64) -> Result<Self> {
-        let params = ParamsAdamW {
-            lr,
-            weight_decay,
-            ..Default::default()
+    /// Groups of variables, each with its decay.
+    pub(crate) fn adam_with(
+        groups: impl IntoIterator<Item = (Vec<Var>, f64)>,
+        lr: f64,
+    ) -> Result<Self> {
+        let optimizer = |(vars, weight_decay)| {
+            let params = ParamsAdamW {
+                lr,
+                weight_decay,
+                ..Default::default()
+            };
+            AdamW::new(vars, params)
         };
-        Ok(Self::Adam(AdamW::new(vars, params)?))
+        Ok(Self::Adam(
+            groups.into_iter().map(optimizer).collect::<Result<_>>()?,
+        ))
     }
 
     pub(crate) fn step(&mut self, loss: &Tensor) -> Result<()> {
+        self.follow(&loss.backward()?)
+    }
+
+    pub(crate) fn set_rate(&mut self, rate: f64) {
         match self {
-            Self::Sgd(o) => o.backward_step(loss),
-            Self::Adam(o) => o.backward_step(loss),
+            Self::Sgd(o) => o.set_learning_rate(rate),
+            Self::Adam(all) => all.iter_mut().for_each(|o| o.set_learning_rate(rate)),
+        }
+    }
+
+    pub(crate) fn follow(&mut self, gradients: &GradStore) -> Result<()> {
+        match self {
+            Self::Sgd(o) => o.step(gradients),
+            Self::Adam(all) => all.iter_mut().try_for_each(|o| o.step(gradients)),
         }
     }
 }
@@ -73,6 +94,15 @@ impl Batches {
         let batch = &self.order[self.next..self.next + size];
         self.next += size;
         Tensor::new(batch, &Device::Cpu)
+    }
+
+    /// The next `size` of these digits.
+    pub(crate) fn of(&mut self, digits: &Digits, size: usize) -> Result<Digits> {
+        let rows = self.next(size)?;
+        Ok(Digits {
+            images: digits.images.index_select(&rows, 0)?,
+            labels: digits.labels.index_select(&rows, 0)?,
+        })
     }
 }
 
@@ -156,9 +186,8 @@ impl Course {
         let mut batches = Batches::new(train.labels.dim(0)?, self.seed);
         let mut reached = f64::INFINITY;
         for step in 1..=self.steps {
-            let rows = batches.next(self.batch)?;
-            let logits = net.forward_t(&train.images.index_select(&rows, 0)?, true)?;
-            let loss = cross_entropy(&logits, &train.labels.index_select(&rows, 0)?)?;
+            let batch = batches.of(train, self.batch)?;
+            let loss = cross_entropy(&net.forward_t(&batch.images, true)?, &batch.labels)?;
             optimizer.step(&loss)?;
             if step % self.every == 0 {
                 if !scalar(&loss)?.is_finite() {

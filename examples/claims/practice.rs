@@ -1,0 +1,395 @@
+//! What the guide advises for training, on digits: 25, 26, 27, 31.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Var};
+use candle_nn::ModuleT;
+use candle_nn::loss::cross_entropy;
+use candle_norm::{BatchNormOptions, NormConfig, param_groups};
+
+use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
+use crate::common::Digits;
+use crate::lab::{Lab, Measure, Reading, Trial};
+use crate::nets::{Activation, Mlp, Net, Placed};
+use crate::training::{Batches, Course, DigitSets, Optim, flat_digits, scalar};
+
+const FIXED: &str =
+    "two hidden layers of 64 with ReLU on 1297 digits, 500 by other writers to test on, AdamW";
+pub(crate) const ACCURACY: &str = "accuracy";
+pub(crate) const RATES: [f64; 4] = [1e-3, 3e-3, 1e-2, 3e-2];
+pub(crate) const STEPS: usize = 300;
+
+/// Accuracy in percent, an arm on each line.
+pub(crate) const OF_ARMS: Plot = Plot {
+    metric: ACCURACY,
+    y: "test accuracy in percent",
+    x: None,
+    log_x: false,
+    log_y: false,
+};
+
+pub(crate) fn claims() -> Vec<Claim> {
+    vec![
+        Claim {
+            id: 25,
+            version: 1,
+            text: "Weight decay on the scales and shifts of norms costs accuracy.",
+            varied: "decoupled decay on all parameters, or on the weights alone; its size",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
+            rule: "for each decay: on the weights alone, the accuracy is higher in at least four of five seeds",
+            plot: Plot {
+                x: Some("decay"),
+                log_x: true,
+                ..OF_ARMS
+            },
+            runs: [136, 32],
+            run: decay,
+            judge: |d| {
+                let gain = |decay| {
+                    d.gains_at(
+                        ACCURACY,
+                        ("weights alone", decay),
+                        ("all parameters", decay),
+                    )
+                };
+                let words = DECAYS.map(|decay| {
+                    let scale = |arm| show(d.at("mean size of a scale", arm, decay));
+                    format!(
+                        "at {decay} {} points, scales {} (all) and {} (weights alone)",
+                        spread(&gain(decay)),
+                        scale("all parameters"),
+                        scale("weights alone")
+                    )
+                });
+                let parts = DECAYS.map(|decay| mostly(&gain(decay), |d| d > 0.));
+                let figure = format!("without decay on norms: {}", words.join("; "));
+                Judgement::of(&parts, "the decay", figure)
+            },
+        },
+        Claim {
+            id: 26,
+            version: 1,
+            text: "A hand-written update over all variables of a model spoils its running statistics.",
+            varied: "the update, after every step: a decay of 1 % by hand, or variables longer than 4 cut to that length; over all variables, or the trainable ones",
+            fixed: FIXED,
+            rule: "two parts, decay and cut: over all variables the accuracy is lower by 1 point or more in at least four of five seeds",
+            plot: OF_ARMS,
+            runs: [68, 16],
+            run: by_hand,
+            judge: |d| {
+                let loss = |update: &str| {
+                    d.gains(
+                        ACCURACY,
+                        &format!("{update}, trainable"),
+                        &format!("{update}, all"),
+                    )
+                };
+                let losses = ["decay", "cut"].map(loss);
+                let count = |arm| show(d.median("numbers counted", arm));
+                let figure = format!(
+                    "over all variables the accuracy falls by {} points (decay), {} (cut); {} numbers in all variables, {} in the trainable ones",
+                    spread(&losses[0]),
+                    spread(&losses[1]),
+                    count("decay, all"),
+                    count("decay, trainable")
+                );
+                Judgement::of(&losses.map(|l| mostly(&l, |d| d >= 1.)), PART, figure)
+            },
+        },
+        Claim {
+            id: 27,
+            version: 1,
+            text: "One batch of one value per channel ruins a BatchNorm that does not refuse it.",
+            varied: "the last batch of an epoch, which has one digit: kept (BatchNorm of candle-nn; LayerNorm), or left out",
+            fixed: "two hidden layers of 64 with ReLU on 1297 digits, 500 by other writers to test on, AdamW, batches of 16, two epochs",
+            rule: "two parts: candle-nn's BatchNorm with the batch of one is below 20 % in at least four of five seeds; left out, or with LayerNorm, it is above 80 % in at least four",
+            plot: OF_ARMS,
+            runs: [51, 12],
+            run: batch_of_one,
+            judge: |d| {
+                let arms = ["candle-nn, kept", "left out", "LayerNorm, kept"];
+                let values = arms.map(|arm| d.values(ACCURACY, arm));
+                let figure = format!(
+                    "{} % with the batch of one in candle-nn, {} % without it, {} % with LayerNorm; this crate refused {} batches of an epoch",
+                    show(d.median(ACCURACY, arms[0])),
+                    show(d.median(ACCURACY, arms[1])),
+                    show(d.median(ACCURACY, arms[2])),
+                    show(d.median("batches refused", "left out"))
+                );
+                let ruined = mostly(values[0], |a| a < 20.);
+                let fine = values[1..].iter().all(|v| mostly(v, |a| a > 80.));
+                Judgement::of(&[ruined, fine], PART, figure)
+            },
+        },
+        Claim {
+            id: 31,
+            version: 1,
+            text: "Gradients accumulated over small batches are those of one large batch only where the norm does not see the batch.",
+            varied: "into how many parts a batch of 32 is cut; the norm",
+            fixed: FIXED,
+            rule: "two parts: for every part, the gradient with batch norm differs from that at once by a tenth of its length or more, and by at most 1e-5 with group and layer norm; trained in parts of 2, batch norm loses accuracy against batches of 32 in at least four of five seeds",
+            plot: Plot {
+                metric: "difference of gradients",
+                y: "difference by the gradient's length",
+                x: Some("digits in a part"),
+                log_x: true,
+                log_y: true,
+            },
+            runs: [88, 28],
+            run: accumulated,
+            judge: |d| {
+                let apart = |norm| d.along("difference of gradients", norm);
+                let least = |norm| apart(norm).iter().map(|(_, v)| *v).fold(f64::MAX, f64::min);
+                let most = |norm| apart(norm).iter().map(|(_, v)| *v).fold(0., f64::max);
+                let others = most("group:8").max(most("layer"));
+                let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
+                let figure = format!(
+                    "the gradient in parts is off by {} to {} of its length with batch norm, by at most {} with group and layer norm; trained in parts of 2 instead of 32 at once, the accuracy falls by {} points with batch norm, {} with group norm",
+                    show(least("batch")),
+                    show(most("batch")),
+                    show(others),
+                    spread(&loss("batch")),
+                    spread(&loss("group:8"))
+                );
+                let parts = [
+                    least("batch") >= 0.1 && others <= 1e-5,
+                    mostly(&loss("batch"), |d| d > 0.),
+                ];
+                Judgement::of(&parts, PART, figure)
+            },
+        },
+    ]
+}
+
+/// Two hidden layers on rows of 64 pixels.
+pub(crate) fn mlp(norm: NormConfig, seed: u64) -> Result<Net<Mlp>> {
+    Net::new(seed, |vb| {
+        Mlp::with(norm, &[64, 64, 64], 10, Activation::Relu, vb)
+    })
+}
+
+pub(crate) fn batch_norm() -> NormConfig {
+    NormConfig::Batch(BatchNormOptions::default())
+}
+
+/// Training in batches of `batch`; the accuracy on the test digits.
+pub(crate) fn learn(
+    net: &Net<Mlp>,
+    optimizer: Optim,
+    (steps, batch): (usize, usize),
+    sets: &DigitSets,
+    seed: u64,
+) -> Result<f64> {
+    let course = Course {
+        steps,
+        batch,
+        every: steps,
+        goal: 100.,
+        seed,
+    };
+    Ok(course.run(&net.model, optimizer, sets)?.accuracy)
+}
+
+pub(crate) fn accuracy(net: &impl ModuleT, test: &Digits) -> Result<f64> {
+    Ok(f64::from(
+        test.accuracy(&net.forward_t(&test.images, false)?)?,
+    ))
+}
+
+const DECAYS: [f64; 4] = [0.01, 0.1, 1., 3.];
+
+fn decay(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = flat_digits()?;
+    let mut all = vec![];
+    for arm in ["all parameters", "weights alone"] {
+        for decay in DECAYS {
+            all.extend(lab.tuned(arm, &RATES, &sets, |sets, rate, seed| {
+                let net = mlp(batch_norm(), seed)?;
+                let groups = param_groups(&net.vars);
+                let of_norms = if arm == "all parameters" { decay } else { 0. };
+                let groups = [(groups.decay, decay), (groups.no_decay, of_norms)];
+                let optimizer = Optim::adam_with(groups, rate)?;
+                let right = learn(&net, optimizer, (lab.steps(STEPS), 64), sets, seed)?;
+                let mut sizes = vec![];
+                for (name, var) in net.vars.data().lock().expect("no thread panicked").iter() {
+                    // The weights of linear layers have two axes.
+                    if name.ends_with("weight") && var.rank() == 1 {
+                        sizes.push(scalar(&var.abs()?.mean_all()?)?);
+                    }
+                }
+                let size = sizes.iter().sum::<f64>() / sizes.len() as f64;
+                let readings = vec![
+                    (ACCURACY, decay, right),
+                    ("mean size of a scale", decay, size),
+                ];
+                Ok(Trial::new(-right, readings))
+            })?);
+        }
+    }
+    Ok(all)
+}
+
+fn by_hand(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = flat_digits()?;
+    let mut all = vec![];
+    for update in ["decay", "cut"] {
+        for over in ["all", "trainable"] {
+            let arm = format!("{update}, {over}");
+            all.extend(lab.tuned(&arm, &RATES, &sets, |(train, test), rate, seed| {
+                let net = mlp(batch_norm(), seed)?;
+                let mut vars = match over {
+                    "all" => net.vars.all_vars(),
+                    _ => net.trainable(),
+                };
+                // candle panics on the square of an integer, such as the count of batches.
+                vars.retain(|var| var.dtype().is_float());
+                let mut optimizer = Optim::adam(net.trainable(), rate)?;
+                let mut batches = Batches::new(train.labels.dim(0)?, seed);
+                for _ in 0..lab.steps(STEPS) {
+                    let batch = batches.of(train, 64)?;
+                    let logits = net.model.forward_t(&batch.images, true)?;
+                    optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
+                    for var in &vars {
+                        let length = scalar(&var.sqr()?.sum_all()?)?.sqrt();
+                        let factor = match update {
+                            "decay" => 0.99,
+                            _ => (4. / length).min(1.),
+                        };
+                        var.set(&(var.as_tensor() * factor)?.detach())?;
+                    }
+                }
+                let right = accuracy(&net.model, test)?;
+                let counted = vars.iter().map(|v| v.elem_count()).sum::<usize>();
+                let readings = vec![
+                    (ACCURACY, 0., right),
+                    ("numbers counted", 0., counted as f64),
+                ];
+                Ok(Trial::new(-right, readings))
+            })?);
+        }
+    }
+    Ok(all)
+}
+
+/// Two epochs in batches of 16, the last of them with what is left; a batch that is refused is left out. How many were, and the accuracy.
+fn two_epochs(
+    net: &impl ModuleT,
+    mut optimizer: Optim,
+    (train, test): &DigitSets,
+    seed: u64,
+) -> Result<(f64, f64)> {
+    let rows = train.labels.dim(0)?;
+    let mut refused = 0;
+    for epoch in 0..2 {
+        let order = Batches::new(rows, 2 * seed + epoch).next(rows)?;
+        for start in (0..rows).step_by(16) {
+            let batch = order.narrow(0, start, 16.min(rows - start))?;
+            let images = train.images.index_select(&batch, 0)?;
+            let Ok(logits) = net.forward_t(&images, true) else {
+                refused += 1;
+                continue;
+            };
+            let labels = train.labels.index_select(&batch, 0)?;
+            optimizer.step(&cross_entropy(&logits, &labels)?)?;
+        }
+    }
+    Ok((f64::from(refused), accuracy(net, test)?))
+}
+
+fn batch_of_one(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = flat_digits()?;
+    let mut all = vec![];
+    for arm in ["candle-nn, kept", "left out", "LayerNorm, kept"] {
+        all.extend(lab.tuned(arm, &RATES, &sets, |sets, rate, seed| {
+            let (refused, right) = match arm {
+                "candle-nn, kept" => {
+                    let net = Net::new(seed, |vb| {
+                        Placed::new(true, |vb| candle_nn::batch_norm(64, 1e-5, vb), vb)
+                    })?;
+                    let optimizer = Optim::adam(net.trainable(), rate)?;
+                    two_epochs(&net.model, optimizer, sets, seed)?
+                }
+                _ => {
+                    let norm = if arm == "left out" { "batch" } else { "layer" };
+                    let net = mlp(norm.parse()?, seed)?;
+                    let optimizer = Optim::adam(net.trainable(), rate)?;
+                    two_epochs(&net.model, optimizer, sets, seed)?
+                }
+            };
+            let readings = vec![(ACCURACY, 0., right), ("batches refused", 0., refused / 2.)];
+            Ok(Trial::new(-right, readings))
+        })?);
+    }
+    Ok(all)
+}
+
+/// The mean gradient of `batch`, in parts of `size`.
+fn gradient(net: &Net<Mlp>, batch: &Digits, size: usize) -> Result<GradStore> {
+    let rows = batch.labels.dim(0)?;
+    let loss = |start| {
+        let logits = net
+            .model
+            .forward_t(&batch.images.narrow(0, start, size)?, true)?;
+        cross_entropy(&logits, &batch.labels.narrow(0, start, size)?)? * (size as f64 / rows as f64)
+    };
+    let mut total = loss(0)?.backward()?;
+    for start in (size..rows).step_by(size) {
+        let part = loss(start)?.backward()?;
+        for var in net.trainable() {
+            if let (Some(sum), Some(more)) = (total.get(&var), part.get(&var)) {
+                let sum = (sum + more)?;
+                total.insert(&var, sum);
+            }
+        }
+    }
+    Ok(total)
+}
+
+/// The length of the difference of two gradients by that of the second.
+fn difference(vars: &[Var], a: &GradStore, b: &GradStore) -> Result<f64> {
+    let (mut apart, mut length) = (0., 0.);
+    for var in vars {
+        if let (Some(a), Some(b)) = (a.get(var), b.get(var)) {
+            apart += scalar(&(a - b)?.sqr()?.sum_all()?)?;
+            length += scalar(&b.sqr()?.sum_all()?)?;
+        }
+    }
+    Ok((apart / length).sqrt())
+}
+
+fn accumulated(lab: &Lab) -> Result<Vec<Measure>> {
+    let sets = flat_digits()?;
+    let mut all = vec![];
+    for norm in ["batch", "group:8", "layer", "none"] {
+        all.extend(lab.seeded(norm, |seed| {
+            let train = &sets.measured.0;
+            let net = mlp(norm.parse()?, seed)?;
+            let batch = Batches::new(train.labels.dim(0)?, seed).of(train, 32)?;
+            let whole = gradient(&net, &batch, 32)?;
+            let apart = |size: usize| {
+                let parts = gradient(&net, &batch, size)?;
+                let apart = difference(&net.trainable(), &parts, &whole)?;
+                // A difference of nothing has no place on a logarithmic axis.
+                Ok(("difference of gradients", size as f64, apart.max(1e-9)))
+            };
+            [2, 4, 8, 16]
+                .into_iter()
+                .map(apart)
+                .collect::<Result<Vec<Reading>>>()
+        })?);
+    }
+    for norm in ["batch", "group:8"] {
+        for size in [2, 32] {
+            all.extend(lab.tuned(norm, &RATES, &sets, |(train, test), rate, seed| {
+                let net = mlp(norm.parse()?, seed)?;
+                let mut optimizer = Optim::adam(net.trainable(), rate)?;
+                let mut batches = Batches::new(train.labels.dim(0)?, seed);
+                for _ in 0..lab.steps(STEPS) {
+                    optimizer.follow(&gradient(&net, &batches.of(train, 32)?, size)?)?;
+                }
+                let right = accuracy(&net.model, test)?;
+                Ok(Trial::new(-right, vec![(ACCURACY, size as f64, right)]))
+            })?);
+        }
+    }
+    Ok(all)
+}
