@@ -195,7 +195,7 @@ pub(crate) fn place(value: f64) -> String {
             .trim_end_matches('0')
             .trim_end_matches('.')
             .to_string(),
-        _ => shown,
+        _ => shown.replace(".0e", "e"),
     }
 }
 
@@ -222,7 +222,7 @@ mod tests {
         );
         assert_eq!([40., f64::INFINITY].map(steps), ["40.0", "never"]);
         let places = [0.5, 32., 100., 0., 1e-4, 2.5e6, -10.].map(place);
-        assert_eq!(places, ["0.5", "32", "100", "0", "1.0e−4", "2.5e6", "−10"]);
+        assert_eq!(places, ["0.5", "32", "100", "0", "1e−4", "2.5e6", "−10"]);
     }
 
     #[test]

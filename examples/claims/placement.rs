@@ -53,7 +53,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         Claim {
             id: 30,
             version: 1,
-            text: "Folding is right only where the norm stands directly behind the layer.",
+            text: "A norm folds into the layer before it only where nothing stands between the two.",
             varied: "batch norm directly behind each linear layer, or behind the ReLU that follows it; folded into the layer either way",
             fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW at 0.01, 300 steps, batches of 64",
             rule: "two parts, in at least four of five seeds each: directly behind, no output moves by more than 1e-3; behind ReLU, folding costs 5 points of accuracy or more",
@@ -164,10 +164,10 @@ pub(crate) fn claims() -> Vec<Claim> {
         Claim {
             id: 40,
             version: 2,
-            text: "What a norm takes out gets no gradient: a bias before it, and its input under a plain sum.",
+            text: "What a norm takes out gets no gradient: a bias before batch norm, and the input of a norm under a plain sum.",
             varied: "the norm behind a linear layer of 64 with a bias",
             fixed: "128 digits, before the first step; the gradient of the bias by that of the weight; the gradient of the input of the norm under the sum of its outputs, by that under a weighted sum",
-            rule: "two parts, for batch, layer and group norm: the gradient of the bias is at most 1e-5 of that of the weight where the mean is taken over samples (batch); under a plain sum the gradient of the input is at most 1e-3 of that under a weighted one",
+            rule: "two parts: the gradient of the bias before batch norm, whose mean is over samples, is at most 1e-5 of that of the weight; under a plain sum the gradient of the input of batch, layer and group norm is at most 1e-3 of that under a weighted one",
             plot: Plot {
                 metric: "input under a plain sum",
                 y: "gradient of the input by that under weights",
@@ -185,8 +185,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let bias = most("bias by weight", &["batch"]);
                 let input = most("input under a plain sum", &["batch", "layer", "group:8"]);
                 let figure = format!(
-                    "the bias before batch norm gets {} of the gradient of the weight, before RMS norm {}; under a plain sum the input gets at most {} of its gradient with batch, layer and group norm, {} with RMS norm",
+                    "the bias before batch norm gets {} of the gradient of the weight, before layer norm {}, group norm {}, RMS norm {}; under a plain sum the input gets at most {} of its gradient with batch, layer and group norm, {} with RMS norm",
                     show(bias),
+                    show(most("bias by weight", &["layer"])),
+                    show(most("bias by weight", &["group:8"])),
                     show(most("bias by weight", &["rms"])),
                     show(input),
                     show(most("input under a plain sum", &["rms"]))

@@ -123,7 +123,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let words = NORMS.map(|arm| {
                     let lost = d.gains_at(ACCURACY, (arm, 1e-6), (arm, 1e-3));
                     format!(
-                        "{arm}: {} at 1e-6, {} at 1e-3, {} at 0.1; accuracy lost at 1e-3 {}",
+                        "{arm}: {} at 1e-12, {} at 1e-6, {} at 1e-3, {} at 0.1; accuracy lost at 1e-3 {}",
+                        show(d.at(APART, arm, 1e-12)),
                         show(d.at(APART, arm, 1e-6)),
                         show(d.at(APART, arm, 1e-3)),
                         show(d.at(APART, arm, 0.1)),

@@ -55,10 +55,13 @@ impl Ranged for Axis {
         }
         let choices = [&[1., 2., 5.][..], &[1., 3.], &[1.]].map(|digits| self.multiples(digits));
         let [.., powers] = &choices;
-        let fitting = choices
-            .iter()
-            .find(|ticks| ticks.len() <= hint.max_num_points());
-        fitting.unwrap_or(powers).clone()
+        let most = hint.max_num_points();
+        let fitting = choices.iter().find(|ticks| ticks.len() <= most);
+        let stride = powers.len().div_ceil(most.max(1));
+        fitting.map_or_else(
+            || powers.iter().step_by(stride).copied().collect(),
+            Vec::clone,
+        )
     }
 
     fn range(&self) -> Range<f64> {
@@ -91,6 +94,7 @@ mod tests {
         let ticks = |range, count| axis(range, true).key_points(BoldPoints(count));
         assert_eq!(ticks(0.15..12., 8), [0.2, 0.5, 1., 2., 5., 10.]);
         assert_eq!(ticks(0.15..12., 4), [0.3, 1., 3., 10.]);
+        assert_eq!(ticks(1e-12..0.1, 4), [1e-12, 1e-9, 1e-6, 1e-3]);
         assert_eq!(ticks(0.5e-3..2e3, 8), [1e-3, 1e-2, 0.1, 1., 10., 100., 1e3]);
     }
 
