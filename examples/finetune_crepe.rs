@@ -126,9 +126,7 @@ impl<N: ModuleT> ModuleT for Crepe<N> {
             let padding = conv.weight().dim(2)? - conv.config().stride;
             let padded = xs.pad_with_zeros(2, padding / 2, padding.div_ceil(2))?;
             xs = max_of_pairs(&norm.forward_t(&conv.forward(&padded)?.relu()?, train)?)?;
-            if i < FIXED {
-                xs = xs.detach();
-            }
+            xs = if i < FIXED { xs.detach() } else { xs };
         }
         let features = xs.transpose(1, 2)?.flatten_from(1)?;
         self.classifier.forward(&features.contiguous()?)

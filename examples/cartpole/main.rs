@@ -37,7 +37,7 @@ const REACHES: f32 = 450.;
 /// Trains a policy to balance a pole on a cart, once for each norm.
 #[derive(Debug, Parser)]
 struct Options {
-    /// Kinds, separated by commas: weight, none, layer, rms
+    /// Kinds, separated by commas: weight, none, layer, rms, batch
     #[arg(long, value_delimiter = ',', value_parser = common::norm, default_value = "weight,none,layer")]
     norm: Vec<NormConfig>,
     /// Updates of the policy
@@ -75,7 +75,7 @@ fn run(options: &Options) -> Result<()> {
             bail!("expected {REACHES} steps with weight norm")
         }
     }
-    println!("Change the norms: --norm rms; the length of training: --updates 50.");
+    println!("Change the norms: --norm rms,batch; the length of training: --updates 50.");
     Ok(())
 }
 
