@@ -15,7 +15,6 @@
 mod common;
 
 use std::f32::consts::TAU;
-use std::process::ExitCode;
 
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, bail, safetensors};
 use candle_nn::{Conv2d, Conv2dConfig, Init, Linear, VarBuilder, VarMap, linear, ops::sigmoid};
@@ -207,7 +206,8 @@ fn train(net: &dyn ModuleT, vars: &VarMap, options: &Options) -> Result<()> {
     })
 }
 
-fn run(options: &Options) -> Result<()> {
+fn main() -> Result<()> {
+    let options = Options::parse();
     let theirs = safetensors::load(format!("{FILES}.outputs.safetensors"), &Device::Cpu)?;
     let (net, _, report) = Crepe::pretrained()?;
     println!("{report}");
@@ -227,7 +227,7 @@ fn run(options: &Options) -> Result<()> {
             Statistics::Frozen => Box::new(net.frozen()?),
             Statistics::Batch => Box::new(net),
         };
-        train(&*net, &vars, options)?;
+        train(&*net, &vars, &options)?;
         let accuracy = test.accuracy(&*net)?;
         let name = format!("{statistics:?} statistics");
         println!("{name:26}{accuracy:5.1} %");
@@ -238,9 +238,4 @@ fn run(options: &Options) -> Result<()> {
     }
     println!("Change the batch: --batch 2 or 32; the statistics: --norm frozen or batch.");
     Ok(())
-}
-
-fn main() -> ExitCode {
-    let options = Options::parse();
-    common::run(|| run(&options))
 }
