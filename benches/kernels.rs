@@ -1,4 +1,5 @@
-//! Forward and backward of each kernel over row lengths, plane sizes and dtypes, for those who work on them.
+//! Forward and backward of each kernel over row lengths, plane sizes and dtypes, for those who work on them; of switchable norm, whose backward is
+//! several, the train step.
 //!
 //! `cargo bench --bench kernels -- --save-baseline before`, then `-- --baseline before` after a change; a name such
 //! as `layer_norm/backward/bf16` selects. How the layers compare with others is the subject of the peers bench.
@@ -56,9 +57,11 @@ fn main() -> Result<()> {
         Op::BatchNormInference,
         Op::GroupNorm,
         Op::InstanceNorm,
+        Op::SwitchNorm,
     ] {
         // A single pixel has no statistics of its own; for batch norm it is the kernel of `[N, C]`.
-        let sides = &SIDES[usize::from(op == Op::InstanceNorm)..];
+        let own = matches!(op, Op::InstanceNorm | Op::SwitchNorm);
+        let sides = &SIDES[usize::from(own)..];
         let maps = sides.iter().map(|&side| {
             let samples = (ELEMENTS / (CHANNELS * side * side)).max(1);
             vec![samples, CHANNELS, side, side]
@@ -70,7 +73,10 @@ fn main() -> Result<()> {
 }
 
 fn kernel(criterion: &mut Criterion, op: Op, shapes: &[Vec<usize>]) -> Result<()> {
-    for pass in [Pass::Forward, Pass::Backward] {
+    for &pass in op.passes() {
+        if pass == Pass::TrainStep && op.passes().contains(&Pass::Backward) {
+            continue;
+        }
         let mut group = criterion.benchmark_group(format!("{}/{}", op.name(), pass.name()));
         for dtype in DTYPES {
             for shape in shapes {
@@ -118,7 +124,8 @@ fn residual(criterion: &mut Criterion) -> Result<()> {
 fn step(case: &Case, pass: Pass) -> Result<step::Step> {
     let inputs = Inputs::new(case)?;
     match pass {
+        Pass::Forward => step::forward(case, &inputs, ours::layer),
         Pass::Backward => ours::backward(case, &inputs),
-        _ => step::forward(case, &inputs, ours::layer),
+        Pass::TrainStep => step::train_step(case, &inputs, ours::layer),
     }
 }

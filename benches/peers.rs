@@ -96,7 +96,8 @@ impl Args {
                 && (quick || !self.quick)
         };
         let with_passes = |case: Case| {
-            let passes: Vec<Pass> = Pass::ALL.into_iter().filter(|p| asked(&case, p)).collect();
+            let passes = case.op.passes().iter().copied();
+            let passes: Vec<Pass> = passes.filter(|p| asked(&case, p)).collect();
             (case, passes)
         };
         let all = list::cases().into_iter().map(with_passes);

@@ -10,6 +10,7 @@ as NAME.pth.
 
     batch_norm2d             after a few steps of training
     instance_norm2d          affine and tracking, after a few steps of training
+    switch_norm2d            a SwitchNorm2d as its authors have it, after a few steps of training
     layer_norm, group_norm, rms_norm
     weight_norm_linear       torch.nn.utils.parametrizations.weight_norm
     weight_norm_conv2d       the same around a convolution
@@ -47,6 +48,40 @@ class Writer:
         with torch.no_grad():
             y = module.eval()(x)
         self.write(name, module.state_dict(), x, y)
+
+
+class SwitchNorm2d(nn.Module):
+    """Luo et al., 2019, by the formulas of the paper, with the names, shapes and unbiased variances of their
+    implementation, and its momentum, the weight of the old value."""
+
+    def __init__(self, channels: int, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        for name, value in (("weight", 1.0), ("bias", 0.0)):
+            self.register_parameter(name, nn.Parameter(torch.full((1, channels, 1, 1), value)))
+        for name in ("mean_weight", "var_weight"):
+            self.register_parameter(name, nn.Parameter(torch.ones(3)))
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(1, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        var, mean = torch.var_mean(x, (2, 3), keepdim=True)
+
+        def union(axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+            whole = mean.mean(axis, keepdim=True)
+            return whole, (var + (mean - whole) ** 2).mean(axis, keepdim=True)
+
+        sources = [(mean, var), union(1)]
+        if self.training:
+            sources.append(union(0))
+            for old, new in zip((self.running_mean, self.running_var), sources[2]):
+                old.lerp_(new.detach().reshape(old.shape), 1 - self.momentum)
+        else:
+            sources.append((self.running_mean.unsqueeze(3), self.running_var.unsqueeze(3)))
+        mixed = []
+        for shares, values in zip((self.mean_weight, self.var_weight), zip(*sources)):
+            mixed.append(sum(share * value for share, value in zip(shares.softmax(0), values)))
+        return (x - mixed[0]) / (mixed[1] + 1e-5).sqrt() * self.weight + self.bias
 
 
 def trained(module: nn.Module, *shape: int) -> nn.Module:
@@ -111,6 +146,9 @@ def main() -> None:
     negative = {k: v.clone() for k, v in state.items()}
     negative["running_var"][1] = -0.5
     w.size += save(w.folder / "batch_norm_negative_var.safetensors", negative)
+
+    # Last, so that it draws after all others.
+    w.module("switch_norm2d", trained(SwitchNorm2d(3), 4, 3, 5, 5), 2, 3, 4, 5)
     print(f"{w.size} bytes of safetensors in {w.folder}")
 
 

@@ -64,3 +64,29 @@ fn channels_last_input_of_batch_norm_is_not_copied() -> Result<()> {
         Ok(())
     })
 }
+
+/// The statistics of planes are formed without an output of their own, and half precision without a wider copy.
+#[test]
+fn switch_norm_allocates_its_output_and_little_else() -> Result<()> {
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = one_thread.map_err(candle_core::Error::wrap)?;
+    pool.install(|| {
+        let shares = Tensor::ones(3, DType::F32, &Device::Cpu)?;
+        let sources = ops::SwitchSources {
+            instance: true,
+            batch: ops::SwitchBatch::Own,
+            unbiased: true,
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            let x = noise(&[8, 16, 40, 40], dtype)?;
+            let size = (x.elem_count() * dtype.size_in_bytes()) as u64;
+            let norm = || ops::switch_norm(&x, None, None, [&shares, &shares], sources, 1e-5);
+            let asked = asked(|| Ok(norm()?.0))?;
+            assert!(
+                asked.bytes_total < size * 3 / 2,
+                "{dtype:?}: {asked:?} for {size} bytes"
+            );
+        }
+        Ok(())
+    })
+}

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
 use candle_nn::{Conv2dConfig, Optimizer, SGD, VarBuilder, VarMap};
 use candle_norm::{
-    Affine, BatchNormOptions, InstanceNormOptions, WeightNormOptions, checkpoint, trainable_vars,
-    weight_norm,
+    Affine, BatchNormOptions, InstanceNormOptions, SwitchNormOptions, WeightNormOptions,
+    checkpoint, trainable_vars, weight_norm,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -21,7 +21,7 @@ struct Checkpoint {
     plain: bool,
 }
 
-const CHECKPOINTS: [Checkpoint; 11] = [
+const CHECKPOINTS: [Checkpoint; 12] = [
     Checkpoint {
         name: "batch_norm2d",
         build: batch_norm,
@@ -38,6 +38,11 @@ const CHECKPOINTS: [Checkpoint; 11] = [
             Ok(Box::new(candle_norm::instance_norm(3, options, vb)?))
         },
         plain: true,
+    },
+    Checkpoint {
+        name: "switch_norm2d",
+        build: |vb| Ok(Box::new(candle_norm::switch_norm(3, 1e-5, vb)?)),
+        plain: false,
     },
     Checkpoint {
         name: "layer_norm",
@@ -262,7 +267,7 @@ struct Model {
 type BuildNorm = fn(VarBuilder) -> Result<Box<dyn ModuleT>>;
 
 /// Every norm with running statistics, with both kinds of momentum.
-const NORMS: [(&str, BuildNorm); 4] = [
+const NORMS: [(&str, BuildNorm); 6] = [
     ("batch norm", |vb| {
         Ok(Box::new(candle_norm::batch_norm(6, 1e-5, vb)?))
     }),
@@ -275,7 +280,17 @@ const NORMS: [(&str, BuildNorm); 4] = [
     }),
     ("instance norm", |vb| instance_norm(Some(0.3), vb)),
     ("instance norm, cumulative", |vb| instance_norm(None, vb)),
+    ("switch norm", |vb| switch_norm(Some(0.3), vb)),
+    ("switch norm, cumulative", |vb| switch_norm(None, vb)),
 ];
+
+fn switch_norm(momentum: Option<f64>, vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
+    let options = SwitchNormOptions {
+        momentum,
+        ..Default::default()
+    };
+    Ok(Box::new(candle_norm::switch_norm(6, options, vb)?))
+}
 
 fn instance_norm(momentum: Option<f64>, vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
     let options = InstanceNormOptions {

@@ -186,6 +186,30 @@ fn instance_norm() {
 }
 
 #[test]
+fn switch_norm() {
+    check_layer(Kind::Switch, [&[2, 4, 9], &[9, 6, 1031]]);
+    check_layer(Kind::Switch, [&[9, 3], &[1031, 33]]);
+}
+
+/// The shares are variables too, and parts of the storage of the input.
+#[test]
+fn shares_of_switch_norm() {
+    for (dims, steps) in [(vec![2, 4, 9], 100), (vec![9, 6, 1031], 15)] {
+        let channels = vec![dims[1]];
+        let shapes = [dims, channels.clone(), channels, vec![3], vec![3]];
+        check("shares", &shapes, steps, |t| {
+            let sources = ops::SwitchSources {
+                instance: true,
+                batch: ops::SwitchBatch::Own,
+                unbiased: true,
+            };
+            let (weight, bias, shares) = (Some(&t[1]), Some(&t[2]), [&t[3], &t[4]]);
+            Ok(ops::switch_norm(&t[0], weight, bias, shares, sources, 1e-3)?.0)
+        });
+    }
+}
+
+#[test]
 fn batch_norm() {
     check_layer(Kind::Batch, [&[4, 3, 17], &[9, 6, 1031]]);
     check_layer(Kind::Batch, [&[9, 3], &[1031, 33]]);

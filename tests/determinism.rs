@@ -204,6 +204,55 @@ fn instance_norm() {
 }
 
 #[test]
+fn switch_norm() {
+    check_all(
+        &[Kind::Switch],
+        &[
+            &[3, 5, 1031],
+            &[33, 17, 49],
+            &[65, 65, 5],
+            &[1, 3, 20_011],
+            &[1031, 49],
+        ],
+    );
+}
+
+/// The gradients of what is mixed by, and what running statistics take.
+#[test]
+fn shares_of_switch_norm() {
+    for dims in [[3, 5, 1031], [33, 17, 49]] {
+        let n = dims.iter().product();
+        for dtype in DTYPES {
+            let mut draw = Draw::new(8);
+            let numbers = [(); 2].map(|()| spread(&mut draw, n));
+            let shares = [(); 2].map(|()| draw.normal(3));
+            assert_same(&format!("shares of {dims:?} in {dtype:?}"), || {
+                let x = variable(&numbers[0], &dims, dtype)?;
+                let [mean, var] = shares.each_ref().map(|s| variable(s, &[3], dtype));
+                let (mean, var) = (mean?, var?);
+                let sources = ops::SwitchSources {
+                    instance: true,
+                    batch: ops::SwitchBatch::Own,
+                    unbiased: true,
+                };
+                let (y, statistics) =
+                    ops::switch_norm(&x, None, None, [&mean, &var], sources, 1e-5)?;
+                let statistics = statistics.expect("values");
+                let grads = backward(&y, &tensor(&numbers[1], &dims, dtype)?)?;
+                bits_of(&[
+                    ("y", &y),
+                    ("dx", &gradient(&grads, &x)),
+                    ("dmean_weight", &gradient(&grads, &mean)),
+                    ("dvar_weight", &gradient(&grads, &var)),
+                    ("mean", &statistics.mean),
+                    ("var", &statistics.var),
+                ])
+            });
+        }
+    }
+}
+
+#[test]
 fn batch_norm() {
     let planes: [&[usize]; 8] = [
         &[9, 5, 7],

@@ -4,8 +4,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNorm, BatchNormOptions, Cast, GroupNorm, InstanceNormOptions, LayerNorm,
-    LayerNormOptions, Norm, RmsNorm, RmsNormOptions, WeightNormOptions, batch_norm, group_norm,
-    instance_norm, layer_norm, ops, rms_norm, switch_norm, weight_norm,
+    LayerNormOptions, Norm, RmsNorm, RmsNormOptions, SwitchNormOptions, WeightNormOptions,
+    batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm, switch_norm, weight_norm,
 };
 
 const CPU: Device = Device::Cpu;
@@ -218,6 +218,7 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     let rms = rms_norm(4, 1e-5, vb.pp("rms"))?;
     let group = group_norm(2, 4, 1e-5, vb.pp("group"))?;
     let instance = instance_norm(4, 1e-5, vb.pp("instance"))?;
+    let switch = switch_norm(4, 1e-5, vb.pp("switch"))?;
     let weight = weight_norm::linear(4, 3, WeightNormOptions::default(), vb.pp("weight"))?;
     let x = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &CPU);
     let f32 = DType::F32;
@@ -239,6 +240,10 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
         instance.forward_t(&x(&[2, 4], f32)?, true),
         &["InstanceNorm", rank, "3", "[2, 4]"],
     );
+    assert_message(
+        switch.forward_t(&x(&[2, 4], f32)?, false),
+        &["SwitchNorm", rank, "3", "[2, 4]"],
+    );
 
     let channels = "expected 4 channels on axis 1, got 5 in input size [2, 5, 3]";
     let wrong = x(&[2, 5, 3], f32)?;
@@ -248,6 +253,7 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
             instance.forward_t(&wrong, train),
             &["InstanceNorm", channels],
         );
+        assert_message(switch.forward_t(&wrong, train), &["SwitchNorm", channels]);
     }
     assert_message(group.forward(&wrong), &["GroupNorm", channels]);
     assert_message(batch.frozen()?.forward(&wrong), &["BatchNorm", channels]);
@@ -278,6 +284,8 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
         assert_message(batch.forward_t(&ints, false), &["BatchNorm", expected]);
         assert_message(group.forward(&ints), &["GroupNorm", expected]);
         assert_message(instance.forward_t(&ints, true), &["InstanceNorm", expected]);
+        assert_message(switch.forward_t(&ints, true), &["SwitchNorm", expected]);
+        assert_message(switch.forward_t(&ints, false), &["SwitchNorm", expected]);
         assert_message(
             weight.forward(&ints.transpose(1, 2)?),
             &["WeightNorm", expected],
@@ -292,6 +300,10 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     assert_message(
         batch.forward_t(&x(&[2, 4], DType::F64)?, true),
         &["BatchNorm", expected],
+    );
+    assert_message(
+        switch.forward_t(&x(&[2, 4, 2], DType::F64)?, true),
+        &["SwitchNorm", expected],
     );
     assert_message(
         group.forward(&x(&[2, 4], DType::F64)?),
@@ -327,6 +339,7 @@ fn options_out_of_range_are_refused() -> Result<()> {
         assert_message(rms_norm(4, eps, vb()), &["RmsNorm", expected]);
         assert_message(group_norm(2, 4, eps, vb()), &["GroupNorm", expected]);
         assert_message(instance_norm(4, eps, vb()), &["InstanceNorm", expected]);
+        assert_message(switch_norm(4, eps, vb()), &["SwitchNorm", expected]);
         // Constructors without a Result are refused at the first forward.
         let ones = Tensor::ones(4, DType::F32, &CPU)?;
         let x = noise(&[2, 4], DType::F32)?;
@@ -359,6 +372,14 @@ fn options_out_of_range_are_refused() -> Result<()> {
         assert_message(
             instance_norm(4, options, vb()),
             &["InstanceNorm", "expected a momentum between 0 and 1"],
+        );
+        let options = SwitchNormOptions {
+            momentum: Some(momentum),
+            ..Default::default()
+        };
+        assert_message(
+            switch_norm(4, options, vb()),
+            &["SwitchNorm", "expected a momentum between 0 and 1"],
         );
     }
     for num_groups in [0, 3, 5] {
@@ -564,8 +585,11 @@ fn what_is_not_finite_stays_in_its_row_group_or_channel() -> Result<()> {
                         "switch" => sample == 1 || channel == 2,
                         other => panic!("no rule for {other}"),
                     };
+                    if name == "switch" {
+                        // Each sample has the channel, and each channel the sample: the mixture carries the gradient everywhere.
+                        assert!(dx.is_nan(), "{name} {dtype:?} {bad} at {i}: dx is {dx}");
+                    }
                     if !reached {
-                        // Between samples and channels, the mixture carries the gradient everywhere.
                         let back = dx.is_finite() || name == "switch";
                         assert!(y.is_finite() && back, "{name} {dtype:?} {bad} at {i}");
                     } else if name == "rms" && bad.is_infinite() {
@@ -596,9 +620,14 @@ fn a_batch_that_is_not_finite_can_be_refused() -> Result<()> {
         track_running_stats: true,
         ..Default::default()
     };
-    let norms: [Box<dyn Norm>; 2] = [
+    let switch = SwitchNormOptions {
+        refuse_non_finite: true,
+        ..Default::default()
+    };
+    let norms: [Box<dyn Norm>; 3] = [
         Box::new(batch_norm(2, batch, vb(&vars, DType::F32).pp("b"))?),
         Box::new(instance_norm(2, instance, vb(&vars, DType::F32).pp("i"))?),
+        Box::new(switch_norm(2, switch, vb(&vars, DType::F32).pp("s"))?),
     ];
     for norm in norms {
         norm.forward_t(&noise(&[2, 2, 3], DType::F32)?, true)?;

@@ -67,6 +67,7 @@ fn kinds(dims: &[usize]) -> Vec<Kind> {
         Kind::LayerChannelsFirst,
         Kind::LayerNoMean,
         Kind::RmsChannelsFirst,
+        Kind::Switch,
     ];
     for axes in 1..rank {
         kinds.push(Kind::Layer { axes });

@@ -218,19 +218,30 @@ fn switch_norm() {
             normal(&mut draw, &[3]),
             normal(&mut draw, &[3]),
         ];
+        let mean = Tensor::new(&[0.3, -0.5], &Device::Cpu)?;
+        let var = Tensor::new(&[0.7, 1.5], &Device::Cpu)?;
+        let batches = [
+            ops::SwitchBatch::Own,
+            ops::SwitchBatch::Given(&mean, &var),
+            ops::SwitchBatch::Absent,
+        ];
         for path in [Path::Fused, Path::Composed] {
-            let f = |v: &[Tensor]| {
+            for (batch, instance) in [(0, true), (0, false), (1, true), (2, true)] {
                 let sources = ops::SwitchSources {
-                    instance: true,
-                    batch: ops::SwitchBatch::Own,
-                    unbiased: true,
+                    instance,
+                    batch: batches[batch],
+                    unbiased: batch == 0,
                 };
-                let shares = [&v[3], &v[4]];
-                let norm =
-                    || ops::switch_norm(&v[0], Some(&v[1]), Some(&v[2]), shares, sources, 0.1);
-                Ok(with_path(path, norm)?.0)
-            };
-            check(&format!("switch norm, {path:?}"), &inputs, f)?;
+                let count = 1 + usize::from(instance) + usize::from(batch < 2);
+                let f = |v: &[Tensor]| {
+                    let (mean, var) = (v[3].narrow(0, 0, count)?, v[4].narrow(0, 0, count)?);
+                    let shares = [&mean, &var];
+                    let norm =
+                        || ops::switch_norm(&v[0], Some(&v[1]), Some(&v[2]), shares, sources, 0.1);
+                    Ok(with_path(path, norm)?.0)
+                };
+                check(&format!("switch norm, {path:?}, {sources:?}"), &inputs, f)?;
+            }
         }
         Ok(())
     })

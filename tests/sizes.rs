@@ -7,7 +7,8 @@ use candle_nn::{
     Conv1dConfig, Conv2dConfig, ConvTranspose1dConfig, ConvTranspose2dConfig, VarBuilder, VarMap,
 };
 use candle_norm::{
-    InstanceNormOptions, batch_norm, group_norm, instance_norm, layer_norm, rms_norm, weight_norm,
+    InstanceNormOptions, SwitchNormOptions, batch_norm, group_norm, instance_norm, layer_norm,
+    rms_norm, switch_norm, weight_norm,
 };
 
 const SIZES: [usize; 4] = [usize::MAX, usize::MAX / 2, usize::MAX / 2 + 1, 1 << 61];
@@ -29,8 +30,14 @@ fn no_layer_has_more_parameters_than_memory_has_addresses() {
         track_running_stats: true,
         ..Default::default()
     };
+    let without_batch = SwitchNormOptions {
+        using_bn: false,
+        ..Default::default()
+    };
     let dim = Some(0);
     for n in SIZES {
+        refused("SwitchNorm", switch_norm(n, 1e-5, vb()));
+        refused("SwitchNorm", switch_norm(n, without_batch, vb()));
         refused("BatchNorm", batch_norm(n, 1e-5, vb()));
         refused("InstanceNorm", instance_norm(n, 1e-5, vb()));
         refused("InstanceNorm", instance_norm(n, tracked, vb()));

@@ -155,19 +155,36 @@ fn half_precision_is_rounded_once() -> Result<()> {
         for path in PATHS {
             for train in [true, false] {
                 let x = (noise(&[3, 4, 5, 7])? * 3.)?.to_dtype(dtype)?;
-                let run = |x: &Tensor| -> Result<(Tensor, Tensor)> {
+                // Output and gradients, that of the input last.
+                let run = |x: &Tensor, tracked: bool| -> Result<Vec<Tensor>> {
                     let vars = VarMap::new();
                     let norm = switch_norm(4, 1e-5, vb(&vars, DType::F32))?;
-                    let x = Var::from_tensor(x)?;
+                    let x = match tracked {
+                        true => Var::from_tensor(x)?.into_inner(),
+                        false => x.clone(),
+                    };
                     let y = with_path(path, || norm.forward_t(&x, train))?;
                     let cotangent = noise(x.dims())?.to_dtype(dtype)?.to_dtype(y.dtype())?;
                     let grads = (&y * cotangent)?.sum_all()?.backward()?;
-                    Ok((y.detach(), grads.get(&x).expect("a gradient").clone()))
+                    let mut all = vec![y];
+                    all.extend(norm.parameters().into_iter().map(|(_, p)| p));
+                    all.push(x);
+                    let gradient = |t: &Tensor| grads.get(t).cloned();
+                    let found = all[1..].iter().filter_map(gradient).collect::<Vec<_>>();
+                    Ok([vec![all[0].detach()], found].concat())
                 };
-                let (half, wide) = (run(&x)?, run(&x.to_dtype(DType::F32)?)?);
-                for (half, wide) in [(half.0, wide.0), (half.1, wide.1)] {
-                    assert_eq!(half.dtype(), dtype);
-                    assert_eq!(values(&half)?, values(&wide.to_dtype(dtype)?)?);
+                let half = run(&x, true)?;
+                let wide = run(&x.to_dtype(DType::F32)?, true)?;
+                let ends = [0, half.len() - 1];
+                for i in ends {
+                    assert_eq!(half[i].dtype(), dtype);
+                    assert_eq!(values(&half[i])?, values(&wide[i].to_dtype(dtype)?)?);
+                }
+                // An input that tracks no gradients is not widened first, which nobody sees.
+                let untracked = run(&x, false)?;
+                assert_eq!((half.len(), untracked.len()), (6, 5));
+                for (half, untracked) in half.iter().zip(&untracked) {
+                    assert_eq!(values(half)?, values(untracked)?);
                 }
             }
         }
@@ -230,5 +247,58 @@ fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
         &["SwitchNorm", "more than 1 value per channel"],
     );
     assert_eq!(norm.forward_t(&noise(&[1, 4])?, false)?.dims(), [1, 4]);
+    Ok(())
+}
+
+/// As long as nothing was learned, the batch has a mean of 0 and a variance of 1.
+#[test]
+fn inference_before_training_is_by_neutral_statistics() -> Result<()> {
+    for path in PATHS {
+        let vars = VarMap::new();
+        let norm = switch_norm(4, 1e-5, vb(&vars, DType::F64))?;
+        for name in ["mean_weight", "var_weight"] {
+            set(&vars, name, &Tensor::new(&[-400f64, -400., 400.], &CPU)?)?;
+        }
+        let x = noise(&[3, 4, 2, 5])?;
+        let y = with_path(path, || norm.forward_t(&x, false))?;
+        assert_close(&y, &(x / 1.00001f64.sqrt())?, 1e-12)?;
+    }
+    Ok(())
+}
+
+/// Without statistics of the batch, samples do not see each other.
+#[test]
+fn what_is_not_finite_stays_in_its_sample_in_inference_and_without_batches() -> Result<()> {
+    let dims = [3, 4, 2, 5];
+    for (using_bn, train) in [(true, false), (false, true), (false, false)] {
+        for path in PATHS {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let options = SwitchNormOptions {
+                    using_bn,
+                    ..Default::default()
+                };
+                let norm = switch_norm(4, options, vb(&VarMap::new(), DType::F32))?;
+                let run = |data: Vec<f64>| -> Result<[Vec<f64>; 2]> {
+                    let x = Tensor::from_vec(data, &dims, &CPU)?.to_dtype(DType::F32)?;
+                    let x = Var::from_tensor(&x)?;
+                    let y = with_path(path, || norm.forward_t(&x, train))?;
+                    let dy = noise(&dims)?.to_dtype(DType::F32)?;
+                    let grads = (&y * dy)?.sum_all()?.backward()?;
+                    Ok([values(&y)?, values(grads.get(&x).expect("a gradient"))?])
+                };
+                let clean = values(&noise(&dims)?)?;
+                let mut poisoned = clean.clone();
+                poisoned[47] = bad;
+                for (got, clean) in run(poisoned)?.iter().zip(run(clean)?) {
+                    for (i, (got, clean)) in got.iter().zip(clean).enumerate() {
+                        match i / 40 {
+                            1 => assert!(got.is_nan(), "{path:?} {bad} at {i}: {got}"),
+                            _ => assert_eq!(*got, clean, "{path:?} {bad} at {i}"),
+                        }
+                    }
+                }
+            }
+        }
+    }
     Ok(())
 }

@@ -14,7 +14,8 @@ use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNorm, BatchNormOptions, InstanceNorm, InstanceNormOptions, Path, RunningStats,
-    Snapshot, batch_norm, instance_norm, ops, recalibrate, with_path,
+    Snapshot, SwitchNorm, SwitchNormOptions, batch_norm, instance_norm, ops, recalibrate,
+    switch_norm, with_path,
 };
 
 use common::compare::assert_same_bits;
@@ -24,22 +25,34 @@ use common::watch::without_deadlock;
 
 const THREADS: usize = 8;
 
-/// A batch or instance norm that keeps statistics, by one signature.
+/// The norms that keep statistics.
+#[derive(Debug, Clone, Copy)]
+enum Tracked {
+    Batch,
+    Instance,
+    Switch,
+}
+
+const TRACKED: [Tracked; 3] = [Tracked::Batch, Tracked::Instance, Tracked::Switch];
+
+/// One of them, by one signature.
 #[derive(Clone)]
 enum Layer {
     Batch(BatchNorm),
     Instance(InstanceNorm),
+    /// By the statistics of the batch almost alone.
+    Switch(SwitchNorm),
 }
 
 impl Layer {
     fn build(
-        instance: bool,
+        which: Tracked,
         channels: usize,
         momentum: Option<f64>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        Ok(match instance {
-            false => {
+        Ok(match which {
+            Tracked::Batch => {
                 let options = BatchNormOptions {
                     momentum,
                     eps: 1e-12,
@@ -47,7 +60,7 @@ impl Layer {
                 };
                 Self::Batch(batch_norm(channels, options, vb)?)
             }
-            true => {
+            Tracked::Instance => {
                 let options = InstanceNormOptions {
                     momentum,
                     eps: 1e-12,
@@ -57,6 +70,19 @@ impl Layer {
                 };
                 Self::Instance(instance_norm(channels, options, vb)?)
             }
+            Tracked::Switch => {
+                let options = SwitchNormOptions {
+                    momentum,
+                    eps: 1e-12,
+                    ..Default::default()
+                };
+                let layer = switch_norm(channels, options, vb)?;
+                for share in [layer.mean_weight(), layer.var_weight()] {
+                    let batch = tensor(&[-20., -20., 20.], &[3], share.dtype())?;
+                    Var::from_tensor(share)?.set(&batch)?;
+                }
+                Self::Switch(layer)
+            }
         })
     }
 
@@ -64,6 +90,7 @@ impl Layer {
         match self {
             Self::Batch(layer) => layer.forward_t(x, train),
             Self::Instance(layer) => layer.forward_t(x, train),
+            Self::Switch(layer) => layer.forward_t(x, train),
         }
     }
 
@@ -71,6 +98,7 @@ impl Layer {
         let stats = match self {
             Self::Batch(layer) => layer.running_stats(),
             Self::Instance(layer) => layer.running_stats(),
+            Self::Switch(layer) => layer.running_stats(),
         };
         stats.expect("statistics are tracked")
     }
@@ -79,12 +107,14 @@ impl Layer {
         self.stats().snapshot().expect("statistics that are sound")
     }
 
-    fn frozen(&self) -> candle_norm::FrozenNorm {
-        match self {
+    /// With the statistics of now, where the layer has such a form.
+    fn frozen(&self) -> Option<candle_norm::FrozenNorm> {
+        let frozen = match self {
             Self::Batch(layer) => layer.frozen(),
             Self::Instance(layer) => layer.frozen(),
-        }
-        .expect("statistics that are sound")
+            Self::Switch(_) => return None,
+        };
+        Some(frozen.expect("statistics that are sound"))
     }
 }
 
@@ -95,10 +125,10 @@ fn batch_of(k: f64, dtype: DType) -> Result<Tensor> {
     tensor(&[0., 2. * k].repeat(CHANNELS), &[1, CHANNELS, 2], dtype)
 }
 
-fn model(instance: bool, momentum: Option<f64>, dtype: DType) -> Result<(Layer, VarMap)> {
+fn model(which: Tracked, momentum: Option<f64>, dtype: DType) -> Result<(Layer, VarMap)> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
-    Ok((Layer::build(instance, CHANNELS, momentum, vb)?, vars))
+    Ok((Layer::build(which, CHANNELS, momentum, vb)?, vars))
 }
 
 /// Trains on `batches` from `THREADS` threads at once, each of which calls the layer that `layer_of` gives it.
@@ -145,10 +175,10 @@ fn assert_grand_mean(layer: &Layer, batches: &[f64], tolerance: f64) {
 #[test]
 fn threads_lose_no_update() {
     without_deadlock(|| {
-        for instance in [false, true] {
+        for which in TRACKED {
             for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5), (DType::F16, 1e-5)]
             {
-                let (layer, _vars) = model(instance, None, dtype).unwrap();
+                let (layer, _vars) = model(which, None, dtype).unwrap();
                 let batches = numbers_up_to(400);
                 train_in_parallel(&batches, dtype, |_| layer.clone());
                 assert_grand_mean(&layer, &batches, tolerance);
@@ -161,13 +191,13 @@ fn threads_lose_no_update() {
 #[test]
 fn layers_of_the_same_variables_share_statistics() {
     without_deadlock(|| {
-        for instance in [false, true] {
+        for which in TRACKED {
             let vars = VarMap::new();
             let build = || {
                 let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu)
                     .pp("block")
                     .pp("norm");
-                Layer::build(instance, CHANNELS, None, vb).unwrap()
+                Layer::build(which, CHANNELS, None, vb).unwrap()
             };
             let layers: Vec<Layer> = (0..THREADS).map(|_| build()).collect();
             let batches = numbers_up_to(400);
@@ -177,7 +207,7 @@ fn layers_of_the_same_variables_share_statistics() {
             }
             // Another layer of the same model is not touched.
             let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu).pp("other");
-            let other = Layer::build(instance, CHANNELS, None, vb).unwrap();
+            let other = Layer::build(which, CHANNELS, None, vb).unwrap();
             assert_eq!(other.snapshot().num_batches_tracked, 0);
         }
     })
@@ -196,7 +226,7 @@ fn assert_whole(mean: &Tensor, var: &Tensor) {
 
 /// Reads statistics in every way that there is, until told to stop. Returns how many different ones it saw.
 fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
-    let zeros = Tensor::zeros((1, CHANNELS, 1), DType::F64, &Device::Cpu).unwrap();
+    let zeros = Tensor::zeros((1, CHANNELS, 2), DType::F64, &Device::Cpu).unwrap();
     // (0 − k) / √(2k²), whatever k is.
     let assert_inferred = |y: Tensor| {
         for y in values(&y).unwrap() {
@@ -217,9 +247,10 @@ fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
         );
         newest = s.num_batches_tracked;
         assert_inferred(layer.forward_t(&zeros, false).unwrap());
-        let frozen = layer.frozen();
-        assert_whole(frozen.running_mean(), frozen.running_var());
-        assert_inferred(frozen.forward(&zeros).unwrap());
+        if let Some(frozen) = layer.frozen() {
+            assert_whole(frozen.running_mean(), frozen.running_var());
+            assert_inferred(frozen.forward(&zeros).unwrap());
+        }
         let k = values(&s.mean).unwrap()[0];
         seen += usize::from(k != last);
         last = k;
@@ -230,9 +261,9 @@ fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
 #[test]
 fn readers_see_no_half_update() {
     without_deadlock(|| {
-        for instance in [false, true] {
+        for which in TRACKED {
             // Every batch replaces the statistics.
-            let (layer, _vars) = model(instance, Some(1.), DType::F64).unwrap();
+            let (layer, _vars) = model(which, Some(1.), DType::F64).unwrap();
             layer
                 .forward_t(&batch_of(1., DType::F64).unwrap(), true)
                 .unwrap();
@@ -257,7 +288,7 @@ fn readers_see_no_half_update() {
 #[test]
 #[should_panic(expected = "with variances")]
 fn a_torn_pair_is_seen() {
-    let (layer, vars) = model(false, Some(1.), DType::F64).unwrap();
+    let (layer, vars) = model(Tracked::Batch, Some(1.), DType::F64).unwrap();
     layer
         .forward_t(&batch_of(3., DType::F64).unwrap(), true)
         .unwrap();
@@ -272,7 +303,7 @@ fn a_torn_pair_is_seen() {
 #[test]
 fn resets_among_training_and_reading() {
     without_deadlock(|| {
-        let (layer, _vars) = model(false, Some(1.), DType::F64).unwrap();
+        let (layer, _vars) = model(Tracked::Batch, Some(1.), DType::F64).unwrap();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let reader = scope.spawn(|| {
@@ -309,13 +340,14 @@ fn resets_among_training_and_reading() {
 #[test]
 fn a_panic_elsewhere_leaves_the_layer_usable() {
     without_deadlock(|| {
-        let (layer, _vars) = model(false, None, DType::F64).unwrap();
+        let (layer, _vars) = model(Tracked::Batch, None, DType::F64).unwrap();
         let shared = Arc::new(layer.clone());
         let in_thread = Arc::clone(&shared);
         let panicked = thread::spawn(move || {
             let norms: [&dyn candle_norm::Norm; 1] = match &*in_thread {
                 Layer::Batch(layer) => [layer],
                 Layer::Instance(layer) => [layer],
+                Layer::Switch(layer) => [layer],
             };
             let batches = [batch_of(1., DType::F64).unwrap()];
             let _ = recalibrate(&norms, batches, |_| panic!("a model that fails"));
@@ -347,13 +379,14 @@ fn assert_unchanged(vars: &VarMap, before: &[(String, Tensor)]) {
     }
 }
 
-/// A model of both layers with statistics, and one training input for it.
-fn small_model(dtype: DType) -> Result<([Layer; 2], VarMap, Tensor)> {
+/// A model of the layers with statistics, and one training input for it.
+fn small_model(dtype: DType) -> Result<([Layer; 3], VarMap, Tensor)> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
     let layers = [
-        Layer::build(false, 3, Some(0.1), vb.pp("batch"))?,
-        Layer::build(true, 3, Some(0.1), vb.pp("instance"))?,
+        Layer::build(Tracked::Batch, 3, Some(0.1), vb.pp("batch"))?,
+        Layer::build(Tracked::Instance, 3, Some(0.1), vb.pp("instance"))?,
+        Layer::build(Tracked::Switch, 3, Some(0.1), vb.pp("switch"))?,
     ];
     let x = Draw::new(1)
         .normal(60)
@@ -363,8 +396,9 @@ fn small_model(dtype: DType) -> Result<([Layer; 2], VarMap, Tensor)> {
     Ok((layers, vars, tensor(&x, &[4, 3, 5], dtype)?))
 }
 
-fn through(layers: &[Layer; 2], x: &Tensor, train: bool) -> Result<Tensor> {
-    layers[1].forward_t(&layers[0].forward_t(x, train)?, train)
+fn through(layers: &[Layer], x: &Tensor, train: bool) -> Result<Tensor> {
+    let step = |x: Tensor, layer: &Layer| layer.forward_t(&x, train);
+    layers.iter().try_fold(x.clone(), step)
 }
 
 /// An optimizer over every variable of a model, as careless code makes it, with weight decay.
@@ -414,8 +448,9 @@ fn statistics_are_in_no_graph() -> Result<()> {
     for layer in &layers {
         let s = layer.snapshot();
         assert!(!s.mean.track_op() && !s.var.track_op());
-        let frozen = layer.frozen();
-        assert!(!frozen.running_mean().track_op() && !frozen.running_var().track_op());
+        if let Some(frozen) = layer.frozen() {
+            assert!(!frozen.running_mean().track_op() && !frozen.running_var().track_op());
+        }
     }
     // The input of a constant model tracks nothing, so nothing but the parameters does.
     let grads = y.sqr()?.sum_all()?.backward()?;
@@ -426,7 +461,7 @@ fn statistics_are_in_no_graph() -> Result<()> {
         .values()
         .filter(|v| grads.get(v).is_some())
         .count();
-    assert_eq!(reached, 4);
+    assert_eq!(reached, 8);
 
     // Nor by the function, when a caller hands it variables.
     let mean = variable(&[1.; 3], &[3], DType::F32)?;
@@ -447,7 +482,7 @@ fn a_later_update_does_not_reach_into_a_pending_gradient() -> Result<()> {
             let (layers, vars, numbers) = small_model(dtype)?;
             through(&layers, &numbers, true)?;
             let x = variable(&values(&numbers)?, &[4, 3, 5], dtype)?;
-            let frozen = layers.each_ref().map(|layer| layer.frozen());
+            let frozen: Vec<_> = layers.iter().filter_map(Layer::frozen).collect();
             let y = through(&layers, &x, false)?;
             let z = frozen[1].forward(&frozen[0].forward(&x)?)?;
             if train_in_between {
@@ -458,16 +493,22 @@ fn a_later_update_does_not_reach_into_a_pending_gradient() -> Result<()> {
             }
             let dy = tensor(&Draw::new(2).normal(60), &[4, 3, 5], dtype)?;
             let mut found = vec![y.clone(), z.clone()];
-            for grads in [backward(&y, &dy)?, backward(&z, &dy)?] {
+            let params = [
+                "batch.weight",
+                "batch.bias",
+                "instance.weight",
+                "instance.bias",
+                "switch.weight",
+                "switch.bias",
+                "switch.mean_weight",
+                "switch.var_weight",
+            ];
+            // The frozen layers are the first two.
+            for (y, params) in [(&y, &params[..]), (&z, &params[..4])] {
+                let grads = backward(y, &dy)?;
                 found.push(gradient(&grads, &x));
                 let data = vars.data().lock().expect("no panic");
-                let params = [
-                    "batch.weight",
-                    "batch.bias",
-                    "instance.weight",
-                    "instance.bias",
-                ];
-                found.extend(params.map(|name| gradient(&grads, &data[name])));
+                found.extend(params.iter().map(|name| gradient(&grads, &data[*name])));
             }
             Ok(found)
         };
@@ -496,7 +537,12 @@ fn a_failed_forward_changes_no_state() -> Result<()> {
     };
     let instance = instance_norm(3, instance, vb.pp("instance"))?;
     let good = tensor(&Draw::new(3).normal(60), &[4, 3, 5], DType::F32)?;
-    let layers: [&dyn ModuleT; 2] = [&batch, &instance];
+    let switch = SwitchNormOptions {
+        refuse_non_finite: true,
+        ..Default::default()
+    };
+    let switch = switch_norm(3, switch, vb.pp("switch"))?;
+    let layers: [&dyn ModuleT; 3] = [&batch, &instance, &switch];
     for layer in layers {
         layer.forward_t(&good, true)?;
     }
@@ -577,6 +623,7 @@ fn digest() -> Result<u64> {
         ),
         (Kind::Group { groups: 2 }, vec![20, 16, 1031]),
         (Kind::Instance, vec![20, 16, 1031]),
+        (Kind::Switch, vec![20, 16, 1031]),
         (Kind::Batch, vec![20, 16, 1031]),
         (Kind::Batch, vec![4099, 64]),
     ] {

@@ -41,6 +41,10 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             let norm = GroupNorm::new(weight, bias, channels, groups, EPS)?;
             Box::new(move |x| norm.forward(x))
         }
+        Op::SwitchNorm => {
+            let (weight, bias) = (weight.reshape((channels, 1))?, bias.reshape((channels, 1))?);
+            Box::new(move |x| switch_norm(x, &weight, &bias))
+        }
         Op::WeightNorm => Box::new(move |v| weight_norm(v, &weight)),
     })
 }
@@ -57,6 +61,31 @@ pub(crate) fn differentiable(case: &Case, inputs: &Inputs) -> Result<Layer> {
         })),
         _ => layer(case, inputs),
     }
+}
+
+/// In equal shares of instance, layer and batch; means and variances first, so that no large tensor is formed twice.
+fn switch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let (n, c) = (x.dims()[0], x.dims()[1]);
+    let planes = x.reshape((n, c, ()))?;
+    let values = planes.dims()[2] as f64;
+    let mean = planes.mean_keepdim(2)?;
+    let squares = planes.broadcast_sub(&mean)?.sqr()?.sum_keepdim(2)?;
+    let var = (squares / (values - 1.))?;
+    let union = |axis: usize| {
+        let whole = mean.mean_keepdim(axis)?;
+        let inner = (&var + mean.broadcast_sub(&whole)?.sqr()?)?;
+        Result::Ok((whole, inner.mean_keepdim(axis)?))
+    };
+    let ((layer_mean, layer_var), (batch_mean, batch_var)) = (union(1)?, union(0)?);
+    let third = |a: &Tensor, b: &Tensor, c: &Tensor| a.broadcast_add(b)?.broadcast_add(c)? / 3.;
+    let mean = third(&mean, &layer_mean, &batch_mean)?;
+    let std = (third(&var, &layer_var, &batch_var)? + EPS)?.sqrt()?;
+    planes
+        .broadcast_sub(&mean)?
+        .broadcast_div(&std)?
+        .broadcast_mul(weight)?
+        .broadcast_add(bias)?
+        .reshape(x.shape())
 }
 
 fn weight_norm(v: &Tensor, g: &Tensor) -> Result<Tensor> {

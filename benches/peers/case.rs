@@ -22,6 +22,8 @@ pub(crate) enum Op {
     /// In groups of [`GROUPS`].
     GroupNorm,
     InstanceNorm,
+    /// By the statistics of the batch, in equal shares with the others.
+    SwitchNorm,
     /// `x` is the direction `v`, `weight` the magnitude `g`, one for each slice of axis 0.
     WeightNorm,
 }
@@ -35,7 +37,16 @@ impl Op {
             Op::BatchNormInference => "batch_norm_inference",
             Op::GroupNorm => "group_norm",
             Op::InstanceNorm => "instance_norm",
+            Op::SwitchNorm => "switch_norm",
             Op::WeightNorm => "weight_norm",
+        }
+    }
+
+    /// What of the layer can be timed: switchable norm is a graph of several nodes, which only the engine goes back through.
+    pub(crate) fn passes(self) -> &'static [Pass] {
+        match self {
+            Op::SwitchNorm => &[Pass::Forward, Pass::TrainStep],
+            _ => &[Pass::Forward, Pass::Backward, Pass::TrainStep],
         }
     }
 
@@ -56,8 +67,6 @@ pub(crate) enum Pass {
 }
 
 impl Pass {
-    pub(crate) const ALL: [Pass; 3] = [Pass::Forward, Pass::Backward, Pass::TrainStep];
-
     pub(crate) fn name(self) -> &'static str {
         match self {
             Pass::Forward => "forward",

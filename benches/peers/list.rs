@@ -13,7 +13,7 @@ struct Shapes {
 }
 
 /// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of memory traffic.
-const SHAPES: [Shapes; 5] = [
+const SHAPES: [Shapes; 6] = [
     Shapes {
         ops: &[Op::LayerNorm, Op::RmsNorm],
         f32: &[
@@ -56,6 +56,12 @@ const SHAPES: [Shapes; 5] = [
         f32: &[&[8, 64, 128, 128], &[16, 32, 32, 32], &[16, 64, 128, 128]],
         half: [&[8, 64, 128, 128], &[16, 32, 32, 32]],
         f64: &[16, 32, 32, 32],
+    },
+    Shapes {
+        ops: &[Op::SwitchNorm],
+        f32: &[&[32, 64, 56, 56], &[8, 256, 14, 14], &[64, 16, 8, 8]],
+        half: [&[32, 64, 56, 56], &[64, 16, 8, 8]],
+        f64: &[8, 256, 14, 14],
     },
     Shapes {
         ops: &[Op::WeightNorm],

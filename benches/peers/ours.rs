@@ -1,8 +1,8 @@
 //! The layers of this crate, on the path that they choose themselves and on candle's tensor operations.
 
-use candle_core::Result;
+use candle_core::{Result, Tensor, bail};
 use candle_nn::{Module, ModuleT};
-use candle_norm::ops::{self, hook};
+use candle_norm::ops::{self, SwitchBatch, SwitchSources, hook};
 use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
 use super::case::{Case, EPS, GROUPS, Inputs, Op};
@@ -37,6 +37,19 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             let (y, _) = ops::instance_norm(x, Some(&weight), bias.as_ref(), EPS)?;
             Ok(y)
         }),
+        Op::SwitchNorm => {
+            let shares = Tensor::ones(3, weight.dtype(), weight.device())?;
+            let sources = SwitchSources {
+                instance: true,
+                batch: SwitchBatch::Own,
+                unbiased: true,
+            };
+            Box::new(move |x| {
+                let shares = [&shares, &shares];
+                let (weight, bias) = (Some(&weight), bias.as_ref());
+                Ok(ops::switch_norm(x, weight, bias, shares, sources, EPS)?.0)
+            })
+        }
         Op::WeightNorm => Box::new(move |v| ops::weight_norm(v, &weight, Some(0))),
     })
 }
@@ -59,6 +72,7 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
         },
         Op::GroupNorm => hook::Op::GroupNorm { num_groups: GROUPS },
         Op::InstanceNorm => hook::Op::InstanceNorm,
+        Op::SwitchNorm => bail!("switch_norm has no backward without the engine"),
         Op::WeightNorm => hook::Op::WeightNorm { dim: Some(0) },
     };
     // An op computes the gradients that somebody tracks, and here that is all of them.

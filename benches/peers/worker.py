@@ -20,6 +20,20 @@ from torch._functorch import config as functorch_config
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
+def switch_norm(x, w, b, eps):
+    """PyTorch has none: the formula in tensor operations, in equal shares of instance, layer and batch."""
+    var, mean = torch.var_mean(x, (2, 3), keepdim=True)
+
+    def union(axis):
+        whole = mean.mean(axis, keepdim=True)
+        return whole, (var + (mean - whole).square()).mean(axis, keepdim=True)
+
+    (layer_mean, layer_var), (batch_mean, batch_var) = union(1), union(0)
+    mean, var = (mean + layer_mean + batch_mean) / 3, (var + layer_var + batch_var) / 3
+    scale = w.reshape(1, -1, 1, 1) * torch.rsqrt(var + eps)
+    return (x - mean) * scale + b.reshape(1, -1, 1, 1)
+
+
 def layer_of(case, mean, var):
     """The layer as a function of x, weight and, where it has one, bias."""
     op, eps = case["op"], case["eps"]
@@ -35,6 +49,8 @@ def layer_of(case, mean, var):
         return lambda x, w, b: F.group_norm(x, case["groups"], w, b, eps)
     if op == "instance_norm":
         return lambda x, w, b: F.instance_norm(x, weight=w, bias=b, eps=eps)
+    if op == "switch_norm":
+        return lambda x, w, b: switch_norm(x, w, b, eps)
     if op == "weight_norm":
         # What torch.nn.utils.parametrizations.weight_norm calls.
         return lambda v, g: torch._weight_norm(v, g, 0)

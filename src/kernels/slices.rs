@@ -1,6 +1,7 @@
 //! What a slice says by itself, without a layer around it.
 
 use super::moments::Moments;
+use super::par;
 use super::simd::{Elem, Isa, Kernel, Level};
 
 struct OfSlice<'a, E>(&'a [E]);
@@ -17,4 +18,37 @@ impl<E: Elem> Kernel for OfSlice<'_, E> {
 /// The moments of a slice of any length, on the calling thread.
 pub(crate) fn moments<E: Elem>(x: &[E]) -> Moments {
     Level::current().run(OfSlice(x))
+}
+
+struct OfRows<'a, E> {
+    x: &'a [E],
+    len: usize,
+    moments: &'a mut [Moments],
+}
+
+impl<E: Elem> Kernel for OfRows<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (x, moments) in self.x.chunks_exact(self.len).zip(self.moments) {
+            *moments = Moments::of(isa, x);
+        }
+    }
+}
+
+/// The moments of each row of `len` elements.
+pub(crate) fn moments_of_rows<E: Elem>(x: &[E], len: usize) -> Vec<Moments> {
+    let rows = x.len() / len;
+    assert_eq!(x.len(), rows * len);
+    let per_block = par::items_per_block(rows, len);
+    let level = Level::current();
+    let mut moments = vec![Moments::default(); rows];
+    let blocks = x
+        .chunks(per_block * len)
+        .zip(moments.chunks_mut(per_block))
+        .map(|(x, moments)| OfRows { x, len, moments })
+        .collect();
+    par::run(blocks, x.len(), |block| level.run(block));
+    moments
 }

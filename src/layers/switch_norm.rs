@@ -23,7 +23,8 @@ pub struct SwitchNormOptions {
     pub eps: f64,
     /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
     ///
-    /// The reference implementation writes 0.9 for the weight of the old value, and `using_moving_average=False` for `None`.
+    /// The reference implementation names the weight of the old value: its 0.9 is 0.1 here, its 0.997 is 0.003. With
+    /// `using_moving_average=False` it adds batches up instead; [`switch_norm`] says how such a checkpoint is read.
     pub momentum: Option<f64>,
     /// Mix in the statistics of the batch; without, training and inference are the same. Default: true.
     pub using_bn: bool,
@@ -35,6 +36,9 @@ pub struct SwitchNormOptions {
     pub unbiased: bool,
     /// Start from a scale of zero, for the last norm of a residual branch. Default: false.
     pub last_gamma: bool,
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
+    /// device at every step. Default: false.
+    pub refuse_non_finite: bool,
 }
 
 impl Default for SwitchNormOptions {
@@ -46,6 +50,7 @@ impl Default for SwitchNormOptions {
             spatial_dims: 2,
             unbiased: true,
             last_gamma: false,
+            refuse_non_finite: false,
         }
     }
 }
@@ -101,6 +106,23 @@ pub struct SwitchNorm {
 ///
 /// Names and shapes are those of the reference implementation, for two spatial axes: `weight` and `bias`, `[1, C, 1, 1]`; `mean_weight`
 /// and `var_weight`, `[3]`; `running_mean` and `running_var`, `[1, C, 1]`. Also `num_batches_tracked` (0 if missing).
+///
+/// # Checkpoints of the reference implementation
+/// They load as they are, under these options ([the others](SwitchNormOptions) at their defaults):
+///
+/// | there | here |
+/// | --- | --- |
+/// | `SwitchNorm1d`, `2d`, `3d` | `spatial_dims` 0, 2, 3 |
+/// | `using_bn=False` | `using_bn: false` |
+/// | `momentum`: 0.9 in `2d`, 0.997 in `1d` and `3d` unless given | `momentum: Some(1. - that)` |
+/// | `last_gamma=True` | `last_gamma: true`; it matters for new layers only |
+/// | variances by n − 1 | `unbiased: true`, the default |
+///
+/// With `using_moving_average=False`, the layer there adds up, over k training batches of mean m and variance v, m and v + m², which its training script
+/// turns into averages before it saves them. Sums that were not are to be divided by k, and then the square of the first subtracted from the second. Here,
+/// `momentum: None` and [`recalibrate`](crate::recalibrate) average m and v.
+///
+/// A layer that was never trained has a running variance of 0 there, and of 1 here.
 ///
 /// # Errors
 /// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
@@ -241,6 +263,9 @@ impl ModuleT for SwitchNorm {
         }
         let (y, statistics) = apply(SwitchBatch::Own)?;
         if let Some(statistics) = statistics {
+            if options.refuse_non_finite {
+                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], xs)?;
+            }
             self.stats.update(&statistics, true)?;
         }
         Ok(y)

@@ -1,12 +1,13 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
+use std::sync::OnceLock;
+
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 
 use super::batch_norm::{BatchStatistics, normalize_with};
-use super::fused;
-use super::group_norm::Groups;
+use super::fused::{self, Native, elements, with_native};
 use super::{Route, check, composed, route};
-use crate::kernels::rows;
+use crate::kernels::slices;
 
 const LAYER: &str = "SwitchNorm";
 
@@ -84,7 +85,12 @@ pub fn switch_norm(
     let space = x.elem_count() / (n * c);
     check_counts(x, &sources, space)?;
     let acc = composed::accumulator(x.dtype());
-    let rows = x.contiguous()?.to_dtype(acc)?.reshape((n, c, space))?;
+    let rows = x.contiguous()?.reshape((n, c, space))?;
+    let rows = match route {
+        Route::Fused if !x.track_op() => rows,
+        // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
+        _ => rows.to_dtype(acc)?,
+    };
     let planes = match route {
         Route::Fused => Planes::fused(&rows, &sources)?,
         Route::Composed => Planes::composed(&rows, &sources)?,
@@ -174,7 +180,7 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 
 /// The planes of a batch, one for each channel of each sample, and their moments.
 struct Planes {
-    /// `[N, C, space]` in the accumulator's dtype; on the composed path less `offset`.
+    /// `[N, C, space]`; on the composed path less `offset`.
     values: Tensor,
     /// What was subtracted from `mean`, `[N, 1]` or `[1, 1]`.
     offset: Tensor,
@@ -201,9 +207,7 @@ impl Planes {
     /// The moments are a node of the graph of their own; all that follows of them is `f64`.
     fn fused(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
-        let op = Groups::new(LAYER, x, c, None, None, 1.);
-        let (_, op) = fused::apply(op, &x.detach(), &[])?;
-        let both = x.apply_op1(PlaneMoments::of(op.stats()?, space))?;
+        let both = x.apply_op1(PlaneMoments::default())?;
         let [mean, var] = [0, 1].map(|i| both.narrow(0, i, 1)?.reshape((n, c)));
         let mean = mean?;
         let offset = offset(&mean, sources)?;
@@ -327,17 +331,20 @@ fn weighted_sum(terms: &[Tensor], shares: &Tensor, dims: (usize, usize)) -> Resu
     Ok(sum)
 }
 
-/// The means and biased variances of planes, `[2, planes]` in `f64`, as a node of the graph. They are there already: forward hands them out.
+/// The means and biased variances of the rows of a contiguous `[.., len]`, `[2, rows]` in `f64`, as a node of the graph.
+#[derive(Default)]
 struct PlaneMoments {
-    values: Vec<f64>,
-    space: usize,
+    means: OnceLock<Vec<f64>>,
 }
 
 impl PlaneMoments {
-    fn of(stats: &[rows::Stats], space: usize) -> Self {
-        let means = stats.iter().map(|s| s.mean.high);
-        let values = means.chain(stats.iter().map(|s| s.var)).collect();
-        Self { values, space }
+    fn of<T: Native>(&self, x: fused::Arg, len: usize) -> Result<Vec<f64>> {
+        let moments = slices::moments_of_rows::<T>(elements(x)?, len);
+        let means: Vec<f64> = moments.iter().map(|m| m.mean()).collect();
+        let vars = moments.iter().map(|m| m.var());
+        let values = means.iter().copied().chain(vars).collect();
+        let _ = self.means.set(means);
+        Ok(values)
     }
 }
 
@@ -346,27 +353,32 @@ impl CustomOp1 for PlaneMoments {
         LAYER
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let shape = Shape::from((2, self.values.len() / 2));
-        Ok((CpuStorage::F64(self.values.clone()), shape))
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = (storage, layout);
+        let len = layout.shape().dims().last().copied().unwrap_or(1);
+        let both = with_native!(fused::dtype(&x), LAYER, T => self.of::<T>(x, len))?;
+        let shape = Shape::from((2, both.len() / 2));
+        Ok((CpuStorage::F64(both), shape))
     }
 
     /// With n values in a plane, `dx = (x − mean) · 2 dvar / n + dmean / n`.
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let planes = self.values.len() / 2;
+        let means = fused::saved(LAYER, &self.means)?;
+        let planes = means.len();
+        let rows = x.reshape((planes, ()))?;
+        let space = rows.dims()[1];
         let of = |i: usize, factor: f64| {
-            let grad = (grad.narrow(0, i, 1)? * (factor / self.space as f64))?;
+            let grad = (grad.narrow(0, i, 1)? * (factor / space as f64))?;
             grad.to_dtype(x.dtype())?.reshape(planes)
         };
         let (shift, scale) = (of(0, 1.)?, of(1, 2.)?);
-        let rows = x.reshape((planes, self.space))?;
         let dx = if fused::higher_order() {
             let (mean, _) = composed::mean_and_var(&rows)?;
             rows.broadcast_sub(&mean.unsqueeze(1)?)?
                 .broadcast_mul(&scale.unsqueeze(1)?)?
                 .broadcast_add(&shift.unsqueeze(1)?)?
         } else {
-            let mean = Tensor::from_slice(&self.values[..planes], planes, x.device())?;
+            let mean = Tensor::from_slice(means, planes, x.device())?;
             let one_row = rows.detach().unsqueeze(0)?;
             let statistics = (&mean, &mean.zeros_like()?);
             normalize_with(

@@ -1,13 +1,14 @@
 //! Normalization in float64, as the formulas are written: loops over slices, nothing of candle.
 //!
 //! All normalizations are one function of two partitions of the elements of `x`: a *row* is a set of elements that
-//! share a mean and a variance, a *slot* the set of elements that share a weight and a bias.
+//! share a mean and a variance, a *slot* the set of elements that share a weight and a bias. Switchable norm has several
+//! partitions into rows, and the mean and variance of an element are mixtures of those of its rows.
 
 /// A normalization of `[dims]` in row-major order.
 #[derive(Debug, Clone)]
 pub(crate) struct Norm {
-    /// The row of each element.
-    rows: Vec<usize>,
+    /// Partitions into rows: one, or those that are mixed.
+    sources: Vec<Source>,
     /// The slot of each element.
     slots: Vec<usize>,
     /// Subtract the mean.
@@ -17,7 +18,31 @@ pub(crate) struct Norm {
     offset: f64,
 }
 
-/// What a forward pass gives.
+/// A partition into rows, and the shares that their means and variances have.
+#[derive(Debug, Clone)]
+struct Source {
+    /// The row of each element.
+    rows: Vec<usize>,
+    mean_share: f64,
+    var_share: f64,
+}
+
+impl Source {
+    fn num_rows(&self) -> usize {
+        self.rows.iter().max().map_or(0, |last| last + 1)
+    }
+
+    /// For each element, the mean of `values` in its row.
+    fn means(&self, values: &[f64], count: &[f64]) -> Vec<f64> {
+        let mut means = vec![0.; count.len()];
+        for (&row, v) in self.rows.iter().zip(values) {
+            means[row] += v / count[row];
+        }
+        self.rows.iter().map(|&row| means[row]).collect()
+    }
+}
+
+/// What a forward pass gives; the statistics are those of the first source.
 pub(crate) struct Forward {
     pub(crate) y: Vec<f64>,
     /// Of each row; 0 where rows are not centered.
@@ -32,9 +57,15 @@ pub(crate) struct Forward {
 struct Statistics {
     mean: Vec<f64>,
     var: Vec<f64>,
-    std: Vec<f64>,
     count: Vec<f64>,
     centered: Vec<f64>,
+}
+
+/// Of each source, and of each element what the mixture makes of it.
+struct Normalized {
+    sources: Vec<Statistics>,
+    std: Vec<f64>,
+    xhat: Vec<f64>,
 }
 
 /// What a backward pass gives.
@@ -70,8 +101,13 @@ pub(crate) fn along(dims: &[usize], kept: &[usize]) -> Vec<usize> {
 
 impl Norm {
     fn new(dims: &[usize], rows: &[usize], slots: &[usize], eps: f64) -> Self {
-        Self {
+        let source = Source {
             rows: along(dims, rows),
+            mean_share: 1.,
+            var_share: 1.,
+        };
+        Self {
+            sources: vec![source],
             slots: along(dims, slots),
             center: true,
             eps,
@@ -108,6 +144,30 @@ impl Norm {
         Self::new(dims, &[1], &[1], eps)
     }
 
+    /// Instance (where there is space), layer and batch, mixed by the softmax of `mean_weight` and that of `var_weight`.
+    pub(crate) fn switch(dims: &[usize], [mean, var]: [&[f64]; 2], eps: f64) -> Self {
+        let kept: &[&[usize]] = match dims.len() {
+            2 => &[&[0], &[1]],
+            _ => &[&[0, 1], &[0], &[1]],
+        };
+        let softmax = |weights: &[f64]| {
+            let e: Vec<f64> = weights[..kept.len()].iter().map(|w| w.exp()).collect();
+            let sum: f64 = e.iter().sum();
+            e.into_iter().map(|e| e / sum).collect::<Vec<_>>()
+        };
+        let shares = softmax(mean).into_iter().zip(softmax(var));
+        let sources = kept.iter().zip(shares);
+        let sources = sources.map(|(kept, (mean_share, var_share))| Source {
+            rows: along(dims, kept),
+            mean_share,
+            var_share,
+        });
+        Self {
+            sources: sources.collect(),
+            ..Self::new(dims, &[], &[1], eps)
+        }
+    }
+
     pub(crate) fn without_mean(self) -> Self {
         Self {
             center: false,
@@ -119,11 +179,11 @@ impl Norm {
         Self { offset, ..self }
     }
 
-    fn statistics(&self, x: &[f64]) -> Statistics {
-        let rows = self.rows.iter().max().map_or(0, |last| last + 1);
+    fn statistics(&self, source: &Source, x: &[f64]) -> Statistics {
+        let rows = source.num_rows();
         let mut count = vec![0.; rows];
         let mut first = vec![0.; rows];
-        for (&row, &x) in self.rows.iter().zip(x) {
+        for (&row, &x) in source.rows.iter().zip(x) {
             if count[row] == 0. && self.center {
                 first[row] = x;
             }
@@ -132,24 +192,42 @@ impl Norm {
         // Differences to an element of the row are exact where the mean is many times the spread; a mean rounded to float64 is not.
         let mut shift = vec![0.; rows];
         if self.center {
-            for (&row, &x) in self.rows.iter().zip(x) {
+            for (&row, &x) in source.rows.iter().zip(x) {
                 shift[row] += (x - first[row]) / count[row];
             }
         }
-        let centered: Vec<f64> = (self.rows.iter().zip(x))
+        let centered: Vec<f64> = (source.rows.iter().zip(x))
             .map(|(&row, &x)| (x - first[row]) - shift[row])
             .collect();
         let mut var = vec![0.; rows];
-        for (&row, d) in self.rows.iter().zip(&centered) {
+        for (&row, d) in source.rows.iter().zip(&centered) {
             var[row] += d * d / count[row];
         }
         Statistics {
             mean: first.iter().zip(&shift).map(|(f, s)| f + s).collect(),
-            std: var.iter().map(|v| (v + self.eps).sqrt()).collect(),
             var,
             count,
             centered,
         }
+    }
+
+    fn normalized(&self, x: &[f64]) -> Normalized {
+        let (mut std, mut xhat) = (vec![0.; x.len()], vec![0.; x.len()]);
+        let sources: Vec<Statistics> = (self.sources.iter())
+            .map(|source| self.statistics(source, x))
+            .collect();
+        for (source, s) in self.sources.iter().zip(&sources) {
+            for (i, &row) in source.rows.iter().enumerate() {
+                // The shares add up to 1, so that the distance from a mixture is the mixture of the distances.
+                xhat[i] += source.mean_share * s.centered[i];
+                std[i] += source.var_share * s.var[row];
+            }
+        }
+        for (std, xhat) in std.iter_mut().zip(&mut xhat) {
+            *std = (*std + self.eps).sqrt();
+            *xhat /= *std;
+        }
+        Normalized { sources, std, xhat }
     }
 
     /// The slot of an element.
@@ -157,9 +235,12 @@ impl Norm {
         self.slots[element]
     }
 
-    /// The row of an element.
+    /// The row of an element; in a mixture, gradients reach every element from every other.
     pub(crate) fn row(&self, element: usize) -> usize {
-        self.rows[element]
+        match self.sources.as_slice() {
+            [source] => source.rows[element],
+            _ => 0,
+        }
     }
 
     fn weight(&self, weight: Option<&[f64]>, slot: usize) -> f64 {
@@ -172,14 +253,14 @@ impl Norm {
         weight: Option<&[f64]>,
         bias: Option<&[f64]>,
     ) -> Forward {
-        let s = self.statistics(x);
+        let mut n = self.normalized(x);
         let y = (0..x.len())
             .map(|i| {
                 let slot = self.slots[i];
-                let xhat = s.centered[i] / s.std[self.rows[i]];
-                xhat * self.weight(weight, slot) + bias.map_or(0., |b| b[slot])
+                n.xhat[i] * self.weight(weight, slot) + bias.map_or(0., |b| b[slot])
             })
             .collect();
+        let s = n.sources.swap_remove(0);
         Forward {
             y,
             mean: s.mean,
@@ -188,42 +269,35 @@ impl Norm {
         }
     }
 
-    /// The gradients of `Σ dy · y`: with x̂ the normalized value and g = dy · weight,
-    /// `dx = (g − mean(g) − x̂ · mean(g · x̂)) / √(var + ε)`, without `mean(g)` where rows are not centered.
+    /// The gradients of `Σ dy · y`: with x̂ the normalized value, r = 1 / √(var + ε) and g = dy · weight,
+    /// `dx = g · r − mean(g · r) − (x − mean) · mean(g · x̂ · r²)`, without `mean(g · r)` where rows are not centered. Of several
+    /// sources, the second and third term of each have its shares.
     pub(crate) fn backward(&self, x: &[f64], weight: Option<&[f64]>, dy: &[f64]) -> Backward {
-        let Statistics {
-            std,
-            count,
-            centered,
-            ..
-        } = self.statistics(x);
-        let xhat: Vec<f64> = (0..x.len())
-            .map(|i| centered[i] / std[self.rows[i]])
+        let Normalized { sources, std, xhat } = self.normalized(x);
+        let leading: Vec<f64> = (0..x.len())
+            .map(|i| dy[i] * self.weight(weight, self.slots[i]) / std[i])
             .collect();
-        let g: Vec<f64> = (0..x.len())
-            .map(|i| dy[i] * self.weight(weight, self.slots[i]))
+        let along: Vec<f64> = (0..x.len())
+            .map(|i| leading[i] * xhat[i] / std[i])
             .collect();
-
-        let (mut mean_g, mut mean_gx) = (vec![0.; std.len()], vec![0.; std.len()]);
-        for (i, &row) in self.rows.iter().enumerate() {
-            if self.center {
-                mean_g[row] += g[i] / count[row];
+        let (mut dx, mut terms) = (leading.clone(), vec![0f64; x.len()]);
+        for (source, s) in self.sources.iter().zip(&sources) {
+            let (mean, along) = (
+                source.means(&leading, &s.count),
+                source.means(&along, &s.count),
+            );
+            let sizes = rms_of_rows(&leading, &source.rows, s.count.len());
+            for i in 0..x.len() {
+                if self.center {
+                    dx[i] -= source.mean_share * mean[i];
+                }
+                dx[i] -= source.var_share * s.centered[i] * along[i];
+                terms[i] = terms[i].max(sizes[i]);
             }
-            mean_gx[row] += g[i] * xhat[i] / count[row];
         }
-        let leading: Vec<f64> = (0..x.len()).map(|i| g[i] / std[self.rows[i]]).collect();
-        let dx = (0..x.len())
-            .map(|i| {
-                let row = self.rows[i];
-                leading[i] - (mean_g[row] + xhat[i] * mean_gx[row]) / std[row]
-            })
-            .collect();
         let slots = self.slots.iter().max().map_or(0, |last| last + 1);
         Backward {
-            dx: Gradient {
-                values: dx,
-                terms: rms_of_rows(&leading, &self.rows, std.len()),
-            },
+            dx: Gradient { values: dx, terms },
             dweight: summed(slots, &self.slots, |i| dy[i] * xhat[i]),
             dbias: summed(slots, &self.slots, |i| dy[i]),
         }
@@ -401,6 +475,10 @@ mod tests {
             (Norm::group(&dims, 2, 0.1), 4),
             (Norm::instance(&dims, 0.1), 4),
             (Norm::batch(&dims, 0.1), 4),
+            (
+                Norm::switch(&dims, [&[0.3, -1., 0.5], &[-0.7, 0.2, 1.]], 0.1),
+                4,
+            ),
         ] {
             let (w, b) = (draw.weight(slots), draw.normal(slots));
             let loss = |x: &[f64], w: &[f64], b: &[f64]| {

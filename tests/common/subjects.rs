@@ -7,7 +7,7 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions,
+    RmsNormOptions, SwitchNormOptions,
 };
 
 use super::compare::{assert_close, assert_gradient};
@@ -37,7 +37,12 @@ pub(crate) enum Kind {
     Instance,
     Batch,
     BatchNoMean,
+    /// Mixed by [`SHARES`]; variances biased, so that one position will do.
+    Switch,
 }
+
+/// What the means and the variances of a [`Kind::Switch`] are mixed by: exact in every dtype.
+pub(crate) const SHARES: [[f64; 3]; 2] = [[0.25, -0.5, 1.], [-0.75, 1., 0.5]];
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Subject {
@@ -64,10 +69,7 @@ impl Params {
 
     /// A builder that holds these parameters and fresh statistics of `features` channels.
     pub(crate) fn builder(&self, features: usize, dtype: DType) -> Result<VarBuilder<'static>> {
-        let statistics = match dtype {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
+        let statistics = statistics(dtype);
         let mut tensors = HashMap::from([
             (
                 "running_mean".to_string(),
@@ -84,6 +86,48 @@ impl Params {
             }
         }
         Ok(VarBuilder::from_tensors(tensors, dtype, &Device::Cpu))
+    }
+}
+
+/// A switchable norm for inputs of the rank of `x`.
+fn switch(x: &Tensor, features: usize, eps: f64, params: &Params) -> Result<Box<dyn ModuleT>> {
+    let cpu = &Device::Cpu;
+    let dtype = params.weight.as_ref().unwrap_or(x).dtype();
+    let spatial_dims = x.rank().min(3) - 2;
+    let shape = &[1, features, 1][..spatial_dims + 2];
+    let affine = |param: &Option<Tensor>, missing: f64| match param {
+        Some(param) => param.reshape(shape),
+        None => Tensor::full(missing, shape, cpu)?.to_dtype(dtype),
+    };
+    let [mean_weight, var_weight] =
+        SHARES.map(|s| tensor(&s[..spatial_dims + 2], &[spatial_dims + 2], dtype));
+    let tensors = [
+        ("weight", affine(&params.weight, 1.)?),
+        ("bias", affine(&params.bias, 0.)?),
+        ("mean_weight", mean_weight?),
+        ("var_weight", var_weight?),
+        (
+            "running_mean",
+            Tensor::zeros(shape, statistics(dtype), cpu)?,
+        ),
+        ("running_var", Tensor::ones(shape, statistics(dtype), cpu)?),
+    ];
+    let tensors = tensors.map(|(name, t)| (name.to_string(), t));
+    let options = SwitchNormOptions {
+        eps,
+        spatial_dims,
+        unbiased: false,
+        ..Default::default()
+    };
+    let vb = VarBuilder::from_tensors(HashMap::from(tensors), dtype, cpu);
+    Ok(Box::new(candle_norm::switch_norm(features, options, vb)?))
+}
+
+/// The dtype of the running statistics of a model.
+fn statistics(model: DType) -> DType {
+    match model {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
 }
 
@@ -175,6 +219,7 @@ impl Subject {
                 };
                 Box::new(candle_norm::batch_norm(features, options, vb)?)
             }
+            Kind::Switch => switch(x, features, eps, params)?,
         })
     }
 
@@ -193,6 +238,7 @@ impl Subject {
             Kind::Instance => oracle::Norm::instance(dims, eps),
             Kind::Batch => oracle::Norm::batch(dims, eps),
             Kind::BatchNoMean => oracle::Norm::batch(dims, eps).without_mean(),
+            Kind::Switch => oracle::Norm::switch(dims, SHARES.each_ref().map(|s| &s[..]), eps),
         }
     }
 

@@ -24,6 +24,7 @@ fn of_rows(rows: usize, len: usize) -> Vec<(Kind, Vec<usize>)> {
         (Kind::Batch, vec![1, rows, len]),
         (Kind::BatchNoMean, vec![1, rows, len]),
         (Kind::BatchNoMean, vec![len, rows]),
+        (Kind::Switch, vec![1, rows, len]),
     ]
 }
 

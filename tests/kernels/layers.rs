@@ -156,6 +156,18 @@ pub(crate) fn instance_norm(stamp: Stamp) {
     }
 }
 
+/// By planes longer and shorter than lanes, and by single values.
+pub(crate) fn switch_norm(stamp: Stamp) {
+    for (i, &space) in WIDTHS.iter().enumerate() {
+        for (j, &(samples, channels, _)) in SAMPLES_CHANNELS_GROUPS.iter().enumerate() {
+            if samples * channels * space <= LIMIT / 5 {
+                stamp.check(i + j, Kind::Switch, &[samples, channels, space]);
+            }
+        }
+    }
+    stamp.check(0, Kind::Switch, &[65, 33]);
+}
+
 /// Shapes of rank 2 to 5, some of them planes, some columns.
 fn batches(limit: usize) -> Vec<(usize, Vec<usize>)> {
     let columns = sizes(limit)

@@ -28,6 +28,7 @@ fn subjects() -> Vec<(Subject, Vec<usize>)> {
             Kind::Instance,
             Kind::Batch,
             Kind::BatchNoMean,
+            Kind::Switch,
         ]
     };
     let mut all = vec![];
@@ -166,10 +167,10 @@ fn input(stamp: Stamp, case: usize, subject: Subject, dims: &[usize], view: View
 pub(crate) fn layouts_of_the_cotangent(stamp: Stamp) {
     let mut case = 0;
     for (subject, dims) in subjects() {
-        // These move axes around the op that would be asked.
+        // These move axes around the op that would be asked; the mixture is several ops.
         if matches!(
             subject.kind,
-            Kind::LayerChannelsFirst | Kind::RmsChannelsFirst
+            Kind::LayerChannelsFirst | Kind::RmsChannelsFirst | Kind::Switch
         ) {
             continue;
         }

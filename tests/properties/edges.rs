@@ -205,6 +205,9 @@ fn rows_of_one_value() {
                 vec![4, 1],
             ),
             (Kind::Group { groups: 3 }, vec![2, 3]),
+            (Kind::Switch, vec![2, 3, 1]),
+            (Kind::Switch, vec![1, 1, 1]),
+            (Kind::Switch, vec![1, 1]),
         ] {
             let n = dims.iter().product();
             let subject = Subject::new(kind, 1e-3);
@@ -421,6 +424,7 @@ fn wrong_inputs_are_errors_that_say_so() -> Result<()> {
         Kind::Group { .. } => "GroupNorm",
         Kind::Instance => "InstanceNorm",
         Kind::Batch | Kind::BatchNoMean => "BatchNorm",
+        Kind::Switch => "SwitchNorm",
     };
     for kind in kinds(&dims) {
         let subject = Subject::new(kind, 1e-5);
@@ -521,6 +525,7 @@ fn sizes_of_many_factors() {
         (Kind::Layer { axes: 1 }, vec![1, sevens]),
         (Kind::Group { groups: 1 }, vec![1715, 1, 1715]),
         (Kind::Instance, vec![12005, 1, 245]),
+        (Kind::Switch, vec![245, 49, 49]),
     ] {
         let subject = Subject::new(kind, 1e-5);
         let params = subject.param_dims(&dims).iter().product();

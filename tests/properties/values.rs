@@ -100,6 +100,7 @@ fn of_rows(rows: usize, len: usize) -> Vec<(Kind, Vec<usize>)> {
         (Kind::Instance, vec![1, rows, len]),
         (Kind::Batch, vec![len, rows]),
         (Kind::BatchNoMean, vec![1, rows, len]),
+        (Kind::Switch, vec![1, rows, len]),
     ]
 }
 
@@ -194,6 +195,7 @@ fn parameter_gradients_over_many_rows() {
             (Kind::Instance, [4096, 2, 4]),
             (Kind::Batch, [16384, 2, 1]),
             (Kind::BatchNoMean, [4099, 2, 4]),
+            (Kind::Switch, [4099, 2, 4]),
         ] {
             let mut draw = Draw::new(7);
             let n = dims.iter().product();
@@ -231,6 +233,7 @@ fn bias_gradients_of_a_constant_over_a_million_rows() -> Result<()> {
         (Kind::Group { groups: 1 }, vec![ROWS, 2]),
         (Kind::Instance, vec![1, 2, ROWS]),
         (Kind::Batch, vec![ROWS, 2]),
+        (Kind::Switch, vec![1, 2, ROWS]),
     ] {
         let mut draw = Draw::new(3);
         let n = dims.iter().product();
