@@ -18,7 +18,8 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
-use candle_norm::ops;
+use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
+use candle_norm::{LayerNormOptions, batch_norm, layer_norm, ops};
 use criterion::{BenchmarkId, Criterion, Throughput};
 
 use case::{Case, Inputs, Op, Pass};
@@ -52,6 +53,7 @@ fn main() -> Result<()> {
         kernel(&mut criterion, op, &shapes)?;
     }
     residual(&mut criterion)?;
+    layout(&mut criterion)?;
     for op in [
         Op::BatchNorm,
         Op::BatchNormInference,
@@ -92,6 +94,37 @@ fn kernel(criterion: &mut Criterion, op: Op, shapes: &[Vec<usize>]) -> Result<()
         }
         group.finish();
     }
+    Ok(())
+}
+
+/// Channels behind the pixels: read as they are, copied first, or normalized where they lie.
+fn layout(criterion: &mut Criterion) -> Result<()> {
+    let mut group = criterion.benchmark_group("layout/forward");
+    for (n, c, side) in [(32, 64, 56), (8, 256, 14)] {
+        let pixels = Tensor::randn(0f32, 1., (n, side, side, c), &Device::Cpu)?;
+        let maps = pixels.permute((0, 3, 1, 2))?;
+        let whole = maps.contiguous()?;
+        let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+        let batch = batch_norm(c, 1e-5, vb.pp("batch"))?;
+        let last = layer_norm(c, 1e-5, vb.pp("last"))?;
+        let options = LayerNormOptions {
+            channels_first: true,
+            ..Default::default()
+        };
+        let first = layer_norm(c, options, vb.pp("first"))?;
+        let name = format!("{n}x{c}x{side}x{side}");
+        let mut bench = |what: &str, run: &dyn Fn() -> Result<Tensor>| {
+            group.bench_function(BenchmarkId::new(what, &name), |b| b.iter(run));
+        };
+        bench("BatchNorm, contiguous", &|| batch.forward_t(&whole, true));
+        bench("BatchNorm, channels last", &|| batch.forward_t(&maps, true));
+        bench("BatchNorm, channels last, copied first", &|| {
+            batch.forward_t(&maps.contiguous()?, true)
+        });
+        bench("LayerNorm, last axis", &|| last.forward(&pixels));
+        bench("LayerNorm, channels_first", &|| first.forward(&whole));
+    }
+    group.finish();
     Ok(())
 }
 
