@@ -8,7 +8,8 @@
 //! It reaches a mean squared error of 0.033 with `--norm group`, where the noise has 0.16.
 //!
 //! Group norm takes its statistics from one image, so it is the same at any batch size. Two images are enough for batch norm here, and
-//! the network is shallow enough to train without a norm. One run of each had: group 0.030, batch 0.029, none 0.027.
+//! the network is shallow enough to train without a norm. One run of each had: group 0.0299, batch 0.0290, instance 0.0329, layer 0.0376, none
+//! 0.0274.
 //!
 //! Change the norm, `--batch`, `--lr`, or `CHANNELS`.
 

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! It reaches 85 % of such tones within half a semitone, with statistics frozen, from 61.5 % before. One run had 89.5 %, and 80.5 % with those of
-//! each batch. Change the tones in `Tones::draw`, `FIXED`, or `--batch`.
+//! each batch of 8; with batches of 2, 77.5 and 59.5 %. Its outputs before are PyTorch's to 7e-7. Change the tones in `Tones::draw`, `FIXED`, or `--batch`.
 
 mod common;
 

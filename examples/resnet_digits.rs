@@ -7,7 +7,8 @@
 //!
 //! It reaches 95 % of the test digits, which are by other writers than those it learns from. With `--norm` none, layer, group or
 //! instance the same network trains without batch statistics, and there is nothing to fold. One run of each had: batch, group and
-//! layer 96.2 %, instance 97.0 %, none 95.4 %.
+//! layer 96.2 %, instance 97.0 %, none 95.4 %. All 500 test digits took 91.3 ms with batch norms and 85.0 ms with them folded, whose
+//! outputs differ by 5e-6. In batches of 2 (`--batch 2`), batch had 98.0 %, group 97.4 %.
 //!
 //! Change `CHANNELS`, the blocks in `Net::new`, or `Options::batch`: batch norm needs batches, the others do not.
 

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! With instance norm it reaches 93 % of the shifted digits. One run of each had, plain, shifted, and moved by AdaIN: instance 94.8,
-//! 94.8 and 94.8 %; batch 96.4, 47.4 and 95.8 %.
+//! 94.8 and 94.8 %; batch 96.4, 47.4 and 95.8 %; layer 94.4, 53.8 and 94.4 %; none 91.8, 53.6 and 92.0 %.
 //!
 //! Change the shift in `shifted`, or the norms.
 

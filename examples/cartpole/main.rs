@@ -9,8 +9,8 @@
 //! cargo run --release --example cartpole -- --norm weight,rms
 //! ```
 //!
-//! With weight norm the pole stands for 450 of 500 steps, in the mean over 20 starts and 3 seeds. So it does without a norm and with
-//! layer norm, after about as many updates: the task is too small to need one. It shows the loop, not a difference.
+//! With weight norm the pole stands for 450 of 500 steps, in the mean over 20 starts and 3 seeds. One run of each had: weight, none and
+//! layer 500, rms 499, after about as many updates: the task is too small to need a norm. It shows the loop, not a difference.
 //!
 //! Change `HIDDEN` in `policy.rs`, `LEARNING_RATE`, or the norm.
 
