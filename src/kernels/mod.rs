@@ -22,4 +22,5 @@ pub(crate) mod simd;
 pub(crate) mod slices;
 mod span;
 mod totals;
+pub(crate) mod turned;
 pub(crate) mod weight;

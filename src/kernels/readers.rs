@@ -155,7 +155,7 @@ impl<'a, E: Copy + Default> Turned<'a, E> {
 
 /// What all of these are, if there is one that is not none.
 #[inline(always)]
-fn all<T: Copy, const N: usize>(items: [Option<T>; N]) -> Option<[T; N]> {
+pub(crate) fn all<T: Copy, const N: usize>(items: [Option<T>; N]) -> Option<[T; N]> {
     let first = items[0]?;
     let mut all = [first; N];
     for i in 0..N {

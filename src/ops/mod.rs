@@ -16,6 +16,7 @@ mod instance_norm;
 mod moments;
 mod row_norm;
 mod switch_norm;
+mod turn;
 mod weight_norm;
 
 use std::cell::Cell;

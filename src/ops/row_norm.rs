@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
 
 use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
+use super::turn::swapped;
 use super::{Route, check, composed, route};
 use crate::kernels::rows;
 use crate::kernels::simd::Elem;
@@ -137,8 +138,7 @@ impl<'a> RowsOf<'a> {
         if !self.channels_first {
             return Ok(x);
         }
-        let maps = x.reshape((self.dims[0], self.len, ()))?;
-        maps.transpose(1, 2)?.contiguous()?.reshape(((), self.len))
+        swapped(&x.reshape((self.dims[0], self.len, ()))?)?.reshape(((), self.len))
     }
 
     /// The tensor of these rows.
@@ -146,8 +146,7 @@ impl<'a> RowsOf<'a> {
         if !self.channels_first {
             return Ok(rows.clone());
         }
-        let maps = rows.reshape((self.dims[0], (), self.len))?;
-        maps.transpose(1, 2)?.contiguous()?.reshape(self.dims)
+        swapped(&rows.reshape((self.dims[0], (), self.len))?)?.reshape(self.dims)
     }
 }
 
