@@ -76,6 +76,27 @@ impl Judgement {
         }
     }
 
+    /// The same where each part stands for one value of what is varied, `labels`: where it depends, it says on which it holds.
+    pub(crate) fn by(
+        on: &'static str,
+        labels: &[impl ToString],
+        parts: &[bool],
+        figure: String,
+    ) -> Self {
+        let named = |wanted: bool| {
+            let pairs = labels.iter().zip(parts);
+            let names = pairs.filter(|(_, part)| **part == wanted);
+            names
+                .map(|(l, _)| l.to_string())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        Self {
+            on: format!("{on} (yes: {}; no: {})", named(true), named(false)),
+            ..Self::of(parts, on, figure)
+        }
+    }
+
     pub(crate) fn words(&self) -> String {
         match self.verdict {
             Verdict::Confirmed => "confirmed".to_string(),
@@ -137,6 +158,15 @@ impl Data {
     }
 }
 
+impl Data {
+    /// The quotients of what was measured of two arms at one place, for each seed.
+    pub(crate) fn ratios_at(&self, metric: &str, arm: &str, other: &str, x: f64) -> Vec<f64> {
+        let pairs = self.values_at(metric, arm, x).iter();
+        let pairs = pairs.zip(self.values_at(metric, other, x));
+        pairs.map(|(a, b)| a / b).collect()
+    }
+}
+
 fn differences(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
@@ -147,13 +177,14 @@ pub(crate) fn mostly(differences: &[f64], holds: impl Fn(f64) -> bool) -> bool {
     !differences.is_empty() && 5 * held >= 4 * differences.len()
 }
 
-/// A difference between two arms over the seeds: its median, and in how many it has the sign of the median.
-pub(crate) fn spread(differences: &[f64]) -> String {
+/// A difference between two arms over the seeds: its median in `unit`, and in how many it has the sign of the median.
+pub(crate) fn spread(differences: &[f64], unit: &str) -> String {
     let middle = median(differences);
     let alike = differences.iter().filter(|d| **d * middle > 0.).count();
     let sign = if middle > 0. { "+" } else { "" };
+    let unit = if unit.is_empty() { "" } else { " " }.to_string() + unit;
     format!(
-        "{sign}{} ({alike} of {} seeds)",
+        "{sign}{}{unit} ({alike} of {} seeds)",
         show(middle),
         differences.len()
     )
@@ -209,6 +240,12 @@ mod tests {
         assert_eq!(words(&[true, true]), "confirmed");
         assert_eq!(words(&[true, false]), "depends on the size");
         assert_eq!(words(&[false]), "not confirmed");
+        let by = |parts: &[bool]| Judgement::by("the size", &[1, 8, 64], parts, String::new());
+        assert_eq!(
+            by(&[true, false, true]).words(),
+            "depends on the size (yes: 1, 64; no: 8)"
+        );
+        assert_eq!(by(&[true; 3]).words(), "confirmed");
         let parts = Judgement::of(&[true, false, true], PART, String::new());
         assert_eq!(parts.words(), "depends on the part (1, 3 yes, 2 no)");
     }
@@ -243,8 +280,11 @@ mod tests {
         assert_eq!(gains[..4], [1., 2., 1., 4.]);
         assert!(mostly(&gains, |d| d > 0.) && !mostly(&gains, |d| d > 1.));
         assert!(!mostly(&data.gains("steps", "b", "c"), |_| true));
-        assert_eq!(spread(&gains), "+2.00 (4 of 5 seeds)");
-        assert_eq!(spread(&[-1., -2., 3.]), "−1.00 (2 of 3 seeds)");
+        assert_eq!(spread(&gains, ""), "+2.00 (4 of 5 seeds)");
+        assert_eq!(
+            spread(&[-1., -2., 3.], "points"),
+            "−1.00 points (2 of 3 seeds)"
+        );
     }
 
     #[test]

@@ -55,9 +55,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 });
                 let parts = ACTIVATIONS
                     .map(|(a, _)| off(a, "batch") <= 1. && off(a, "batch") < off(a, "none"));
-                Judgement::of(
-                    &parts,
+                Judgement::by(
                     "the activation",
+                    &ACTIVATIONS.map(|(a, _)| a),
+                    &parts,
                     format!(
                         "powers of ten of the first layer by the last at depth 50: {}",
                         words.join("; ")
@@ -97,7 +98,12 @@ pub(crate) fn claims() -> Vec<Claim> {
                         show(of("fixed 0.05", "none", depth)), show(of("He", "batch", depth))
                     )
                 });
-                Judgement::of(&[part(4.), part(16.)], "the depth", words.join("; "))
+                Judgement::by(
+                    "the depth",
+                    &[4, 16],
+                    &[part(4.), part(16.)],
+                    words.join("; "),
+                )
             },
         },
     ]
@@ -165,7 +171,7 @@ fn starts(lab: &Lab) -> Result<Vec<Measure>> {
                         let learned =
                             course.run(&net.model, Optim::sgd(net.trainable(), rate)?, sets)?;
                         Ok(Trial::new(
-                            -learned.accuracy,
+                            learned.rank(),
                             vec![(ACCURACY, depth as f64, learned.accuracy)],
                         ))
                     },

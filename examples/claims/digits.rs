@@ -21,7 +21,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm converges faster and tolerates higher learning rates.",
             varied: "the norm; the learning rate",
             fixed: FIXED,
-            rule: "two parts, against no norm: at the tuned rate, fewer steps to 95 %; the largest rate of 0.03, 0.1, … 10 after which the accuracy is above 90 % is higher",
+            rule: "two parts, against no norm: at the tuned rate, fewer steps to 95 %; the largest rate of 0.03, 0.1, … 10 after which the accuracy is 80 % or more is higher",
             plot: Plot {
                 metric: "accuracy by rate",
                 y: "accuracy after 200 steps, in percent",
@@ -37,7 +37,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     let trained = d
                         .along("accuracy by rate", norm)
                         .into_iter()
-                        .filter(|(_, a)| *a > 90.);
+                        .filter(|(_, a)| *a >= 80.);
                     trained.map(|(rate, _)| rate).fold(0., f64::max)
                 };
                 let figure = format!(
@@ -117,10 +117,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
                 let [batch, layer, group] = ["batch", "layer", "group:4"].map(loss);
                 let figure = format!(
-                    "from 32 to 2 the accuracy falls by {} points (batch), {} (layer), {} (group)",
-                    spread(&batch),
-                    spread(&layer),
-                    spread(&group)
+                    "lost from batches of 32 to 2: batch {}, layer {}, group {}",
+                    spread(&batch, "points"),
+                    spread(&layer, "points"),
+                    spread(&group, "points")
                 );
                 let more = |other: &[f64]| {
                     let pairs = batch.iter().zip(other);
@@ -139,7 +139,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Instance norm removes style (contrast, brightness).",
             varied: "the norm; the contrast (halved) and the brightness (raised by 0.3) of test images",
             fixed: FIXED,
-            rule: "two parts, contrast and brightness: instance norm loses at most half the accuracy that batch norm loses",
+            rule: "two parts, contrast and brightness: batch norm loses more than a point of accuracy, and instance norm at most half as much",
             plot: Plot {
                 metric: "points lost",
                 y: "points of accuracy lost to half the contrast and more brightness",
@@ -193,8 +193,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     of("batch"),
                     of("layer"),
                     of("instance"),
-                    spread(&gains[0]),
-                    spread(&gains[1])
+                    spread(&gains[0], "points"),
+                    spread(&gains[1], "points")
                 );
                 let above = gains.iter().all(|g| median(g) > 0.);
                 let mostly_above = gains.iter().all(|g| mostly(g, |d| d > 0.));
@@ -284,7 +284,7 @@ fn scales(lab: &Lab) -> Result<Vec<Measure>> {
             all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
                 let (_, learned) = arm.train(sets, rate, seed)?;
                 Ok(Trial::new(
-                    -learned.accuracy,
+                    learned.rank(),
                     vec![(ACCURACY, factor, learned.accuracy)],
                 ))
             })?);
@@ -310,7 +310,7 @@ fn batches(lab: &Lab) -> Result<Vec<Measure>> {
             all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
                 let (_, learned) = arm.train(sets, rate, seed)?;
                 Ok(Trial::new(
-                    -learned.accuracy,
+                    learned.rank(),
                     vec![(ACCURACY, batch as f64, learned.accuracy)],
                 ))
             })?);
@@ -345,7 +345,7 @@ fn style(lab: &Lab) -> Result<Vec<Measure>> {
                 ("half the contrast", 0., contrast),
                 ("more brightness", 0., brightness),
             ];
-            Ok(Trial::new(-learned.accuracy, readings))
+            Ok(Trial::new(learned.rank(), readings))
         })?);
     }
     Ok(all)
@@ -367,7 +367,7 @@ fn combined(lab: &Lab) -> Result<Vec<Measure>> {
                 (ACCURACY, 0., learned.accuracy),
                 ("steps to 95 %", 0., learned.reached),
             ];
-            Ok(Trial::new(learned.score(arm.steps), readings))
+            Ok(Trial::new(learned.rank(), readings))
         })?);
     }
     Ok(all)

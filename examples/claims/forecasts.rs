@@ -28,7 +28,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "In time series a window normalized by itself beats a static scaler by about 18 %.",
             varied: "the normalization of windows: static, sliding (60 rows), exponentially weighted (span 60), reversible instance normalization",
             fixed: "the value 5 rows ahead from the last 30, a network of 32 hidden units, trained on the first half and tested on the second; 600 steps of AdamW",
-            rule: "two parts, stocks and CO2: the best of the normalizations of a window cuts the error of the static scaler by 9 to 27 %",
+            rule: "four parts, stocks and CO2: reversible instance normalization, by each window itself, beats the static scaler in at least four of five seeds; it does so by 9 to 27 %",
             plot: Plot {
                 metric: "error",
                 y: "mean absolute error by that of the last value",
@@ -41,23 +41,30 @@ pub(crate) fn claims() -> Vec<Claim> {
             judge: |d| {
                 let cut = |series: &str| {
                     let of = |name: &str| d.median("error", &format!("{series}, {name}"));
-                    let best = ["sliding", "ewm", "RevIn"]
-                        .map(of)
-                        .into_iter()
-                        .fold(f64::INFINITY, f64::min);
-                    100. * (1. - best / of("static"))
+                    100. * (1. - of("RevIn") / of("static"))
                 };
-                let cuts = ["stocks", "co2"].map(cut);
+                let beaten = |series: &str| {
+                    let arm = |name: &str| format!("{series}, {name}");
+                    mostly(&d.gains("error", &arm("static"), &arm("RevIn")), |d| d > 0.)
+                };
+                let of = |arm: &str| show(d.median("error", arm));
                 let figure = format!(
-                    "{} % less error on stocks, {} % on CO2",
-                    show(cuts[0]),
-                    show(cuts[1])
+                    "RevIn has {} % less error than a static scaler on stocks, {} % on CO2; by the error of the last value, static {} and {}, RevIn {} and {}",
+                    show(cut("stocks")),
+                    show(cut("co2")),
+                    of("stocks, static"),
+                    of("co2, static"),
+                    of("stocks, RevIn"),
+                    of("co2, RevIn")
                 );
-                Judgement::of(
-                    &cuts.map(|c| (9. ..=27.).contains(&c)),
-                    "the series",
-                    figure,
-                )
+                let by_18 = |series| (9. ..=27.).contains(&cut(series));
+                let parts = [
+                    beaten("stocks"),
+                    beaten("co2"),
+                    by_18("stocks"),
+                    by_18("co2"),
+                ];
+                Judgement::of(&parts, PART, figure)
             },
         },
         Claim {
@@ -65,7 +72,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "Unnormalized closing prices make a recurrent network's gradient explode.",
             varied: "closes as they are, or z-scored; the cell with and without LayerNorm",
-            fixed: "a tanh cell of 32 over 30 closes of the DAX, the next close, weights orthogonal in scale; the first step, batch of 64",
+            fixed: "a tanh cell of 32 over 30 closes of four markets, the close 5 days ahead, Xavier weights; the first step, batch of 64",
             rule: "two parts: without LayerNorm the gradient of the parameters is 100 times larger for raw closes; and it grows on its way back through time, from the last state to the first, for raw closes more than for z-scores",
             plot: Plot {
                 metric: "gradient norm",

@@ -45,6 +45,7 @@ mod training;
 
 use std::error::Error;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -59,8 +60,21 @@ use serde_json::{Value, json};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Raised when the machinery changes what experiments measure.
-const VERSION: u32 = 2;
+/// What all experiments rest on: where one of these changes, everything is measured anew.
+const SHARED: [&str; 6] = [
+    include_str!("lab.rs"),
+    include_str!("nets.rs"),
+    include_str!("training.rs"),
+    include_str!("../cartpole/policy.rs"),
+    include_str!("../common/mod.rs"),
+    include_str!("../forecast/scales.rs"),
+];
+
+fn version() -> u64 {
+    let mut hasher = DefaultHasher::new();
+    SHARED.hash(&mut hasher);
+    hasher.finish()
+}
 
 /// Claims about normalization, measured on real data.
 #[derive(Parser)]
@@ -128,18 +142,21 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let total = chosen
         .iter()
         .map(|c| c.runs[usize::from(options.quick)])
-        .sum();
+        .sum::<u64>();
     let bar = ProgressBar::new(total);
     bar.set_style(ProgressStyle::with_template(
         "{bar:30} {pos}/{len} runs, {elapsed} gone, {eta} left  {msg}",
     )?);
     let lab = Lab::new(options.quick, bar);
     let mut entries = vec![];
-    let mut done = 0;
+    let (mut done, mut length) = (0, total);
     for claim in chosen {
         lab.bar.set_message(format!("claim {}", claim.id));
         let data = measured(&claim, &lab, &cache, options.fresh)?;
-        done += claim.runs[usize::from(options.quick)];
+        // Searches that went on have made the bar longer.
+        let longer = lab.bar.length().unwrap_or(0) - length;
+        length += longer;
+        done += claim.runs[usize::from(options.quick)] + longer;
         lab.bar.set_position(done);
         entries.push(Entry { claim, data });
     }
@@ -162,7 +179,7 @@ fn measured(claim: &Claim, lab: &Lab, cache: &Path, fresh: bool) -> Result<Data,
     let name = if lab.quick { "quick" } else { "full" };
     let file = cache.join(format!("{name}-{:02}.json", claim.id));
     let key = json!([
-        VERSION,
+        version(),
         claim.version,
         lab.seeds(),
         env!("CARGO_PKG_VERSION")

@@ -25,7 +25,7 @@ fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
     format!(
         "{}Articles and tutorials say a lot about normalization, and so does [the guide](guide.md) of this crate. Each row here is one such claim, an \
          experiment on real data, and a verdict that follows from the measurements by the rule that its section states: nothing is typed in.\n\n\
-         Figures are medians of {seeds} seeds, with their range. Where a network is trained, the learning rate of every arm is the best of the same few rates, \
+         Figures are medians of {seeds} seeds, with their range. Where a network is trained and its section neither names nor varies the learning rate, that of every arm is the best of the same few, \
          by the median result of {tuning} further seeds on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
          start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what \
          holds everywhere.\n",
@@ -153,9 +153,9 @@ fn html_section(
         judged.verdict,
         escape(&judged.words()),
         escape(&judged.figure),
-        escape(claim.varied),
-        escape(claim.fixed),
-        escape(claim.rule),
+        code(&escape(claim.varied)),
+        code(&escape(claim.fixed)),
+        code(&escape(claim.rule)),
     );
     for (i, row) in rows(claim, data).iter().enumerate() {
         text += if i == 0 { "" } else { "<tr>" };
@@ -188,7 +188,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
         line.extend(rated.then_some(rate));
         line
     };
-    let head = ["median", "range", "learning rate"].map(str::to_string);
+    let head = ["median", "range", "tuned rate"].map(str::to_string);
     let x = claim.plot.x.unwrap_or_default().to_string();
     let mut rows = vec![line("arm".to_string(), "what".to_string(), x, head)];
     rows.extend(data.0.iter().map(|m: &Measure| {
@@ -200,7 +200,8 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
         let range = format!("{} to {}", show(m.low()), show(m.high()));
         let rate = m.rate.map_or("".to_string(), place);
         // What was measured once for all places has none.
-        let x = match m.x == 0. && claim.plot.log_x {
+        let elsewhere = claim.plot.log_x || m.metric != claim.plot.metric;
+        let x = match m.x == 0. && elsewhere {
             true => String::new(),
             false => place(m.x),
         };
@@ -212,6 +213,16 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
         )
     }));
     rows
+}
+
+/// What stands between backticks, as code.
+fn code(text: &str) -> String {
+    let parts = text.split('`').enumerate();
+    let marked = parts.map(|(i, part)| match i % 2 {
+        0 => part.to_string(),
+        _ => format!("<code>{part}</code>"),
+    });
+    marked.collect()
 }
 
 fn paragraphs(text: &str) -> String {

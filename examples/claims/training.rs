@@ -165,11 +165,30 @@ pub(crate) struct Course {
 pub(crate) struct Learned {
     /// On the test images, in percent, at the end.
     pub(crate) accuracy: f64,
+    /// The cross entropy on them.
+    loss: f64,
     /// The step at which the goal was reached first; infinite if it never was.
     pub(crate) reached: f64,
 }
 
 impl Learned {
+    /// What is known of a network by its logits alone.
+    pub(crate) fn of(logits: &Tensor, test: &Digits) -> Result<Self> {
+        let loss = scalar(&cross_entropy(logits, &test.labels)?)?;
+        Ok(Self {
+            accuracy: f64::from(test.accuracy(logits)?),
+            loss,
+            reached: f64::INFINITY,
+        })
+    }
+
+    /// Lower is better: by the accuracy and, where as many are right, by the loss. Few digits decide on a rate, so that several rates often
+    /// have as many right.
+    pub(crate) fn rank(&self) -> f64 {
+        // A loss that is not a number comes last.
+        -self.accuracy + 1e-3 * self.loss.min(100.)
+    }
+
     /// Lower is better: by the steps to the goal, then by the errors.
     pub(crate) fn score(&self, steps: usize) -> f64 {
         self.reached.min(2. * steps as f64) + (100. - self.accuracy) / 100.
@@ -199,9 +218,10 @@ impl Course {
                 }
             }
         }
-        let logits = net.forward_t(&test.images, false)?;
-        let accuracy = f64::from(test.accuracy(&logits)?);
-        Ok(Learned { accuracy, reached })
+        Ok(Learned {
+            reached,
+            ..Learned::of(&net.forward_t(&test.images, false)?, test)?
+        })
     }
 }
 
