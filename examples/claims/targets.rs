@@ -233,7 +233,7 @@ fn growth(
     let labels: Vec<&String> = parts.iter().map(|(name, ..)| name).collect();
     let held: Vec<bool> = parts.iter().map(|(_, held, _)| *held).collect();
     let figures: Vec<&str> = parts.iter().map(|(.., figure)| figure.as_str()).collect();
-    let on = "the range, and whether the target is larger than what the network says at its start";
+    let on = "the size of the target";
     Judgement::by(on, &labels, &held, figures.join("; "))
 }
 
