@@ -3,17 +3,16 @@
 use candle_core::{Result, Tensor, bail};
 use candle_nn::loss::cross_entropy;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
-use candle_norm::{BatchNorm, Norm, NormConfig, batch_norm, recalibrate};
+use candle_norm::{BatchNorm, Norm, NormConfig, batch_norm};
 
 use crate::claim::{Claim, Judgement, PART, Plot, mostly, place, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
+use crate::practice::{ACCURACY, OF_ARMS, RATES};
 use crate::small_sets::masked;
+use crate::statistics::recomputed;
 use crate::training::{Batches, Course, Learned, Optim, flat_digits, scalar};
-
-const ACCURACY: &str = "accuracy";
-const RATES: [f64; 4] = [1e-3, 3e-3, 1e-2, 3e-2];
 
 pub(crate) fn claims() -> Vec<Claim> {
     vec![
@@ -25,11 +24,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
             rule: "for each norm and rate: before the activation, the accuracy is higher in at least four of five seeds",
             plot: Plot {
-                metric: ACCURACY,
-                y: "test accuracy in percent",
                 x: Some("learning rate"),
                 log_x: true,
-                log_y: false,
+                ..OF_ARMS
             },
             runs: [80, 32],
             run: before_or_behind,
@@ -102,11 +99,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             fixed: "12 residual branches of two linear layers, 64 wide, on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
             rule: "a rate trains if the accuracy is 80 % or more. Two parts: the largest rate that trains is higher with pre than with post; with a warm-up, post trains at a higher rate than without, and pre does not",
             plot: Plot {
-                metric: ACCURACY,
-                y: "test accuracy in percent",
                 x: Some("learning rate"),
                 log_x: true,
-                log_y: false,
+                ..OF_ARMS
             },
             runs: [150, 36],
             run: residual,
@@ -142,13 +137,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             varied: "dropout (half of the values) right before each batch norm, or behind the activation that follows it; running statistics as training left them, or recomputed without dropout",
             fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
             rule: "two parts, in at least four of five seeds each: dropout before the norm is less accurate than behind it; statistics recomputed without dropout make it more accurate",
-            plot: Plot {
-                metric: ACCURACY,
-                y: "test accuracy in percent",
-                x: None,
-                log_x: false,
-                log_y: false,
-            },
+            plot: OF_ARMS,
             runs: [51, 12],
             run: dropout,
             judge: |d| {
@@ -426,12 +415,7 @@ fn dropout(lab: &Lab) -> Result<Vec<Measure>> {
                 optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
             }
             if arm == "before the norm, recomputed" {
-                let all: Vec<Tensor> = (0..train.labels.dim(0)? / 64)
-                    .map(|i| train.images.narrow(0, 64 * i, 64))
-                    .collect::<Result<_>>()?;
-                recalibrate(&net.model.net.norms(), all, |x| {
-                    net.model.forward(x, None, true)
-                })?;
+                recomputed(&net.model.net, train, |x| net.model.forward(x, None, true))?;
             }
             let learned = Learned::of(&net.model.forward(&test.images, None, false)?, test)?;
             let reading = (ACCURACY, 0., learned.accuracy);

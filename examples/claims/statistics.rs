@@ -8,7 +8,7 @@ use candle_norm::{BatchNormOptions, NormConfig, recalibrate};
 use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
-use crate::nets::{Mlp, Net};
+use crate::nets::Mlp;
 use crate::practice::{ACCURACY, OF_ARMS, RATES, STEPS, asked, batch_norm, learn, mlp};
 use crate::training::{Batches, Optim, flat_digits};
 
@@ -209,14 +209,16 @@ fn momenta(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// Recomputes the statistics of `net` over all of `train`, in batches of 64.
-fn recomputed(net: &Net<Mlp>, train: &Digits) -> Result<()> {
+/// Recomputes the statistics of `net` over all of `train`, in batches of 64 that `forward` takes through it.
+pub(crate) fn recomputed(
+    net: &Mlp,
+    train: &Digits,
+    forward: impl FnMut(&Tensor) -> Result<Tensor>,
+) -> Result<()> {
     let batches = (0..train.labels.dim(0)? / 64)
         .map(|i| train.images.narrow(0, 64 * i, 64))
         .collect::<Result<Vec<_>>>()?;
-    recalibrate(&net.model.norms(), batches, |x| {
-        net.model.forward_t(x, true)
-    })?;
+    recalibrate(&net.norms(), batches, forward)?;
     Ok(())
 }
 
@@ -248,7 +250,7 @@ fn averages(lab: &Lab) -> Result<Vec<Measure>> {
                 }
             }
             if arm == "averaged, recomputed" {
-                recomputed(&net, &train)?;
+                recomputed(&net.model, &train, |x| net.model.forward_t(x, true))?;
             }
             Ok(vec![(ACCURACY, 0., asked(&net.model, &test)?.accuracy)])
         })?);
@@ -278,7 +280,7 @@ fn not_a_number(lab: &Lab) -> Result<Vec<Measure>> {
                 }
             }
             if arm == "recalibrated" {
-                recomputed(&net, &sets.0)?;
+                recomputed(&net.model, &sets.0, |x| net.model.forward_t(x, true))?;
             }
             Ok(vec![(ACCURACY, 0., asked(&net.model, &sets.1)?.accuracy)])
         })?);
