@@ -3,6 +3,7 @@
 //! ```text
 //! cargo test --release --test conformance                        # tests/fixtures/conformance
 //! CANDLE_NORM_CONFORMANCE=some/folder cargo test --release --test conformance -- --nocapture
+//! CANDLE_NORM_DEVICE=cuda cargo test --release --features cuda --test conformance -- --nocapture
 //! ```
 //!
 //! A case is a safetensors file: inputs, a cotangent, a configuration, and what must come out in float64

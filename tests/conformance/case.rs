@@ -17,6 +17,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
@@ -31,7 +32,21 @@ pub(crate) fn one_line(error: impl Display) -> String {
     text.lines().next().unwrap_or_default().trim().to_string()
 }
 
-/// One case as it was stored.
+/// The device that layers run on: that of `CANDLE_NORM_DEVICE` (`cpu`, or `cuda` with the feature of that
+/// name), else the CPU.
+pub(crate) fn device() -> Outcome<&'static Device> {
+    static DEVICE: OnceLock<Outcome<Device>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| match std::env::var("CANDLE_NORM_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Ok(Device::Cpu),
+        Ok("cuda") => Device::new_cuda(0).map_err(one_line),
+        Ok(other) => Err(format!(
+            "CANDLE_NORM_DEVICE is {other:?}, must be cpu or cuda"
+        )),
+    });
+    device.as_ref().map_err(Clone::clone)
+}
+
+/// One case as it was stored, on the CPU.
 pub(crate) struct Case {
     /// The path below the folder that is run, without the extension.
     pub(crate) name: String,

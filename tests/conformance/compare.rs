@@ -1,6 +1,6 @@
 //! Comparing a tensor with what was expected.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::case::{Outcome, one_line};
 
@@ -48,8 +48,8 @@ pub(crate) fn compare(
 }
 
 fn values(t: &Tensor) -> Outcome<Vec<f64>> {
-    t.to_dtype(DType::F64)
-        .and_then(|t| t.flatten_all()?.to_vec1())
+    t.to_device(&Device::Cpu)
+        .and_then(|t| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1())
         .map_err(one_line)
 }
 
@@ -89,7 +89,6 @@ fn index(mut i: usize, dims: &[usize]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     fn worst(got: &[f64], want: &[f64], scale: Option<f64>) -> Worst {
         let tensor = |v: &[f64]| Tensor::new(v, &Device::Cpu).unwrap();

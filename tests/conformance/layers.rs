@@ -9,7 +9,7 @@ use candle_norm::{
     RmsNormOptions, RunningStats, SwitchNormOptions, WeightNormOptions, ops, weight_norm,
 };
 
-use crate::case::{Case, Config, Outcome, one_line, required};
+use crate::case::{Case, Config, Outcome, device, one_line, required};
 
 /// One operation. To add one, write its plan and list it in [`OPS`].
 pub(crate) struct Op {
@@ -371,8 +371,12 @@ fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
     }))
 }
 
-fn builder(tensors: HashMap<String, Tensor>, dtype: DType) -> VarBuilder<'static> {
-    VarBuilder::from_tensors(tensors, dtype, &Device::Cpu)
+fn builder(inputs: Inputs, dtype: DType) -> VarBuilder<'static> {
+    let device = inputs
+        .values()
+        .next()
+        .map_or(Device::Cpu, |t| t.device().clone());
+    VarBuilder::from_tensors(inputs, dtype, &device)
 }
 
 fn without_state(y: Tensor) -> Result<Outputs> {
@@ -395,7 +399,7 @@ fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
         return without_state(y);
     };
     let after = stats.snapshot()?;
-    let count = Tensor::new(after.num_batches_tracked, &Device::Cpu)?;
+    let count = Tensor::new(after.num_batches_tracked, y.device())?;
     let values = [after.mean, after.var, count];
     let state = STATE.iter().map(|(name, _)| *name).zip(values).collect();
     Ok(Outputs {
@@ -439,6 +443,9 @@ fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<Strin
         .iter()
         .filter_map(|(name, _)| Some((name.to_string(), case.tensors.get(*name)?.clone())))
         .collect();
+    for value in state.values_mut() {
+        *value = value.to_device(device()?).map_err(one_line)?;
+    }
     if let Some(count) = state.get_mut(COUNT) {
         // A scalar, whether it was stored as one or as a vector of one.
         *count = count.reshape(()).map_err(one_line)?;
@@ -446,7 +453,7 @@ fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<Strin
     let start = [("running_mean", 0f32), ("running_var", 1.)];
     if tracks && train && state.is_empty() {
         for (name, value) in start {
-            let values = Tensor::full(value, channels(case)?, &Device::Cpu).map_err(one_line)?;
+            let values = Tensor::full(value, channels(case)?, device()?).map_err(one_line)?;
             state.insert(name.to_string(), values);
         }
     } else if tracks {

@@ -9,7 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::{Path, with_path};
 
-use crate::case::{Case, Outcome, one_line};
+use crate::case::{Case, Outcome, device, one_line};
 use crate::compare::{Worst, compare};
 use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, RESIDUAL, STATE};
 
@@ -90,7 +90,7 @@ pub(crate) struct Report {
     runs: BTreeMap<(&'static str, Layout), usize>,
     /// By op, dtype and path: the case that came closest to its tolerance, or went farthest over.
     closest: BTreeMap<(String, String, &'static str), (f64, String)>,
-    /// How many cases were of an op that the fused path must refuse, and did.
+    /// How many cases were of an op or a device that the fused path must refuse, and did.
     refused: usize,
 }
 
@@ -193,13 +193,13 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     let plan = (op.plan)(case)?;
     let mut short = vec![];
     let mut paths = vec![Path::Composed];
-    if op.fused {
+    if op.fused && device()?.is_cpu() {
         paths.push(Path::Fused);
     } else {
         // Should the forced path run all the same, then either it fell back quietly or the table is behind.
-        let leaves = Leaves::new(case, op, Layout::Contiguous).map_err(one_line)?;
+        let leaves = Leaves::new(case, op, Layout::Contiguous)?;
         if with_path(Path::Fused, || plan(leaves.inputs)).is_ok() {
-            return Err("the fused path ran, which does not serve this op".to_string());
+            return Err("the fused path ran, which does not serve this case".to_string());
         }
         report.refused += 1;
     }
@@ -311,7 +311,13 @@ struct Leaves {
 }
 
 impl Leaves {
-    fn new(case: &Case, op: &Op, layout: Layout) -> Result<Self> {
+    fn new(case: &Case, op: &Op, layout: Layout) -> Outcome<Self> {
+        let device = device()?;
+        let on_device = |tensor: &Tensor, layout: Layout| {
+            let var = Var::from_tensor(&layout.buffer(tensor)?.to_device(device)?)?;
+            let view = layout.view(var.as_tensor())?;
+            Ok::<_, candle_core::Error>((var, view))
+        };
         let mut leaves = Self {
             inputs: HashMap::new(),
             vars: HashMap::new(),
@@ -327,8 +333,7 @@ impl Leaves {
                 true => layout,
                 false => Layout::Contiguous,
             };
-            let var = Var::from_tensor(&layout.buffer(tensor)?)?;
-            let view = layout.view(var.as_tensor())?;
+            let (var, view) = on_device(tensor, layout).map_err(one_line)?;
             leaves.inputs.insert(name.to_string(), view);
             leaves.vars.insert(name.to_string(), (var, layout));
         }
@@ -340,7 +345,7 @@ type Compared = Vec<(String, Outcome<Option<Worst>>)>;
 
 /// One forward and backward, and the comparison of everything that the case expects.
 fn run_once(case: &Case, op: &Op, plan: &Plan, layout: Layout) -> Outcome<Compared> {
-    let Leaves { inputs, vars } = Leaves::new(case, op, layout).map_err(one_line)?;
+    let Leaves { inputs, vars } = Leaves::new(case, op, layout)?;
     let Outputs { y, sum, state } = plan(inputs).map_err(one_line)?;
     let outputs: Vec<(&str, Tensor)> = [("y", y)]
         .into_iter()
@@ -415,6 +420,11 @@ fn backward(case: &Case, outputs: &[(&str, Tensor)]) -> Outcome<Option<GradStore
 }
 
 fn loss(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let dy = dy.to_device(y.device())?;
+    if y.elem_count() == 0 {
+        // candle converts no tensor without elements on a GPU.
+        return (y * dy)?.sum_all();
+    }
     (y.to_dtype(DType::F64)? * dy.to_dtype(DType::F64)?)?.sum_all()
 }
 
