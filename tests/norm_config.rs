@@ -186,6 +186,24 @@ fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
     Ok(())
 }
 
+/// The options of a layer do not make another of it.
+#[test]
+fn a_layer_norm_that_keeps_the_mean_is_still_called_layer() -> Result<()> {
+    let options = LayerNormOptions {
+        remove_mean: false,
+        ..Default::default()
+    };
+    let config = NormConfig::Layer(options);
+    for build in AXES {
+        let norm = build(&config, 4, vb(&VarMap::new()))?;
+        assert_eq!(norm.kind(), config.to_string());
+    }
+    let rms = candle_norm::rms_norm(4, 1e-6, vb(&VarMap::new()))?;
+    assert_eq!(rms.kind(), "rms");
+    assert_eq!(rms.into_inner().kind(), "rms");
+    Ok(())
+}
+
 // Axes.
 
 /// What the norm `name` must give for `x` whose channels lie on `axis`: every element by the mean and the variance of those that

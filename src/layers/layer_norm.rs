@@ -284,7 +284,7 @@ impl Module for LayerNorm {
 
 impl Norm for LayerNorm {
     fn kind(&self) -> &'static str {
-        if self.norm.center { "layer" } else { "rms" }
+        self.norm.kind
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
