@@ -66,12 +66,13 @@ pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize])
     Ok(())
 }
 
-/// A tensor to be made: no more elements than memory has addresses for.
+/// A tensor to be made: no more elements than memory has addresses for. An axis without elements counts as one of size 1: others that are made
+/// beside the tensor, such as a bias, do not have it, and steps between elements are products of the other axes.
 pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     let most = isize::MAX as usize / size_of::<f64>();
     let count = dims
         .iter()
-        .try_fold(1usize, |count, size| count.checked_mul(*size));
+        .try_fold(1usize, |count, size| count.checked_mul((*size).max(1)));
     if count.is_none_or(|count| count > most) {
         bail!("{layer}: expected {name} with at most {most} elements, got shape {dims:?}")
     }

@@ -80,6 +80,7 @@ pub(crate) fn instance_norm_by(
     eps: f64,
 ) -> Result<(Tensor, [Tensor; 2])> {
     let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
+        check::countable(layer, "statistics", &x.dims()[..2])?;
         let none = Tensor::zeros(
             (x.dims()[0], x.dims()[1]),
             composed::accumulator(x.dtype()),

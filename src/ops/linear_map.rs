@@ -56,6 +56,8 @@ impl LinearMap {
         };
         shape.extend(std::iter::repeat_n(kernel_size, g.axes));
         check::countable(layer, "weight", &shape)?;
+        // Where all outputs are groups of their own, the weight of a transposed convolution does not have their axis.
+        check::countable(layer, "bias", &[outputs])?;
         Ok(shape)
     }
 
@@ -103,6 +105,7 @@ fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
     check::features(layer, x, inputs)?;
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = outputs;
+    check::countable(layer, "an output", &dims)?;
     if x.elem_count() == 0 || outputs == 0 {
         return empty(&dims, dims.len() - 1, x, weight, bias);
     }
@@ -141,6 +144,7 @@ impl Geometry {
             padded.extend(self.padded_size(size, kernel));
         }
         check::countable(layer, "a padded tensor", &padded)?;
+        check::countable(layer, "an output", &dims)?;
         if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
             return empty(&dims, 1, x, weight, bias);
         }
