@@ -358,7 +358,8 @@ fn features_of_another_number_are_refused_in_the_shape_that_came() -> Result<()>
         let text = message(norm.forward_t(&random(&[2, 4, 3], 0)?, true));
         let parts = [
             "expected 4 features on the last axis",
-            "got input size [2, 4, 3]",
+            "got input size [2, 4, 3]; axis 1 has 4: if channels come first",
+            "build a layer for channels",
         ];
         assert!(parts.iter().all(|p| text.contains(p)), "{text}");
     }

@@ -109,10 +109,17 @@ pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()>
     same_device(layer, "residual", residual, x.device())
 }
 
+/// What a message says where one axis is missing.
+const NO_BATCH_AXIS: &str = "; if the batch axis is missing, add it with unsqueeze(0)";
+
 pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
     if x.rank() < rank {
+        let hint = match x.rank() + 1 == rank {
+            true => NO_BATCH_AXIS,
+            false => "",
+        };
         bail!(
-            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}",
+            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}{hint}",
             x.dims()
         )
     }
@@ -123,18 +130,49 @@ pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     let got = x.dims()[1];
     if got != expected {
         bail!(
-            "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}",
-            x.dims()
+            "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}{}",
+            x.dims(),
+            channels_elsewhere(layer, x.dims(), expected)
         )
     }
     Ok(())
 }
 
+/// Where the channels of an input may be instead of axis 1, and what brings them there.
+fn channels_elsewhere(layer: &str, dims: &[usize], channels: usize) -> String {
+    let mut hint = String::new();
+    let last = dims.len() - 1;
+    if last > 1 && dims[last] == channels {
+        hint += &format!("; the last axis has {channels}: if channels are last, ");
+        let order: Vec<String> = (1..last).map(|axis| axis.to_string()).collect();
+        hint += &match (layer, last) {
+            ("LayerNorm" | "RmsNorm", _) => "leave out channels_first".to_string(),
+            (_, 2) => "bring them to axis 1 with transpose(1, 2)".to_string(),
+            _ => format!(
+                "bring them to axis 1 with permute((0, {last}, {}))",
+                order.join(", ")
+            ),
+        };
+    }
+    if dims[0] == channels {
+        hint += &format!(
+            "; axis 0 has {channels}: if the batch axis is missing, add it with unsqueeze(0)"
+        );
+    }
+    hint
+}
+
 /// What runs along the last axis.
 pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.dims().last() != Some(&expected) {
+        let hint = match x.dims().get(1) {
+            Some(channels) if *channels == expected => format!(
+                "; axis 1 has {expected}: if channels come first, bring them to the last axis with a transposition, or build a layer for channels"
+            ),
+            _ => String::new(),
+        };
         bail!(
-            "{layer}: expected {expected} features on the last axis, got input size {:?}",
+            "{layer}: expected {expected} features on the last axis, got input size {:?}{hint}",
             x.dims()
         )
     }
@@ -152,11 +190,30 @@ pub(crate) fn trailing(layer: &str, x: &Tensor, normalized_shape: &[usize]) -> R
     self::normalized_shape(layer, normalized_shape)?;
     if !x.dims().ends_with(normalized_shape) {
         bail!(
-            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got {:?}",
-            x.dims()
+            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got {:?}{}",
+            x.dims(),
+            rows_elsewhere(x.dims(), normalized_shape)
         )
     }
     Ok(())
+}
+
+/// Where the one normalized axis of an input may be instead of the end.
+fn rows_elsewhere(dims: &[usize], normalized_shape: &[usize]) -> String {
+    let on =
+        |axis: usize| normalized_shape.len() == 1 && dims.get(axis) == normalized_shape.first();
+    let n = normalized_shape[0];
+    if on(1) {
+        return format!(
+            "; axis 1 has {n}: if channels come first, set channels_first in the options, or use NormConfig::channels"
+        );
+    }
+    if on(0) && dims.len() > 1 {
+        return format!(
+            "; axis 0 has {n}: if channels come first and the batch axis is missing, set channels_first in the options and add the axis with unsqueeze(0)"
+        );
+    }
+    String::new()
 }
 
 pub(crate) fn one_axis(layer: &str, normalized_shape: &[usize]) -> Result<usize> {
@@ -200,9 +257,36 @@ pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
 
 pub(crate) fn groups(layer: &str, num_groups: usize, num_channels: usize) -> Result<()> {
     if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
-        bail!("{layer}: expected num_groups ({num_groups}) to divide num_channels ({num_channels})")
+        let hint = match divisors(num_channels, num_groups) {
+            found if found.is_empty() => String::new(),
+            found => format!("; {} do", found.join(", ")),
+        };
+        let order = match num_groups > num_channels {
+            true => "; are the two numbers in their order?",
+            false => "",
+        };
+        bail!(
+            "{layer}: expected num_groups ({num_groups}) to divide num_channels ({num_channels}){hint}{order}"
+        )
     }
     Ok(())
+}
+
+/// The divisors of `n`; where there are many, those nearest to `wanted`.
+fn divisors(n: usize, wanted: usize) -> Vec<String> {
+    const MOST: usize = 12;
+    const SEARCHED: usize = 1 << 16;
+    let small = (1..=n.min(SEARCHED)).take_while(|d| d.checked_mul(*d).is_some_and(|s| s <= n));
+    let mut found: Vec<usize> = small
+        .filter(|d| n.is_multiple_of(*d))
+        .flat_map(|d| [d, n / d])
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found.sort_by_key(|d| d.abs_diff(wanted));
+    found.truncate(MOST);
+    found.sort_unstable();
+    found.iter().map(usize::to_string).collect()
 }
 
 /// A mean of one value is that value, and its unbiased variance is 0/0: nothing is learned and the
@@ -211,6 +295,17 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     if values == 1 {
         bail!(
             "{layer}: expected more than 1 value per channel when training, got input size {:?}; use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A channel of one sample has no variance where it has one position. No batch is large enough to change that.
+pub(crate) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
+    if positions == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; each channel of a sample is normalized over its own positions, so a larger batch does not help: use larger maps (less stride or pooling before), LayerNorm over the channels, or GroupNorm with several channels in a group",
             x.dims()
         )
     }
@@ -303,8 +398,12 @@ pub(crate) fn dim(layer: &str, dim: Option<usize>, weight: &[usize]) -> Result<(
 
 pub(crate) fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.rank() != expected {
+        let hint = match name == "input" && x.rank() + 1 == expected {
+            true => NO_BATCH_AXIS,
+            false => "",
+        };
         bail!(
-            "{layer}: expected {name} of rank {expected}, got shape {:?}",
+            "{layer}: expected {name} of rank {expected}, got shape {:?}{hint}",
             x.dims()
         )
     }
@@ -314,9 +413,10 @@ pub(crate) fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Resu
 /// A parameter has the input's dtype; half-precision inputs also take `f32` parameters.
 pub(crate) fn param_dtype(layer: &str, name: &str, value: &Tensor, x: &Tensor) -> Result<()> {
     let half = matches!(x.dtype(), DType::F16 | DType::BF16);
+    let serving = if half { DType::F32 } else { x.dtype() };
     if value.dtype() != x.dtype() && !(half && value.dtype() == DType::F32) {
         bail!(
-            "{layer}: expected {name} with the input's dtype {:?}{}, got {:?}; convert one of them with to_dtype",
+            "{layer}: expected {name} with the input's dtype {:?}{}, got {:?}; convert the input with to_dtype, or hold the parameters in {serving:?}: build the layer with vb.set_dtype(DType::{serving:?})",
             x.dtype(),
             if half { " or F32" } else { "" },
             value.dtype()

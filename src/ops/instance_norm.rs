@@ -136,7 +136,7 @@ impl Planes {
             return Ok(None);
         }
         let space = x.elem_count() / (n * c);
-        check::more_than_one_value(layer, space, x)?;
+        check::more_than_one_position(layer, space, x)?;
         let acc = composed::accumulator(x.dtype());
         Ok(Some(Self {
             n,
