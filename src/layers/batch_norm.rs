@@ -101,7 +101,8 @@ pub struct BatchNorm {
 /// `running_mean` (`mean`, `moving_mean`), `running_var` (`var`, `moving_variance`), `num_batches_tracked` (0 if missing).
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite; a checkpoint with a scale or
+/// shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -132,7 +133,7 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
         &vb,
     )?;
     Ok(BatchNorm {
-        params: AffineParams::new(&vb, num_features, options.affine, 1.)?,
+        params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
     })

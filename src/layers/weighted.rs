@@ -6,7 +6,7 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, VarBuilder, init,
 };
 
-use super::params::{BIAS, name_in};
+use super::params::{BIAS, name_in, stored};
 use crate::ops::linear_map::{Geometry, LinearMap};
 
 /// A candle-nn layer that [`WeightNorm`](crate::WeightNorm) can go around: [`Linear`], [`Conv1d`], [`Conv2d`],
@@ -167,6 +167,11 @@ impl Plain {
                 .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
                 .transpose()?,
         })
+    }
+
+    /// Whether a checkpoint holds a bias for a layer of so many outputs.
+    pub(crate) fn has_stored_bias(outputs: usize, vb: &VarBuilder) -> bool {
+        stored(vb, &outputs.into(), BIAS).is_some()
     }
 
     pub(crate) fn weight(&self) -> &Tensor {

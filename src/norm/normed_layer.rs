@@ -92,7 +92,8 @@ impl NormConfig {
                 norm: Box::new(norm),
             });
         }
-        let with_bias = !self.has_bias();
+        // A checkpoint whose statistics were taken with a bias needs it, though the norm has one too.
+        let with_bias = !self.has_bias() || Plain::has_stored_bias(outputs, &layer_vb);
         let map = L::map(&config);
         let layer = Plain::new(map, inputs, outputs, kernel_size, with_bias, &layer_vb)?;
         let norm = match layer.channels_last() {
@@ -105,7 +106,8 @@ impl NormConfig {
         })
     }
 
-    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has none, and the norm's under `norm`.
+    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has none, or where a
+    /// checkpoint holds one all the same, and the norm's under `norm`.
     ///
     /// # Errors
     /// Options out of range, parameters of another shape.

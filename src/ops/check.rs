@@ -79,6 +79,40 @@ pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
+/// A checkpoint that holds parameters which a layer would not take. `affines` are its own `affine`, and the one that takes them.
+pub(crate) fn dropped<T>(
+    layer: &str,
+    stored: &[String],
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    bail!(
+        "{layer}: expected no parameters but those of affine {affine}, got {stored:?}, which would be dropped unseen; set affine to {fitting}, or give the layer a path of its own with pp"
+    )
+}
+
+/// A checkpoint for a layer that was asked for without a bias.
+pub(crate) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
+    match stored {
+        Some(stored) => bail!(
+            "{layer}: expected a checkpoint without a bias, got {stored:?}, which would be dropped unseen; build the layer with a bias, or give it a path of its own with pp"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// A checkpoint that holds `other` of an affine pair, and nothing of `names`.
+pub(crate) fn stored_alone<T>(
+    layer: &str,
+    names: &[&str],
+    other: &str,
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    let names = names.join(" or ");
+    bail!(
+        "{layer}: expected {names} too, since affine is {affine}, got {other:?} alone; set affine to {fitting} for a layer that was trained so"
+    )
+}
+
 pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Device) -> Result<()> {
     if !value.device().same_device(device) {
         bail!(
@@ -246,6 +280,16 @@ pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
         ),
         _ => Ok(()),
     }
+}
+
+/// What sets the start of a scale.
+pub(crate) fn has_scale(layer: &str, option: &str, scale: bool) -> Result<()> {
+    if !scale {
+        bail!(
+            "{layer}: expected an affine with a scale for {option}, which sets where it starts, got one without; set {option} to false"
+        )
+    }
+    Ok(())
 }
 
 pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
