@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    NormConfig, Path, RmsNormOptions, SwitchNormOptions, batch_norm, checkpoint, group_norm,
+    NormConfig, Path, RmsNormOptions, SwitchNormOptions, batch_norm, checkpoint, fold, group_norm,
     instance_norm, layer_norm, param_groups, rms_norm, switch_norm, weight_norm, with_path,
 };
 
@@ -251,6 +251,7 @@ fn a_file_with_beta_alone_loads_and_gives_its_value() -> Result<()> {
             if matches!(dtype, DType::F32 | DType::F64) {
                 let one = Linear::new(Tensor::ones((1, 1), dtype, &CPU)?, None);
                 check("folded", norm.fold_into(&one)?.forward(&x)?)?;
+                check("fold", fold(&one, &[&norm])?.forward(&x)?)?;
             }
 
             let file = folder.path().join("norm.safetensors");

@@ -5,7 +5,8 @@ use candle_nn::{ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
 
-use super::frozen::{Foldable, FrozenNorm};
+use super::fold::Foldable;
+use super::frozen::FrozenNorm;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use crate::Norm;
@@ -421,6 +422,10 @@ impl Norm for BatchNorm {
 
     fn running_stats(&self) -> Option<&RunningStats> {
         self.running_stats()
+    }
+
+    fn frozen(&self) -> Result<FrozenNorm> {
+        self.frozen()
     }
 
     fn reset(&self) -> Result<()> {

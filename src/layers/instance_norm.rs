@@ -202,6 +202,10 @@ impl Norm for InstanceNorm {
         self.running_stats()
     }
 
+    fn frozen(&self) -> Result<FrozenNorm> {
+        self.frozen()
+    }
+
     fn reset(&self) -> Result<()> {
         self.params.reset(1.)?;
         self.stats.reset()

@@ -257,6 +257,19 @@ impl<L: Weighted> WeightNorm<L> {
     }
 }
 
+/// A norm that goes around its layer, whichever that is.
+pub(crate) trait Around: Norm {
+    /// The layer with the weight of now, of plain values.
+    fn baked(&self) -> Result<Plain>;
+}
+
+impl<L: Weighted> Around for WeightNorm<L> {
+    fn baked(&self) -> Result<Plain> {
+        let map = L::map(&self.config);
+        Ok(Plain::of_values(map, &self.weight()?, self.bias()))
+    }
+}
+
 /// Sets variables to values of their shape, all or none.
 fn assign(values: Vec<(&Tensor, Tensor)>) -> Result<()> {
     let mut vars = vec![];

@@ -529,14 +529,47 @@ pub(crate) fn at_least_one(layer: &str, what: &str, count: usize) -> Result<()> 
 }
 
 /// The layer that a normalization of `channels` channels is folded into.
-pub(crate) fn output_channels(layer: &str, weight: &Tensor, channels: usize) -> Result<()> {
-    if weight.dims().first() != Some(&channels) {
+pub(crate) fn output_channels(
+    layer: &str,
+    weight: &Tensor,
+    outputs: usize,
+    channels: usize,
+) -> Result<()> {
+    if outputs != channels {
         bail!(
-            "{layer}: expected a layer with {channels} output channels to fold into, got weight shape {:?}",
+            "{layer}: expected a layer with {channels} output channels to fold into, got {outputs} of weight shape {:?}",
             weight.dims()
         )
     }
     Ok(())
+}
+
+/// A norm that follows a layer with nothing between; `between` is what bends the layer's outputs before the norm has them.
+pub(crate) fn nothing_between(layer: &str, between: Option<&str>) -> Result<()> {
+    match between {
+        Some(between) => bail!(
+            "{layer}: expected norms right after the layer, got {between} between the layer and a norm; no linear layer or convolution does what {between} does, so folding would change the outputs: keep this norm (frozen() makes it a Module), or train with the norm before {between}"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Norms alone after a layer; `last` is what bends the outputs after them.
+pub(crate) fn nothing_at_the_end(layer: &str, last: Option<&str>) -> Result<()> {
+    match last {
+        Some(last) => bail!(
+            "{layer}: expected norms alone after the layer, got {last} at the end; leave it out, and apply it to what the folded layer returns"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// A norm that normalizes each input by its own statistics has none that could be fixed.
+pub(crate) fn fixed_statistics<T>(kind: &str) -> Result<T> {
+    let layer = format!("{kind} norm");
+    bail!(
+        "{layer}: expected statistics that stay the same for every input, got those of each input; BatchNorm has such statistics, and InstanceNorm that tracks them: only these can be frozen, or folded into the layer before"
+    )
 }
 
 pub(crate) fn no_bias(layer: &str, bias: Option<&Tensor>) -> Result<()> {

@@ -69,6 +69,44 @@ impl LinearMap {
         }
     }
 
+    /// How many outputs there are, of a weight that anyone may have made. `name` is what a message calls it.
+    pub(crate) fn checked_outputs(self, layer: &str, name: &str, weight: &Tensor) -> Result<usize> {
+        let Self::Convolution(g) = self else {
+            check::rank(layer, name, weight, 2)?;
+            return Ok(self.outputs(weight).1);
+        };
+        check::geometry(layer, &g)?;
+        check::rank(layer, name, weight, 2 + g.axes)?;
+        let outputs = self.outputs(weight).1;
+        if g.transposed {
+            check::grouped_channels(layer, g.groups, weight.dims()[0], outputs)?;
+        }
+        Ok(outputs)
+    }
+
+    /// The weight, whose [outputs are checked](Self::checked_outputs), with the part of each output multiplied by its element of `scale` `[outputs]`.
+    pub(crate) fn scaled(self, weight: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        let dims = weight.dims();
+        let mut line = vec![1; dims.len()];
+        match self {
+            Self::Convolution(g) if g.transposed => {
+                // Axis 0 has the inputs of one group after the other, axis 1 the outputs of each.
+                let mut by_group = vec![g.groups, dims[0] / g.groups];
+                by_group.extend(&dims[1..]);
+                (line[0], line[1]) = (g.groups, 1);
+                line.insert(2, dims[1]);
+                weight
+                    .reshape(by_group)?
+                    .broadcast_mul(&scale.reshape(line)?)?
+                    .reshape(dims)
+            }
+            _ => {
+                line[0] = dims[0];
+                weight.broadcast_mul(&scale.reshape(line)?)
+            }
+        }
+    }
+
     /// The map on `x`, with gradients for all arguments.
     pub(crate) fn apply(
         self,
