@@ -554,7 +554,7 @@ class Draw:
         return torch.from_numpy(np.asarray(self.rng.uniform(low, high, shape))).to(self.dtype)
 
     def parameters(self, kind: str, *shape, center=1.0) -> dict[str, torch.Tensor]:
-        """No parameters, `w` only, or `wb` both."""
+        """No parameters, `w` or `b` only, or `wb` both."""
         p = {}
         if "w" in kind:
             p["weight"] = self.normal(*shape, mean=center, sigma=0.5)
@@ -623,10 +623,12 @@ def layer_norm_cases(w: Writer) -> None:
         case("rank1_13", dtype, (13,), [13])
         case("3x5x17_weight", dtype, (3, 5, 17), [17], "w")
         case("2x9x31_plain", dtype, (2, 9, 31), [31], "")
+        case("3x5x17_bias", dtype, (3, 5, 17), [17], "b")
         case("shape2d", dtype, (2, 3, 4, 5), [4, 5])
         case("shape3d_weight", dtype, (2, 3, 2, 5), [3, 2, 5], "w")
         case("channels_first_rank2", dtype, (6, 5), "channels_first")
         case("channels_first_rank3_weight", dtype, (2, 5, 7), "channels_first", "w")
+        case("channels_first_rank3_bias", dtype, (2, 5, 7), "channels_first", "b")
         case("channels_first_rank4", dtype, (2, 6, 3, 5), "channels_first")
         case("channels_first_rank5_plain", dtype, (1, 3, 2, 3, 2), "channels_first", "")
         for style in styles(dtype):
@@ -691,6 +693,7 @@ def rms_norm_cases(w: Writer) -> None:
         case("shape2d", dtype, (2, 3, 4, 5), [4, 5])
         case("shape3d", dtype, (2, 3, 2, 5), [3, 2, 5])
         case("bias", dtype, (4, 6), [6], "wb")
+        case("bias_alone", dtype, (4, 6), [6], "b")
         case("offset1", dtype, (3, 2, 21), [21], offset=1.0)
         case("after_weight_offset1_tiny", dtype, (4, 9), [9], style="tiny", offset=1, cast="after_weight")
         case("before_weight", dtype, (5, 23), [23], cast="before_weight")
@@ -750,6 +753,7 @@ def add_norm_cases(w: Writer) -> None:
             # A sum of zeros: the gradient by the norm is as large as eps lets it be.
             case(op, "opposite_row", dtype, (3, 5), "w", change=opposite_row, eps=eps)
         case(layer, "channels_first", dtype, (2, 5, 3), "wb", channels_first=True, eps=1e-5)
+        case(layer, "bias", dtype, (3, 19), "b", eps=1e-5)
         case(rms, "offset1", dtype, (3, 9), "w", offset=1.0, eps=1e-6)
         case(rms, "before_weight", dtype, (3, 23), "w", cast="before_weight", eps=1e-6)
         case(rms, "eps_null", dtype, (3, 12), "w", style="tiny", eps=None)
@@ -777,6 +781,7 @@ def group_norm_cases(w: Writer) -> None:
         case("rank3_pixel1", dtype, (3, 6, 1), 3)
         case("rank4_g2_plain", dtype, (2, 6, 3, 5), 2, "")
         case("rank4_g5_weight", dtype, (1, 5, 3, 3), 5, "w")
+        case("rank3_g2_bias", dtype, (2, 6, 5), 2, "b")
         case("rank5_g2", dtype, (2, 4, 2, 3, 2), 2)
         for style in styles(dtype):
             case(f"{style}_g2", dtype, (2, 4, 19), 2, style=style)
@@ -821,6 +826,9 @@ def instance_norm_cases(w: Writer) -> None:
         case("rank4_affine_train", dtype, (2, 3, 3, 5), True, "wb")
         case("rank4_affine_eval", dtype, (2, 3, 4, 3), False, "wb")
         case("rank5_weight", dtype, (2, 2, 2, 3, 2), True, "w")
+        case("rank3_bias", dtype, (2, 3, 7), True, "b")
+        case("tracking_train_bias", dtype, (3, 4, 5), True, "b", state=7)
+        case("tracking_eval_bias", dtype, (3, 4, 5), False, "b", state=5)
         case("tracking_train", dtype, (3, 4, 3, 2), True, "wb", state=0)
         case("tracking_train_plain", dtype, (3, 4, 5), True, state=7, momentum=0.3)
         case("tracking_cumulative", dtype, (2, 3, 5), True, "w", state=3, momentum=None)
@@ -845,10 +853,12 @@ def instance_norm_cases(w: Writer) -> None:
 def switch_norm_cases(w: Writer) -> None:
     op = "switch_norm"
 
-    def case(slug, dtype, shape, train, style="plain", state=4, momentum=0.1, unbiased=True, bn=True):
+    def case(
+        slug, dtype, shape, train, kind="wb", style="plain", state=4, momentum=0.1, unbiased=True, bn=True
+    ):
         draw = Draw(f"{op}-{slug}-{dtype}", dtype)
         instance = len(shape) > 2
-        t = styled(draw, style, *shape) | draw.parameters("wb", shape[1])
+        t = styled(draw, style, *shape) | draw.parameters(kind, shape[1])
         for name in ("mean_weight", "var_weight"):
             t[name] = draw.normal(1 + instance + bn, mean=1.0)
         c = {"eps": 1e-5, "train": train, "unbiased": unbiased, "using_bn": bn, "instance": instance}
@@ -868,6 +878,9 @@ def switch_norm_cases(w: Writer) -> None:
         case("rank2_train", dtype, (6, 5), True)
         case("rank2_eval", dtype, (3, 5), False)
         case("one_position_eval", dtype, (2, 4, 1, 1), False, unbiased=False)
+        case("rank4_bias_train", dtype, (3, 4, 3, 2), True, "b")
+        case("rank3_weight_eval", dtype, (3, 4, 5), False, "w")
+        case("rank2_plain_train", dtype, (6, 5), True, "")
     for style in ("mean30", "mean3000"):
         case(f"{style}_train", "f32", (3, 4, 19), True, style=style)
         case(f"{style}_eval", "f32", (3, 4, 19), False, style=style)
@@ -902,6 +915,9 @@ def batch_norm_cases(w: Writer) -> None:
         case("rank2_one_row_eval", dtype, (1, 6), False)
         case("rank3_weight_train", dtype, (3, 4, 5), True, "w")
         case("rank3_weight_eval", dtype, (2, 4, 3), False, "w")
+        case("rank2_bias_train", dtype, (7, 5), True, "b")
+        case("rank3_bias_train", dtype, (3, 4, 5), True, "b")
+        case("rank3_bias_eval", dtype, (2, 4, 3), False, "b")
         case("rank4_train", dtype, (2, 3, 3, 5), True, momentum=0.3)
         case("rank4_eval", dtype, (2, 3, 3, 5), False)
         case("rank4_plain_train", dtype, (2, 3, 2, 3), True, "")

@@ -72,7 +72,7 @@
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
 //!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them.
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
-//! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
+//! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
 //! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
@@ -107,8 +107,8 @@ pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
 pub use layers::switch_norm::{SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{
-    Affine, Foldable, FrozenNorm, RunningStats, Snapshot, batch_norm, group_norm, instance_norm,
-    layer_norm, recalibrate, rms_norm, switch_norm, weight_norm,
+    Affine, Foldable, Follower, FrozenNorm, RunningStats, Snapshot, batch_norm, fold, group_norm,
+    instance_norm, layer_norm, recalibrate, rms_norm, switch_norm, weight_norm,
 };
 pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};

@@ -6,7 +6,7 @@ use candle_core::Var;
 use candle_nn::VarMap;
 
 use crate::Norm;
-use crate::layers::params::{MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR};
+use crate::layers::params::{BIAS, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR};
 
 /// The variables of a model, by how an optimizer should treat them.
 #[derive(Debug, Clone)]
@@ -71,7 +71,7 @@ pub fn trainable_vars(vars: &VarMap) -> Vec<Var> {
 
 /// The variables of `vars` in three groups, each in the order of their names.
 ///
-/// Told by name and shape: running statistics by their names; biases and norms by having at most one axis, or a weight and a bias of
+/// Told by name and shape: running statistics and biases by their names; norms by having at most one axis, or a weight and a bias of
 /// the same shape, or by being the magnitude of a weight norm. The direction `v` of a weight norm decays as the
 /// weight would, which leaves the function as it is and keeps `v` from growing. A norm's weight of two axes or more without a
 /// bias looks like a linear layer: see [`ParamGroups::exempt`].
@@ -114,9 +114,10 @@ pub fn param_groups(vars: &VarMap) -> ParamGroups {
             .into_iter()
             .any(|(mine, other)| sibling(mine, other) == Some(var.dims()));
         let magnitude = MAGNITUDE.iter().any(|m| ends_with_part(name, m));
+        let bias = ends_with_part(name, BIAS[0]);
         let group = if is_statistic(name) {
             &mut groups.statistics
-        } else if var.rank() <= 1 || magnitude || like_its_sibling {
+        } else if var.rank() <= 1 || bias || magnitude || like_its_sibling {
             &mut groups.no_decay
         } else {
             &mut groups.decay

@@ -80,7 +80,8 @@ fn check(case: usize, kind: Kind, dims: &[usize]) {
         let subject = Subject::new(kind, 1e-5);
         let n = dims.iter().product();
         let params = subject.param_dims(dims).iter().product();
-        let (weight, bias) = [(true, true), (true, false), (false, false)][(case + turn) % 3];
+        let (weight, bias) =
+            [(true, true), (true, false), (false, false), (false, true)][(case + turn) % 4];
         let mut draw = Draw::new(case as u64);
         let numbers = Numbers {
             x: spread(&mut draw, n),

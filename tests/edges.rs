@@ -328,6 +328,235 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     Ok(())
 }
 
+/// Channels that lie elsewhere are pointed at, with what brings them to where the layer takes them.
+#[test]
+fn channels_on_another_axis_are_pointed_at() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = vb(&vars, DType::F32);
+    let batch = batch_norm(8, 1e-5, vb.pp("batch"))?;
+    let group = group_norm(2, 8, 1e-5, vb.pp("group"))?;
+    let instance = instance_norm(8, 1e-5, vb.pp("instance"))?;
+    let switch = switch_norm(8, 1e-5, vb.pp("switch"))?;
+    let options = WeightNormOptions::default();
+    let config = Conv1dConfig::default();
+    let conv = weight_norm::conv1d(8, 3, 1, config, options, vb.pp("conv"))?;
+    let x = |dims: &[usize]| noise(dims, DType::F32);
+
+    let last = x(&[4, 5, 5, 8])?;
+    let expected = "expected 8 channels on axis 1, got 5 in input size [4, 5, 5, 8]";
+    let remedy = "the last axis has 8: if channels are last, bring them to axis 1 with permute((0, 3, 1, 2))";
+    for train in [true, false] {
+        assert_message(
+            batch.forward_t(&last, train),
+            &["BatchNorm", expected, remedy],
+        );
+        assert_message(
+            instance.forward_t(&last, train),
+            &["InstanceNorm", expected, remedy],
+        );
+        assert_message(
+            switch.forward_t(&last, train),
+            &["SwitchNorm", expected, remedy],
+        );
+    }
+    assert_message(group.forward(&last), &["GroupNorm", expected, remedy]);
+    assert_message(
+        batch.frozen()?.forward(&last),
+        &["BatchNorm", expected, remedy],
+    );
+    batch.forward_t(&last.permute((0, 3, 1, 2))?, true)?;
+    for (dims, remedy) in [
+        (&[4, 5, 8][..], "transpose(1, 2)"),
+        (&[2, 3, 3, 3, 8], "permute((0, 4, 1, 2, 3))"),
+    ] {
+        assert_message(batch.forward_t(&x(dims)?, true), &[remedy]);
+    }
+    assert_message(
+        conv.forward(&x(&[4, 5, 8])?),
+        &["WeightNorm", "the last axis has 8", "transpose(1, 2)"],
+    );
+
+    // Without a batch axis.
+    let missing = "if the batch axis is missing, add it with unsqueeze(0)";
+    let unbatched = x(&[8, 4, 4])?;
+    let expected = "expected 8 channels on axis 1, got 4 in input size [8, 4, 4]; axis 0 has 8";
+    assert_message(
+        instance.forward_t(&unbatched, true),
+        &["InstanceNorm", expected, missing],
+    );
+    assert_message(group.forward(&unbatched), &["GroupNorm", expected, missing]);
+    instance.forward_t(&unbatched.unsqueeze(0)?, true)?;
+    assert_message(
+        instance.forward_t(&x(&[8, 4])?, true),
+        &["InstanceNorm", "rank at least 3", "got [8, 4]", missing],
+    );
+    assert_message(
+        batch.forward_t(&x(&[8])?, false),
+        &["BatchNorm", "rank at least 2", "got [8]", missing],
+    );
+    assert_message(
+        conv.forward(&x(&[8, 5])?),
+        &["WeightNorm", "input of rank 3", "[8, 5]", missing],
+    );
+    // Nothing is guessed where nothing has the size.
+    let error = instance.forward_t(&x(&[2, 5, 3])?, true).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        !text.contains("axis 0 has") && !text.contains("the last axis has"),
+        "{text}"
+    );
+    Ok(())
+}
+
+#[test]
+fn rows_on_another_axis_are_pointed_at() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = vb(&vars, DType::F32);
+    let options = LayerNormOptions {
+        channels_first: true,
+        ..Default::default()
+    };
+    let rms_options = RmsNormOptions {
+        channels_first: true,
+        ..Default::default()
+    };
+    let layer = layer_norm(32, 1e-5, vb.pp("layer"))?;
+    let rms = rms_norm(32, 1e-5, vb.pp("rms"))?;
+    let layer_first = layer_norm(32, options, vb.pp("layer_first"))?;
+    let rms_first = rms_norm(32, rms_options, vb.pp("rms_first"))?;
+    let maps = noise(&[2, 32, 8, 8], DType::F32)?;
+    let expected = "ends in normalized_shape [32], got [2, 32, 8, 8]; axis 1 has 32";
+    let remedy = "set channels_first in the options, or use NormConfig::channels";
+    assert_message(layer.forward(&maps), &["LayerNorm", expected, remedy]);
+    assert_message(rms.forward(&maps), &["RmsNorm", expected, remedy]);
+    layer_first.forward(&maps)?;
+    rms_first.forward(&maps)?;
+    // The same, with the batch axis forgotten, and the other way round.
+    let unbatched = noise(&[32, 8, 8], DType::F32)?;
+    let parts = ["axis 0 has 32", "channels_first", "unsqueeze(0)"];
+    assert_message(layer.forward(&unbatched), &parts);
+    let last = noise(&[2, 8, 8, 32], DType::F32)?;
+    let expected = "expected 32 channels on axis 1, got 8 in input size [2, 8, 8, 32]";
+    let remedy = "if channels are last, leave out channels_first";
+    assert_message(layer_first.forward(&last), &["LayerNorm", expected, remedy]);
+    assert_message(rms_first.forward(&last), &["RmsNorm", expected, remedy]);
+    layer.forward(&last)?;
+    // Several axes may lie anywhere.
+    let error = layer_norm((3, 8), 1e-5, vb.pp("two"))?.forward(&maps);
+    let text = error.unwrap_err().to_string();
+    assert!(!text.contains("channels_first"), "{text}");
+    Ok(())
+}
+
+/// The mean of one position is that position, however many samples there are.
+#[test]
+fn one_position_is_not_helped_by_a_larger_batch() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = vb(&vars, DType::F32);
+    let instance = instance_norm(8, 1e-5, vb.pp("i"))?;
+    let x = noise(&[64, 8, 1, 1], DType::F32)?;
+    for train in [true, false] {
+        assert_message(
+            instance.forward_t(&x, train),
+            &[
+                "InstanceNorm: expected more than 1 value per channel when training, got input size [64, 8, 1, 1]",
+                "a larger batch does not help",
+                "larger maps",
+                "LayerNorm over the channels",
+                "GroupNorm with several channels in a group",
+            ],
+        );
+    }
+    let options = LayerNormOptions {
+        channels_first: true,
+        ..Default::default()
+    };
+    layer_norm(8, options, vb.pp("l"))?.forward(&x)?;
+    group_norm(2, 8, 1e-5, vb.pp("g"))?.forward(&x)?;
+    // Where it does help, it is still the advice.
+    assert_message(
+        batch_norm(8, 1e-5, vb.pp("b"))?.forward_t(&x.narrow(0, 0, 1)?, true),
+        &["BatchNorm", "use a larger batch"],
+    );
+    Ok(())
+}
+
+#[test]
+fn groups_that_divide_the_channels_are_named() -> Result<()> {
+    let vars = VarMap::new();
+    let made = |groups, channels| group_norm(groups, channels, 1e-5, vb(&vars, DType::F32));
+    let expected = "expected num_groups (3) to divide num_channels (8)";
+    assert_message(made(3, 8), &["GroupNorm", expected, "; 1, 2, 4, 8 do"]);
+    assert_message(made(0, 8), &["; 1, 2, 4, 8 do"]);
+    assert_message(made(2, 7), &["; 1, 7 do"]);
+    // Of many, the nearest.
+    let nearest = "; 10, 11, 12, 13, 14, 15, 16, 18, 20, 21, 22, 24 do";
+    assert_message(made(17, 720_720), &[nearest]);
+    assert_message(
+        made(5, (1 << 40) + 1),
+        &["to divide num_channels (1099511627777)", " do"],
+    );
+    // The arguments of the function and of candle's constructor are in different orders.
+    let order = "are the two numbers in their order?";
+    assert_message(made(32, 8), &["num_groups (32)", order]);
+    let ones = Tensor::ones(4, DType::F32, &CPU)?;
+    let swapped = GroupNorm::new(ones.clone(), ones, 4, 8, 1e-5);
+    assert_message(swapped, &[order]);
+    let text = made(3, 8).unwrap_err().to_string();
+    assert!(!text.contains(order), "{text}");
+    let x = noise(&[2, 8, 3], DType::F32)?;
+    let none = ops::group_norm(&x, 3, None, None, 1e-5);
+    assert_message(none, &["; 1, 2, 4, 8 do"]);
+    Ok(())
+}
+
+/// A half-precision layer on wider input: both what to do with the input, and how to hold the parameters.
+#[test]
+fn parameters_of_another_dtype_say_how_to_hold_them() -> Result<()> {
+    let vars = VarMap::new();
+    let half = vb(&vars, DType::BF16);
+    let parts = |got: DType, input: DType, hold: DType| {
+        [
+            format!("input's dtype {input:?}"),
+            format!("got {got:?}; convert the input with to_dtype"),
+            format!("vb.set_dtype(DType::{hold:?})"),
+        ]
+    };
+    let (bf16, f32, f64) = (DType::BF16, DType::F32, DType::F64);
+    for (params, input, hold) in [
+        (bf16, f32, f32),
+        (bf16, f64, f64),
+        (f32, f64, f64),
+        (f64, bf16, f32),
+    ] {
+        let norm = layer_norm(4, 1e-5, vb(&VarMap::new(), params))?;
+        let parts = parts(params, input, hold);
+        let parts = parts.each_ref().map(String::as_str);
+        assert_message(norm.forward(&noise(&[2, 4], input)?), &parts);
+        let norm = layer_norm(4, 1e-5, vb(&VarMap::new(), params).set_dtype(hold))?;
+        norm.forward(&noise(&[2, 4], input)?)?;
+    }
+    let x = noise(&[2, 4, 3, 3], f32)?;
+    let parts = parts(bf16, f32, f32);
+    let parts = parts.each_ref().map(String::as_str);
+    let batch = batch_norm(4, 1e-5, half.pp("b"))?;
+    assert_message(batch.forward_t(&x, true), &parts);
+    assert_message(batch.forward_t(&x, false), &parts);
+    assert_message(group_norm(2, 4, 1e-5, half.pp("g"))?.forward(&x), &parts);
+    assert_message(rms_norm(3, 1e-5, half.pp("r"))?.forward(&x), &parts);
+    assert_message(
+        switch_norm(4, 1e-5, half.pp("s"))?.forward_t(&x, true),
+        &parts,
+    );
+    let linear = weight_norm::linear(3, 4, WeightNormOptions::default(), half.pp("w"))?;
+    assert_message(linear.forward(&x), &parts);
+    // As the message says: parameters in f32 serve both.
+    let held = batch_norm(4, 1e-5, half.pp("held").set_dtype(f32))?;
+    held.forward_t(&x, true)?;
+    held.forward_t(&x.to_dtype(bf16)?, true)?;
+    Ok(())
+}
+
 #[test]
 fn options_out_of_range_are_refused() -> Result<()> {
     let vars = VarMap::new();

@@ -94,7 +94,7 @@ fn of_config(config: &str, vb: VarBuilder) -> Result<Box<dyn ModuleT>> {
 
 #[test]
 fn every_layer_lets_every_gradient_through() -> Result<()> {
-    let layers: [(&str, Build); 28] = [
+    let layers: [(&str, Build); 29] = [
         ("batch_norm", |vb| batch(1e-5.into(), vb)),
         ("batch_norm, cumulative", |vb| {
             batch(
@@ -109,6 +109,15 @@ fn every_layer_lets_every_gradient_through() -> Result<()> {
             batch(
                 BatchNormOptions {
                     affine: Affine::Weight,
+                    ..Default::default()
+                },
+                vb,
+            )
+        }),
+        ("batch_norm, bias only", |vb| {
+            batch(
+                BatchNormOptions {
+                    affine: Affine::Bias,
                     ..Default::default()
                 },
                 vb,

@@ -34,7 +34,7 @@ pub(crate) struct Stamp {
 }
 
 /// The parameters that a layer has: a weight, a bias.
-const FORMS: [(bool, bool); 3] = [(true, true), (true, false), (false, false)];
+const FORMS: [(bool, bool); 4] = [(true, true), (true, false), (false, true), (false, false)];
 
 impl Stamp {
     /// Runs `f` on the kernels of this instruction set.

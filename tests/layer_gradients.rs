@@ -15,7 +15,12 @@ use candle_norm::{
 };
 use case::{Case, check_all};
 
-const AFFINE: [Affine; 3] = [Affine::None, Affine::Weight, Affine::WeightAndBias];
+const AFFINE: [Affine; 4] = [
+    Affine::None,
+    Affine::Weight,
+    Affine::Bias,
+    Affine::WeightAndBias,
+];
 
 #[test]
 fn batch_norms() -> Result<()> {
@@ -276,13 +281,16 @@ fn switch_norms() -> Result<()> {
         (false, true, true),
         (false, false, false),
     ] {
-        for (input, spatial_dims) in [
-            (&[3, 4, 2, 2][..], 2),
-            (&[2, 4, 3], 2),
-            (&[3, 4], 0),
-            (&[2, 4, 3], 0),
+        for (input, spatial_dims, affine) in [
+            (&[3, 4, 2, 2][..], 2, Affine::WeightAndBias),
+            (&[2, 4, 3], 2, Affine::Bias),
+            (&[3, 4], 0, Affine::Weight),
+            (&[3, 4], 0, Affine::Bias),
+            (&[2, 4, 3], 0, Affine::None),
+            (&[2, 4, 3], 0, Affine::WeightAndBias),
         ] {
             let options = SwitchNormOptions {
+                affine,
                 using_bn,
                 unbiased,
                 spatial_dims,
@@ -291,19 +299,18 @@ fn switch_norms() -> Result<()> {
             let forward = move |vb: VarBuilder, x: &Tensor| {
                 candle_norm::switch_norm(4, options, vb)?.forward_t(x, train)
             };
-            let affine: &[usize] = if spatial_dims == 0 {
+            let shape: &[usize] = if spatial_dims == 0 {
                 &[1, 4]
             } else {
                 &[1, 4, 1, 1]
             };
             let sources = 1 + usize::from(spatial_dims > 0) + usize::from(using_bn);
             let case = Case::new(format!("{options:?}, train {train}"), input, forward)
-                .param("weight", affine)
-                .param("bias", affine)
+                .affine(affine, shape)
                 .param("mean_weight", &[sources])
                 .param("var_weight", &[sources]);
             cases.push(match using_bn {
-                true => case.statistics_of(&affine[..affine.len().min(3)]),
+                true => case.statistics_of(&shape[..shape.len().min(3)]),
                 false => case,
             });
         }

@@ -114,6 +114,11 @@ fn display_names_the_kind_whatever_its_options() {
         ..Default::default()
     };
     assert_eq!(NormConfig::Batch(options).to_string(), "batch");
+    let options = SwitchNormOptions {
+        affine: Affine::Bias,
+        ..Default::default()
+    };
+    assert_eq!(NormConfig::Switch(options).to_string(), "switch");
     let num_groups = 4;
     let options = GroupNormOptions::from(1e-3);
     let group = NormConfig::Group {
@@ -183,6 +188,24 @@ fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
             assert_eq!(names(&vars), all, "{name}");
         }
     }
+    Ok(())
+}
+
+/// The options of a layer do not make another of it.
+#[test]
+fn a_layer_norm_that_keeps_the_mean_is_still_called_layer() -> Result<()> {
+    let options = LayerNormOptions {
+        remove_mean: false,
+        ..Default::default()
+    };
+    let config = NormConfig::Layer(options);
+    for build in AXES {
+        let norm = build(&config, 4, vb(&VarMap::new()))?;
+        assert_eq!(norm.kind(), config.to_string());
+    }
+    let rms = candle_norm::rms_norm(4, 1e-6, vb(&VarMap::new()))?;
+    assert_eq!(rms.kind(), "rms");
+    assert_eq!(rms.into_inner().kind(), "rms");
     Ok(())
 }
 
@@ -340,7 +363,8 @@ fn features_of_another_number_are_refused_in_the_shape_that_came() -> Result<()>
         let text = message(norm.forward_t(&random(&[2, 4, 3], 0)?, true));
         let parts = [
             "expected 4 features on the last axis",
-            "got input size [2, 4, 3]",
+            "got input size [2, 4, 3]; axis 1 has 4: if channels come first",
+            "build a layer for channels",
         ];
         assert!(parts.iter().all(|p| text.contains(p)), "{text}");
     }
@@ -631,19 +655,28 @@ fn the_bias_goes_exactly_where_the_norm_has_one() -> Result<()> {
                 affine,
                 ..Default::default()
             }),
+            NormConfig::Switch(SwitchNormOptions {
+                affine,
+                ..Default::default()
+            }),
         ]
     };
-    for affine in [Affine::None, Affine::Weight, Affine::WeightAndBias] {
+    for affine in [
+        Affine::None,
+        Affine::Weight,
+        Affine::Bias,
+        Affine::WeightAndBias,
+    ] {
         for config in configs(affine) {
             let vars = VarMap::new();
             let block = config.linear(4, 6, vb(&vars))?;
             let names = names(&vars);
             let has = |name: &str| names.iter().any(|n| n == name);
-            let shifts = affine == Affine::WeightAndBias;
+            let shifts = affine.has_bias();
             assert_eq!(has("norm.bias"), shifts, "{config:?}");
             assert_eq!(has("layer.bias"), !shifts, "{config:?}");
             assert_eq!(block.bias().is_some(), !shifts, "{config:?}");
-            assert_eq!(has("norm.weight"), affine != Affine::None, "{config:?}");
+            assert_eq!(has("norm.weight"), affine.has_weight(), "{config:?}");
         }
     }
     Ok(())
@@ -903,7 +936,7 @@ mod json {
     }
 
     /// Every kind with options that are not the default.
-    fn unusual() -> [NormConfig; 6] {
+    fn unusual() -> [NormConfig; 7] {
         [
             NormConfig::Batch(BatchNormOptions {
                 momentum: None,
@@ -928,6 +961,10 @@ mod json {
                 eps: None,
                 offset: 1.,
                 cast: candle_norm::Cast::BeforeWeight,
+                ..Default::default()
+            }),
+            NormConfig::Switch(SwitchNormOptions {
+                affine: Affine::Bias,
                 ..Default::default()
             }),
             NormConfig::Weight(None.into()),
@@ -978,6 +1015,15 @@ mod json {
             ..Default::default()
         });
         assert_eq!(read(json!({"rms": {"cast": "before_weight"}})), Ok(llama));
+        let shifted = NormConfig::Batch(BatchNormOptions {
+            affine: Affine::Bias,
+            ..Default::default()
+        });
+        let value = json!({"batch": {"affine": "bias"}});
+        assert_eq!(read(value), Ok(shifted));
+        assert_eq!(shifted.to_string(), "batch");
+        let written = to_value(shifted).expect("a map");
+        assert_eq!(written["batch"]["affine"], json!("bias"));
         assert_eq!(
             read(json!({"weight": {"dim": null}})),
             Ok(NormConfig::Weight(None.into()))
@@ -1002,7 +1048,7 @@ mod json {
             json!({"group": {"num_groups": 8, "eps": 1e-6}}),
             json!({"group": {"num_groups": -8}}),
             json!({"group": {"num_groups": 0}}),
-            json!({"instance": {"affine": "bias"}}),
+            json!({"instance": {"affine": "shift"}}),
             json!({"rms": {"cast": "never"}}),
             json!({"weight": {"dims": 0}}),
             json!({"bath": {}}),

@@ -145,7 +145,7 @@ fn add_norm() {
     })
 }
 
-/// The layer, in training, with a weight and a bias, by all three.
+/// The layer, in training, by its input, its weight and its bias, and with a bias alone.
 fn check_layer(kind: Kind, dims: &[usize]) -> Result<()> {
     let subject = Subject::new(kind, 1e-2);
     let param_dims = subject.param_dims(dims);
@@ -159,9 +159,19 @@ fn check_layer(kind: Kind, dims: &[usize]) -> Result<()> {
         };
         subject.forward(&t[0], &params)
     };
+    let shifted = |t: &[Tensor]| {
+        let params = Params {
+            weight: None,
+            bias: Some(t[1].clone()),
+        };
+        subject.forward(&t[0], &params)
+    };
     for path in [Path::Fused, Path::Composed] {
         let what = format!("{kind:?} of {dims:?}, {path:?}");
-        with_path(path, || check(&what, &inputs, forward))?;
+        with_path(path, || {
+            check(&what, &inputs, forward)?;
+            check(&format!("{what}, a bias alone"), &inputs[..2], shifted)
+        })?;
     }
     Ok(())
 }

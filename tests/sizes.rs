@@ -7,8 +7,8 @@ use candle_nn::{
     Conv1dConfig, Conv2dConfig, ConvTranspose1dConfig, ConvTranspose2dConfig, VarBuilder, VarMap,
 };
 use candle_norm::{
-    InstanceNormOptions, SwitchNormOptions, batch_norm, group_norm, instance_norm, layer_norm,
-    rms_norm, switch_norm, weight_norm,
+    InstanceNormOptions, NormConfig, SwitchNormOptions, batch_norm, group_norm, instance_norm,
+    layer_norm, ops, rms_norm, switch_norm, weight_norm,
 };
 
 const SIZES: [usize; 4] = [usize::MAX, usize::MAX / 2, usize::MAX / 2 + 1, 1 << 61];
@@ -60,6 +60,82 @@ fn no_layer_has_more_parameters_than_memory_has_addresses() {
         let up = weight_norm::conv_transpose2d(3, n, 3, config, dim, vb());
         refused("WeightNorm", up);
     }
+}
+
+/// A tensor without elements has neighbors that have some: magnitudes, biases, outputs. They are counted too.
+#[test]
+fn sizes_beside_an_axis_without_elements_are_counted() -> Result<()> {
+    let shapes = [vec![0], vec![0, 0]];
+    for n in SIZES.into_iter().chain([1 << 60]) {
+        for dim in [None, Some(0), Some(1)] {
+            for size in [0, 1] {
+                let wn = "WeightNorm";
+                refused(wn, weight_norm::linear(size, n, dim, vb()));
+                refused(wn, weight_norm::linear_no_bias(size, n, dim, vb()));
+                refused(wn, weight_norm::linear(n, size, dim, vb()));
+                let config = Conv1dConfig::default();
+                refused(wn, weight_norm::conv1d(0, n, size, config, dim, vb()));
+                refused(wn, weight_norm::conv1d(n, 0, size, config, dim, vb()));
+                let config = Conv2dConfig::default();
+                refused(wn, weight_norm::conv2d(0, n, size, config, dim, vb()));
+                refused(wn, weight_norm::conv2d(n, n, 0, config, dim, vb()));
+                let config = ConvTranspose1dConfig::default();
+                let up = weight_norm::conv_transpose1d(size, n, 0, config, dim, vb());
+                refused(wn, up);
+                let config = ConvTranspose1dConfig {
+                    groups: n,
+                    ..config
+                };
+                let up = weight_norm::conv_transpose1d(0, n, 1, config, dim, vb());
+                refused(wn, up);
+                let config = ConvTranspose2dConfig::default();
+                let up = weight_norm::conv_transpose2d(n, 0, size, config, dim, vb());
+                refused(wn, up);
+            }
+        }
+        for shape in &shapes {
+            let shape = [&shape[..], &[n], &[n][..shape.len() - 1]].concat();
+            refused("LayerNorm", layer_norm(shape.as_slice(), 1e-5, vb()));
+            refused("RmsNorm", rms_norm(shape.as_slice(), 1e-5, vb()));
+        }
+        for name in ["none", "batch", "layer", "weight", "switch"] {
+            let config: NormConfig = name.parse()?;
+            let layer = match name {
+                "weight" => "WeightNorm",
+                _ => "NormedLayer",
+            };
+            refused(layer, config.linear(0, n, vb()));
+            refused(layer, config.linear(n, 0, vb()));
+            refused(layer, config.conv1d(0, n, 0, Default::default(), vb()));
+        }
+    }
+    // Sizes that there are: nothing is made of them but empty tensors.
+    for (inputs, outputs) in [(0, 3), (3, 0), (0, 0)] {
+        let layer = weight_norm::linear(inputs, outputs, Some(0), vb())?;
+        let x = Tensor::zeros((2, inputs), DType::F32, &Device::Cpu)?;
+        assert_eq!(layer.forward(&x)?.dims(), [2, outputs]);
+    }
+    Ok(())
+}
+
+/// An input without elements asks for outputs, or statistics, of any number.
+#[test]
+fn inputs_without_elements_are_counted_too() -> Result<()> {
+    let empty = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+    let linear = weight_norm::linear_no_bias(0, 8, Some(0), vb())?;
+    refused("WeightNorm", linear.forward(&empty(&[1 << 61, 0])?));
+    let conv = weight_norm::conv1d(0, 8, 1, Conv1dConfig::default(), Some(0), vb())?;
+    refused("WeightNorm", conv.forward(&empty(&[1 << 58, 0, 8])?));
+    let config = Conv1dConfig {
+        padding: 1 << 62,
+        ..Default::default()
+    };
+    let conv = weight_norm::conv1d(3, 8, 1, config, Some(0), vb())?;
+    refused("WeightNorm", conv.forward(&empty(&[0, 3, 8])?));
+    refused("moments", ops::moments(&empty(&[0, 1 << 61])?));
+    refused("moments", ops::moments(&empty(&[0, 1 << 59])?));
+    assert!(ops::moments(&empty(&[5, 0])?)?.is_empty());
+    Ok(())
 }
 
 /// Every number of a convolution, one at a time; what is left after an input of 8 elements may be a result.

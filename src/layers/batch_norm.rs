@@ -5,7 +5,8 @@ use candle_nn::{ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
 
-use super::frozen::{Foldable, FrozenNorm};
+use super::fold::Foldable;
+use super::frozen::FrozenNorm;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use crate::Norm;
@@ -101,7 +102,8 @@ pub struct BatchNorm {
 /// `running_mean` (`mean`, `moving_mean`), `running_var` (`var`, `moving_variance`), `num_batches_tracked` (0 if missing).
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite; a checkpoint with a scale or
+/// shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -132,7 +134,7 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
         &vb,
     )?;
     Ok(BatchNorm {
-        params: AffineParams::new(&vb, num_features, options.affine, 1.)?,
+        params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
     })
@@ -420,6 +422,10 @@ impl Norm for BatchNorm {
 
     fn running_stats(&self) -> Option<&RunningStats> {
         self.running_stats()
+    }
+
+    fn frozen(&self) -> Result<FrozenNorm> {
+        self.frozen()
     }
 
     fn reset(&self) -> Result<()> {

@@ -1,10 +1,12 @@
-//! Batch and instance normalization with fixed statistics, and their folding into the layer before.
+//! Batch and instance normalization with fixed statistics.
 
 use candle_core::{Result, Tensor};
-use candle_nn::{Conv1d, Conv2d, Linear, Module};
+use candle_nn::Module;
 
+use super::fold::Foldable;
 use super::params::AffineParams;
 use super::running_stats::Snapshot;
+use crate::ops::linear_map::LinearMap;
 use crate::ops::{self, check, composed};
 
 /// A [`BatchNorm`](crate::BatchNorm) or [`InstanceNorm`](crate::InstanceNorm) whose statistics no longer change.
@@ -65,7 +67,7 @@ impl FrozenNorm {
         self.eps
     }
 
-    /// `layer` followed by this normalization, as one layer.
+    /// `layer` followed by this normalization, as one layer; [`fold`](crate::fold) does it for a whole sequence.
     ///
     /// With `s = weight / √(var + ε)`, the folded weight is `s · W` and the folded bias `s · (b − mean) + bias`: computed in `f32`
     /// (`f64` for an `f64` layer) and rounded once. The new layer holds plain values, for inference: no gradient leads back.
@@ -73,17 +75,27 @@ impl FrozenNorm {
     /// # Errors
     /// A layer with another number of output channels, dtype or device.
     pub fn fold_into<L: Foldable>(&self, layer: &L) -> Result<L> {
-        let weight = layer.weight().detach();
-        let c = self.mean.elem_count();
-        check::output_channels(self.layer, &weight, c)?;
-        check::float(self.layer, "the weight to fold into", &weight)?;
-        check::same_device(
-            self.layer,
+        let (weight, bias) = self.folded(layer.map(), layer.weight(), layer.bias())?;
+        Ok(layer.with(weight, bias))
+    }
+
+    /// The weight and the bias of `map` followed by this normalization.
+    pub(super) fn folded(
+        &self,
+        map: LinearMap,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (name, weight, c) = (
             "the weight to fold into",
-            &weight,
-            self.mean.device(),
-        )?;
-        if let Some(bias) = layer.bias() {
+            weight.detach(),
+            self.mean.elem_count(),
+        );
+        let outputs = map.checked_outputs(self.layer, name, &weight)?;
+        check::output_channels(self.layer, &weight, outputs, c)?;
+        check::float(self.layer, name, &weight)?;
+        check::same_device(self.layer, name, &weight, self.mean.device())?;
+        if let Some(bias) = bias {
             check::shape(self.layer, "the bias to fold into", bias, &[c])?;
             check::float(self.layer, "the bias to fold into", bias)?;
         }
@@ -95,7 +107,7 @@ impl FrozenNorm {
             Some(w) => (wide(w)? / std)?,
             None => std.recip()?,
         };
-        let shift = match layer.bias() {
+        let shift = match bias {
             Some(b) => (wide(b)? - wide(&self.mean)?)?,
             None => wide(&self.mean)?.neg()?,
         };
@@ -104,10 +116,8 @@ impl FrozenNorm {
             Some(b) => (shift + wide(b)?)?,
             None => shift,
         };
-        let mut per_output = vec![1; weight.rank()];
-        per_output[0] = c;
-        let folded = wide(&weight)?.broadcast_mul(&scale.reshape(per_output)?)?;
-        Ok(layer.with(folded.to_dtype(dtype)?, bias.to_dtype(dtype)?))
+        let folded = map.scaled(&wide(&weight)?, &scale)?;
+        Ok((folded.to_dtype(dtype)?, bias.to_dtype(dtype)?))
     }
 }
 
@@ -133,58 +143,5 @@ impl Module for FrozenNorm {
             bias,
             self.eps,
         )
-    }
-}
-
-/// candle-nn's layers that a normalization of their output channels can be folded into.
-pub trait Foldable: sealed::Sealed {
-    /// The weight, output channels first.
-    fn weight(&self) -> &Tensor;
-    /// The bias, if there is one.
-    fn bias(&self) -> Option<&Tensor>;
-    /// The same layer with other values.
-    fn with(&self, weight: Tensor, bias: Tensor) -> Self;
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for candle_nn::Linear {}
-    impl Sealed for candle_nn::Conv1d {}
-    impl Sealed for candle_nn::Conv2d {}
-}
-
-impl Foldable for Linear {
-    fn weight(&self) -> &Tensor {
-        self.weight()
-    }
-    fn bias(&self) -> Option<&Tensor> {
-        self.bias()
-    }
-    fn with(&self, weight: Tensor, bias: Tensor) -> Self {
-        Self::new(weight, Some(bias))
-    }
-}
-
-impl Foldable for Conv1d {
-    fn weight(&self) -> &Tensor {
-        self.weight()
-    }
-    fn bias(&self) -> Option<&Tensor> {
-        self.bias()
-    }
-    fn with(&self, weight: Tensor, bias: Tensor) -> Self {
-        Self::new(weight, Some(bias), *self.config())
-    }
-}
-
-impl Foldable for Conv2d {
-    fn weight(&self) -> &Tensor {
-        self.weight()
-    }
-    fn bias(&self) -> Option<&Tensor> {
-        self.bias()
-    }
-    fn with(&self, weight: Tensor, bias: Tensor) -> Self {
-        Self::new(weight, Some(bias), *self.config())
     }
 }

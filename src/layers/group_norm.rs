@@ -60,7 +60,8 @@ pub struct GroupNorm {
 /// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
 ///
 /// # Errors
-/// `num_groups` that does not divide `num_channels`, options out of range, parameters of another shape.
+/// `num_groups` that does not divide `num_channels`, options out of range, parameters of another shape; a checkpoint with a scale or shift that
+/// `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -84,7 +85,7 @@ pub fn group_norm(
     check::groups("GroupNorm", num_groups, num_channels)?;
     check::countable("GroupNorm", "a channel axis", &[num_channels])?;
     Ok(GroupNorm {
-        params: AffineParams::new(&vb, num_channels, affine, 1.)?,
+        params: AffineParams::new("GroupNorm", &vb, num_channels, affine, 1.)?,
         eps,
         num_channels,
         num_groups,

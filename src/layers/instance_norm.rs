@@ -75,7 +75,8 @@ pub struct InstanceNorm {
 /// Names as for [`batch_norm`](crate::batch_norm()).
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite; a checkpoint with a scale or
+/// shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -105,7 +106,7 @@ pub fn instance_norm(
         &vb,
     )?;
     Ok(InstanceNorm {
-        params: AffineParams::new(&vb, num_features, options.affine, 1.)?,
+        params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
     })
@@ -199,6 +200,10 @@ impl Norm for InstanceNorm {
 
     fn running_stats(&self) -> Option<&RunningStats> {
         self.running_stats()
+    }
+
+    fn frozen(&self) -> Result<FrozenNorm> {
+        self.frozen()
     }
 
     fn reset(&self) -> Result<()> {

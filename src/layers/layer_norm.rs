@@ -85,7 +85,7 @@ pub struct LayerNorm {
 /// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
 ///
 /// # Errors
-/// Options out of range, parameters of another shape.
+/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -115,7 +115,7 @@ pub fn layer_norm<C: Into<LayerNormOptions>>(
     };
     check::eps(norm.layer, options.eps)?;
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
-    let params = AffineParams::new(&vb, &shape, options.affine, 1.)?;
+    let params = AffineParams::new(norm.layer, &vb, &shape, options.affine, 1.)?;
     LayerNorm::from_params(shape.dims(), params, norm, &vb)
 }
 
@@ -197,7 +197,7 @@ impl LayerNorm {
         Self::from_weight(weight, None, RowNorm::rms_norm(Some(eps)))
     }
 
-    /// The scale; ones where `affine` is [`Affine::None`].
+    /// The scale; ones where `affine` has none.
     pub fn weight(&self) -> &Tensor {
         &self.weight_or_ones
     }
@@ -284,7 +284,7 @@ impl Module for LayerNorm {
 
 impl Norm for LayerNorm {
     fn kind(&self) -> &'static str {
-        if self.norm.center { "layer" } else { "rms" }
+        self.norm.kind
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

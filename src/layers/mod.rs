@@ -1,6 +1,7 @@
 //! The layers: parameters, configuration, running statistics. What they compute is in [`ops`](crate::ops).
 
 pub mod batch_norm;
+mod fold;
 mod frozen;
 pub mod group_norm;
 pub mod instance_norm;
@@ -12,6 +13,7 @@ pub mod switch_norm;
 pub mod weight_norm;
 mod weighted;
 
-pub use frozen::{Foldable, FrozenNorm};
+pub use fold::{Foldable, Follower, fold};
+pub use frozen::FrozenNorm;
 pub use params::Affine;
 pub use running_stats::{RunningStats, Snapshot, recalibrate};

@@ -3,7 +3,32 @@
 use candle_core::{Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
+use crate::ops::check;
+
 /// Which affine parameters a layer learns.
+///
+/// A checkpoint must hold the same: a stored scale or shift that a layer does not take is an error, since what it computes would be another thing.
+///
+/// ```
+/// use std::collections::HashMap;
+///
+/// use candle_core::{DType, Device, ModuleT, Tensor};
+/// use candle_nn::VarBuilder;
+/// use candle_norm::{Affine, BatchNormOptions, batch_norm};
+///
+/// // As Keras saves a BatchNormalization with `scale=False`.
+/// let stored = [("beta", 0.5f64), ("moving_mean", 2.), ("moving_variance", 4.)];
+/// let mut tensors = HashMap::new();
+/// for (name, value) in stored {
+///     tensors.insert(name.to_string(), Tensor::new(&[value], &Device::Cpu)?);
+/// }
+/// let vb = VarBuilder::from_tensors(tensors, DType::F64, &Device::Cpu);
+/// let options = BatchNormOptions { eps: 1e-3, affine: Affine::Bias, ..Default::default() };
+/// let norm = batch_norm(1, options, vb)?;
+/// let y = norm.forward_t(&Tensor::new(&[[4f64]], &Device::Cpu)?, false)?;
+/// assert!((y.to_vec2::<f64>()?[0][0] - ((4. - 2.) / 4.001f64.sqrt() + 0.5)).abs() < 1e-12);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -12,6 +37,8 @@ pub enum Affine {
     None,
     /// A scale.
     Weight,
+    /// A shift, as in models of Keras and Flax that were trained without a scale (`scale=False`, `use_scale=False`), such as InceptionV3.
+    Bias,
     /// A scale and a shift.
     WeightAndBias,
 }
@@ -19,12 +46,21 @@ pub enum Affine {
 impl Affine {
     /// Whether there is a scale.
     pub fn has_weight(self) -> bool {
-        self != Affine::None
+        matches!(self, Affine::Weight | Affine::WeightAndBias)
     }
 
     /// Whether there is a shift.
     pub fn has_bias(self) -> bool {
-        self == Affine::WeightAndBias
+        matches!(self, Affine::Bias | Affine::WeightAndBias)
+    }
+
+    fn of(weight: bool, bias: bool) -> Self {
+        match (weight, bias) {
+            (false, false) => Affine::None,
+            (true, false) => Affine::Weight,
+            (false, true) => Affine::Bias,
+            (true, true) => Affine::WeightAndBias,
+        }
     }
 }
 
@@ -58,6 +94,14 @@ pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {
         .unwrap_or(&names[0])
 }
 
+/// `name` with the path of `vb` before it.
+pub(super) fn path(vb: &VarBuilder, name: &str) -> String {
+    match vb.prefix() {
+        prefix if prefix.is_empty() => name.to_string(),
+        prefix => format!("{prefix}.{name}"),
+    }
+}
+
 pub(crate) fn get(
     vb: &VarBuilder,
     shape: impl Into<Shape>,
@@ -65,6 +109,30 @@ pub(crate) fn get(
     init: f64,
 ) -> Result<Tensor> {
     vb.get_with_hints(shape, name_in(vb, names), Init::Const(init))
+}
+
+fn held(vb: &VarBuilder, names: &[&str]) -> bool {
+    names.iter().any(|name| vb.contains_tensor(name))
+}
+
+/// The path of a tensor of `names` that a checkpoint holds in the layer's place and shape.
+///
+/// A variable is none: a `VarMap` may have made it for another layer of the same path. Nor is what a builder holds that says yes to every
+/// name, such as `VarBuilder::zeros`.
+pub(super) fn stored(vb: &VarBuilder, shape: &Shape, names: &[&str]) -> Option<String> {
+    const NO_NAME: &str = "no tensor is called this";
+    let name = names.iter().find(|name| vb.contains_tensor(name))?;
+    if vb.contains_tensor(NO_NAME) {
+        return None;
+    }
+    let value = vb.get(shape, name).ok()?;
+    (!value.is_variable()).then(|| path(vb, name))
+}
+
+/// The affine parameters that a checkpoint holds in the layer's place.
+fn fitting(vb: &VarBuilder, shape: &Shape) -> Affine {
+    let [weight, bias] = [WEIGHT, BIAS].map(|names| stored(vb, shape, names).is_some());
+    Affine::of(weight, bias)
 }
 
 /// The affine parameters of a layer that are part of a model.
@@ -80,21 +148,40 @@ impl AffineParams {
         bias: None,
     };
 
+    /// The parameters of `layer` that `affine` has. A checkpoint that holds others is refused: to drop one would change what the layer
+    /// computes, and nobody would see it.
     pub(crate) fn new(
+        layer: &str,
         vb: &VarBuilder,
         shape: impl Into<Shape>,
         affine: Affine,
         initial_weight: f64,
     ) -> Result<Self> {
         let shape = shape.into();
-        let weight = affine
-            .has_weight()
-            .then(|| get(vb, &shape, WEIGHT, initial_weight))
+        let (has_weight, has_bias) = (affine.has_weight(), affine.has_bias());
+        let dropped: Vec<String> = [(has_weight, WEIGHT), (has_bias, BIAS)]
+            .into_iter()
+            .filter(|(has, _)| !has)
+            .filter_map(|(_, names)| stored(vb, &shape, names))
+            .collect();
+        let affines = || (format!("{affine:?}"), format!("{:?}", fitting(vb, &shape)));
+        if !dropped.is_empty() {
+            return check::dropped(layer, &dropped, affines());
+        }
+        let parameter = |names: &[&str], initial: f64, other: &[&str]| {
+            let found = get(vb, &shape, names, initial);
+            if found.is_ok() || held(vb, names) {
+                return found;
+            }
+            match stored(vb, &shape, other) {
+                Some(other) => check::stored_alone(layer, names, &other, affines()),
+                None => found,
+            }
+        };
+        let weight = has_weight
+            .then(|| parameter(WEIGHT, initial_weight, BIAS))
             .transpose()?;
-        let bias = affine
-            .has_bias()
-            .then(|| get(vb, &shape, BIAS, 0.))
-            .transpose()?;
+        let bias = has_bias.then(|| parameter(BIAS, 0., WEIGHT)).transpose()?;
         Ok(Self { weight, bias })
     }
 

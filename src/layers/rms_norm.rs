@@ -72,7 +72,7 @@ pub struct RmsNorm(LayerNorm);
 /// Parameters: `weight` (also found as `gamma` or `scale`), and `bias` if `affine` says so.
 ///
 /// # Errors
-/// Options out of range, parameters of another shape.
+/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -104,7 +104,8 @@ pub fn rms_norm(
     check::eps(norm.layer, norm.eps_for(vb.dtype()))?;
     check::finite(norm.layer, "offset", options.offset)?;
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
-    let params = AffineParams::new(&vb, &shape, options.affine, 1. - options.offset)?;
+    let initial = 1. - options.offset;
+    let params = AffineParams::new(norm.layer, &vb, &shape, options.affine, initial)?;
     LayerNorm::from_params(shape.dims(), params, norm, &vb).map(RmsNorm)
 }
 
@@ -119,7 +120,7 @@ impl RmsNorm {
         self.0
     }
 
-    /// The scale, without the offset; ones where `affine` is [`Affine::None`].
+    /// The scale, without the offset; ones where `affine` has none.
     pub fn weight(&self) -> &Tensor {
         self.0.weight()
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
-use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in};
+use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, path};
 use crate::ops::{BatchStatistics, check};
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
@@ -290,13 +290,6 @@ fn dtype_in(model: DType) -> DType {
 
 fn zero_counter(device: &Device) -> Result<Tensor> {
     Tensor::new(0i64, device)
-}
-
-fn path(vb: &VarBuilder, name: &str) -> String {
-    match vb.prefix() {
-        prefix if prefix.is_empty() => name.to_string(),
-        prefix => format!("{prefix}.{name}"),
-    }
 }
 
 /// Recomputes running statistics as the plain average over `batches`, as PyTorch's `update_bn` does.

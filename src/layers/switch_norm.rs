@@ -26,6 +26,8 @@ pub struct SwitchNormOptions {
     /// The reference implementation names the weight of the old value: its 0.9 is 0.1 here, its 0.997 is 0.003. With
     /// `using_moving_average=False` it adds batches up instead; [`switch_norm`] says how such a checkpoint is read.
     pub momentum: Option<f64>,
+    /// Which of `weight` and `bias` are learned. Default: both.
+    pub affine: Affine,
     /// Mix in the statistics of the batch; without, training and inference are the same. Default: true.
     pub using_bn: bool,
     /// The spatial axes of the input, which say what the parameters are called in shape: `[1, C, 1, 1]` for two of them. Any input of
@@ -46,6 +48,7 @@ impl Default for SwitchNormOptions {
         Self {
             eps: 1e-5,
             momentum: Some(0.1),
+            affine: Affine::WeightAndBias,
             using_bn: true,
             spatial_dims: 2,
             unbiased: true,
@@ -86,7 +89,7 @@ impl SwitchNormOptions {
 /// - k runs over instance (space), layer (channels and space) and batch (samples and space);
 /// - `m = softmax(mean_weight)` and `v = softmax(var_weight)` are the shares that the layer learns;
 /// - in inference, the statistics of the batch are the running ones, to which each training batch adds `momentum` of its own;
-/// - `w` and `b` are `weight` and `bias`, one value a channel;
+/// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
 /// Luo, Ren, Peng, Zhang and Li, 2019, <https://arxiv.org/abs/1806.10779>. The two modes differ, so the layer is a [`ModuleT`]. The dtype
@@ -125,7 +128,8 @@ pub struct SwitchNorm {
 /// A layer that was never trained has a running variance of 0 there, and of 1 here.
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite.
+/// Options out of range, `last_gamma` without a scale, tensors of another shape, a negative running variance, a statistic that is not finite;
+/// a checkpoint with a scale or shift that `affine` lacks.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -149,16 +153,19 @@ pub fn switch_norm(
     check::momentum(LAYER, options.momentum)?;
     // A tensor of candle has eight axes at the most.
     check::at_most(LAYER, "spatial_dims", options.spatial_dims, 6)?;
-    let mut affine = vec![1; options.spatial_dims + 2];
-    affine[1] = num_features;
-    let statistics = &affine[..affine.len().min(3)];
+    if options.last_gamma {
+        check::has_scale(LAYER, "last_gamma", options.affine.has_weight())?;
+    }
+    let mut shape = vec![1; options.spatial_dims + 2];
+    shape[1] = num_features;
+    let statistics = &shape[..shape.len().min(3)];
     let stats = RunningStats::new(LAYER, statistics, options.momentum, options.using_bn, &vb)?;
     let sources = 1 + usize::from(options.spatial_dims > 0) + usize::from(options.using_bn);
     let shares = |name| vb.get_with_hints(sources, name, Init::Const(1.));
     Ok(SwitchNorm {
         mean_weight: shares(MEAN_WEIGHT)?,
         var_weight: shares(VAR_WEIGHT)?,
-        params: AffineParams::new(&vb, affine, Affine::WeightAndBias, options.initial_weight())?,
+        params: AffineParams::new(LAYER, &vb, shape, options.affine, options.initial_weight())?,
         stats,
         options,
         num_features,
@@ -166,12 +173,12 @@ pub fn switch_norm(
 }
 
 impl SwitchNorm {
-    /// The scale of each channel.
+    /// The scale of each channel, if there is one.
     pub fn weight(&self) -> Option<&Tensor> {
         self.params.weight()
     }
 
-    /// The shift of each channel.
+    /// The shift of each channel, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.params.bias()
     }

@@ -6,7 +6,7 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Linear, Module, VarBuilder,
 };
 
-use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in};
+use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in, stored};
 pub(crate) use super::weighted::Plain;
 pub use super::weighted::Weighted;
 use super::weighted::initial;
@@ -76,6 +76,9 @@ impl<L: Weighted> WeightNorm<L> {
         let shape = map.weight_shape(LAYER, inputs, outputs, kernel_size)?;
         let dim = options.dim;
         check::dim(LAYER, dim, &shape)?;
+        if !with_bias {
+            check::no_stored_bias(LAYER, stored(vb, &outputs.into(), BIAS))?;
+        }
         let (weight_init, bias_init) = initial(map, inputs, outputs, kernel_size);
         let bias = with_bias
             .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
@@ -254,6 +257,19 @@ impl<L: Weighted> WeightNorm<L> {
     }
 }
 
+/// A norm that goes around its layer, whichever that is.
+pub(crate) trait Around: Norm {
+    /// The layer with the weight of now, of plain values.
+    fn baked(&self) -> Result<Plain>;
+}
+
+impl<L: Weighted> Around for WeightNorm<L> {
+    fn baked(&self) -> Result<Plain> {
+        let map = L::map(&self.config);
+        Ok(Plain::of_values(map, &self.weight()?, self.bias()))
+    }
+}
+
 /// Sets variables to values of their shape, all or none.
 fn assign(values: Vec<(&Tensor, Tensor)>) -> Result<()> {
     let mut vars = vec![];
@@ -343,7 +359,7 @@ pub fn linear(
 /// [`linear`] without a bias.
 ///
 /// # Errors
-/// As [`linear`].
+/// As [`linear`]; a checkpoint that holds a bias, which would be dropped unseen.
 pub fn linear_no_bias(
     in_dim: usize,
     out_dim: usize,
@@ -363,7 +379,7 @@ macro_rules! convolution {
         /// Names as for [`linear`]; the initial values of `v` and the bias are drawn as candle-nn draws them.
         ///
         /// # Errors
-        /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape.
+        /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape; without a bias, a checkpoint that holds one.
         ///
         /// ```
         /// use candle_core::{DType, Device, Tensor};

@@ -6,7 +6,8 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, VarBuilder, init,
 };
 
-use super::params::{BIAS, name_in};
+use super::frozen::FrozenNorm;
+use super::params::{BIAS, name_in, stored};
 use crate::ops::linear_map::{Geometry, LinearMap};
 
 /// A candle-nn layer that [`WeightNorm`](crate::WeightNorm) can go around: [`Linear`], [`Conv1d`], [`Conv2d`],
@@ -167,6 +168,30 @@ impl Plain {
                 .then(|| vb.get_with_hints(outputs, name_in(vb, BIAS), bias_init))
                 .transpose()?,
         })
+    }
+
+    /// Whether a checkpoint holds a bias for a layer of so many outputs.
+    pub(crate) fn has_stored_bias(outputs: usize, vb: &VarBuilder) -> bool {
+        stored(vb, &outputs.into(), BIAS).is_some()
+    }
+
+    /// Of plain values: no gradient leads back.
+    pub(super) fn of_values(map: LinearMap, weight: &Tensor, bias: Option<&Tensor>) -> Self {
+        Self {
+            map,
+            weight: weight.detach(),
+            bias: bias.map(Tensor::detach),
+        }
+    }
+
+    pub(crate) fn detached(&self) -> Self {
+        Self::of_values(self.map, &self.weight, self.bias())
+    }
+
+    /// Followed by `norm`, as one layer.
+    pub(crate) fn folded(&self, norm: &FrozenNorm) -> Result<Self> {
+        let (weight, bias) = norm.folded(self.map, &self.weight, self.bias())?;
+        Ok(Self::of_values(self.map, &weight, Some(&bias)))
     }
 
     pub(crate) fn weight(&self) -> &Tensor {

@@ -147,7 +147,7 @@ impl NormConfig {
             Self::Group { options, .. } => options.affine.has_bias(),
             Self::Instance(o) => o.affine.has_bias(),
             Self::Rms(o) => o.affine.has_bias(),
-            Self::Switch(_) => true,
+            Self::Switch(o) => o.affine.has_bias(),
         }
     }
 }

@@ -9,7 +9,7 @@ use candle_nn::{Module, ModuleT};
 pub use config::NormConfig;
 pub use normed_layer::NormedLayer;
 
-use crate::layers::RunningStats;
+use crate::layers::{FrozenNorm, RunningStats};
 use crate::ops::check;
 
 /// A normalization layer, whichever it is. A `Box<dyn Norm>` is itself a [`ModuleT`].
@@ -46,6 +46,15 @@ pub trait Norm: ModuleT + Send + Sync + std::fmt::Debug {
         self.running_stats()
             .map(RunningStats::buffers)
             .unwrap_or_default()
+    }
+
+    /// This layer with the running statistics of now and for good, its affine parameters still trainable: see
+    /// [`BatchNorm::frozen`](crate::BatchNorm::frozen).
+    ///
+    /// # Errors
+    /// A layer that normalizes each input by its own statistics, as all do but BatchNorm, and InstanceNorm that tracks them.
+    fn frozen(&self) -> Result<FrozenNorm> {
+        check::fixed_statistics(self.kind())
     }
 
     /// Parameters that are variables, and statistics, back to what they start from.
@@ -117,6 +126,10 @@ impl Norm for OnLastAxis {
 
     fn running_stats(&self) -> Option<&RunningStats> {
         self.norm.running_stats()
+    }
+
+    fn frozen(&self) -> Result<FrozenNorm> {
+        self.norm.frozen()
     }
 
     fn reset(&self) -> Result<()> {

@@ -6,8 +6,8 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Linear, ModuleT, VarBuilder,
 };
 
-use super::{Norm, NormConfig};
-use crate::layers::weight_norm::{Plain, WeightNorm, Weighted};
+use super::{Identity, Norm, NormConfig};
+use crate::layers::weight_norm::{Around, Plain, WeightNorm, Weighted};
 
 /// A linear layer or convolution and its norm, as [`NormConfig::linear`] and its kin build them.
 ///
@@ -33,26 +33,76 @@ use crate::layers::weight_norm::{Plain, WeightNorm, Weighted};
 /// The gradients of the layer inside are right on the CPU also where those of candle's own one-dimensional convolutions
 /// are not.
 #[derive(Debug)]
-pub struct NormedLayer {
-    /// None where the norm goes around the layer and so is both.
-    layer: Option<Plain>,
-    norm: Box<dyn Norm>,
+pub struct NormedLayer(Parts);
+
+#[derive(Debug)]
+enum Parts {
+    After {
+        layer: Plain,
+        norm: Box<dyn Norm>,
+    },
+    /// The norm goes around the layer, and so is both.
+    Around(Box<dyn Around>),
 }
 
 impl NormedLayer {
     /// The norm.
     pub fn norm(&self) -> &dyn Norm {
-        &*self.norm
+        match &self.0 {
+            Parts::After { norm, .. } => &**norm,
+            Parts::Around(norm) => &**norm,
+        }
+    }
+
+    fn layer(&self) -> Option<&Plain> {
+        match &self.0 {
+            Parts::After { layer, .. } => Some(layer),
+            Parts::Around(_) => None,
+        }
     }
 
     /// The weight that inputs are multiplied by; that of weight normalization is [`parameters`](Norm::parameters) of the norm.
     pub fn weight(&self) -> Option<&Tensor> {
-        self.layer.as_ref().map(Plain::weight)
+        self.layer().map(Plain::weight)
     }
 
     /// The bias before the norm, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.layer.as_ref().and_then(Plain::bias)
+        self.layer().and_then(Plain::bias)
+    }
+
+    /// The layer and its norm as one layer, for inference: a batch norm, or an instance norm that tracks statistics, goes into the weight and the bias as
+    /// [`fold`](crate::fold) does it, and the weight of weight normalization is formed once. What comes back has the norm `none`, and plain values.
+    ///
+    /// # Errors
+    /// A norm that normalizes each input by its own statistics.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{ModuleT, VarBuilder, VarMap};
+    /// use candle_norm::NormConfig;
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    /// let block = "batch".parse::<NormConfig>()?.conv1d(3, 4, 3, Default::default(), vb)?;
+    /// let x = Tensor::randn(0f64, 1., (2, 3, 9), &Device::Cpu)?;
+    /// block.forward_t(&x, true)?;
+    /// let folded = block.fold()?;
+    /// let difference = (folded.forward_t(&x, false)? - block.forward_t(&x, false)?)?;
+    /// assert!(difference.abs()?.max_all()?.to_scalar::<f64>()? < 1e-12);
+    /// assert_eq!(folded.norm().kind(), "none");
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn fold(&self) -> Result<Self> {
+        let layer = match &self.0 {
+            Parts::After { layer, norm } if norm.kind() == "none" => layer.detached(),
+            Parts::After { layer, norm } => layer.folded(&norm.frozen()?)?,
+            Parts::Around(norm) => norm.baked()?,
+        };
+        Ok(Self(Parts::After {
+            layer,
+            norm: Box::new(Identity),
+        }))
     }
 }
 
@@ -62,9 +112,9 @@ impl ModuleT for NormedLayer {
     /// # Errors
     /// An input that does not fit the layer or the norm.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        match &self.layer {
-            Some(layer) => self.norm.forward_t(&layer.forward(xs)?, train),
-            None => self.norm.forward_t(xs, train),
+        match &self.0 {
+            Parts::After { layer, norm } => norm.forward_t(&layer.forward(xs)?, train),
+            Parts::Around(norm) => norm.forward_t(xs, train),
         }
     }
 }
@@ -87,25 +137,21 @@ impl NormConfig {
                 options,
                 &layer_vb,
             )?;
-            return Ok(NormedLayer {
-                layer: None,
-                norm: Box::new(norm),
-            });
+            return Ok(NormedLayer(Parts::Around(Box::new(norm))));
         }
-        let with_bias = !self.has_bias();
+        // A checkpoint whose statistics were taken with a bias needs it, though the norm has one too.
+        let with_bias = !self.has_bias() || Plain::has_stored_bias(outputs, &layer_vb);
         let map = L::map(&config);
         let layer = Plain::new(map, inputs, outputs, kernel_size, with_bias, &layer_vb)?;
         let norm = match layer.channels_last() {
             true => self.features(outputs, vb.pp("norm"))?,
             false => self.channels(outputs, vb.pp("norm"))?,
         };
-        Ok(NormedLayer {
-            layer: Some(layer),
-            norm,
-        })
+        Ok(NormedLayer(Parts::After { layer, norm }))
     }
 
-    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has none, and the norm's under `norm`.
+    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has none, or where a
+    /// checkpoint holds one all the same, and the norm's under `norm`.
     ///
     /// # Errors
     /// Options out of range, parameters of another shape.

@@ -66,16 +66,51 @@ pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize])
     Ok(())
 }
 
-/// A tensor to be made: no more elements than memory has addresses for.
+/// A tensor to be made: no more elements than memory has addresses for. An axis without elements counts as one of size 1: others that are made
+/// beside the tensor, such as a bias, do not have it, and steps between elements are products of the other axes.
 pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     let most = isize::MAX as usize / size_of::<f64>();
     let count = dims
         .iter()
-        .try_fold(1usize, |count, size| count.checked_mul(*size));
+        .try_fold(1usize, |count, size| count.checked_mul((*size).max(1)));
     if count.is_none_or(|count| count > most) {
         bail!("{layer}: expected {name} with at most {most} elements, got shape {dims:?}")
     }
     Ok(())
+}
+
+/// A checkpoint that holds parameters which a layer would not take. `affines` are its own `affine`, and the one that takes them.
+pub(crate) fn dropped<T>(
+    layer: &str,
+    stored: &[String],
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    bail!(
+        "{layer}: expected no parameters but those of affine {affine}, got {stored:?}, which would be dropped unseen; set affine to {fitting}, or give the layer a path of its own with pp"
+    )
+}
+
+/// A checkpoint for a layer that was asked for without a bias.
+pub(crate) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
+    match stored {
+        Some(stored) => bail!(
+            "{layer}: expected a checkpoint without a bias, got {stored:?}, which would be dropped unseen; build the layer with a bias, or give it a path of its own with pp"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// A checkpoint that holds `other` of an affine pair, and nothing of `names`.
+pub(crate) fn stored_alone<T>(
+    layer: &str,
+    names: &[&str],
+    other: &str,
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    let names = names.join(" or ");
+    bail!(
+        "{layer}: expected {names} too, since affine is {affine}, got {other:?} alone; set affine to {fitting} for a layer that was trained so"
+    )
 }
 
 pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Device) -> Result<()> {
@@ -108,10 +143,17 @@ pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()>
     same_device(layer, "residual", residual, x.device())
 }
 
+/// What a message says where one axis is missing.
+const NO_BATCH_AXIS: &str = "; if the batch axis is missing, add it with unsqueeze(0)";
+
 pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
     if x.rank() < rank {
+        let hint = match x.rank() + 1 == rank {
+            true => NO_BATCH_AXIS,
+            false => "",
+        };
         bail!(
-            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}",
+            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}{hint}",
             x.dims()
         )
     }
@@ -122,18 +164,49 @@ pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     let got = x.dims()[1];
     if got != expected {
         bail!(
-            "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}",
-            x.dims()
+            "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}{}",
+            x.dims(),
+            channels_elsewhere(layer, x.dims(), expected)
         )
     }
     Ok(())
 }
 
+/// Where the channels of an input may be instead of axis 1, and what brings them there.
+fn channels_elsewhere(layer: &str, dims: &[usize], channels: usize) -> String {
+    let mut hint = String::new();
+    let last = dims.len() - 1;
+    if last > 1 && dims[last] == channels {
+        hint += &format!("; the last axis has {channels}: if channels are last, ");
+        let order: Vec<String> = (1..last).map(|axis| axis.to_string()).collect();
+        hint += &match (layer, last) {
+            ("LayerNorm" | "RmsNorm", _) => "leave out channels_first".to_string(),
+            (_, 2) => "bring them to axis 1 with transpose(1, 2)".to_string(),
+            _ => format!(
+                "bring them to axis 1 with permute((0, {last}, {}))",
+                order.join(", ")
+            ),
+        };
+    }
+    if dims[0] == channels {
+        hint += &format!(
+            "; axis 0 has {channels}: if the batch axis is missing, add it with unsqueeze(0)"
+        );
+    }
+    hint
+}
+
 /// What runs along the last axis.
 pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.dims().last() != Some(&expected) {
+        let hint = match x.dims().get(1) {
+            Some(channels) if *channels == expected => format!(
+                "; axis 1 has {expected}: if channels come first, bring them to the last axis with a transposition, or build a layer for channels"
+            ),
+            _ => String::new(),
+        };
         bail!(
-            "{layer}: expected {expected} features on the last axis, got input size {:?}",
+            "{layer}: expected {expected} features on the last axis, got input size {:?}{hint}",
             x.dims()
         )
     }
@@ -151,11 +224,30 @@ pub(crate) fn trailing(layer: &str, x: &Tensor, normalized_shape: &[usize]) -> R
     self::normalized_shape(layer, normalized_shape)?;
     if !x.dims().ends_with(normalized_shape) {
         bail!(
-            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got {:?}",
-            x.dims()
+            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got {:?}{}",
+            x.dims(),
+            rows_elsewhere(x.dims(), normalized_shape)
         )
     }
     Ok(())
+}
+
+/// Where the one normalized axis of an input may be instead of the end.
+fn rows_elsewhere(dims: &[usize], normalized_shape: &[usize]) -> String {
+    let on =
+        |axis: usize| normalized_shape.len() == 1 && dims.get(axis) == normalized_shape.first();
+    let n = normalized_shape[0];
+    if on(1) {
+        return format!(
+            "; axis 1 has {n}: if channels come first, set channels_first in the options, or use NormConfig::channels"
+        );
+    }
+    if on(0) && dims.len() > 1 {
+        return format!(
+            "; axis 0 has {n}: if channels come first and the batch axis is missing, set channels_first in the options and add the axis with unsqueeze(0)"
+        );
+    }
+    String::new()
 }
 
 pub(crate) fn one_axis(layer: &str, normalized_shape: &[usize]) -> Result<usize> {
@@ -190,6 +282,16 @@ pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
     }
 }
 
+/// What sets the start of a scale.
+pub(crate) fn has_scale(layer: &str, option: &str, scale: bool) -> Result<()> {
+    if !scale {
+        bail!(
+            "{layer}: expected an affine with a scale for {option}, which sets where it starts, got one without; set {option} to false"
+        )
+    }
+    Ok(())
+}
+
 pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
     if !value.is_finite() {
         bail!("{layer}: expected a finite {name}, got {value}")
@@ -199,9 +301,36 @@ pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
 
 pub(crate) fn groups(layer: &str, num_groups: usize, num_channels: usize) -> Result<()> {
     if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
-        bail!("{layer}: expected num_groups ({num_groups}) to divide num_channels ({num_channels})")
+        let hint = match divisors(num_channels, num_groups) {
+            found if found.is_empty() => String::new(),
+            found => format!("; {} do", found.join(", ")),
+        };
+        let order = match num_groups > num_channels {
+            true => "; are the two numbers in their order?",
+            false => "",
+        };
+        bail!(
+            "{layer}: expected num_groups ({num_groups}) to divide num_channels ({num_channels}){hint}{order}"
+        )
     }
     Ok(())
+}
+
+/// The divisors of `n`; where there are many, those nearest to `wanted`.
+fn divisors(n: usize, wanted: usize) -> Vec<String> {
+    const MOST: usize = 12;
+    const SEARCHED: usize = 1 << 16;
+    let small = (1..=n.min(SEARCHED)).take_while(|d| d.checked_mul(*d).is_some_and(|s| s <= n));
+    let mut found: Vec<usize> = small
+        .filter(|d| n.is_multiple_of(*d))
+        .flat_map(|d| [d, n / d])
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found.sort_by_key(|d| d.abs_diff(wanted));
+    found.truncate(MOST);
+    found.sort_unstable();
+    found.iter().map(usize::to_string).collect()
 }
 
 /// A mean of one value is that value, and its unbiased variance is 0/0: nothing is learned and the
@@ -210,6 +339,17 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     if values == 1 {
         bail!(
             "{layer}: expected more than 1 value per channel when training, got input size {:?}; use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A channel of one sample has no variance where it has one position. No batch is large enough to change that.
+pub(crate) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
+    if positions == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; each channel of a sample is normalized over its own positions, so a larger batch does not help: use larger maps (less stride or pooling before), LayerNorm over the channels, or GroupNorm with several channels in a group",
             x.dims()
         )
     }
@@ -302,8 +442,12 @@ pub(crate) fn dim(layer: &str, dim: Option<usize>, weight: &[usize]) -> Result<(
 
 pub(crate) fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.rank() != expected {
+        let hint = match name == "input" && x.rank() + 1 == expected {
+            true => NO_BATCH_AXIS,
+            false => "",
+        };
         bail!(
-            "{layer}: expected {name} of rank {expected}, got shape {:?}",
+            "{layer}: expected {name} of rank {expected}, got shape {:?}{hint}",
             x.dims()
         )
     }
@@ -313,9 +457,10 @@ pub(crate) fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Resu
 /// A parameter has the input's dtype; half-precision inputs also take `f32` parameters.
 pub(crate) fn param_dtype(layer: &str, name: &str, value: &Tensor, x: &Tensor) -> Result<()> {
     let half = matches!(x.dtype(), DType::F16 | DType::BF16);
+    let serving = if half { DType::F32 } else { x.dtype() };
     if value.dtype() != x.dtype() && !(half && value.dtype() == DType::F32) {
         bail!(
-            "{layer}: expected {name} with the input's dtype {:?}{}, got {:?}; convert one of them with to_dtype",
+            "{layer}: expected {name} with the input's dtype {:?}{}, got {:?}; convert the input with to_dtype, or hold the parameters in {serving:?}: build the layer with vb.set_dtype(DType::{serving:?})",
             x.dtype(),
             if half { " or F32" } else { "" },
             value.dtype()
@@ -384,14 +529,47 @@ pub(crate) fn at_least_one(layer: &str, what: &str, count: usize) -> Result<()> 
 }
 
 /// The layer that a normalization of `channels` channels is folded into.
-pub(crate) fn output_channels(layer: &str, weight: &Tensor, channels: usize) -> Result<()> {
-    if weight.dims().first() != Some(&channels) {
+pub(crate) fn output_channels(
+    layer: &str,
+    weight: &Tensor,
+    outputs: usize,
+    channels: usize,
+) -> Result<()> {
+    if outputs != channels {
         bail!(
-            "{layer}: expected a layer with {channels} output channels to fold into, got weight shape {:?}",
+            "{layer}: expected a layer with {channels} output channels to fold into, got {outputs} of weight shape {:?}",
             weight.dims()
         )
     }
     Ok(())
+}
+
+/// A norm that follows a layer with nothing between; `between` is what bends the layer's outputs before the norm has them.
+pub(crate) fn nothing_between(layer: &str, between: Option<&str>) -> Result<()> {
+    match between {
+        Some(between) => bail!(
+            "{layer}: expected norms right after the layer, got {between} between the layer and a norm; no linear layer or convolution does what {between} does, so folding would change the outputs: keep this norm (frozen() makes it a Module), or train with the norm before {between}"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Norms alone after a layer; `last` is what bends the outputs after them.
+pub(crate) fn nothing_at_the_end(layer: &str, last: Option<&str>) -> Result<()> {
+    match last {
+        Some(last) => bail!(
+            "{layer}: expected norms alone after the layer, got {last} at the end; leave it out, and apply it to what the folded layer returns"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// A norm that normalizes each input by its own statistics has none that could be fixed.
+pub(crate) fn fixed_statistics<T>(kind: &str) -> Result<T> {
+    let layer = format!("{kind} norm");
+    bail!(
+        "{layer}: expected statistics that stay the same for every input, got those of each input; BatchNorm has such statistics, and InstanceNorm that tracks them: only these can be frozen, or folded into the layer before"
+    )
 }
 
 pub(crate) fn no_bias(layer: &str, bias: Option<&Tensor>) -> Result<()> {

@@ -80,6 +80,7 @@ pub(crate) fn instance_norm_by(
     eps: f64,
 ) -> Result<(Tensor, [Tensor; 2])> {
     let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
+        check::countable(layer, "statistics", &x.dims()[..2])?;
         let none = Tensor::zeros(
             (x.dims()[0], x.dims()[1]),
             composed::accumulator(x.dtype()),
@@ -135,7 +136,7 @@ impl Planes {
             return Ok(None);
         }
         let space = x.elem_count() / (n * c);
-        check::more_than_one_value(layer, space, x)?;
+        check::more_than_one_position(layer, space, x)?;
         let acc = composed::accumulator(x.dtype());
         Ok(Some(Self {
             n,

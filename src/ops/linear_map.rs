@@ -56,6 +56,8 @@ impl LinearMap {
         };
         shape.extend(std::iter::repeat_n(kernel_size, g.axes));
         check::countable(layer, "weight", &shape)?;
+        // Where all outputs are groups of their own, the weight of a transposed convolution does not have their axis.
+        check::countable(layer, "bias", &[outputs])?;
         Ok(shape)
     }
 
@@ -64,6 +66,44 @@ impl LinearMap {
         match self {
             Self::Convolution(g) if g.transposed => (1, weight.dims()[1].saturating_mul(g.groups)),
             _ => (0, weight.dims()[0]),
+        }
+    }
+
+    /// How many outputs there are, of a weight that anyone may have made. `name` is what a message calls it.
+    pub(crate) fn checked_outputs(self, layer: &str, name: &str, weight: &Tensor) -> Result<usize> {
+        let Self::Convolution(g) = self else {
+            check::rank(layer, name, weight, 2)?;
+            return Ok(self.outputs(weight).1);
+        };
+        check::geometry(layer, &g)?;
+        check::rank(layer, name, weight, 2 + g.axes)?;
+        let outputs = self.outputs(weight).1;
+        if g.transposed {
+            check::grouped_channels(layer, g.groups, weight.dims()[0], outputs)?;
+        }
+        Ok(outputs)
+    }
+
+    /// The weight, whose [outputs are checked](Self::checked_outputs), with the part of each output multiplied by its element of `scale` `[outputs]`.
+    pub(crate) fn scaled(self, weight: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        let dims = weight.dims();
+        let mut line = vec![1; dims.len()];
+        match self {
+            Self::Convolution(g) if g.transposed => {
+                // Axis 0 has the inputs of one group after the other, axis 1 the outputs of each.
+                let mut by_group = vec![g.groups, dims[0] / g.groups];
+                by_group.extend(&dims[1..]);
+                (line[0], line[1]) = (g.groups, 1);
+                line.insert(2, dims[1]);
+                weight
+                    .reshape(by_group)?
+                    .broadcast_mul(&scale.reshape(line)?)?
+                    .reshape(dims)
+            }
+            _ => {
+                line[0] = dims[0];
+                weight.broadcast_mul(&scale.reshape(line)?)
+            }
         }
     }
 
@@ -103,6 +143,7 @@ fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Res
     check::features(layer, x, inputs)?;
     let mut dims = x.dims().to_vec();
     dims[x.rank() - 1] = outputs;
+    check::countable(layer, "an output", &dims)?;
     if x.elem_count() == 0 || outputs == 0 {
         return empty(&dims, dims.len() - 1, x, weight, bias);
     }
@@ -141,6 +182,7 @@ impl Geometry {
             padded.extend(self.padded_size(size, kernel));
         }
         check::countable(layer, "a padded tensor", &padded)?;
+        check::countable(layer, "an output", &dims)?;
         if dims.contains(&0) || x.elem_count() == 0 || weight.elem_count() == 0 {
             return empty(&dims, 1, x, weight, bias);
         }

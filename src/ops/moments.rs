@@ -68,7 +68,7 @@ impl Moments {
 /// `x`: `[N, *]`; the result has one entry for each element of the trailing axes, in their order.
 ///
 /// # Errors
-/// An input of rank 0, or of a dtype that is not one of floating point.
+/// An input of rank 0, or of a dtype that is not one of floating point; more features than memory has addresses for.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -82,6 +82,8 @@ impl Moments {
 pub fn moments(x: &Tensor) -> Result<Vec<Moments>> {
     check::rank_at_least("moments", x, 1, "[N, ...]")?;
     check::float("moments", "input", x)?;
+    let parts = size_of::<Moments>() / size_of::<f64>();
+    check::countable("moments", "features", &[&x.dims()[1..], &[parts]].concat())?;
     let mut all = vec![Moments::default(); x.dims()[1..].iter().product()];
     columns(x, |column, values| {
         all[column] = all[column].merge(Moments::of_values(values));

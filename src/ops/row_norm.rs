@@ -28,6 +28,8 @@ pub enum Cast {
 pub(crate) struct RowNorm {
     /// The name that messages start with.
     pub(crate) layer: &'static str,
+    /// The name that a configuration has for it.
+    pub(crate) kind: &'static str,
     /// Subtract the mean (layer norm) or not (RMS norm).
     pub(crate) center: bool,
     /// `None` is the machine epsilon of the dtype that the statistics are formed in.
@@ -43,6 +45,7 @@ impl RowNorm {
     pub(crate) fn layer_norm(eps: f64) -> Self {
         Self {
             layer: "LayerNorm",
+            kind: "layer",
             center: true,
             eps: Some(eps),
             offset: 0.,
@@ -54,6 +57,7 @@ impl RowNorm {
     pub(crate) fn rms_norm(eps: Option<f64>) -> Self {
         Self {
             layer: "RmsNorm",
+            kind: "rms",
             center: false,
             eps,
             ..Self::layer_norm(1.)

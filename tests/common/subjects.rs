@@ -63,8 +63,17 @@ impl Params {
             (None, None) => Affine::None,
             (Some(_), None) => Affine::Weight,
             (Some(_), Some(_)) => Affine::WeightAndBias,
-            (None, Some(_)) => panic!("no layer has a bias alone"),
+            (None, Some(_)) => Affine::Bias,
         }
+    }
+
+    /// The dtype of the parameters; without any, that of the input.
+    fn dtype(&self, x: &Tensor) -> DType {
+        self.weight
+            .as_ref()
+            .or(self.bias.as_ref())
+            .unwrap_or(x)
+            .dtype()
     }
 
     /// A builder that holds these parameters and fresh statistics of `features` channels.
@@ -92,18 +101,12 @@ impl Params {
 /// A switchable norm for inputs of the rank of `x`.
 fn switch(x: &Tensor, features: usize, eps: f64, params: &Params) -> Result<Box<dyn ModuleT>> {
     let cpu = &Device::Cpu;
-    let dtype = params.weight.as_ref().unwrap_or(x).dtype();
+    let dtype = params.dtype(x);
     let spatial_dims = x.rank().min(3) - 2;
     let shape = &[1, features, 1][..spatial_dims + 2];
-    let affine = |param: &Option<Tensor>, missing: f64| match param {
-        Some(param) => param.reshape(shape),
-        None => Tensor::full(missing, shape, cpu)?.to_dtype(dtype),
-    };
     let [mean_weight, var_weight] =
         SHARES.map(|s| tensor(&s[..spatial_dims + 2], &[spatial_dims + 2], dtype));
-    let tensors = [
-        ("weight", affine(&params.weight, 1.)?),
-        ("bias", affine(&params.bias, 0.)?),
+    let mut tensors = vec![
         ("mean_weight", mean_weight?),
         ("var_weight", var_weight?),
         (
@@ -112,14 +115,22 @@ fn switch(x: &Tensor, features: usize, eps: f64, params: &Params) -> Result<Box<
         ),
         ("running_var", Tensor::ones(shape, statistics(dtype), cpu)?),
     ];
-    let tensors = tensors.map(|(name, t)| (name.to_string(), t));
+    for (name, value) in [("weight", &params.weight), ("bias", &params.bias)] {
+        if let Some(value) = value {
+            tensors.push((name, value.reshape(shape)?));
+        }
+    }
+    let tensors: HashMap<_, _> = (tensors.into_iter())
+        .map(|(name, t)| (name.to_string(), t))
+        .collect();
     let options = SwitchNormOptions {
         eps,
+        affine: params.affine(),
         spatial_dims,
         unbiased: false,
         ..Default::default()
     };
-    let vb = VarBuilder::from_tensors(HashMap::from(tensors), dtype, cpu);
+    let vb = VarBuilder::from_tensors(tensors, dtype, cpu);
     Ok(Box::new(candle_norm::switch_norm(features, options, vb)?))
 }
 
@@ -154,7 +165,7 @@ impl Subject {
     pub(crate) fn build(&self, x: &Tensor, params: &Params) -> Result<Box<dyn ModuleT>> {
         let (eps, affine) = (self.eps, params.affine());
         let shape = self.param_dims(x.dims()).to_vec();
-        let dtype = params.weight.as_ref().unwrap_or(x).dtype();
+        let dtype = params.dtype(x);
         let features = shape[0];
         let vb = params.builder(features, dtype)?;
         let layer = LayerNormOptions {

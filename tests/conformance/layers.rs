@@ -167,7 +167,7 @@ fn layer_norm(case: &Case) -> Outcome<Plan> {
     c.finish()?;
     let options = LayerNormOptions {
         eps,
-        affine: affine(case)?,
+        affine: affine(case),
         channels_first,
         ..Default::default()
     };
@@ -195,7 +195,7 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
     c.finish()?;
     let options = RmsNormOptions {
         eps,
-        affine: affine(case)?,
+        affine: affine(case),
         offset,
         cast,
         ..Default::default()
@@ -218,7 +218,7 @@ fn group_norm(case: &Case) -> Outcome<Plan> {
     c.finish()?;
     let options = GroupNormOptions {
         eps,
-        affine: affine(case)?,
+        affine: affine(case),
     };
     let (channels, dtype) = (channels(case)?, case.dtype);
     Ok(Box::new(move |inputs| {
@@ -239,7 +239,7 @@ fn instance_norm(case: &Case) -> Outcome<Plan> {
     let options = InstanceNormOptions {
         eps,
         momentum,
-        affine: affine(case)?,
+        affine: affine(case),
         track_running_stats: tracks,
         ..Default::default()
     };
@@ -263,7 +263,7 @@ fn batch_norm(case: &Case) -> Outcome<Plan> {
     let options = BatchNormOptions {
         eps,
         momentum,
-        affine: affine(case)?,
+        affine: affine(case),
         track_running_stats: tracks,
         ..Default::default()
     };
@@ -290,6 +290,7 @@ fn switch_norm(case: &Case) -> Outcome<Plan> {
     let options = SwitchNormOptions {
         eps,
         momentum,
+        affine: affine(case),
         using_bn,
         spatial_dims: if instance { rank - 2 } else { 0 },
         unbiased,
@@ -418,14 +419,12 @@ fn channels(case: &Case) -> Outcome<usize> {
 }
 
 /// Parameters that a case does not hold are parameters that the layer does not have.
-fn affine(case: &Case) -> Outcome<Affine> {
+fn affine(case: &Case) -> Affine {
     match (case.has("weight"), case.has("bias")) {
-        (false, false) => Ok(Affine::None),
-        (true, false) => Ok(Affine::Weight),
-        (true, true) => Ok(Affine::WeightAndBias),
-        (false, true) => {
-            Err("no tensor `weight`, but a `bias`, which no layer has alone".to_string())
-        }
+        (false, false) => Affine::None,
+        (true, false) => Affine::Weight,
+        (false, true) => Affine::Bias,
+        (true, true) => Affine::WeightAndBias,
     }
 }
 

@@ -48,6 +48,7 @@ impl Case {
         match affine {
             Affine::None => self,
             Affine::Weight => self.param("weight", shape),
+            Affine::Bias => self.param("bias", shape),
             Affine::WeightAndBias => self.param("weight", shape).param("bias", shape),
         }
     }

@@ -256,7 +256,12 @@ proptest! {
 
 /// Every combination of affine parameters.
 fn affines() -> impl Strategy<Value = Affine> {
-    prop::sample::select(vec![Affine::None, Affine::Weight, Affine::WeightAndBias])
+    prop::sample::select(vec![
+        Affine::None,
+        Affine::Weight,
+        Affine::Bias,
+        Affine::WeightAndBias,
+    ])
 }
 
 proptest! {
@@ -316,7 +321,7 @@ proptest! {
         assert_same_bits("after training", &frozen.forward(&x).unwrap(), &originals[originals.len() - 1]);
         let moved = stats.unwrap().snapshot().unwrap();
         prop_assert_ne!(values(&moved.var).unwrap(), values(frozen.running_var()).unwrap());
-        if affine != Affine::None {
+        if affine.has_weight() {
             let weight = vars.data().lock().unwrap()["weight"].clone();
             weight.set(&weight.zeros_like().unwrap().detach()).unwrap();
             let bias = match frozen.bias() {
