@@ -8,10 +8,13 @@ pub mod layer_norm;
 pub(crate) mod params;
 pub mod rms_norm;
 mod running_stats;
+mod shared_state;
 pub mod switch_norm;
+mod updates;
 pub mod weight_norm;
 mod weighted;
 
 pub use frozen::{Foldable, FrozenNorm};
 pub use params::Affine;
 pub use running_stats::{RunningStats, Snapshot, recalibrate};
+pub use updates::{pool_updates, without_updates};
