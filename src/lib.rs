@@ -70,7 +70,8 @@
 //! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a [`Box<dyn Norm>`](Norm), or a
 //!   [`NormedLayer`]: a linear layer or convolution together with its norm.
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
-//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them.
+//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them; [`without_updates`] and [`pool_updates`] say which
+//!   forwards go into them.
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
@@ -108,7 +109,8 @@ pub use layers::switch_norm::{SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{
     Affine, Foldable, Follower, FrozenNorm, RunningStats, Snapshot, batch_norm, fold, group_norm,
-    instance_norm, layer_norm, recalibrate, rms_norm, switch_norm, weight_norm,
+    instance_norm, layer_norm, pool_updates, recalibrate, rms_norm, switch_norm, weight_norm,
+    without_updates,
 };
 pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};

@@ -4,7 +4,8 @@ mod common;
 use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::{
-    BatchNormOptions, InstanceNormOptions, Norm, batch_norm, instance_norm, recalibrate,
+    BatchNormOptions, InstanceNormOptions, Norm, batch_norm, instance_norm, pool_updates,
+    recalibrate, without_updates,
 };
 use common::data::{Draw, bits, tensor, values};
 
@@ -154,5 +155,99 @@ fn what_gives_no_statistics_is_refused_and_changes_nothing() -> Result<()> {
     );
     assert_eq!(state()?, before);
     assert_eq!(norm.momentum(), 0.1);
+    Ok(())
+}
+
+/// The layer that trains need not be the one that is listed: they are the same variables.
+#[test]
+fn layers_of_the_same_variables_are_recalibrated_through_each_other() -> Result<()> {
+    let vars = VarMap::new();
+    let build = || {
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu).pp("bn");
+        batch_norm(1, 1e-5, vb)
+    };
+    let (train, eval) = (build()?, build()?);
+    let given =
+        (0..10).map(|k| Tensor::new(&[[100f32 + k as f32], [102. + k as f32]], &Device::Cpu));
+    let given = given.collect::<Result<Vec<_>>>()?;
+    for listed in [vec![&eval as &dyn Norm], vec![&train, &eval]] {
+        let count = recalibrate(&listed, given.clone(), |x| train.forward_t(x, true))?;
+        assert_eq!(count, 10);
+        for layer in [&train, &eval] {
+            let s = layer.running_stats().expect("statistics").snapshot()?;
+            let found = (values(&s.mean)?, values(&s.var)?, s.num_batches_tracked);
+            assert_eq!((found.0.len(), found.2), (1, 10));
+            assert!((found.0[0] - 105.5).abs() < 1e-4, "{found:?}");
+            assert!((found.1[0] - 2.).abs() < 1e-5, "{found:?}");
+            assert_eq!(layer.momentum(), 0.1);
+        }
+    }
+    Ok(())
+}
+
+/// The end of one recalibration does not end another, and each is by the average.
+#[test]
+fn a_recalibration_within_another_leaves_it_in_force() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let norm = batch_norm(3, 1e-5, vb)?;
+    let given = batches(4)?;
+    let mut first = true;
+    recalibrate(&[&norm], given.clone(), |x| {
+        if std::mem::take(&mut first) {
+            recalibrate(&[&norm], given[..1].to_vec(), |x| norm.forward_t(x, true))?;
+            norm.running_stats().expect("statistics").reset()?;
+        }
+        norm.forward_t(x, true)
+    })?;
+    let [mean, var] = expected(&given)?;
+    assert_close(norm.running_mean(), &mean)?;
+    assert_close(norm.running_var(), &var)?;
+    assert_eq!(norm.momentum(), 0.1);
+    Ok(())
+}
+
+/// What a scope leaves alone, no recalibration can average.
+#[test]
+fn scopes_around_a_recalibration() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let norm = batch_norm(3, 1e-5, vb)?;
+    norm.forward_t(&batches(1)?[0], true)?;
+    let before = bits(norm.running_mean())?;
+    let run = || recalibrate(&[&norm], batches(4)?, |x| norm.forward_t(x, true));
+    refused(without_updates(run), "batch that trains each layer");
+    assert_eq!(bits(norm.running_mean())?, before);
+
+    // Batches of a recalibration are taken one by one, and leave what the scope around it pools.
+    let given = batches(4)?;
+    let [mean, var] = expected(&given)?;
+    pool_updates(|| {
+        norm.forward_t(&(&given[0] * 10.)?, true)?;
+        assert_eq!(run()?, 4);
+        assert_close(norm.running_mean(), &mean)?;
+        assert_close(norm.running_var(), &var)
+    })?;
+    let [pooled, _] = expected(&[(&given[0] * 10.)?])?;
+    let blended: Vec<f64> = mean
+        .iter()
+        .zip(pooled)
+        .map(|(r, b)| 0.9 * r + 0.1 * b)
+        .collect();
+    assert_close(norm.running_mean(), &blended)?;
+
+    // And a batch of a recalibration may be made of several.
+    let mut pairs = given.chunks(2);
+    recalibrate(&[&norm], batches(2)?, |x| {
+        let pair = pairs.next().expect("a pair");
+        pool_updates(|| {
+            norm.forward_t(&pair[0], true)
+                .and(norm.forward_t(&pair[1], true))
+        })?;
+        Ok(x.clone())
+    })?;
+    assert_close(norm.running_mean(), &mean)?;
+    let stats = norm.running_stats().expect("statistics").snapshot()?;
+    assert_eq!(stats.num_batches_tracked, 2);
     Ok(())
 }

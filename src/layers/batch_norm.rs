@@ -9,6 +9,7 @@ use super::fold::Foldable;
 use super::frozen::FrozenNorm;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use super::updates::Batch;
 use crate::Norm;
 use crate::ops::{self, check};
 
@@ -32,7 +33,7 @@ pub struct BatchNormOptions {
     /// Subtract the mean; without, channels are divided by their root mean square. Default: true.
     pub remove_mean: bool,
     /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step. Default: false.
+    /// device at every step, and holds for all layers of the same variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -132,7 +133,8 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
         options.momentum,
         options.track_running_stats,
         &vb,
-    )?;
+    )?
+    .refusing(options.refuse_non_finite);
     Ok(BatchNorm {
         params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
@@ -295,6 +297,9 @@ impl BatchNorm {
 
     /// Normalizes by the statistics of this batch and adds them to the running ones: `forward_t` in training.
     ///
+    /// For a batch in several pieces, see [`pool_updates`](crate::pool_updates); for a forward that adds nothing,
+    /// [`without_updates`](crate::without_updates).
+    ///
     /// # Errors
     /// As [`forward_t`](ModuleT::forward_t).
     pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
@@ -308,10 +313,12 @@ impl BatchNorm {
             options.remove_mean,
         )?;
         if let (Some(statistics), true) = (statistics, options.track_running_stats) {
-            if options.refuse_non_finite {
-                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], x)?;
-            }
-            self.stats.update(&statistics, options.remove_mean)?;
+            let count = x.elem_count() / self.num_features();
+            let batch = match options.remove_mean {
+                true => Batch::of_values(statistics, count, 1),
+                false => Batch::without_mean(statistics, count),
+            };
+            self.stats.observe(x, batch)?;
         }
         Ok(y)
     }

@@ -6,6 +6,7 @@ use candle_nn::{ModuleT, VarBuilder};
 use super::frozen::FrozenNorm;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use super::updates::Batch;
 use crate::Norm;
 use crate::ops::{self, check};
 
@@ -25,7 +26,7 @@ pub struct InstanceNormOptions {
     /// Keep running statistics for inference; without, every input is normalized by its own. Default: false.
     pub track_running_stats: bool,
     /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step. Default: false.
+    /// device at every step, and holds for all layers of the same variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -104,7 +105,8 @@ pub fn instance_norm(
         options.momentum,
         options.track_running_stats,
         &vb,
-    )?;
+    )?
+    .refusing(options.refuse_non_finite);
     Ok(InstanceNorm {
         params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
@@ -180,10 +182,8 @@ impl ModuleT for InstanceNorm {
         }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
         if let (Some(statistics), true) = (statistics, options.track_running_stats) {
-            if options.refuse_non_finite {
-                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], xs)?;
-            }
-            self.stats.update(&statistics, true)?;
+            self.stats
+                .observe(xs, Batch::of_samples(statistics, xs.dims()[0]))?;
         }
         Ok(y)
     }

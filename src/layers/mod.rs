@@ -9,7 +9,9 @@ pub mod layer_norm;
 pub(crate) mod params;
 pub mod rms_norm;
 mod running_stats;
+mod shared_state;
 pub mod switch_norm;
+mod updates;
 pub mod weight_norm;
 mod weighted;
 
@@ -17,3 +19,4 @@ pub use fold::{Foldable, Follower, fold};
 pub use frozen::FrozenNorm;
 pub use params::Affine;
 pub use running_stats::{RunningStats, Snapshot, recalibrate};
+pub use updates::{pool_updates, without_updates};

@@ -1,14 +1,14 @@
 //! Running statistics: what training leaves for inference.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, path};
-use crate::ops::{BatchStatistics, check};
+use super::shared_state::{Shared, State};
+use super::updates::{self, Batch, Scope};
+use crate::ops::check;
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
 ///
@@ -17,9 +17,15 @@ use crate::ops::{BatchStatistics, check};
 /// (`f64` in an `f64` model), whatever the dtype of the model: in half precision they would stall or overflow.
 ///
 /// They are variables of the model's `VarMap`, so that they are saved and loaded with it, but they are never part of a
-/// graph: no optimizer changes them. Clones of a layer, and layers built twice from the same variables, share them;
-/// threads that train them lose no update, and [`snapshot`](Self::snapshot) and inference never see half of one. Saving
-/// or loading the `VarMap` goes from one variable to the next: do it between steps.
+/// graph: no optimizer changes them. Threads that train them lose no update, and [`snapshot`](Self::snapshot) and inference
+/// never see half of one. Saving or loading the `VarMap` goes from one variable to the next: do it between steps.
+///
+/// Clones of a layer, and layers built twice from the same variables, share them, and all that is kept beside them: the lock, the
+/// counter, a momentum that was [set](Self::set_momentum), a [recalibration](recalibrate) in progress, and `refuse_non_finite`,
+/// which holds for all of them once one was built with it. Only the momentum that each was built with is its own.
+///
+/// [`without_updates`](crate::without_updates) leaves them alone for some forwards; [`pool_updates`](crate::pool_updates) takes in several
+/// micro-batches as one batch.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -39,10 +45,9 @@ struct Inner {
     layer: &'static str,
     mean: Var,
     var: Var,
-    num_batches_tracked: Var,
+    /// What this layer was built with.
     momentum: Option<f64>,
-    /// While statistics are recalibrated, the cumulative average stands in for the momentum.
-    recalibrating: AtomicBool,
+    shared: Arc<Shared>,
 }
 
 /// Running statistics as they were at one moment.
@@ -56,35 +61,33 @@ pub struct Snapshot {
     pub num_batches_tracked: i64,
 }
 
-/// One lock for each set of variables, found by the identity of the running mean. Sets may share a lock: it is never held
-/// while another is taken.
-static LOCKS: [RwLock<()>; 64] = [const { RwLock::new(()) }; 64];
-
-impl Inner {
-    fn lock(&self) -> &'static RwLock<()> {
-        let mut hasher = DefaultHasher::new();
-        self.mean.id().hash(&mut hasher);
-        &LOCKS[hasher.finish() as usize % LOCKS.len()]
-    }
-
-    fn read(&self) -> RwLockReadGuard<'static, ()> {
-        self.lock().read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'static, ()> {
-        self.lock().write().unwrap_or_else(PoisonError::into_inner)
-    }
-
+impl State {
     fn counter(&self) -> Result<i64> {
         self.num_batches_tracked.to_scalar::<i64>()
     }
+}
 
-    /// The caller holds the write lock.
-    fn set(&self, mean: &Tensor, var: &Tensor, num_batches_tracked: i64) -> Result<()> {
-        let counter = Tensor::new(num_batches_tracked, self.mean.device())?;
+impl Inner {
+    /// The caller holds the write lock, of which `state` is the proof.
+    fn set(&self, state: &State, mean: &Tensor, var: &Tensor, count: i64) -> Result<()> {
+        let counter = Tensor::new(count, self.mean.device())?;
         self.mean.set(mean)?;
         self.var.set(var)?;
-        self.num_batches_tracked.set(&counter)
+        state.num_batches_tracked.set(&counter)
+    }
+
+    fn momentum(&self, state: &State) -> Option<f64> {
+        state.momentum.unwrap_or(self.momentum)
+    }
+
+    /// The weight of the next batch, and the number of batches with it.
+    fn next(&self, state: &State) -> Result<(f64, i64)> {
+        let tracked = state.counter()?.saturating_add(1);
+        let momentum = match self.momentum(state) {
+            Some(m) if state.recalibrations == 0 => m,
+            _ => 1. / tracked.max(1) as f64,
+        };
+        Ok((momentum, tracked))
     }
 }
 
@@ -129,9 +132,9 @@ impl RunningStats {
         check::statistic(layer, &var_name, &var, true)?;
         let zero = Init::Const(0.);
         let counter = match vb.get_with_hints_dtype((), NUM_BATCHES_TRACKED, zero, DType::I64) {
-            Ok(counter) => counter,
+            Ok(counter) => Some(counter),
             // Checkpoints of PyTorch before 0.4.1, candle-nn, Flax and Keras have none.
-            Err(_) if !vb.contains_tensor(NUM_BATCHES_TRACKED) => zero_counter(vb.device())?,
+            Err(_) if !vb.contains_tensor(NUM_BATCHES_TRACKED) => None,
             Err(e) => return Err(e),
         };
         Self::from_parts(layer, mean, var, counter, momentum)
@@ -146,28 +149,47 @@ impl RunningStats {
     ) -> Result<Self> {
         check::statistic(layer, RUNNING_MEAN[0], &mean, false)?;
         check::statistic(layer, RUNNING_VAR[0], &var, true)?;
-        let counter = zero_counter(mean.device())?;
         let (mean_dtype, var_dtype) = (dtype_in(mean.dtype()), dtype_in(var.dtype()));
         let (mean, var) = (mean.to_dtype(mean_dtype)?, var.to_dtype(var_dtype)?);
-        Self::from_parts(layer, mean, var, counter, momentum)
+        Self::from_parts(layer, mean, var, None, momentum)
     }
 
     fn from_parts(
         layer: &'static str,
         mean: Tensor,
         var: Tensor,
-        num_batches_tracked: Tensor,
+        counter: Option<Tensor>,
         momentum: Option<f64>,
     ) -> Result<Self> {
         check::momentum(layer, momentum)?;
+        let (mean, var) = (Var::from_tensor(&mean)?, Var::from_tensor(&var)?);
+        let of_model = counter.as_ref().is_some_and(Tensor::is_variable);
+        let counter = match counter {
+            Some(counter) => Var::from_tensor(&counter)?,
+            None => Var::zeros((), DType::I64, mean.device())?,
+        };
+        let shared = Shared::of(&mean, counter, of_model);
         Ok(Self(Arc::new(Inner {
             layer,
-            mean: Var::from_tensor(&mean)?,
-            var: Var::from_tensor(&var)?,
-            num_batches_tracked: Var::from_tensor(&num_batches_tracked)?,
+            mean,
+            var,
             momentum,
-            recalibrating: AtomicBool::new(false),
+            shared,
         })))
+    }
+
+    /// The same, for a layer that refuses batches that are not finite, if `refuse`.
+    pub(crate) fn refusing(self, refuse: bool) -> Self {
+        if refuse {
+            self.0.shared.write().refuse_non_finite = true;
+        }
+        self
+    }
+
+    /// Whether both are of the same variables, of which they may be for different layers.
+    pub(super) fn has_variables_of(&self, other: &Self) -> bool {
+        let (a, b) = (&*self.0, &*other.0);
+        Arc::ptr_eq(&a.shared, &b.shared) && a.var.id() == b.var.id()
     }
 
     /// The live mean. Reading it and the variance one after the other may see two updates: see
@@ -183,7 +205,32 @@ impl RunningStats {
 
     /// The weight of a new batch; `None` for the cumulative average.
     pub fn momentum(&self) -> Option<f64> {
-        self.0.momentum
+        self.0.momentum(&self.0.shared.read())
+    }
+
+    /// Sets the weight of a new batch from now on; `None` is the cumulative average.
+    ///
+    /// For schedules of momentum. It holds for every layer of these variables, built before or after, in place of what their options say, as long as
+    /// there is one.
+    ///
+    /// # Errors
+    /// A momentum outside `[0, 1]`; nothing is changed then.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
+    /// norm.running_stats().unwrap().set_momentum(Some(0.5))?;
+    /// norm.forward_train(&Tensor::new(&[[2f64], [6.]], &Device::Cpu)?)?;
+    /// assert_eq!(norm.running_mean().to_vec1::<f64>()?, [2.]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn set_momentum(&self, momentum: Option<f64>) -> Result<()> {
+        check::momentum(self.0.layer, momentum)?;
+        self.0.shared.write().momentum = Some(momentum);
+        Ok(())
     }
 
     /// A copy that no later update reaches, all of it from between two updates.
@@ -193,11 +240,11 @@ impl RunningStats {
     pub fn snapshot(&self) -> Result<Snapshot> {
         let inner = &*self.0;
         let snapshot = {
-            let _guard = inner.read();
+            let state = inner.shared.read();
             Snapshot {
                 mean: inner.mean.as_detached_tensor().copy()?,
                 var: inner.var.as_detached_tensor().copy()?,
-                num_batches_tracked: inner.counter()?,
+                num_batches_tracked: state.counter()?,
             }
         };
         // Elsewhere the check would wait for the device at every inference.
@@ -214,8 +261,8 @@ impl RunningStats {
     pub fn reset(&self) -> Result<()> {
         let inner = &*self.0;
         let (zero, one) = (inner.mean.zeros_like()?, inner.var.ones_like()?);
-        let _guard = inner.write();
-        inner.set(&zero.detach(), &one.detach(), 0)
+        let state = inner.shared.write();
+        inner.set(&state, &zero.detach(), &one.detach(), 0)
     }
 
     /// The statistics by the names that they are saved under.
@@ -226,47 +273,102 @@ impl RunningStats {
             (RUNNING_VAR[0], inner.var.as_tensor().clone()),
             (
                 NUM_BATCHES_TRACKED,
-                inner.num_batches_tracked.as_tensor().clone(),
+                inner.shared.read().num_batches_tracked.as_tensor().clone(),
             ),
         ]
     }
 
     /// The weight that the next batch gets.
     pub(crate) fn next_momentum(&self) -> f64 {
-        let inner = &*self.0;
-        inner
-            .momentum
-            .unwrap_or_else(|| 1. / (inner.counter().unwrap_or(0) + 1) as f64)
+        let state = self.0.shared.read();
+        self.0.next(&state).map_or(1., |(momentum, _)| momentum)
     }
 
-    /// Takes in the statistics of one batch; without `with_mean`, only its variance.
-    pub(crate) fn update(&self, batch: &BatchStatistics, with_mean: bool) -> Result<()> {
+    /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread say.
+    pub(crate) fn observe(&self, x: &Tensor, batch: Batch) -> Result<()> {
+        let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
+        match updates::offer(self, batch)? {
+            Some(_) => self.update(&fitted),
+            None => Ok(()),
+        }
+    }
+
+    /// `batch` in the shape and dtype of the statistics, refused if it would poison them. `of` is what a message calls it.
+    pub(super) fn fitted(&self, mut batch: Batch, of: impl Fn() -> String) -> Result<Batch> {
+        let fit = |t: &Tensor, to: &Var| t.detach().to_dtype(to.dtype())?.reshape(to.shape());
+        let mean = batch.mean.as_ref().map(|m| fit(m, &self.0.mean));
+        batch.mean = mean.transpose()?;
+        batch.var = fit(&batch.var, &self.0.var)?;
+        if self.0.shared.read().refuse_non_finite {
+            for statistic in batch.mean.iter().chain([&batch.var]) {
+                check::finite_batch(self.0.layer, statistic, &of())?;
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Takes in a batch that [fits](Self::fitted).
+    pub(super) fn update(&self, batch: &Batch) -> Result<()> {
         let inner = &*self.0;
-        let _guard = inner.write();
-        let tracked = inner.counter()?.saturating_add(1);
-        let momentum = match inner.momentum {
-            Some(m) if !inner.recalibrating.load(Ordering::Relaxed) => m,
-            _ => 1. / tracked.max(1) as f64,
-        };
+        let state = inner.shared.write();
+        let (momentum, tracked) = inner.next(&state)?;
         let blend = |running: &Var, batch: &Tensor| {
-            let batch = batch.detach().to_dtype(running.dtype())?;
-            let batch = batch.reshape(running.shape())?;
             (running.as_detached_tensor() * (1. - momentum))? + (batch * momentum)?
         };
-        let mean = if with_mean {
-            blend(&inner.mean, &batch.mean)?
-        } else {
-            inner.mean.as_detached_tensor().copy()?
+        let mean = match &batch.mean {
+            Some(mean) => blend(&inner.mean, mean)?,
+            None => inner.mean.as_detached_tensor().copy()?,
         };
         let var = blend(&inner.var, &batch.var)?;
-        inner.set(&mean, &var, tracked)
+        inner.set(&state, &mean, &var, tracked)
     }
 
-    /// Restores what a snapshot kept.
-    fn restore(&self, snapshot: &Snapshot) -> Result<()> {
+    /// Puts back what [`snapshot`](Self::snapshot) copied: mean, variance and the number of batches.
+    ///
+    /// # Errors
+    /// A snapshot of another shape, with a statistic that is not finite, a negative variance or a negative number of batches; nothing is changed
+    /// then.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
+    /// let stats = norm.running_stats().unwrap();
+    /// let before = stats.snapshot()?;
+    /// norm.forward_train(&Tensor::new(&[[2f64], [6.]], &Device::Cpu)?)?;
+    /// stats.restore(&before)?;
+    /// assert_eq!(norm.running_mean().to_vec1::<f64>()?, [0.]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn restore(&self, snapshot: &Snapshot) -> Result<()> {
         let inner = &*self.0;
-        let _guard = inner.write();
-        inner.set(&snapshot.mean, &snapshot.var, snapshot.num_batches_tracked)
+        let fit = |name: &str, value: &Tensor, to: &Var, non_negative: bool| {
+            check::shape(inner.layer, name, value, to.dims())?;
+            let value = value.detach().to_dtype(to.dtype())?;
+            check::statistic(inner.layer, name, &value, non_negative)?;
+            value.to_device(to.device())?.copy()
+        };
+        let count = Tensor::new(snapshot.num_batches_tracked, &Device::Cpu)?;
+        check::counter(inner.layer, NUM_BATCHES_TRACKED, &count)?;
+        self.put(&Snapshot {
+            mean: fit(RUNNING_MEAN[0], &snapshot.mean, &inner.mean, false)?,
+            var: fit(RUNNING_VAR[0], &snapshot.var, &inner.var, true)?,
+            num_batches_tracked: snapshot.num_batches_tracked,
+        })
+    }
+
+    /// Sets what was there before, whatever it was.
+    fn put(&self, before: &Snapshot) -> Result<()> {
+        let inner = &*self.0;
+        let state = inner.shared.write();
+        inner.set(
+            &state,
+            &before.mean,
+            &before.var,
+            before.num_batches_tracked,
+        )
     }
 }
 
@@ -275,7 +377,7 @@ impl std::fmt::Debug for RunningStats {
         f.debug_struct("RunningStats")
             .field("num_features", &self.0.mean.elem_count())
             .field("dtype", &self.0.mean.dtype())
-            .field("momentum", &self.0.momentum)
+            .field("momentum", &self.momentum())
             .finish()
     }
 }
@@ -288,19 +390,15 @@ fn dtype_in(model: DType) -> DType {
     }
 }
 
-fn zero_counter(device: &Device) -> Result<Tensor> {
-    Tensor::new(0i64, device)
-}
-
 /// Recomputes running statistics as the plain average over `batches`, as PyTorch's `update_bn` does.
 ///
 /// For networks whose statistics no longer fit their weights: averaged weights, a changed data set, training at small
-/// batches. `forward` runs the model in training mode; every batch should be equally large. The layers' own momentum is
-/// back in force afterwards. Returns the number of batches.
+/// batches. `forward` runs the model in training mode; every batch should be equally large. It may run other layers than those of
+/// `norms`, if they were built from the same variables. The momentum is back in force afterwards. Returns the number of batches.
 ///
 /// # Errors
-/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode; no statistics in `norms`. The
-/// statistics are then what they were before.
+/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode, or ran in
+/// [`without_updates`](crate::without_updates); no statistics in `norms`. The statistics are then what they were before.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -336,7 +434,7 @@ pub fn recalibrate(
             count += 1;
         }
         for s in &stats {
-            let updates = s.0.counter()?;
+            let updates = s.0.shared.read().counter()?;
             check::at_least_one(
                 "recalibrate",
                 "batch that trains each layer",
@@ -348,28 +446,34 @@ pub fn recalibrate(
     let outcome = run();
     if outcome.is_err() {
         for (s, snapshot) in stats.iter().zip(&before) {
-            s.restore(snapshot)?;
+            s.put(snapshot)?;
         }
     }
     outcome
 }
 
 /// Puts the cumulative average in force until it is dropped, also when the model panics.
-struct Recalibrating<'a>(&'a [&'a RunningStats]);
+struct Recalibrating<'a> {
+    stats: &'a [&'a RunningStats],
+    _scope: Scope,
+}
 
 impl<'a> Recalibrating<'a> {
     fn start(stats: &'a [&'a RunningStats]) -> Self {
         for s in stats {
-            s.0.recalibrating.store(true, Ordering::Relaxed);
+            s.0.shared.write().recalibrations += 1;
         }
-        Self(stats)
+        Self {
+            stats,
+            _scope: Scope::applying(),
+        }
     }
 }
 
 impl Drop for Recalibrating<'_> {
     fn drop(&mut self) {
-        for s in self.0 {
-            s.0.recalibrating.store(false, Ordering::Relaxed);
+        for s in self.stats {
+            s.0.shared.write().recalibrations -= 1;
         }
     }
 }

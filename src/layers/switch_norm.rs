@@ -5,6 +5,7 @@ use candle_nn::{Init, ModuleT, VarBuilder};
 
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use super::updates::Batch;
 use crate::Norm;
 use crate::ops::{self, SwitchBatch, SwitchSources, check};
 
@@ -39,7 +40,7 @@ pub struct SwitchNormOptions {
     /// Start from a scale of zero, for the last norm of a residual branch. Default: false.
     pub last_gamma: bool,
     /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step. Default: false.
+    /// device at every step, and holds for all layers of the same variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -74,6 +75,11 @@ impl SwitchNormOptions {
             batch,
             unbiased: self.unbiased,
         }
+    }
+
+    /// What the variance of a batch of n values was divided by, n less this.
+    fn batch_correction(&self) -> usize {
+        usize::from(self.unbiased && self.spatial_dims == 0)
     }
 
     fn initial_weight(&self) -> f64 {
@@ -159,7 +165,8 @@ pub fn switch_norm(
     let mut shape = vec![1; options.spatial_dims + 2];
     shape[1] = num_features;
     let statistics = &shape[..shape.len().min(3)];
-    let stats = RunningStats::new(LAYER, statistics, options.momentum, options.using_bn, &vb)?;
+    let stats = RunningStats::new(LAYER, statistics, options.momentum, options.using_bn, &vb)?
+        .refusing(options.refuse_non_finite);
     let sources = 1 + usize::from(options.spatial_dims > 0) + usize::from(options.using_bn);
     let shares = |name| vb.get_with_hints(sources, name, Init::Const(1.));
     Ok(SwitchNorm {
@@ -248,7 +255,7 @@ impl ModuleT for SwitchNorm {
         let apply = |batch| {
             let shares = [&self.mean_weight, &self.var_weight];
             let (weight, bias) = (weight.as_ref(), bias.as_ref());
-            ops::switch_norm(
+            ops::switch_norm_with(
                 xs,
                 weight,
                 bias,
@@ -270,10 +277,10 @@ impl ModuleT for SwitchNorm {
         }
         let (y, statistics) = apply(SwitchBatch::Own)?;
         if let Some(statistics) = statistics {
-            if options.refuse_non_finite {
-                check::finite_batch(LAYER, [&statistics.mean, &statistics.var], xs)?;
-            }
-            self.stats.update(&statistics, true)?;
+            let count = xs.elem_count() / self.num_features;
+            let correction = options.batch_correction();
+            self.stats
+                .observe(xs, Batch::of_values(statistics, count, correction))?;
         }
         Ok(y)
     }

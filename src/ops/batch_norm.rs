@@ -20,6 +20,14 @@ pub struct BatchStatistics {
 }
 
 impl BatchStatistics {
+    /// In another dtype.
+    pub(super) fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self {
+            mean: self.mean.to_dtype(dtype)?,
+            var: self.var.to_dtype(dtype)?,
+        })
+    }
+
     /// From the mean and the unbiased variance of each channel.
     pub(super) fn from_channels(
         channels: impl Iterator<Item = (f64, f64)>,
@@ -66,10 +74,14 @@ pub fn batch_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
-    batch_norm_with(x, weight, bias, eps, true)
+    let (y, statistics) = batch_norm_with(x, weight, bias, eps, true)?;
+    let acc = composed::accumulator(x.dtype());
+    let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
+    Ok((y, statistics))
 }
 
-/// [`batch_norm`], or, without `center`, division by the root of the mean square.
+/// [`batch_norm`], or, without `center`, division by the root of the mean square. The statistics are `f64` on the fused path, so that those of several
+/// batches can be pooled.
 pub(crate) fn batch_norm_with(
     x: &Tensor,
     weight: Option<&Tensor>,
@@ -97,11 +109,10 @@ pub(crate) fn batch_norm_with(
         let (y, op) = fused::apply(op, x, &[weight, bias])?;
         let stats = fused::saved(layer, &op.stats)?.iter();
         let channels = stats.map(|s| (s.mean.high, s.var * unbiased));
-        let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
+        let statistics = BatchStatistics::from_channels(channels, DType::F64, x.device())?;
         return Ok((y, Some(statistics)));
     }
-    let channels = x
-        .contiguous()?
+    let channels = composed::unshared(x)?
         .to_dtype(acc)?
         .reshape((n, c, space))?
         .transpose(0, 1)?

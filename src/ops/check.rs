@@ -378,17 +378,15 @@ pub(crate) fn more_than_one_output(layer: &str, outputs: usize, x: &Tensor) -> R
     Ok(())
 }
 
-/// The statistics of a batch, when the layer was asked to refuse what would poison them.
-pub(crate) fn finite_batch(layer: &str, statistics: [&Tensor; 2], x: &Tensor) -> Result<()> {
-    for s in statistics {
-        let values = s.to_dtype(DType::F64)?.to_vec1::<f64>()?;
-        if let Some(channel) = values.iter().position(|v| !v.is_finite()) {
-            bail!(
-                "{layer}: expected a finite batch, since refuse_non_finite is set, got {} as a statistic of channel {channel} in input size {:?}; the running statistics are unchanged",
-                values[channel],
-                x.dims()
-            )
-        }
+/// A statistic of a batch, when the layer was asked to refuse what would poison it.
+pub(crate) fn finite_batch(layer: &str, statistic: &Tensor, of: &str) -> Result<()> {
+    let statistic = statistic.flatten_all()?.to_dtype(DType::F64)?;
+    let values = statistic.to_vec1::<f64>()?;
+    if let Some(channel) = values.iter().position(|v| !v.is_finite()) {
+        bail!(
+            "{layer}: expected a finite batch, since refuse_non_finite is set, got {} as a statistic of channel {channel} in {of}; the running statistics are unchanged",
+            values[channel]
+        )
     }
     Ok(())
 }
@@ -662,6 +660,16 @@ pub(crate) fn served(layer: &str, x: &Tensor, served: bool) -> Result<()> {
         bail!(
             "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; use Path::Auto",
             x.device().location()
+        )
+    }
+    Ok(())
+}
+
+/// What the backward finds in place of the input of the forward.
+pub(crate) fn unchanged(layer: &str, unchanged: bool) -> Result<()> {
+    if !unchanged {
+        bail!(
+            "{layer}: expected the input of the forward in the backward, got other values in its place, as Var::set and slice_set write them; run the forward again, or set the variable after the backward"
         )
     }
     Ok(())

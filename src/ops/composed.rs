@@ -327,8 +327,24 @@ pub(crate) fn parameters(
     bias: Option<&Tensor>,
     acc: DType,
 ) -> Result<[Option<Tensor>; 2]> {
-    let prepare = |p: Option<&Tensor>| p.map(|p| p.contiguous()?.to_dtype(acc)).transpose();
+    let prepare = |p: Option<&Tensor>| p.map(|p| kept(p)?.to_dtype(acc)).transpose();
     Ok([prepare(weight)?, prepare(bias)?])
+}
+
+/// The input `x`, contiguous, in memory that it does not share with a variable that may be set before the backward.
+pub(crate) fn unshared(x: &Tensor) -> Result<Tensor> {
+    match x.is_variable() {
+        true => x.force_contiguous(),
+        false => x.contiguous(),
+    }
+}
+
+/// A parameter, contiguous, as the backward is to find it: a step of an optimizer, in this thread or another, may come before.
+pub(crate) fn kept(param: &Tensor) -> Result<Tensor> {
+    match param.track_op() {
+        true => param.force_contiguous(),
+        false => param.contiguous(),
+    }
 }
 
 /// The result of any layer on an input without elements: as empty as the input.

@@ -52,8 +52,7 @@ pub fn group_norm(
         return Ok(fused::apply(op, x, &[weight, bias])?.0);
     }
     let acc = composed::accumulator(x.dtype());
-    let groups = x
-        .contiguous()?
+    let groups = composed::unshared(x)?
         .to_dtype(acc)?
         .reshape((n * num_groups, ()))?;
     let y = composed::standardize(&groups, true, eps)?.y;

@@ -148,7 +148,7 @@ impl Planes {
     }
 
     fn rows(&self, x: &Tensor) -> Result<Tensor> {
-        let x = x.contiguous()?.to_dtype(self.acc)?;
+        let x = composed::unshared(x)?.to_dtype(self.acc)?;
         x.reshape((self.n * self.c, self.space))
     }
 

@@ -34,14 +34,19 @@ pub(crate) use moments::columns;
 pub use moments::{Moments, moments};
 pub use row_norm::{Cast, layer_norm, rms_norm};
 pub(crate) use row_norm::{RowNorm, row_norm};
-pub(crate) use switch_norm::shares;
 pub use switch_norm::{SwitchBatch, SwitchSources, switch_norm};
+pub(crate) use switch_norm::{shares, switch_norm_with};
 pub use weight_norm::weight_norm;
 pub(crate) use weight_norm::{magnitude_shape, norms};
 
 /// Which implementation computes a layer.
 ///
 /// All paths keep one numeric contract; they differ in speed and in the devices that they serve.
+///
+/// A value that is set between forward and backward, by `Var::set` or an optimizer, does not change a gradient without a word. Parameters are copied where a
+/// backward may follow. An input that has changed is an error in the backward of the fused path, as in PyTorch, which looks at up to 64 of
+/// its elements; on the composed path the input is copied if it is a variable, while for parts of variables the rule is candle's own:
+/// the backward of each operation reads what is there when it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Path {
     /// The fastest path that serves the device and dtype of the input.

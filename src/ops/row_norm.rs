@@ -88,7 +88,10 @@ pub(crate) fn row_norm(
     let rows = RowsOf::new(x, normalized_shape, norm);
     let y = match route {
         Route::Fused => fused_rows(&rows.of(x)?, rows.len, weight, bias, norm)?,
-        Route::Composed => normalize_rows(&rows.of(x)?, (rows.len, x.dtype()), weight, bias, norm)?,
+        Route::Composed => {
+            let own = rows.of(&composed::unshared(x)?)?;
+            normalize_rows(&own, (rows.len, x.dtype()), weight, bias, norm)?
+        }
     };
     rows.back(&y)
 }

@@ -71,6 +71,21 @@ pub fn switch_norm(
     x: &Tensor,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
+    shares: [&Tensor; 2],
+    sources: SwitchSources,
+    eps: f64,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let (y, statistics) = switch_norm_with(x, weight, bias, shares, sources, eps)?;
+    let acc = composed::accumulator(x.dtype());
+    let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
+    Ok((y, statistics))
+}
+
+/// [`switch_norm`], whose statistics are `f64` on the fused path, so that those of several batches can be pooled.
+pub(crate) fn switch_norm_with(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
     [mean_weight, var_weight]: [&Tensor; 2],
     sources: SwitchSources,
     eps: f64,
@@ -85,7 +100,11 @@ pub fn switch_norm(
     let space = x.elem_count() / (n * c);
     check_counts(x, &sources, space)?;
     let acc = composed::accumulator(x.dtype());
-    let rows = x.contiguous()?.reshape((n, c, space))?;
+    let rows = match route {
+        Route::Fused => x.contiguous()?,
+        Route::Composed => composed::unshared(x)?,
+    };
+    let rows = rows.reshape((n, c, space))?;
     let rows = match route {
         Route::Fused if !x.track_op() => rows,
         // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
@@ -120,14 +139,9 @@ pub fn switch_norm(
         Some(&shift),
         1.,
     )?;
-    let statistics = mixed.batch.map(|[mean, var]| {
-        Result::Ok(BatchStatistics {
-            mean: mean.to_dtype(acc)?,
-            var: var.to_dtype(acc)?,
-        })
-    });
+    let statistics = mixed.batch.map(|[mean, var]| BatchStatistics { mean, var });
     let y = y.reshape(x.shape())?.to_dtype(x.dtype())?;
-    Ok((y, statistics.transpose()?))
+    Ok((y, statistics))
 }
 
 fn check_arguments(
@@ -180,11 +194,11 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 
 /// The planes of a batch, one for each channel of each sample, and their moments.
 struct Planes {
-    /// `[N, C, space]`; on the composed path less `offset`.
+    /// `[N, C, space]`; on the composed path each plane less a value of its own.
     values: Tensor,
-    /// What was subtracted from `mean`, `[N, 1]` or `[1, 1]`.
-    offset: Tensor,
-    /// The mean of each plane less `offset`, `[N, C]`; `f64` on the fused path.
+    /// What was subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]` or `[1, 1]`.
+    offsets: Vec<Tensor>,
+    /// The mean of each plane less `offsets`, `[N, C]`; `f64` on the fused path.
     mean: Tensor,
     /// The biased variance, `[N, C]`.
     var: Tensor,
@@ -215,7 +229,7 @@ impl Planes {
             values: x.clone(),
             about: mean.detach(),
             mean: mean.broadcast_sub(&offset)?,
-            offset,
+            offsets: vec![offset],
             var: var?,
             space,
         })
@@ -223,20 +237,22 @@ impl Planes {
 
     fn composed(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
-        let offset = offset(&x.reshape((n, c * space))?, sources)?;
-        let values = x.broadcast_sub(&offset.unsqueeze(2)?)?;
+        // Each plane by itself, so that one whose values are far from those of others keeps its digits.
+        let first = finite(x.detach().narrow(2, 0, 1)?)?;
+        let values = x.broadcast_sub(&first)?;
+        let first = first.reshape((n, c))?;
         let (mean, var) = composed::mean_and_var(&values.reshape((n * c, space))?)?;
         let mean = mean.reshape((n, c))?;
+        let about = mean.detach();
+        let offset = offset(&first, sources)?;
+        let mean = (mean + first.broadcast_sub(&offset)?)?;
         // Nearer still, for the gradient of the shares: a sum of products with these means.
-        let rest = match sources.batch {
-            SwitchBatch::Given(..) => offset.zeros_like()?,
-            _ => self::offset(&mean, sources)?,
-        };
+        let rest = self::offset(&mean, sources)?;
         Ok(Self {
             values,
-            about: mean.detach(),
+            about,
             mean: mean.broadcast_sub(&rest)?,
-            offset: (offset + rest)?,
+            offsets: vec![offset, rest],
             var: var.reshape((n, c))?,
             space,
         })
@@ -275,14 +291,16 @@ impl Planes {
                 let [mean, var] = union(&by_channel(&self.mean)?, &by_channel(&var)?)?;
                 let var = (var * unbiased(n * self.space, !sources.instance))?;
                 let (mean, var) = (mean.t()?, var.t()?);
-                let stored = mean.detach().broadcast_add(&self.offset)?;
+                let add = |mean: Tensor, offset| mean.broadcast_add(offset);
+                let stored = self.offsets.iter().rev().try_fold(mean.detach(), add)?;
                 batch = Some([stored.reshape(c)?, var.detach().reshape(c)?]);
                 means.push(mean);
                 vars.push(var);
             }
             SwitchBatch::Given(mean, var) => {
                 let row = |t: &Tensor| t.detach().to_dtype(wide)?.reshape((1, c));
-                means.push(row(mean)?.broadcast_sub(&self.offset)?);
+                let subtract = |mean: Tensor, offset| mean.broadcast_sub(offset);
+                means.push(self.offsets.iter().try_fold(row(mean)?, subtract)?);
                 vars.push(row(var)?);
             }
         }
@@ -295,20 +313,22 @@ impl Planes {
     }
 }
 
-/// A value near the means, whose differences then have all their digits: that of equal means is zero. It comes from nothing that the
-/// result does not depend on anyway: the first of `values` `[N, …]`, of each sample where samples do not see each other, or the running means.
+/// A value near the means of the data, whose differences then have all their digits: that of equal means is zero. It comes from nothing that the
+/// result does not depend on anyway: the first of `values` `[N, …]`, or of each sample where samples do not see each other.
 fn offset(values: &Tensor, sources: &SwitchSources) -> Result<Tensor> {
     let first = values.detach().narrow(1, 0, 1)?;
     let offset = match sources.batch {
-        SwitchBatch::Absent => first,
+        // Running means say nothing of where these data are.
+        SwitchBatch::Absent | SwitchBatch::Given(..) => first,
         SwitchBatch::Own => first.narrow(0, 0, 1)?,
-        SwitchBatch::Given(mean, _) => {
-            let mean = mean.detach().to_dtype(values.dtype())?;
-            mean.mean_all()?.reshape((1, 1))?
-        }
     };
-    let finite = offset.abs()?.lt(f64::INFINITY)?;
-    finite.where_cond(&offset, &offset.zeros_like()?)
+    finite(offset)
+}
+
+/// `t` with zeros in place of what is not finite.
+fn finite(t: Tensor) -> Result<Tensor> {
+    let finite = t.abs()?.lt(f64::INFINITY)?;
+    finite.where_cond(&t, &t.zeros_like()?)
 }
 
 /// What [`switch_norm`] mixes by, of one of its weights.

@@ -61,8 +61,9 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         }
         Route::Composed => {
             let acc = composed::accumulator(v.dtype());
-            let rows = by_row.to_dtype(acc)?.reshape((num_rows, ()))?;
-            let g = g.to_dtype(acc)?.reshape(num_rows)?;
+            let rows = composed::kept(&by_row)?.to_dtype(acc)?;
+            let rows = rows.reshape((num_rows, ()))?;
+            let g = composed::kept(g)?.to_dtype(acc)?.reshape(num_rows)?;
             let w = scaled_rows(&rows, &g)?.to_dtype(v.dtype())?;
             w.reshape(by_row.shape())?
         }
