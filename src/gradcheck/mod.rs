@@ -44,6 +44,36 @@
 //! assert!(report.passed(), "{report}");
 //! # Ok(()) }
 //! ```
+//!
+//! # A layer, a model
+//! Tensors that the function captures are not checked, so it builds the layer from its arguments; a model of many parameters by
+//! `VarBuilder::from_tensors`:
+//! ```
+//! use candle_core::{DType, Device, Result, Tensor};
+//! use candle_nn::{Module, VarBuilder};
+//! use candle_norm::gradcheck::gradcheck;
+//!
+//! fn model(xs: &Tensor, vb: VarBuilder) -> Result<Tensor> {
+//!     let linear = candle_nn::linear(3, 4, vb.pp("linear"))?;
+//!     candle_norm::layer_norm(4, 1e-5, vb.pp("norm"))?.forward(&linear.forward(xs)?.relu()?)
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! let names = ["linear.weight", "linear.bias", "norm.weight", "norm.bias"].map(str::to_string);
+//! let values = |count: i64| Tensor::arange(0, count, &Device::Cpu)?.to_dtype(DType::F64)?.sin();
+//! let (x, weight) = (values(15)?.reshape((5, 3))?, values(12)?.reshape((4, 3))?);
+//! let inputs = [x, weight, values(4)?, (values(4)? + 1.)?, values(4)?];
+//! let on_arguments = |v: &[Tensor]| {
+//!     let named = names.iter().cloned().zip(v[1..].iter().cloned());
+//!     model(&v[0], VarBuilder::from_tensors(named.collect(), DType::F64, &Device::Cpu))
+//! };
+//! gradcheck(on_arguments, &inputs)?;
+//!
+//! // relu has a kink at 0, where no gradient is right: the report says so, and what to do.
+//! let at_kink = gradcheck(|v| v[0].relu(), &[Tensor::new(&[0f64, 1.], &Device::Cpu)?]);
+//! assert!(at_kink.unwrap_err().to_string().contains("move the point away"));
+//! # Ok(()) }
+//! ```
 mod leaf;
 mod report;
 mod run;

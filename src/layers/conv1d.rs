@@ -19,6 +19,9 @@ use crate::ops::check;
 /// through candle's in two dimensions, and every gradient is right. Constructors and accessors are candle's. The dtype is `f16`, `bf16`, `f32` or
 /// `f64`; half precision is computed in `f32` and rounded once.
 ///
+/// What takes candle's layer, such as [`WeightNorm`](crate::WeightNorm) and [`fold_into`](crate::BatchNorm::fold_into), takes [`inner`](Self::inner), and [`From`]
+/// brings back what it gives.
+///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{Conv1dConfig, Module};

@@ -208,7 +208,8 @@ impl<L: Weighted> WeightNorm<L> {
     /// The plain candle-nn layer with the weight of now, for inference.
     ///
     /// What comes back runs candle's own code: on the CPU a [`Conv1d`] has a wrong weight gradient, and a [`ConvTranspose1d`] has
-    /// none and is wrong without padding at batch 2 and more.
+    /// none and is wrong without padding at batch 2 and more. This crate's [`Conv1d`](crate::Conv1d) and
+    /// [`ConvTranspose1d`](crate::ConvTranspose1d) are made of them by `from`, and are right.
     ///
     /// # Errors
     /// Only those of the device.
