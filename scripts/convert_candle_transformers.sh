@@ -64,6 +64,10 @@ metadata() {
 }
 if ! packages=$(metadata 2> "$work/registry") && ! packages=$(metadata --offline 2>> "$work/registry"); then
     cat "$work/registry"
+    if (cd / && cargo info --quiet --registry crates-io "candle-transformers@$version" > "$work/info" 2>&1); then
+        printf 'crates.io can be reached: the fault is in the manifest above\n'
+        exit 1
+    fi
     printf '\n!!! SKIPPED: crates.io cannot be reached, and candle-transformers %s is not here. Nothing was converted or checked.\n' "$version"
     exit 0
 fi
