@@ -76,6 +76,8 @@
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
+//! - candle-nn's names: [`nn`] is candle-nn with these layers in it, so that a rename serves; [`Conv1d`] and [`ConvTranspose1d`] have
+//!   right gradients where candle's have not.
 //! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
 //!
 //! # Further reading
@@ -93,12 +95,16 @@ pub mod gradcheck;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
 mod kernels;
 mod layers;
+pub mod nn;
 mod norm;
 pub mod ops;
 mod optim;
 pub mod scaling;
 
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
+pub use layers::conv1d::{
+    Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
+};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
 pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions, instance_norm};
 pub use layers::layer_norm::{

@@ -1,15 +1,19 @@
-//! Code written for candle-nn's norms compiles with this crate's names instead, and computes the same.
+//! Code written for candle-nn's norms compiles with this crate's names instead, and computes the same. `scripts/convert_candle_transformers.sh` does it
+//! with a hundred models.
 mod common;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use candle_norm::gradcheck::gradcheck;
+use candle_norm::{Path, with_path};
 use common::uniform;
 
 macro_rules! with_the_norms_of {
-    ($module:ident, $origin:ident) => {
+    ($module:ident, $($origin:ident)::+) => {
         mod $module {
             use candle_core::{DType, Device, Result, Tensor, Var};
             use candle_nn::{Module, ModuleT, Optimizer, SGD, VarBuilder, VarMap, seq};
-            use $origin::{
+            use $($origin)::+::{
                 BatchNorm, BatchNormConfig, GroupNorm, LayerNorm, LayerNormConfig, RmsNorm,
                 batch_norm, group_norm, layer_norm, layer_norm_no_bias, rms_norm,
             };
@@ -21,6 +25,20 @@ macro_rules! with_the_norms_of {
 
 with_the_norms_of!(theirs, candle_nn);
 with_the_norms_of!(ours, candle_norm);
+with_the_norms_of!(ours_under_candles_names, candle_norm::nn);
+
+/// Code that names nothing but candle-nn, as a file does in which candle-nn is renamed.
+mod whole {
+    pub(crate) mod theirs {
+        include!("drop_in/whole.rs");
+    }
+
+    pub(crate) mod ours {
+        use candle_norm::nn as candle_nn;
+
+        include!("drop_in/whole.rs");
+    }
+}
 
 type Run<R> = fn(&[Tensor]) -> Result<R>;
 
@@ -60,26 +78,149 @@ fn same_results(
     Ok(())
 }
 
+/// Runs candle's and both of ours.
+macro_rules! same_results_of {
+    ($run:ident, $shapes:expr) => {{
+        let shapes = $shapes;
+        same_results(theirs::$run, ours::$run, &shapes)?;
+        same_results(theirs::$run, ours_under_candles_names::$run, &shapes)
+    }};
+}
+
 #[test]
 fn batch_norm() -> Result<()> {
     let shapes: [&[usize]; 3] = [&[8, 4], &[5, 4, 3], &[3, 4, 5, 2]];
-    same_results(theirs::batch_norms, ours::batch_norms, &shapes)
+    same_results_of!(batch_norms, shapes)
 }
 
 #[test]
 fn layer_norm_and_rms_norm() -> Result<()> {
     let shapes: [&[usize]; 3] = [&[3, 7], &[2, 3, 7], &[2, 3, 2, 16]];
-    same_results(theirs::row_norms, ours::row_norms, &shapes)
+    same_results_of!(row_norms, shapes)
 }
 
 #[test]
 fn group_norm() -> Result<()> {
     let shapes: [&[usize]; 2] = [&[2, 4, 5], &[2, 6, 3, 2]];
-    same_results(theirs::group_norms, ours::group_norms, &shapes)
+    same_results_of!(group_norms, shapes)
 }
 
 #[test]
 fn a_model_of_all() -> Result<()> {
     let shapes: [&[usize]; 2] = [&[4, 4, 6], &[2, 4, 3, 5]];
-    same_results(theirs::model, ours::model, &shapes)
+    same_results_of!(model, shapes)
+}
+
+#[test]
+fn whatever_converts_into_candles_configurations() -> Result<()> {
+    let shapes: [&[usize]; 1] = [&[4, 4, 6]];
+    same_results_of!(conversions, shapes)
+}
+
+#[test]
+fn functions_of_ops() -> Result<()> {
+    let shapes: [&[usize]; 3] = [&[3, 7], &[2, 3, 7], &[2, 3, 2, 33]];
+    same_results(whole::theirs::functions, whole::ours::functions, &shapes)
+}
+
+/// At batch 1, where candle's are right.
+#[test]
+fn convolutions_along_one_axis() -> Result<()> {
+    let shapes: [&[usize]; 2] = [&[1, 4, 9], &[1, 2, 6]];
+    same_results(
+        whole::theirs::convolutions,
+        whole::ours::convolutions,
+        &shapes,
+    )
+}
+
+/// What the functions of `ops` are renamed for: those of candle have none of these gradients.
+#[test]
+fn functions_of_ops_have_every_gradient() -> Result<()> {
+    use candle_norm::nn::ops;
+    let inputs = [uniform((2, 3, 5), 1), uniform(5, 2), uniform(5, 3)];
+    let of = |f: fn(&[Tensor]) -> Result<Tensor>, inputs: &[Tensor]| {
+        for path in [Path::Fused, Path::Composed] {
+            with_path(path, || gradcheck(f, inputs))?;
+        }
+        Ok::<_, candle_core::Error>(())
+    };
+    of(|v| ops::layer_norm(&v[0], &v[1], &v[2], 1e-5), &inputs)?;
+    of(|v| ops::layer_norm_slow(&v[0], &v[1], &v[2], 1e-5), &inputs)?;
+    of(|v| ops::rms_norm(&v[0], &v[1], 1e-5), &inputs[..2])?;
+    of(|v| ops::rms_norm_slow(&v[0], &v[1], 1e-5), &inputs[..2])?;
+    of(|v| ops::softmax_last_dim(&v[0]), &inputs[..1])?;
+    let turned = inputs[0].transpose(1, 2)?;
+    of(|v| ops::softmax_last_dim(&v[0]), &[turned])
+}
+
+/// The ends of softmax, against values that PyTorch gives.
+#[test]
+fn softmax_at_the_ends() -> Result<()> {
+    use candle_norm::nn::ops::softmax_last_dim;
+    let row = |values: &[f32]| Tensor::new(values, &Device::Cpu);
+    let of = |values: &[f32]| softmax_last_dim(&row(values)?)?.to_vec1::<f32>();
+    let minus = f32::NEG_INFINITY;
+    assert_eq!(of(&[1e30, -1e30, 0.])?, [1., 0., 0.]);
+    assert_eq!(of(&[minus, 0., 0.])?, [0., 0.5, 0.5]);
+    assert!(of(&[minus, minus])?.iter().all(|y| y.is_nan()));
+    assert!(of(&[f32::NAN, 1.])?.iter().all(|y| y.is_nan()));
+    assert_eq!(of(&[-7.])?, [1.]);
+    // A masked row has no gradient that is NaN.
+    let x = Var::new(&[minus, 0., 1.], &Device::Cpu)?;
+    let y = softmax_last_dim(&x)?.sqr()?.sum_all()?;
+    let gradients = y
+        .backward()?
+        .get(&x)
+        .expect("a gradient")
+        .to_vec1::<f32>()?;
+    assert!(gradients.iter().all(|g| g.is_finite()), "{gradients:?}");
+    // A long row of equal values: a sum in the dtype would stop at 2048 in f16.
+    let n = 10_000;
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+        let y = softmax_last_dim(&Tensor::zeros((2, n), dtype, &Device::Cpu)?)?;
+        let y = y.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let expected = Tensor::new(1. / n as f64, &Device::Cpu)?.to_dtype(dtype)?;
+        let expected = expected.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        assert!(
+            y.iter().all(|y| (y / expected - 1.).abs() < 1e-6),
+            "{dtype:?}"
+        );
+    }
+    for dims in [&[0, 3][..], &[3, 0]] {
+        let empty = Tensor::zeros(dims, DType::F32, &Device::Cpu)?;
+        assert_eq!(softmax_last_dim(&empty)?.dims(), dims);
+    }
+    for (x, says) in [
+        (
+            Tensor::new(1f32, &Device::Cpu)?,
+            "softmax_last_dim: expected an input of rank at least 1, [..., N], got []",
+        ),
+        (
+            Tensor::new(&[1u32], &Device::Cpu)?,
+            "softmax_last_dim: expected input with dtype F16, BF16, F32 or F64, got U32; convert it with to_dtype",
+        ),
+    ] {
+        let text = softmax_last_dim(&x).expect_err("a refusal").to_string();
+        assert_eq!(text.lines().next(), Some(says));
+    }
+    Ok(())
+}
+
+/// Options that need no type to be written where a function takes nothing else.
+#[test]
+fn the_type_of_options_is_inferred() -> Result<()> {
+    use candle_norm::{WeightNorm, weight_norm};
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let linear = weight_norm::linear(5, 3, Default::default(), vb.pp("a"))?;
+    assert_eq!(linear.dim(), Some(0));
+    let (config, options) = (Default::default(), Default::default());
+    let conv = weight_norm::conv_transpose1d(5, 3, 2, config, options, vb.pp("b"))?;
+    assert_eq!(conv.dim(), Some(0));
+    let whole = weight_norm::linear_no_bias(5, 3, None.into(), vb.pp("c"))?;
+    assert_eq!(whole.dim(), None);
+    let again = WeightNorm::from_layer(&linear.bake()?, Default::default())?;
+    assert_eq!(again.dim(), Some(0));
+    Ok(())
 }

@@ -640,7 +640,7 @@ fn options_out_of_range_are_refused() -> Result<()> {
     };
     assert_message(rms_norm(4, offset, vb()), &["RmsNorm", "finite offset"]);
     assert_message(
-        weight_norm::linear(3, 4, Some(2), vb().pp("w")),
+        weight_norm::linear(3, 4, Some(2).into(), vb().pp("w")),
         &["WeightNorm", "dim", "2"],
     );
     let strideless = Conv1dConfig {

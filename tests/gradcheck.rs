@@ -2,7 +2,7 @@
 mod common;
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, bail};
-use candle_norm::gradcheck::{Direction, GradCheck, gradcheck};
+use candle_norm::gradcheck::{Direction, GradCheck, Report, Suspicion, gradcheck};
 use common::uniform;
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -313,6 +313,82 @@ fn nan_is_never_a_pass() -> Result<()> {
     .unwrap_err()
     .to_string();
     assert!(text.contains("element [0, 1] of input 0 is inf"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_kink_is_named_and_the_remedy_with_it() -> Result<()> {
+    let line = |values: &[f64]| Tensor::new(values, &Device::Cpu);
+    // At 0, and nearer to it than the step: once to the right, once to the left, where candle's gradient is 0.
+    let relu = |v: &[Tensor]| v[0].relu();
+    for (at, kinks) in [(&[0.0, 1.0][..], 1), (&[3e-7, 0.0, -1.0], 2), (&[-3e-7], 1)] {
+        let report = GradCheck::default().check(relu, &[line(at)?])?;
+        assert_eq!(report.failed, kinks, "{report}");
+        assert_eq!(report.suspicions, [Suspicion::Kink(kinks)], "{report}");
+        for text in failures(relu, &[line(at)?]) {
+            assert!(text.contains("a kink? at "), "{text}");
+            assert!(text.contains("move the point away"), "{text}");
+        }
+    }
+    let text = gradcheck(relu, &[line(&[0.0, 1.0])?])
+        .unwrap_err()
+        .to_string();
+    let sides = "analytic 1e0, numeric 5e-1, error 9.804e4 times the tolerance; 0e0 to the left, 1e0 to the right";
+    assert!(text.contains(sides), "{text}");
+    // The larger of two equal values.
+    let report = GradCheck::default().check(|v| v[0].max(0), &[line(&[2.0, 2.0, 1.0])?])?;
+    assert_eq!(report.suspicions, [Suspicion::Kink(2)], "{report}");
+    Ok(())
+}
+
+#[test]
+fn a_fault_is_no_kink() -> Result<()> {
+    // Beside a kink, a gradient that neither side has.
+    let x = Tensor::new(&[0.0f64, 1.0], &Device::Cpu)?;
+    let wrong = |v: &[Tensor]| (v[0].relu()? * 4.0)? - (v[0].relu()?.detach() * 2.0)?;
+    let report = GradCheck::default().check(wrong, &[x])?;
+    assert_eq!((report.failed, report.suspicions.len()), (2, 0), "{report}");
+    // And faults of a smooth function, however it bends.
+    for fault in [Fault::Scale, Fault::MissingTerm, Fault::NoGradient] {
+        for text in failures(standardize(fault), &[(uniform((2, 5), 1) * 1e-2)?]) {
+            assert!(!text.contains('?'), "{text}");
+        }
+    }
+    let bent = |v: &[Tensor]| (v[0].sqr()? * 2.0)? - v[0].sqr()?.detach();
+    let report = GradCheck::default().check(bent, &[Tensor::new(&[3e-3f64], &Device::Cpu)?])?;
+    assert_eq!((report.failed, report.suspicions.len()), (1, 0), "{report}");
+    Ok(())
+}
+
+#[test]
+fn other_causes_than_the_backward_are_named() -> Result<()> {
+    let check = |f: fn(&[Tensor]) -> Result<Tensor>, x: Tensor| -> Result<Report> {
+        let report = GradCheck::default().check(f, &[x])?;
+        assert!(!report.passed(), "{report}");
+        Ok(report)
+    };
+    let edge = check(|v| v[0].sqrt(), Tensor::new(&[0.5f64, 0.0], &Device::Cpu)?)?;
+    assert_eq!(edge.suspicions, [Suspicion::Edge(1)]);
+    assert!(edge.to_string().contains("move the point inside"), "{edge}");
+
+    let single = |v: &[Tensor]| v[0].to_dtype(DType::F32)?.sqr()?.to_dtype(DType::F64);
+    let single = check(single, uniform((2, 3), 1))?;
+    assert_eq!(single.suspicions, [Suspicion::SinglePrecision], "{single}");
+    assert!(single.to_string().contains("f64 throughout"), "{single}");
+
+    let large = check(|v| &v[0] + 1e9, uniform((2, 3), 1))?;
+    assert!(
+        matches!(large.suspicions[..], [Suspicion::Rounding(_)]),
+        "{large}"
+    );
+    assert!(large.to_string().contains("choose a larger eps"), "{large}");
+    // With the remedy it passes.
+    let wider = GradCheck {
+        eps: 1.0,
+        ..Default::default()
+    };
+    let report = wider.check(|v| &v[0] + 1e9, &[uniform((2, 3), 1)])?;
+    assert!(report.passed() && report.suspicions.is_empty(), "{report}");
     Ok(())
 }
 

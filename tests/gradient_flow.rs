@@ -244,7 +244,10 @@ fn every_layer_lets_every_gradient_through() -> Result<()> {
         }),
         ("weight_norm::linear, one magnitude", |vb| {
             Ok(Box::new(weight_norm::linear_no_bias(
-                WIDTH, WIDTH, None, vb,
+                WIDTH,
+                WIDTH,
+                None.into(),
+                vb,
             )?))
         }),
         ("a norm by its name, on axis 1", |vb| of_config("batch", vb)),

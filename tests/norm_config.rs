@@ -129,29 +129,185 @@ fn display_names_the_kind_whatever_its_options() {
 }
 
 #[test]
+fn the_names_of_the_field_are_known() {
+    let known: [(&str, &[&str]); 8] = [
+        ("none", &["None", "NONE", " none\n", "Identity", "identity"]),
+        (
+            "batch",
+            &[
+                "Batch",
+                "batch ",
+                "BatchNorm",
+                "batchnorm",
+                "batch_norm",
+                "batch-norm",
+                "Batch Norm",
+                "BatchNorm1d",
+                "BatchNorm2d",
+                "BatchNorm3d",
+                "BATCHNORM2D",
+                "batch_norm_2d",
+                "BatchNormalization",
+                "batch normalization",
+                "bn",
+                "BN",
+            ],
+        ),
+        (
+            "layer",
+            &[
+                "LayerNorm",
+                "layer_norm",
+                "layernorm2d",
+                "LayerNorm2d",
+                "LayerNormalization",
+                "ln",
+            ],
+        ),
+        (
+            "group:8",
+            &[
+                "GroupNorm:8",
+                "group: 8",
+                " group : 8 ",
+                "group_norm:8",
+                "Group Normalization: 8",
+                "gn:8",
+                "group:08",
+            ],
+        ),
+        (
+            "instance",
+            &["InstanceNorm", "InstanceNorm1d", "instance_norm", "in"],
+        ),
+        (
+            "rms",
+            &["RMS", "RMSNorm", "RmsNorm", "rms_norm", "rms norm"],
+        ),
+        (
+            "switch",
+            &[
+                "SwitchNorm",
+                "SwitchNorm2d",
+                "SwitchableNorm",
+                "switchable normalization",
+            ],
+        ),
+        ("weight", &["WeightNorm", "weight_norm", "wn"]),
+    ];
+    for (name, others) in known {
+        for other in others {
+            assert_eq!(
+                other.parse::<NormConfig>().ok(),
+                Some(config(name)),
+                "{other:?}"
+            );
+        }
+    }
+}
+
+/// What stands before the name that was given.
+const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got ";
+
+#[test]
 fn a_bad_name_is_quoted_next_to_the_good_ones() {
-    let bad = [
+    let long = "layer".repeat(1000);
+    // `sn` is spectral norm, or switchable norm; the others are no norm of this crate, or no name of anything.
+    for name in [
         "",
-        "batchnorm",
-        "Batch",
-        " batch",
-        "batch:1",
+        " ",
+        ":",
+        ":8",
+        "norm",
+        "normalization",
+        "2d",
+        "sn",
+        "bn2d",
+        "bnnorm",
+        "lrn",
+        "no",
+        "false",
+        "SpectralNorm",
+        "SyncBatchNorm",
+        "dropout",
+        "1e-5",
+        "ланорм",
+        &long,
+    ] {
+        assert_eq!(
+            message(name.parse::<NormConfig>()).lines().next(),
+            Some(format!("{EXPECTED}{name:?}").as_str())
+        );
+    }
+}
+
+#[test]
+fn a_name_that_is_nearly_right_is_set_right() {
+    for (name, meant) in [
+        ("grup:8", "group:8"),
+        ("groups:16", "group:16"),
+        ("group8", "group:8"),
+        ("group=32", "group:32"),
+        ("GroupNorm(4)", "group:4"),
+        ("gruop", "group:8"),
+        ("GroupNorm2d:4", "group:4"),
+        ("bacth", "batch"),
+        ("batchnrom", "batch"),
+        ("BatchNom2d", "batch"),
+        ("batch2d", "batch"),
+        ("layr", "layer"),
+        ("LayerNrom", "layer"),
+        ("instace", "instance"),
+        ("instnce_norm", "instance"),
+        ("rmss", "rms"),
+        ("RMSNrom", "rms"),
+        ("swich", "switch"),
+        ("wieght", "weight"),
+        ("non", "none"),
+    ] {
+        assert_eq!(
+            message(name.parse::<NormConfig>()).lines().next(),
+            Some(format!("{EXPECTED}{name:?}; did you mean {meant:?}?").as_str())
+        );
+        meant
+            .parse::<NormConfig>()
+            .expect("what is proposed is a name");
+    }
+}
+
+#[test]
+fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
+    for name in [
         "group",
+        "GroupNorm",
+        "gn",
         "group:",
+        "group: ",
         "group:0",
         "group:-1",
         "group:1.5",
         "group:two",
-        "group:2 ",
+        "group:1e-5",
+        "group:8:2",
         "group:99999999999999999999999",
-    ];
-    for name in bad {
+    ] {
         assert_eq!(
             message(name.parse::<NormConfig>()).lines().next(),
             Some(format!(
-                "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got {name:?}"
+                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \"group:32\", got {name:?}"
             ).as_str())
         );
+    }
+    for (name, kind) in [
+        ("batch:1", "batch"),
+        ("LayerNorm:1e-5", "layer"),
+        ("in:", "instance"),
+    ] {
+        let text = message(name.parse::<NormConfig>());
+        let says = format!(
+            "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, got {name:?}"
+        );
+        assert!(text.starts_with(&says), "{text}");
     }
 }
 
@@ -1031,9 +1187,28 @@ mod json {
     }
 
     #[test]
+    fn the_names_of_the_field_are_read_from_a_file_too() {
+        for (value, name) in [
+            (json!("BatchNorm2d"), "batch"),
+            (json!("layer_norm"), "layer"),
+            (json!(" gn: 8 "), "group:8"),
+            (json!({"RMSNorm": {}}), "rms"),
+            (json!({"GroupNorm": {"num_groups": 8}}), "group:8"),
+            (json!({"weight_norm": {"dim": 0}}), "weight"),
+        ] {
+            assert_eq!(read(value.clone()), Ok(config(name)), "{value}");
+        }
+        let slow = NormConfig::Batch(BatchNormOptions {
+            momentum: Some(0.01),
+            ..Default::default()
+        });
+        assert_eq!(read(json!({"BatchNorm2d": {"momentum": 0.01}})), Ok(slow));
+    }
+
+    #[test]
     fn what_is_no_norm_is_refused() {
         for value in [
-            json!("batchnorm"),
+            json!("batchnor:2"),
             json!("group"),
             json!("group:0"),
             json!(""),
@@ -1052,6 +1227,9 @@ mod json {
             json!({"rms": {"cast": "never"}}),
             json!({"weight": {"dims": 0}}),
             json!({"bath": {}}),
+            json!({"none": {}}),
+            json!({"group:8": {}}),
+            json!({"group": 8}),
             json!({"batch": {}, "layer": {}}),
         ] {
             let read = read(value.clone());
@@ -1062,9 +1240,18 @@ mod json {
     #[test]
     fn a_mistake_in_a_file_is_named() {
         for (value, says) in [
-            (json!("batchnorm"), "got \"batchnorm\""),
+            (
+                json!("bathnorm"),
+                "got \"bathnorm\"; did you mean \"batch\"?",
+            ),
+            (json!({}), "expected one norm, got none"),
+            (json!({"none": {}}), "none, which has no options"),
+            (
+                json!({"group:8": {}}),
+                "as in {\"group\": {\"num_groups\": 8}}, got \"group:8\"",
+            ),
             (json!(1), "the name of a norm, or a map"),
-            (json!({"bath": {}}), "unknown variant `bath`"),
+            (json!({"bath": {}}), "got \"bath\"; did you mean \"batch\"?"),
             (
                 json!({"batch": {"momentun": 0.1}}),
                 "unknown field `momentun`",

@@ -106,7 +106,7 @@ fn model(vars: &VarMap) -> Result<()> {
     layer_norm_no_bias((3, 5), 1e-5, vb.pp("maps_no_bias"))?;
     rms_norm(4, 1e-6, vb.pp("rms"))?;
     weight_norm::linear(5, 4, WeightNormOptions::default(), vb.pp("wn"))?;
-    weight_norm::linear(5, 4, None, vb.pp("wn_whole"))?;
+    weight_norm::linear(5, 4, None.into(), vb.pp("wn_whole"))?;
     "batch"
         .parse::<NormConfig>()?
         .conv2d(3, 4, 3, Default::default(), vb.pp("conv"))?;

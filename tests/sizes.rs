@@ -45,19 +45,19 @@ fn no_layer_has_more_parameters_than_memory_has_addresses() {
         refused("LayerNorm", layer_norm(n, 1e-5, vb()));
         refused("LayerNorm", layer_norm((n, n), 1e-5, vb()));
         refused("RmsNorm", rms_norm((2, n), 1e-5, vb()));
-        refused("WeightNorm", weight_norm::linear(n, 3, dim, vb()));
-        refused("WeightNorm", weight_norm::linear(3, n, dim, vb()));
+        refused("WeightNorm", weight_norm::linear(n, 3, dim.into(), vb()));
+        refused("WeightNorm", weight_norm::linear(3, n, dim.into(), vb()));
         let config = Conv2dConfig::default();
         refused(
             "WeightNorm",
-            weight_norm::conv2d(3, 4, n, config, dim, vb()),
+            weight_norm::conv2d(3, 4, n, config, dim.into(), vb()),
         );
         refused(
             "WeightNorm",
-            weight_norm::conv2d(n, 4, 3, config, dim, vb()),
+            weight_norm::conv2d(n, 4, 3, config, dim.into(), vb()),
         );
         let config = ConvTranspose2dConfig::default();
-        let up = weight_norm::conv_transpose2d(3, n, 3, config, dim, vb());
+        let up = weight_norm::conv_transpose2d(3, n, 3, config, dim.into(), vb());
         refused("WeightNorm", up);
     }
 }
@@ -143,10 +143,10 @@ fn inputs_without_elements_are_counted_too() -> Result<()> {
 fn geometries_are_counted_without_overflow() -> Result<()> {
     let x = Tensor::ones((2, 3, 8), DType::F32, &Device::Cpu)?;
     let direct = |config: Conv1dConfig, kernel: usize| {
-        weight_norm::conv1d(3, 4, kernel, config, Some(0), vb())?.forward(&x)
+        weight_norm::conv1d(3, 4, kernel, config, Some(0).into(), vb())?.forward(&x)
     };
     let transposed = |config: ConvTranspose1dConfig, kernel: usize| {
-        weight_norm::conv_transpose1d(3, 4, kernel, config, Some(0), vb())?.forward(&x)
+        weight_norm::conv_transpose1d(3, 4, kernel, config, Some(0).into(), vb())?.forward(&x)
     };
     for n in SIZES {
         let (one, up) = (Conv1dConfig::default(), ConvTranspose1dConfig::default());

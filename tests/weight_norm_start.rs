@@ -97,12 +97,12 @@ fn outputs_of_a_first_batch_have_mean_0_and_variance_1() -> Result<()> {
         let vars = VarMap::new();
         let vb = vb(&vars, dtype);
         check_first_batch(
-            &weight_norm::linear(5, 4, Some(0), vb.pp("a"))?,
+            &weight_norm::linear(5, 4, Some(0).into(), vb.pp("a"))?,
             &[32, 5],
             1,
         )?;
         check_first_batch(
-            &weight_norm::linear(5, 4, Some(0), vb.pp("b"))?,
+            &weight_norm::linear(5, 4, Some(0).into(), vb.pp("b"))?,
             &[4, 9, 5],
             2,
         )?;
@@ -113,14 +113,14 @@ fn outputs_of_a_first_batch_have_mean_0_and_variance_1() -> Result<()> {
                 padding: 1,
                 ..Default::default()
             };
-            let layer = weight_norm::conv1d(4, 6, 3, config, Some(0), vb.pp("c"))?;
+            let layer = weight_norm::conv1d(4, 6, 3, config, Some(0).into(), vb.pp("c"))?;
             check_first_batch(&layer, &[5, 4, 9], 1)?;
             let config = Conv2dConfig {
                 groups,
                 stride: 2,
                 ..Default::default()
             };
-            let layer = weight_norm::conv2d(4, 6, 3, config, Some(0), vb.pp("d"))?;
+            let layer = weight_norm::conv2d(4, 6, 3, config, Some(0).into(), vb.pp("d"))?;
             check_first_batch(&layer, &[5, 4, 7, 8], 1)?;
         }
         // Outputs of transposed convolutions lie on axis 1 of their weight.
@@ -129,7 +129,7 @@ fn outputs_of_a_first_batch_have_mean_0_and_variance_1() -> Result<()> {
             6,
             3,
             ConvTranspose1dConfig::default(),
-            Some(1),
+            Some(1).into(),
             vb.pp("e"),
         )?;
         check_first_batch(&layer, &[5, 4, 9], 1)?;
@@ -138,7 +138,7 @@ fn outputs_of_a_first_batch_have_mean_0_and_variance_1() -> Result<()> {
             6,
             3,
             ConvTranspose2dConfig::default(),
-            Some(1),
+            Some(1).into(),
             vb.pp("f"),
         )?;
         check_first_batch(&layer, &[5, 4, 5, 6], 1)?;
@@ -150,7 +150,7 @@ fn outputs_of_a_first_batch_have_mean_0_and_variance_1() -> Result<()> {
 #[test]
 fn magnitude_and_bias_are_those_of_the_paper() -> Result<()> {
     let vars = VarMap::new();
-    let layer = weight_norm::linear(3, 2, Some(0), vb(&vars, DType::F64))?;
+    let layer = weight_norm::linear(3, 2, Some(0).into(), vb(&vars, DType::F64))?;
     let x = [[1., 2., -1.], [0., 4., 3.], [5., -2., 0.5], [2., 2., 2.]];
     let v = values(layer.v())?;
     let (mut g, mut b) = (vec![], vec![]);
@@ -179,7 +179,7 @@ fn what_no_first_batch_can_do_is_refused_and_changes_nothing() -> Result<()> {
     let vb = vb(&vars, DType::F32);
     let ones = |dims: &[usize]| Tensor::ones(dims, DType::F32, &CPU);
     let varied = uniform((6, 3), 1).to_dtype(DType::F32)?;
-    let layer = weight_norm::linear(3, 2, Some(0), vb.pp("a"))?;
+    let layer = weight_norm::linear(3, 2, Some(0).into(), vb.pp("a"))?;
     let before = state(&layer)?;
     let nan = (&varied * f64::NAN)?;
     for (x, parts) in [
@@ -194,16 +194,16 @@ fn what_no_first_batch_can_do_is_refused_and_changes_nothing() -> Result<()> {
         refused(layer.init_from_batch(&x), &parts);
         assert_eq!(state(&layer)?, before, "{parts:?}");
     }
-    let conv = weight_norm::conv1d(3, 2, 8, Default::default(), Some(0), vb.pp("b"))?;
+    let conv = weight_norm::conv1d(3, 2, 8, Default::default(), Some(0).into(), vb.pp("b"))?;
     refused(
         conv.init_from_batch(&ones(&[1, 3, 8])?),
         &["more than one output", "[1, 3, 8]"],
     );
 
-    let without = weight_norm::linear_no_bias(3, 2, Some(0), vb.pp("c"))?;
+    let without = weight_norm::linear_no_bias(3, 2, Some(0).into(), vb.pp("c"))?;
     refused(without.init_from_batch(&varied), &["with a bias"]);
     for dim in [Some(1), None] {
-        let other = weight_norm::linear(3, 2, dim, vb.pp("d").pp(format!("{dim:?}")))?;
+        let other = weight_norm::linear(3, 2, dim.into(), vb.pp("d").pp(format!("{dim:?}")))?;
         refused(
             other.init_from_batch(&varied),
             &["dim 0", &format!("{dim:?}")],
@@ -211,14 +211,14 @@ fn what_no_first_batch_can_do_is_refused_and_changes_nothing() -> Result<()> {
     }
     // The default of a transposed convolution has a length for each input, as in PyTorch.
     let config = ConvTranspose1dConfig::default();
-    let up = weight_norm::conv_transpose1d(3, 2, 2, config, Some(0), vb.pp("e"))?;
+    let up = weight_norm::conv_transpose1d(3, 2, 2, config, Some(0).into(), vb.pp("e"))?;
     refused(
         up.init_from_batch(&ones(&[2, 3, 4])?),
         &["dim 1", "Some(0)"],
     );
 
     let zeros = VarBuilder::zeros(DType::F32, &CPU);
-    let fixed = weight_norm::linear(3, 2, Some(0), zeros)?;
+    let fixed = weight_norm::linear(3, 2, Some(0).into(), zeros)?;
     refused(fixed.init_from_batch(&varied), &[]);
     Ok(())
 }
@@ -244,7 +244,7 @@ fn a_layer_starts_as_a_plain_one_with_variables_of_its_own() -> Result<()> {
     for bias in [true, false] {
         for dim in [Some(0), Some(1), None] {
             let plain = plain(bias);
-            let layer = WeightNorm::from_layer(&plain, dim)?;
+            let layer = WeightNorm::from_layer(&plain, dim.into())?;
             assert_same_outputs(&layer, &plain)?;
             let x = uniform((7, 5), 3).to_dtype(DType::F32)?;
             let grads = layer.forward(&x)?.sqr()?.sum_all()?.backward()?;
@@ -257,7 +257,7 @@ fn a_layer_starts_as_a_plain_one_with_variables_of_its_own() -> Result<()> {
         }
     }
     refused(
-        WeightNorm::from_layer(&plain(true), Some(2)),
+        WeightNorm::from_layer(&plain(true), Some(2).into()),
         &["dim", "[4, 5]"],
     );
     Ok(())
@@ -267,7 +267,7 @@ fn a_layer_starts_as_a_plain_one_with_variables_of_its_own() -> Result<()> {
 fn a_layer_takes_over_the_values_of_a_plain_one() -> Result<()> {
     for dim in [Some(0), Some(1), None] {
         let vars = VarMap::new();
-        let layer = weight_norm::linear(5, 4, dim, vb(&vars, DType::F32))?;
+        let layer = weight_norm::linear(5, 4, dim.into(), vb(&vars, DType::F32))?;
         for bias in [true, false] {
             layer.copy_from(&plain(bias))?;
             assert_same_outputs(&layer, &plain(bias))?;
@@ -280,8 +280,8 @@ fn a_layer_takes_over_the_values_of_a_plain_one() -> Result<()> {
     }
 
     let vars = VarMap::new();
-    let layer = weight_norm::linear(5, 4, Some(0), vb(&vars, DType::F32))?;
-    let without = weight_norm::linear_no_bias(5, 4, Some(0), vb(&vars, DType::F32).pp("b"))?;
+    let layer = weight_norm::linear(5, 4, Some(0).into(), vb(&vars, DType::F32))?;
+    let without = weight_norm::linear_no_bias(5, 4, Some(0).into(), vb(&vars, DType::F32).pp("b"))?;
     let before = [state(&layer)?, state(&without)?];
     let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &CPU);
     let f32 = DType::F32;
@@ -299,7 +299,7 @@ fn a_layer_takes_over_the_values_of_a_plain_one() -> Result<()> {
     refused(without.copy_from(&plain(true)), &["without bias"]);
     assert_eq!([state(&layer)?, state(&without)?], before);
 
-    let fixed = weight_norm::linear(5, 4, Some(0), VarBuilder::zeros(f32, &CPU))?;
+    let fixed = weight_norm::linear(5, 4, Some(0).into(), VarBuilder::zeros(f32, &CPU))?;
     refused(fixed.copy_from(&plain(true)), &["variables"]);
     Ok(())
 }
@@ -314,7 +314,7 @@ fn a_plain_layer_that_cannot_be_is_refused_by_name() -> Result<()> {
             ..Default::default()
         };
         let plain = Conv1d::new(ones(&[outputs, 3, 1])?, None, config);
-        WeightNorm::from_layer(&plain, Some(0))?.forward(&ones(&[1, 9, 4])?)
+        WeightNorm::from_layer(&plain, Some(0).into())?.forward(&ones(&[1, 9, 4])?)
     };
     assert_eq!(grouped(3, 6)?.dims(), [1, 6, 4]);
     refused(grouped(3, 4), &["groups (3)", "9 in and 4 out"]);
@@ -326,17 +326,20 @@ fn a_plain_layer_that_cannot_be_is_refused_by_name() -> Result<()> {
             ..Default::default()
         };
         let plain = ConvTranspose1d::new(ones(&[4, 3, 1])?, None, config);
-        WeightNorm::from_layer(&plain, Some(0))?.forward(&ones(&[1, 4, 5])?)
+        WeightNorm::from_layer(&plain, Some(0).into())?.forward(&ones(&[1, 4, 5])?)
     };
     assert_eq!(up(2)?.dims(), [1, 6, 5]);
     refused(up(3), &["groups (3)", "4 in and 9 out"]);
     refused(up(usize::MAX), &["groups", "4 in"]);
 
     let scalar = Linear::new(ones(&[])?, None);
-    refused(WeightNorm::from_layer(&scalar, Some(0)), &["dim", "[]"]);
-    let scalar = WeightNorm::from_layer(&scalar, None)?;
+    refused(
+        WeightNorm::from_layer(&scalar, Some(0).into()),
+        &["dim", "[]"],
+    );
+    let scalar = WeightNorm::from_layer(&scalar, None.into())?;
     refused(scalar.forward(&ones(&[2, 3])?), &["rank 2", "[]"]);
-    let none = weight_norm::linear(3, 0, Some(0), vb(&VarMap::new(), DType::F32))?;
+    let none = weight_norm::linear(3, 0, Some(0).into(), vb(&VarMap::new(), DType::F32))?;
     refused(
         none.init_from_batch(&ones(&[4, 3])?),
         &["a batch with outputs"],
@@ -366,7 +369,7 @@ fn a_checkpoint_of_a_plain_layer_is_a_start() -> Result<()> {
             true => vb(&vars, DType::F64),
             false => VarBuilder::from_tensors(tensors.into(), DType::F64, &CPU),
         };
-        let layer = weight_norm::conv1d(2, 3, 3, conv, Some(0), source)?;
+        let layer = weight_norm::conv1d(2, 3, 3, conv, Some(0).into(), source)?;
         let x = uniform((1, 2, 6), 9);
         let (y, want) = (
             layer.forward(&x)?,

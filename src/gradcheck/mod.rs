@@ -16,6 +16,9 @@
 //! (the full Jacobian) or a few random vectors ([`GradCheck::projections`]). A loss of `y.sum_all()` is never used: the
 //! gradient of a normalization's sum is zero, and a backward that is wrong in any way that sums to zero would pass.
 //!
+//! Choose a point where the function is smooth: at the kink of relu at 0 or of a maximum of equal values there is no derivative, and the two
+//! disagree. A report says where that is what it looks like ([`Suspicion`]).
+//!
 //! An analytic value `a` agrees with the numeric value `n` when `|a − n| ≤ atol + rtol · |n|`, and NaN or infinity agree
 //! with nothing. The inputs must be f64: in f32 a difference has about three correct digits left.
 //!
@@ -41,15 +44,46 @@
 //! assert!(report.passed(), "{report}");
 //! # Ok(()) }
 //! ```
+//!
+//! # A layer, a model
+//! Tensors that the function captures are not checked, so it builds the layer from its arguments; a model of many parameters by
+//! `VarBuilder::from_tensors`:
+//! ```
+//! use candle_core::{DType, Device, Result, Tensor};
+//! use candle_nn::{Module, VarBuilder};
+//! use candle_norm::gradcheck::gradcheck;
+//!
+//! fn model(xs: &Tensor, vb: VarBuilder) -> Result<Tensor> {
+//!     let linear = candle_nn::linear(3, 4, vb.pp("linear"))?;
+//!     candle_norm::layer_norm(4, 1e-5, vb.pp("norm"))?.forward(&linear.forward(xs)?.relu()?)
+//! }
+//!
+//! # fn main() -> Result<()> {
+//! let names = ["linear.weight", "linear.bias", "norm.weight", "norm.bias"].map(str::to_string);
+//! let values = |count: i64| Tensor::arange(0, count, &Device::Cpu)?.to_dtype(DType::F64)?.sin();
+//! let (x, weight) = (values(15)?.reshape((5, 3))?, values(12)?.reshape((4, 3))?);
+//! let inputs = [x, weight, values(4)?, (values(4)? + 1.)?, values(4)?];
+//! let on_arguments = |v: &[Tensor]| {
+//!     let named = names.iter().cloned().zip(v[1..].iter().cloned());
+//!     model(&v[0], VarBuilder::from_tensors(named.collect(), DType::F64, &Device::Cpu))
+//! };
+//! gradcheck(on_arguments, &inputs)?;
+//!
+//! // relu has a kink at 0, where no gradient is right: the report says so, and what to do.
+//! let at_kink = gradcheck(|v| v[0].relu(), &[Tensor::new(&[0f64, 1.], &Device::Cpu)?]);
+//! assert!(at_kink.unwrap_err().to_string().contains("move the point away"));
+//! # Ok(()) }
+//! ```
 mod leaf;
 mod report;
 mod run;
 
-pub use report::{Comparison, Direction, Report, Unreached};
+pub use report::{Comparison, Direction, Report, Suspicion, Unreached};
 
 use candle_core::{Result, Tensor, bail};
 use leaf::Leaf;
 use rand::{SeedableRng, rngs::StdRng};
+use report::Outputs;
 use run::{Cotangent, Run, repeat, values_of};
 
 /// Checks the gradient of `f` at `inputs` with the default settings, over the full Jacobian.
@@ -131,6 +165,7 @@ impl GradCheck {
         repeat(&f, &leaves, &run, self.seed)?;
 
         let mut report = Report::new(self.atol, self.rtol);
+        let mut outputs = Outputs::new();
         let mut point: Vec<Tensor> = (leaves.iter())
             .map(|leaf| leaf.tensor(leaf.values()))
             .collect::<Result<_>>()?;
@@ -139,41 +174,61 @@ impl GradCheck {
                 report.unreached(input);
             }
             for element in 0..leaf.values().len() {
-                let slope = self.slope(&f, &leaves, &mut point, (input, element), run.dims())?;
+                let at = (input, element);
+                let sides = self.sides(&f, &leaves, &mut point, (at, self.eps), run.dims())?;
+                outputs.see(&sides.plus);
+                outputs.see(&sides.minus);
+                let slopes = sides.slopes(run.values());
+                let mut closer = None;
                 for (row, cotangent) in cotangents.iter().enumerate() {
-                    report.compare(Comparison {
+                    let compare = |[numeric, left, right]: &[Vec<f64>; 3]| Comparison {
                         input,
                         element: multi_index(element, leaf.dims()),
                         direction: cotangent.direction(row, run.dims()),
                         analytic: analytic[row][input].as_ref().map(|g| g[element]),
-                        numeric: cotangent.project(&slope),
-                    });
+                        numeric: cotangent.project(numeric),
+                        left: cotangent.project(left),
+                        right: cotangent.project(right),
+                    };
+                    let comparison = compare(&slopes);
+                    let disagree = comparison.error(self.atol, self.rtol) > 1.0;
+                    let mut kink = disagree && comparison.may_be_kink(self.atol, self.rtol);
+                    let step = self.eps / 16.0;
+                    if kink && sides.here + step > sides.here && sides.here - step < sides.here {
+                        if closer.is_none() {
+                            let sides =
+                                self.sides(&f, &leaves, &mut point, (at, step), run.dims())?;
+                            closer = Some(sides.slopes(run.values()));
+                        }
+                        let same = |c| comparison.stays(&compare(c), self.atol, self.rtol);
+                        kink = closer.as_ref().is_some_and(same);
+                    }
+                    report.compare(comparison, kink);
                 }
             }
         }
+        report.judge(&outputs, self.eps);
         Ok(report)
     }
 
-    /// The derivative of every output element by one input element. `point` holds the inputs, and does so again
-    /// afterwards.
-    fn slope<F>(
+    /// The output with one input element moved by `eps` to either side. `point` holds the inputs, and does so again afterwards.
+    fn sides<F>(
         &self,
         f: &F,
         leaves: &[Leaf],
         point: &mut [Tensor],
-        (input, element): (usize, usize),
+        ((input, element), eps): ((usize, usize), f64),
         dims: &[usize],
-    ) -> Result<Vec<f64>>
+    ) -> Result<Sides>
     where
         F: Fn(&[Tensor]) -> Result<Tensor>,
     {
         let leaf = &leaves[input];
         let here = leaf.values()[element];
-        let (right, left) = (here + self.eps, here - self.eps);
+        let (right, left) = (here + eps, here - eps);
         if right <= here || left >= here {
             bail!(
-                "gradcheck: eps {} does not move element {:?} of input {input}, which is {here}; choose a larger eps or a smaller input",
-                self.eps,
+                "gradcheck: eps {eps} does not move element {:?} of input {input}, which is {here}; choose a larger eps or a smaller input",
                 multi_index(element, leaf.dims()),
             )
         }
@@ -185,10 +240,13 @@ impl GradCheck {
         };
         let (plus, minus) = (side(right)?, side(left)?);
         point[input] = leaf.tensor(leaf.values())?;
-        Ok((values_of(&plus, dims)?.iter())
-            .zip(&values_of(&minus, dims)?)
-            .map(|(plus, minus)| (plus - minus) / (right - left))
-            .collect())
+        Ok(Sides {
+            here,
+            right,
+            left,
+            plus: values_of(&plus, dims)?,
+            minus: values_of(&minus, dims)?,
+        })
     }
 
     fn validate(&self) -> Result<()> {
@@ -222,6 +280,31 @@ impl GradCheck {
                     .collect()
             }
         }
+    }
+}
+
+/// An input element, where it was moved to on the right and on the left, and the outputs there.
+struct Sides {
+    here: f64,
+    right: f64,
+    left: f64,
+    plus: Vec<f64>,
+    minus: Vec<f64>,
+}
+
+impl Sides {
+    /// The derivative of every output element by central differences, and the slopes to the left and to the right alone. `values` is the output
+    /// at the point itself.
+    fn slopes(&self, values: &[f64]) -> [Vec<f64>; 3] {
+        let slope = |upper: &[f64], lower: &[f64], distance: f64| {
+            let pairs = upper.iter().zip(lower);
+            pairs.map(|(u, l)| (u - l) / distance).collect()
+        };
+        [
+            slope(&self.plus, &self.minus, self.right - self.left),
+            slope(values, &self.minus, self.here - self.left),
+            slope(&self.plus, values, self.right - self.here),
+        ]
     }
 }
 

@@ -83,6 +83,11 @@ impl<'a> Run<'a> {
         self.output.dims()
     }
 
+    /// The output, element by element.
+    pub(super) fn values(&self) -> &[f64] {
+        &self.values
+    }
+
     /// How many elements the output has.
     pub(super) fn len(&self) -> usize {
         self.values.len()

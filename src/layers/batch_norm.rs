@@ -50,17 +50,11 @@ impl Default for BatchNormOptions {
     }
 }
 
-impl From<f64> for BatchNormOptions {
-    fn from(eps: f64) -> Self {
-        Self {
-            eps,
-            ..Self::default()
-        }
-    }
-}
-
-impl From<BatchNormConfig> for BatchNormOptions {
-    fn from(config: BatchNormConfig) -> Self {
+/// From all that candle-nn's functions take for a [`BatchNormConfig`]: that itself, a number as `eps`, and every type that converts
+/// into it.
+impl<C: Into<BatchNormConfig>> From<C> for BatchNormOptions {
+    fn from(config: C) -> Self {
+        let config = config.into();
         Self {
             eps: config.eps,
             momentum: Some(config.momentum),

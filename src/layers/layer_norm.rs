@@ -36,18 +36,11 @@ impl Default for LayerNormOptions {
     }
 }
 
-impl From<f64> for LayerNormOptions {
-    fn from(eps: f64) -> Self {
-        Self {
-            eps,
-            ..Self::default()
-        }
-    }
-}
-
-/// candle's `affine` stands for the bias alone: its layer always has a weight.
-impl From<LayerNormConfig> for LayerNormOptions {
-    fn from(config: LayerNormConfig) -> Self {
+/// From all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as `eps`, and every type that converts
+/// into it. candle's `affine` stands for the bias alone: its layer always has a weight.
+impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
+    fn from(config: C) -> Self {
+        let config = config.into();
         Self {
             eps: config.eps,
             affine: if config.affine {

@@ -1,6 +1,7 @@
 //! The layers: parameters, configuration, running statistics. What they compute is in [`ops`](crate::ops).
 
 pub mod batch_norm;
+pub(crate) mod conv1d;
 mod fold;
 mod frozen;
 pub mod group_norm;

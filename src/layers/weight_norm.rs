@@ -149,9 +149,8 @@ impl<L: Weighted> WeightNorm<L> {
     /// assert!((layer.forward(&x)?.to_vec2::<f64>()?[0][0] - 7.).abs() < 1e-12);
     /// # Ok::<(), candle_core::Error>(())
     /// ```
-    pub fn from_layer(layer: &L, options: impl Into<WeightNormOptions>) -> Result<Self> {
-        let dim = options.into().dim;
-        Self::from_weight(layer.weight(), layer.bias(), layer.config(), dim)
+    pub fn from_layer(layer: &L, options: WeightNormOptions) -> Result<Self> {
+        Self::from_weight(layer.weight(), layer.bias(), layer.config(), options.dim)
     }
 
     /// Sets the variables of this layer so that it computes what `layer` does.
@@ -212,7 +211,8 @@ impl<L: Weighted> WeightNorm<L> {
     /// The plain candle-nn layer with the weight of now, for inference.
     ///
     /// What comes back runs candle's own code: on the CPU a [`Conv1d`] has a wrong weight gradient, and a [`ConvTranspose1d`] has
-    /// none and is wrong without padding at batch 2 and more.
+    /// none and is wrong without padding at batch 2 and more. This crate's [`Conv1d`](crate::Conv1d) and
+    /// [`ConvTranspose1d`](crate::ConvTranspose1d) are made of them by `from`, and are right.
     ///
     /// # Errors
     /// Only those of the device.
@@ -335,11 +335,11 @@ impl<L: Weighted> Norm for WeightNorm<L> {
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{VarBuilder, VarMap};
-/// use candle_norm::{WeightNormOptions, weight_norm};
+/// use candle_norm::weight_norm;
 ///
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-/// let layer = weight_norm::linear(8, 4, WeightNormOptions::default(), vb)?;
+/// let layer = weight_norm::linear(8, 4, Default::default(), vb)?;
 /// let x = Tensor::randn(3f32, 2., (64, 8), &Device::Cpu)?;
 /// let y = layer.init_from_batch(&x)?;
 /// assert!(y.mean_all()?.to_scalar::<f32>()?.abs() < 1e-5);
@@ -350,10 +350,10 @@ impl<L: Weighted> Norm for WeightNorm<L> {
 pub fn linear(
     in_dim: usize,
     out_dim: usize,
-    options: impl Into<WeightNormOptions>,
+    options: WeightNormOptions,
     vb: VarBuilder,
 ) -> Result<WeightNorm<Linear>> {
-    WeightNorm::new(in_dim, out_dim, 1, (), true, options.into(), &vb)
+    WeightNorm::new(in_dim, out_dim, 1, (), true, options, &vb)
 }
 
 /// [`linear`] without a bias.
@@ -363,10 +363,10 @@ pub fn linear(
 pub fn linear_no_bias(
     in_dim: usize,
     out_dim: usize,
-    options: impl Into<WeightNormOptions>,
+    options: WeightNormOptions,
     vb: VarBuilder,
 ) -> Result<WeightNorm<Linear>> {
-    WeightNorm::new(in_dim, out_dim, 1, (), false, options.into(), &vb)
+    WeightNorm::new(in_dim, out_dim, 1, (), false, options, &vb)
 }
 
 /// The free function of a convolution, with or without a bias.
@@ -384,12 +384,12 @@ macro_rules! convolution {
         /// ```
         /// use candle_core::{DType, Device, Tensor};
         /// use candle_nn::{Module, VarBuilder, VarMap};
-        /// use candle_norm::{WeightNormOptions, weight_norm};
+        /// use candle_norm::weight_norm;
         ///
         /// let vars = VarMap::new();
         /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-        /// let options = WeightNormOptions::default();
-        #[doc = concat!("let layer = weight_norm::", stringify!($name), "(3, 4, 2, Default::default(), options, vb)?;")]
+        /// let (config, options) = (Default::default(), Default::default());
+        #[doc = concat!("let layer = weight_norm::", stringify!($name), "(3, 4, 2, config, options, vb)?;")]
         #[doc = concat!("let x = Tensor::zeros(", $input, ", DType::F32, &Device::Cpu)?;")]
         #[doc = concat!("assert_eq!(layer.forward(&x)?.dims(), ", $output, ");")]
         /// # Ok::<(), candle_core::Error>(())
@@ -399,10 +399,9 @@ macro_rules! convolution {
             out_channels: usize,
             kernel_size: usize,
             config: $config,
-            options: impl Into<WeightNormOptions>,
+            options: WeightNormOptions,
             vb: VarBuilder,
         ) -> Result<WeightNorm<$layer>> {
-            let options = options.into();
             WeightNorm::new(
                 in_channels,
                 out_channels,

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use candle_core::{Error, Result, bail};
 use candle_nn::VarBuilder;
 
-use super::{Identity, Norm, OnLastAxis};
+use super::{Identity, Norm, OnLastAxis, name};
 use crate::{
     BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, RmsNormOptions,
     SwitchNormOptions, WeightNormOptions, batch_norm, group_norm, instance_norm, layer_norm,
@@ -18,6 +18,9 @@ use crate::{
 /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups), `"instance"`, `"rms"`, `"switch"` or `"weight"`, with
 /// default options; with the feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
 ///
+/// Read are also the names of the classes in PyTorch and of papers, in any case, with blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`,
+/// `"layer_norm"`, `"RMSNorm"`, `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d` says nothing here: every layer serves every rank.
+///
 /// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
 /// `[N, C, *]`, [`features`](Self::features) the one for `[*, F]`.
 ///
@@ -28,7 +31,9 @@ use crate::{
 /// assert_eq!(norm.to_string(), "group:8");
 /// let cumulative = BatchNormOptions { momentum: None, ..Default::default() };
 /// assert_eq!(NormConfig::Batch(cumulative).to_string(), "batch");
-/// assert!("groups".parse::<NormConfig>().is_err());
+/// assert_eq!("BatchNorm2d".parse::<NormConfig>()?.to_string(), "batch");
+/// let error = "grup:8".parse::<NormConfig>().unwrap_err().to_string();
+/// assert!(error.contains(r#"did you mean "group:8"?"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -170,25 +175,40 @@ impl fmt::Display for NormConfig {
 impl FromStr for NormConfig {
     type Err = Error;
 
+    /// The norm of a name as [`NormConfig`] describes them.
     fn from_str(s: &str) -> Result<Self> {
-        let groups = |n: &str| n.parse().ok().filter(|n| *n > 0);
-        Ok(match s {
-            "none" => Self::None,
-            "batch" => Self::Batch(BatchNormOptions::default()),
-            "layer" => Self::Layer(LayerNormOptions::default()),
-            "instance" => Self::Instance(InstanceNormOptions::default()),
-            "rms" => Self::Rms(RmsNormOptions::default()),
-            "switch" => Self::Switch(SwitchNormOptions::default()),
-            "weight" => Self::Weight(WeightNormOptions::default()),
-            _ => match s.strip_prefix("group:").and_then(groups) {
-                Some(num_groups) => Self::Group {
-                    num_groups,
-                    options: GroupNormOptions::default(),
-                },
-                None => bail!(
-                    "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got {s:?}"
-                ),
+        let (name, number) = match s.split_once(':') {
+            Some((name, number)) => (name, Some(number.trim())),
+            None => (s, None),
+        };
+        let Some(kind) = name::kind(name) else {
+            let remedy = match name::nearest(s) {
+                Some(near) => format!("; did you mean {near:?}?"),
+                None => String::new(),
+            };
+            bail!(
+                "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got {s:?}{remedy}"
+            )
+        };
+        let groups = number.and_then(|n| n.parse().ok().filter(|n| *n > 0));
+        Ok(match (kind, number, groups) {
+            ("group", _, Some(num_groups)) => Self::Group {
+                num_groups,
+                options: GroupNormOptions::default(),
             },
+            ("group", _, None) => bail!(
+                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \"group:32\", got {s:?}"
+            ),
+            (kind, Some(_), _) => bail!(
+                "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, got {s:?}; options are fields of the variant, and in a file a map such as {{\"batch\": {{\"eps\": 0.001}}}}"
+            ),
+            ("batch", None, _) => Self::Batch(BatchNormOptions::default()),
+            ("layer", None, _) => Self::Layer(LayerNormOptions::default()),
+            ("instance", None, _) => Self::Instance(InstanceNormOptions::default()),
+            ("rms", None, _) => Self::Rms(RmsNormOptions::default()),
+            ("switch", None, _) => Self::Switch(SwitchNormOptions::default()),
+            ("weight", None, _) => Self::Weight(WeightNormOptions::default()),
+            (_, None, _) => Self::None,
         })
     }
 }
@@ -209,20 +229,24 @@ mod serde_form {
         Options(Options),
     }
 
-    #[derive(serde::Serialize, serde::Deserialize)]
-    #[serde(rename_all = "snake_case", deny_unknown_fields)]
+    #[derive(serde::Serialize)]
+    #[serde(rename_all = "snake_case")]
     pub(super) enum Options {
         Batch(BatchNormOptions),
         Layer(LayerNormOptions),
-        Group {
-            num_groups: usize,
-            #[serde(default)]
-            options: GroupNormOptions,
-        },
+        Group(GroupForm),
         Instance(InstanceNormOptions),
         Rms(RmsNormOptions),
         Switch(SwitchNormOptions),
         Weight(WeightNormOptions),
+    }
+
+    #[derive(serde::Serialize, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub(super) struct GroupForm {
+        num_groups: usize,
+        #[serde(default)]
+        options: GroupNormOptions,
     }
 
     impl From<NormConfig> for Form {
@@ -241,35 +265,15 @@ mod serde_form {
                 NormConfig::Group {
                     num_groups,
                     options,
-                } => Options::Group {
+                } => Options::Group(GroupForm {
                     num_groups,
                     options,
-                },
+                }),
                 NormConfig::Instance(o) => Options::Instance(o),
                 NormConfig::Rms(o) => Options::Rms(o),
                 NormConfig::Switch(o) => Options::Switch(o),
                 NormConfig::Weight(o) => Options::Weight(o),
             })
-        }
-    }
-
-    impl From<Options> for NormConfig {
-        fn from(options: Options) -> Self {
-            match options {
-                Options::Batch(o) => Self::Batch(o),
-                Options::Layer(o) => Self::Layer(o),
-                Options::Group {
-                    num_groups,
-                    options,
-                } => Self::Group {
-                    num_groups,
-                    options,
-                },
-                Options::Instance(o) => Self::Instance(o),
-                Options::Rms(o) => Self::Rms(o),
-                Options::Switch(o) => Self::Switch(o),
-                Options::Weight(o) => Self::Weight(o),
-            }
         }
     }
 
@@ -299,8 +303,40 @@ mod serde_form {
             self,
             mut map: A,
         ) -> std::result::Result<NormConfig, A::Error> {
-            let entry = de::value::MapAccessDeserializer::new(&mut map);
-            let config = NormConfig::from(Options::deserialize(entry)?);
+            let Some(name) = map.next_key::<String>()? else {
+                return Err(de::Error::custom("NormConfig: expected one norm, got none"));
+            };
+            let Some(kind) = name::kind(&name) else {
+                return Err(match name.parse::<NormConfig>() {
+                    Ok(_) => de::Error::custom(format!(
+                        "NormConfig: expected the number of groups among the options, as in {{\"group\": {{\"num_groups\": 8}}}}, got {name:?}"
+                    )),
+                    Err(error) => de::Error::custom(error),
+                });
+            };
+            let config = match kind {
+                "batch" => NormConfig::Batch(map.next_value()?),
+                "layer" => NormConfig::Layer(map.next_value()?),
+                "group" => {
+                    let GroupForm {
+                        num_groups,
+                        options,
+                    } = map.next_value()?;
+                    NormConfig::Group {
+                        num_groups,
+                        options,
+                    }
+                }
+                "instance" => NormConfig::Instance(map.next_value()?),
+                "rms" => NormConfig::Rms(map.next_value()?),
+                "switch" => NormConfig::Switch(map.next_value()?),
+                "weight" => NormConfig::Weight(map.next_value()?),
+                _ => {
+                    return Err(de::Error::custom(
+                        "NormConfig: expected a norm with options, got none, which has no options: write its name alone",
+                    ));
+                }
+            };
             if map.next_key::<IgnoredAny>()?.is_some() {
                 return Err(de::Error::custom(
                     "NormConfig: expected one norm, got several",

@@ -1,6 +1,7 @@
 //! What all layers have in common, and how a model swaps one for another by value.
 
 mod config;
+mod name;
 mod normed_layer;
 
 use candle_core::{Result, Tensor};

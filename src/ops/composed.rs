@@ -283,6 +283,14 @@ pub(crate) fn scale_shift(
     y.reshape((outer, channels, inner))
 }
 
+/// The softmax of each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype.
+pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
+    // What is taken off from every element of a row changes nothing, so that no gradient goes through it.
+    let highest = x.detach().max(1)?;
+    let exp = Rows::new(x)?.minus(&highest)?.map(Tensor::exp)?;
+    exp.times(&exp.sum()?.recip()?)?.join()
+}
+
 /// The gradients of [`standardize`] and [`scale_shift`] together, by tensor operations.
 pub(crate) struct Gradients {
     /// `[rows, len]`.

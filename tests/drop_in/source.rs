@@ -326,3 +326,86 @@ pub(crate) fn model(xs: &[Tensor]) -> Result<Results> {
     results.push(("running_var".into(), block.batch.running_var().clone()));
     Ok(results)
 }
+
+/// A configuration of one's own.
+struct Mine {
+    eps: f64,
+}
+
+impl From<Mine> for LayerNormConfig {
+    fn from(mine: Mine) -> Self {
+        Self {
+            affine: false,
+            ..Self::from(mine.eps)
+        }
+    }
+}
+
+impl From<Mine> for BatchNormConfig {
+    fn from(mine: Mine) -> Self {
+        Self {
+            momentum: 0.5,
+            ..Self::from(mine.eps)
+        }
+    }
+}
+
+// Functions that hand on what candle's take, as those of candle-transformers do.
+fn hand_on<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuilder) -> Result<LayerNorm> {
+    layer_norm(size, config, vb)
+}
+
+fn hand_on_batch<C: Into<BatchNormConfig>>(
+    size: usize,
+    config: C,
+    vb: VarBuilder,
+) -> Result<BatchNorm> {
+    batch_norm(size, config, vb)
+}
+
+/// All that converts into candle's configurations, directly and through a function.
+pub(crate) fn conversions(xs: &[Tensor]) -> Result<Results> {
+    let x = &rows(&xs[0])?;
+    let (c, n) = (x.dim(1)?, x.dim(x.rank() - 1)?);
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, x.dtype(), x.device());
+    let eps = 1e-3;
+    let plain = LayerNormConfig {
+        affine: false,
+        ..Default::default()
+    };
+    let layers: [(&str, LayerNorm); 6] = [
+        ("literal", hand_on(n, 1e-5, vb.pp("a"))?),
+        ("variable", hand_on(n, eps, vb.pp("b"))?),
+        ("config", hand_on(n, plain, vb.pp("c"))?),
+        (
+            "default",
+            hand_on(n, LayerNormConfig::default(), vb.pp("d"))?,
+        ),
+        ("own", hand_on(n, Mine { eps: 0.1 }, vb.pp("e"))?),
+        (
+            "own, directly",
+            layer_norm(n, Mine { eps: 0.1 }, vb.pp("f"))?,
+        ),
+    ];
+    let mut results: Results = vec![];
+    for (name, layer) in layers {
+        results.push((format!("{name} eps"), scalar(layer.eps())?));
+        let bias = f64::from(u8::from(layer.bias().is_some()));
+        results.push((format!("{name} bias"), scalar(bias)?));
+        results.push((format!("{name} forward"), layer.forward(x)?));
+    }
+    let layers: [(&str, BatchNorm); 3] = [
+        ("literal", hand_on_batch(c, 1e-5, vb.pp("g"))?),
+        ("own", hand_on_batch(c, Mine { eps }, vb.pp("h"))?),
+        ("own, directly", batch_norm(c, Mine { eps }, vb.pp("i"))?),
+    ];
+    for (name, layer) in layers {
+        results.push((format!("{name} eps"), scalar(layer.eps())?));
+        results.push((format!("{name} momentum"), scalar(layer.momentum())?));
+        results.push((format!("{name} trained"), layer.forward_t(x, true)?));
+        let variance = layer.running_var().clone();
+        results.push((format!("{name} running_var"), variance));
+    }
+    Ok(results)
+}

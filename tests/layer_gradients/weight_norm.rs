@@ -43,7 +43,7 @@ fn linear() -> Result<()> {
                 &[5, 3],
                 dim,
                 Some(5),
-                move |vb, x| weight_norm::linear(3, 5, dim, vb)?.forward(x),
+                move |vb, x| weight_norm::linear(3, 5, dim.into(), vb)?.forward(x),
             ));
             cases.push(weight_normed(
                 "no bias",
@@ -51,7 +51,7 @@ fn linear() -> Result<()> {
                 &[5, 3],
                 dim,
                 None,
-                move |vb, x| weight_norm::linear_no_bias(3, 5, dim, vb)?.forward(x),
+                move |vb, x| weight_norm::linear_no_bias(3, 5, dim.into(), vb)?.forward(x),
             ));
         }
     }
@@ -109,14 +109,14 @@ fn conv1d() -> Result<()> {
         let (name, weight) = (format!("{geometry:?}"), [4, 2 / geometry.groups, 3]);
         for dim in dims {
             let forward = move |vb: VarBuilder, x: &Tensor| {
-                weight_norm::conv1d(2, 4, 3, config, dim, vb)?.forward(x)
+                weight_norm::conv1d(2, 4, 3, config, dim.into(), vb)?.forward(x)
             };
             let case = weight_normed(&name, &[2, 2, 8], &weight, dim, Some(4), forward);
             cases.push(case.on_one_path());
         }
     }
     let no_bias = |vb: VarBuilder, x: &Tensor| {
-        weight_norm::conv1d_no_bias(2, 4, 3, Default::default(), None, vb)?.forward(x)
+        weight_norm::conv1d_no_bias(2, 4, 3, Default::default(), None.into(), vb)?.forward(x)
     };
     cases.push(weight_normed(
         "no bias",
@@ -143,7 +143,7 @@ fn conv2d() -> Result<()> {
         let (name, weight) = (format!("{geometry:?}"), [4, 2 / geometry.groups, 2, 2]);
         for dim in dims {
             let forward = move |vb: VarBuilder, x: &Tensor| {
-                weight_norm::conv2d(2, 4, 2, config, dim, vb)?.forward(x)
+                weight_norm::conv2d(2, 4, 2, config, dim.into(), vb)?.forward(x)
             };
             // At most strides the two axes leave unequal remainders.
             let case = weight_normed(&name, &[2, 2, 4, 5], &weight, dim, Some(4), forward);
@@ -151,7 +151,7 @@ fn conv2d() -> Result<()> {
         }
     }
     let no_bias = |vb: VarBuilder, x: &Tensor| {
-        weight_norm::conv2d_no_bias(2, 4, 2, Default::default(), None, vb)?.forward(x)
+        weight_norm::conv2d_no_bias(2, 4, 2, Default::default(), None.into(), vb)?.forward(x)
     };
     cases.push(weight_normed(
         "no bias",
@@ -180,7 +180,7 @@ fn conv_transpose1d() -> Result<()> {
             let weight = [4, 2 / geometry.groups, 3];
             for &dim in &dims {
                 let forward = move |vb: VarBuilder, x: &Tensor| {
-                    weight_norm::conv_transpose1d(4, 2, 3, config, dim, vb)?.forward(x)
+                    weight_norm::conv_transpose1d(4, 2, 3, config, dim.into(), vb)?.forward(x)
                 };
                 let case = weight_normed(&name, &[2, 4, 3], &weight, dim, Some(2), forward);
                 cases.push(case.on_one_path());
@@ -188,7 +188,8 @@ fn conv_transpose1d() -> Result<()> {
         }
     }
     let no_bias = |vb: VarBuilder, x: &Tensor| {
-        weight_norm::conv_transpose1d_no_bias(4, 2, 3, Default::default(), None, vb)?.forward(x)
+        weight_norm::conv_transpose1d_no_bias(4, 2, 3, Default::default(), None.into(), vb)?
+            .forward(x)
     };
     cases.push(weight_normed(
         "no bias",
@@ -219,7 +220,7 @@ fn conv_transpose2d() -> Result<()> {
             let name = format!("{geometry:?}, output padding {output_padding}");
             for &dim in &dims {
                 let forward = move |vb: VarBuilder, x: &Tensor| {
-                    weight_norm::conv_transpose2d(2, 3, 2, config, dim, vb)?.forward(x)
+                    weight_norm::conv_transpose2d(2, 3, 2, config, dim.into(), vb)?.forward(x)
                 };
                 let case =
                     weight_normed(&name, &[2, 2, 2, 3], &[2, 3, 2, 2], dim, Some(3), forward);
@@ -228,7 +229,8 @@ fn conv_transpose2d() -> Result<()> {
         }
     }
     let no_bias = |vb: VarBuilder, x: &Tensor| {
-        weight_norm::conv_transpose2d_no_bias(2, 3, 2, Default::default(), None, vb)?.forward(x)
+        weight_norm::conv_transpose2d_no_bias(2, 3, 2, Default::default(), None.into(), vb)?
+            .forward(x)
     };
     cases.push(weight_normed(
         "no bias",

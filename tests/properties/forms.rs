@@ -76,7 +76,7 @@ fn check_baked<L: Weighted + Module>(
     );
 
     // And back: a layer made from the plain one computes what that does.
-    let again = WeightNorm::from_layer(&baked, layer.dim())?;
+    let again = WeightNorm::from_layer(&baked, layer.dim().into())?;
     let weight = values(&layer.weight()?)?;
     assert_close(
         "weight made again",
@@ -181,8 +181,8 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
-            true => weight_norm::linear(inputs, outputs, dim, vb),
-            false => weight_norm::linear_no_bias(inputs, outputs, dim, vb),
+            true => weight_norm::linear(inputs, outputs, dim.into(), vb),
+            false => weight_norm::linear_no_bias(inputs, outputs, dim.into(), vb),
         }).unwrap();
         let x = Draw::new(!seed).normal(2 * rows * inputs);
         let x = tensor(&x, &[2, rows, inputs], dtype).unwrap();
@@ -199,14 +199,14 @@ proptest! {
     ) {
         let (inputs, outputs, kernel) = (g.inputs(), g.outputs(), g.kernel);
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
-            true => weight_norm::conv1d(inputs, outputs, kernel, g.conv1d(), dim, vb),
-            false => weight_norm::conv1d_no_bias(inputs, outputs, kernel, g.conv1d(), dim, vb),
+            true => weight_norm::conv1d(inputs, outputs, kernel, g.conv1d(), dim.into(), vb),
+            false => weight_norm::conv1d_no_bias(inputs, outputs, kernel, g.conv1d(), dim.into(), vb),
         }).unwrap();
         check_baked(&layer, (Conv1d::weight, Conv1d::bias), &g.input(1, dtype, seed)).unwrap();
 
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
-            true => weight_norm::conv2d(inputs, outputs, kernel, g.conv2d(), dim, vb),
-            false => weight_norm::conv2d_no_bias(inputs, outputs, kernel, g.conv2d(), dim, vb),
+            true => weight_norm::conv2d(inputs, outputs, kernel, g.conv2d(), dim.into(), vb),
+            false => weight_norm::conv2d_no_bias(inputs, outputs, kernel, g.conv2d(), dim.into(), vb),
         }).unwrap();
         check_baked(&layer, (Conv2d::weight, Conv2d::bias), &g.input(2, dtype, seed)).unwrap();
     }
@@ -231,8 +231,8 @@ proptest! {
         };
         let (inputs, outputs, kernel) = (g.inputs(), g.outputs(), g.kernel);
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
-            true => weight_norm::conv_transpose1d(inputs, outputs, kernel, config, dim, vb),
-            false => weight_norm::conv_transpose1d_no_bias(inputs, outputs, kernel, config, dim, vb),
+            true => weight_norm::conv_transpose1d(inputs, outputs, kernel, config, dim.into(), vb),
+            false => weight_norm::conv_transpose1d_no_bias(inputs, outputs, kernel, config, dim.into(), vb),
         }).unwrap();
         let parts = (ConvTranspose1d::weight as _, ConvTranspose1d::bias as _);
         check_baked(&layer, parts, &g.input(1, dtype, seed)).unwrap();
@@ -246,8 +246,8 @@ proptest! {
         };
         let (inputs, outputs) = (g.inputs(), g.outputs());
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
-            true => weight_norm::conv_transpose2d(inputs, outputs, kernel, config, dim, vb),
-            false => weight_norm::conv_transpose2d_no_bias(inputs, outputs, kernel, config, dim, vb),
+            true => weight_norm::conv_transpose2d(inputs, outputs, kernel, config, dim.into(), vb),
+            false => weight_norm::conv_transpose2d_no_bias(inputs, outputs, kernel, config, dim.into(), vb),
         }).unwrap();
         let parts = (ConvTranspose2d::weight as _, ConvTranspose2d::bias as _);
         check_baked(&layer, parts, &g.input(2, dtype, seed)).unwrap();

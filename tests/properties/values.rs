@@ -266,7 +266,7 @@ fn bias_gradients_of_weight_norm_over_many_rows() -> Result<()> {
     ] {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
-        let layer = candle_norm::weight_norm::linear(2, 1, None, vb)?;
+        let layer = candle_norm::weight_norm::linear(2, 1, None.into(), vb)?;
         let x = tensor(&Draw::new(1).normal(2 * rows), &[rows, 2], dtype)?;
         let dy = tensor(&vec![0.1; rows], &[rows, 1], dtype)?;
         let grads = backward(&layer.forward(&x)?, &dy)?;
