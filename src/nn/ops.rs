@@ -1,7 +1,7 @@
 //! `candle_nn::ops`, with every gradient.
 //!
 //! candle's `layer_norm`, `rms_norm` and `softmax_last_dim` drop the gradients of all that comes before them. Those here have candle's
-//! signatures and keep them; every other name is candle's own. [`ops`](crate::ops) has norms with more options.
+//! signatures and keep them; every other name is candle's own. [`ops`] has norms with more options.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -21,7 +21,7 @@ pub use candle_nn::ops::*;
 use crate::ops::{self, Cast};
 
 /// Layer normalization over the trailing axes, which are those of `alpha` and `beta`:
-/// [`ops::layer_norm`](crate::ops::layer_norm) with candle's signature.
+/// [`ops::layer_norm`] with candle's signature.
 ///
 /// `y = (xs − mean) / √(var + eps) · alpha + beta`
 ///
@@ -29,7 +29,7 @@ use crate::ops::{self, Cast};
 /// `xs`: `[*, N]`; `alpha`, `beta`: `[N]`; the result as `xs`, contiguous.
 ///
 /// # Errors
-/// Those of [`ops::layer_norm`](crate::ops::layer_norm).
+/// Those of [`ops::layer_norm`].
 pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
     ops::layer_norm(xs, alpha.shape(), Some(alpha), Some(beta), f64::from(eps))
 }
@@ -42,7 +42,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
     layer_norm(x, alpha, beta, eps)
 }
 
-/// Root-mean-square normalization over the trailing axes, which are those of `alpha`: [`ops::rms_norm`](crate::ops::rms_norm) with candle's
+/// Root-mean-square normalization over the trailing axes, which are those of `alpha`: [`ops::rms_norm`] with candle's
 /// signature.
 ///
 /// `y = xs / √(mean(xs²) + eps) · alpha`
@@ -51,7 +51,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// `xs`: `[*, N]`; `alpha`: `[N]`; the result as `xs`, contiguous.
 ///
 /// # Errors
-/// Those of [`ops::rms_norm`](crate::ops::rms_norm).
+/// Those of [`ops::rms_norm`].
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     let eps = Some(f64::from(eps));
     ops::rms_norm(xs, alpha.shape(), Some(alpha), eps, 0., Cast::AfterWeight)
