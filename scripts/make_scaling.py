@@ -8,6 +8,7 @@ A file is one case. Metadata: `kind` (the scaler), `options` (JSON, in this crat
 `partial_fit` gets one after the other). Tensors, all f64:
 
     x            the data that are fitted
+    weight       the weight of each sample, if samples are weighted
     probe        other data, some of them beyond the first
     y            the probe, transformed
     back         y, transformed back
@@ -34,7 +35,7 @@ RNG = np.random.default_rng(20)
 KINDS = {
     "StandardScaler": (StandardScaler, {"with_mean": True, "with_std": True}),
     "MinMaxScaler": (MinMaxScaler, {"feature_range": (0.0, 1.0), "clip": False}),
-    "MaxAbsScaler": (MaxAbsScaler, {}),
+    "MaxAbsScaler": (MaxAbsScaler, {"clip": False}),
     "RobustScaler": (
         RobustScaler,
         {"with_centering": True, "with_scaling": True, "quantile_range": (25.0, 75.0)},
@@ -79,21 +80,35 @@ def attributes(kind: str, scaler) -> dict[str, np.ndarray]:
     return {"scale": ones if scaler.scale_ is None else scaler.scale_, **center}
 
 
-def case(folder: Path, name: str, kind: str, x: np.ndarray, splits: list[int], **options) -> int:
+def case(
+    folder: Path,
+    name: str,
+    kind: str,
+    x: np.ndarray,
+    splits: list[int],
+    weight: np.ndarray | None = None,
+    **options,
+) -> int:
     make, defaults = KINDS[kind]
     options = defaults | options
-    whole = make(**options).fit(x)
+
+    def weighted(rows: slice) -> dict:
+        return {} if weight is None else {"sample_weight": weight[rows]}
+
+    whole = make(**options).fit(x, **weighted(slice(None)))
     # RobustScaler has no partial_fit there; here it must come out the same.
     if hasattr(whole, "partial_fit"):
         parts = make(**options)
-        for part in np.split(x, np.cumsum(splits)[:-1]):
-            parts.partial_fit(part)
+        for start, end in zip(np.cumsum([0, *splits]), np.cumsum(splits)):
+            parts.partial_fit(x[start:end], **weighted(slice(start, end)))
         for key, value in attributes(kind, whole).items():
             np.testing.assert_allclose(attributes(kind, parts)[key], value, rtol=1e-9, atol=1e-12)
         whole = parts
     probe = np.concatenate([x[:3], x[:3] * 1.7 + 1.0])
     y = whole.transform(probe)
     tensors = {"x": x, "probe": probe, "y": y, "back": whole.inverse_transform(y), **attributes(kind, whole)}
+    if weight is not None:
+        tensors["weight"] = weight
     nan = "ignore" if np.isnan(x).any() else "refuse"
     metadata = {"kind": kind, "options": json.dumps(options | {"nan": nan}), "splits": json.dumps(splits)}
     return save(folder / f"{name}.safetensors", {k: torch.tensor(v) for k, v in tensors.items()}, metadata)
@@ -132,6 +147,14 @@ def cases():
     yield "robust_extremes", "RobustScaler", x, splits, {"quantile_range": (0.0, 100.0)}
     yield "robust_no_center", "RobustScaler", x, splits, {"with_centering": False}
     yield "robust_no_scale", "RobustScaler", x, splits, {"with_scaling": False}
+    yield "maxabs_clip", "MaxAbsScaler", table(37), splits, {"clip": True}
+    weight = RNG.random(37) * 3.0
+    yield "standard_weighted", "StandardScaler", table(37), splits, {"weight": weight}
+    yield "standard_weighted_nan", "StandardScaler", with_nan(table(37)), [10, 15, 12], {"weight": weight}
+    # A sample of weight 3 is one that is there three times, and one of weight 0 is none.
+    counts = RNG.integers(0, 4, 37).astype(float)
+    yield "standard_weighted_counts", "StandardScaler", table(37), [18, 19], {"weight": counts}
+    yield "standard_weighted_large", "StandardScaler", table(37) + 1e6, splits, {"weight": weight * 1e5}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ mod gradients;
 mod half;
 #[path = "scaling/kinds.rs"]
 mod kinds;
+#[path = "scaling/limits.rs"]
+mod limits;
 #[path = "scaling/pipeline.rs"]
 mod pipeline;
 #[path = "scaling/precision.rs"]

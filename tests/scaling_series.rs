@@ -3,6 +3,8 @@
 
 mod common;
 
+#[path = "scaling_series/alarms.rs"]
+mod alarms;
 #[path = "scaling_series/atomic.rs"]
 mod atomic;
 #[path = "scaling_series/drift.rs"]
@@ -11,8 +13,12 @@ mod drift;
 mod following;
 #[path = "scaling_series/following_edges.rs"]
 mod following_edges;
+#[path = "scaling_series/gaps.rs"]
+mod gaps;
 #[path = "scaling_series/rev_in.rs"]
 mod rev_in;
+#[path = "scaling_series/rev_in_missing.rs"]
+mod rev_in_missing;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

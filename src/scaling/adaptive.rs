@@ -109,6 +109,12 @@ impl AdaptiveScaler {
             )?;
         }
         check::series::same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
+        let DriftOptions {
+            min_count, bins, ..
+        } = watch.options;
+        let expected =
+            format!("of at least bins, {bins}, since recent values become the reference");
+        check::scaling::option(LAYER, "min_count", min_count >= bins, &expected, &min_count)?;
         if let Some(names) = scaler.features().names() {
             watch.set_names(names.to_vec())?;
         }
@@ -238,6 +244,8 @@ fn evenly(values: &[f64], features: usize, count: usize) -> Vec<f64> {
         .copied()
         .collect()
 }
+
+super::files!(AdaptiveScaler);
 
 impl Scaler for AdaptiveScaler {
     fn kind(&self) -> &'static str {

@@ -14,6 +14,29 @@ pub(super) struct Map {
     pub(super) offset: f64,
 }
 
+impl Map {
+    /// That of a feature of which there are no values: whatever it is given becomes NaN.
+    pub(super) const UNKNOWN: Self = Self {
+        center: [f64::NAN, 0.],
+        scale: f64::NAN,
+        offset: 0.,
+    };
+
+    pub(super) fn is_known(&self) -> bool {
+        !self.center[0].is_nan()
+    }
+}
+
+/// The standard deviation of a variance; 1 where it is below the resolution of an `f64` at the mean. A variance that is not a number stays
+/// that, and is refused.
+pub(super) fn scale_of(mean: f64, var: f64) -> f64 {
+    let std = var.sqrt();
+    match std <= f64::EPSILON * mean.abs() {
+        true => 1.,
+        false => std,
+    }
+}
+
 /// A [`Map`] of each feature, and the range that the result is cut to, if it is.
 #[derive(Debug, Clone)]
 pub(super) struct Affine {
@@ -60,7 +83,8 @@ impl Affine {
     pub(super) fn check(&self, layer: &str, features: &Features, dtype: DType) -> Result<()> {
         let dtype = wide(dtype);
         let round = |v: f64| rounded(v, dtype);
-        for (i, map) in self.maps.iter().enumerate() {
+        let known = self.maps.iter().enumerate().filter(|(_, m)| m.is_known());
+        for (i, map) in known {
             // A scale that is rounded to zero would divide by it.
             let held = match round(map.scale) {
                 0. => f64::INFINITY,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use candle_core::safetensors::Load;
 use candle_core::{Device, Result, Tensor};
 use candle_nn::VarMap;
 use safetensors::SafeTensors;
@@ -51,13 +52,15 @@ const KEY: &str = "candle_norm:";
 pub struct Archive {
     tensors: BTreeMap<String, Tensor>,
     metadata: HashMap<String, String>,
+    /// The file that was read, which messages name.
+    source: Option<PathBuf>,
 }
 
 impl Archive {
     /// Adds a state under a prefix.
     ///
     /// # Errors
-    /// The prefix is in use; nothing is added then.
+    /// The prefix is in use, or a tensor is of a dtype that cannot be written; nothing is added then.
     pub fn put(&mut self, prefix: &str, state: &State) -> Result<()> {
         let key = format!("{KEY}{prefix}");
         let start = format!("{prefix}.");
@@ -67,6 +70,9 @@ impl Archive {
             || self.parts().iter().any(inside)
             || belongs(&start, &self.starts());
         check::scaling::free_name(LAYER, prefix, taken)?;
+        for (name, tensor) in state.tensors() {
+            check::scaling::writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
+        }
         let named = state.tensors().iter();
         self.tensors
             .extend(named.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.clone())));
@@ -99,13 +105,15 @@ impl Archive {
     /// Adds the variables of a model under their own names, with the values that they have now.
     ///
     /// # Errors
-    /// A name is in use, or begins with the prefix of a state and a dot; nothing is added then.
+    /// A name is in use, or begins with the prefix of a state and a dot, or a variable is of a dtype that cannot be written; nothing is added
+    /// then.
     pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
         let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
         let starts = self.starts();
-        for name in vars.keys() {
+        for (name, var) in vars.iter() {
             let taken = self.tensors.contains_key(name) || belongs(name, &starts);
             check::scaling::free_name(LAYER, name, taken)?;
+            check::scaling::writable(LAYER, name, var.dtype())?;
         }
         let mut named = BTreeMap::new();
         for (name, var) in vars.iter() {
@@ -129,7 +137,13 @@ impl Archive {
     /// # Errors
     /// There is none, or its metadata does not describe one.
     pub fn state(&self, prefix: &str) -> Result<State> {
-        check::scaling::part(LAYER, prefix, &self.parts())?;
+        let parts = self.parts();
+        if !parts.iter().any(|part| part == prefix) {
+            let mut others: Vec<String> = self.others().into_keys().collect();
+            others.sort();
+            let source = self.source.as_deref();
+            return check::scaling::no_part(LAYER, prefix, source, &parts, &others);
+        }
         let text = self.metadata.get(&format!("{KEY}{prefix}"));
         let text = check::scaling::present(LAYER, prefix, text)?;
         let start = format!("{prefix}.");
@@ -155,28 +169,36 @@ impl Archive {
     /// Reads a file, all of it.
     ///
     /// # Errors
-    /// It cannot be read, or is not a whole safetensors file.
+    /// It cannot be read, is not a whole safetensors file, or holds a dtype that candle cannot.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = check::scaling::file(LAYER, path, fs::read(path))?;
         let header = SafeTensors::read_metadata(&bytes);
         let (_, header) = check::scaling::file(LAYER, path, header)?;
-        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
-        let tensors = check::scaling::file(LAYER, path, tensors)?;
+        let whole = SafeTensors::deserialize(&bytes);
+        let whole = check::scaling::file(LAYER, path, whole)?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in whole.tensors() {
+            let tensor = view.load(&Device::Cpu);
+            let tensor = check::scaling::loaded(LAYER, path, &name, view.dtype(), tensor)?;
+            tensors.insert(name, tensor);
+        }
         Ok(Self {
-            tensors: tensors.into_iter().collect(),
+            tensors,
             metadata: header.metadata().clone().unwrap_or_default(),
+            source: Some(path.to_path_buf()),
         })
     }
 
     /// Writes the file, which appears whole or not at all.
     ///
     /// # Errors
-    /// Those of the file system and of devices; a file that was there before is then as it was.
+    /// A tensor of a dtype that cannot be written; those of the file system and of devices; a file that was there before is then as it was.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let mut named = vec![];
         for (name, tensor) in &self.tensors {
+            check::scaling::writable(LAYER, name, tensor.dtype())?;
             named.push((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
         }
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());

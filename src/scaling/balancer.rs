@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::state::MOST_VALUES;
 use super::{Features, Seen, State};
 use crate::ops::check;
 
@@ -72,23 +73,28 @@ impl Sizes {
     }
 
     fn sizes(&self) -> Vec<f64> {
-        let size = |running: &f64| match running / self.weight() {
-            size if size > 0. => size,
-            _ => 1.,
+        let size = |running: &f64| match *running == 0. {
+            true => 1.,
+            false => running / self.weight(),
         };
         self.running.iter().map(size).collect()
     }
 
-    fn after(&self, losses: &[f64]) -> Self {
+    fn after(&self, losses: &[f64]) -> Result<Self> {
         let decay = self.options.decay;
         let running = self.running.iter().zip(losses);
-        Self {
+        let next = Self {
             running: running
                 .map(|(r, l)| decay * r + (1. - decay) * l.abs())
                 .collect(),
             steps: self.steps.saturating_add(1),
             ..self.clone()
+        };
+        check::scaling::countable(KIND, "steps", &"all terms", next.steps, MOST_VALUES)?;
+        for (i, size) in next.sizes().iter().enumerate() {
+            check::finite(KIND, &format!("the size of {}", self.terms.label(i)), *size)?;
         }
+        Ok(next)
     }
 
     /// The sum of the terms divided by their sizes, in `f32` at least.
@@ -148,7 +154,7 @@ impl LossBalancer {
     pub fn balance(&self, terms: &[Tensor]) -> Result<Tensor> {
         let losses = self.values(terms)?;
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let next = current.after(&losses);
+        let next = current.after(&losses)?;
         let total = next.total(terms)?;
         *current = Arc::new(next);
         Ok(total)
@@ -254,10 +260,15 @@ fn restored(state: &State) -> Result<Sizes> {
     }
     let decay = state.option("decay")?;
     check_decay(decay)?;
-    Ok(Sizes {
+    let sizes = Sizes {
         options: LossBalancerOptions { decay },
         terms: state.features().clone(),
         steps,
         running,
-    })
+    };
+    for (i, size) in sizes.sizes().iter().enumerate() {
+        let label = state.features().label(i);
+        check::scaling::saved_value(KIND, "running size", &label, *size, size.is_finite())?;
+    }
+    Ok(sizes)
 }

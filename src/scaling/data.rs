@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Features, Moments, Seen};
 use crate::ops::{self, check};
@@ -51,40 +51,84 @@ pub(super) fn moments_of(values: &[f64]) -> Moments {
     }
 }
 
-/// Calls `take(feature, values)` with the values of each feature of `x` that are numbers, in blocks of samples; returns what was seen.
+/// The weights of the samples of `x`.
+pub(super) fn sample_weights(layer: &str, x: &Tensor, weights: &Tensor) -> Result<Vec<f64>> {
+    check::scaling::weight_per_sample(layer, x.dims()[0], weights)?;
+    let weights = weights.detach().to_device(&Device::Cpu)?;
+    let weights = weights.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    for (sample, weight) in weights.iter().enumerate() {
+        check::scaling::usable_weight(layer, sample, *weight)?;
+    }
+    let sum = weights.iter().sum();
+    check::scaling::some_weight(layer, sum)?;
+    Ok(weights)
+}
+
+/// The moments of values that count by their weights, in the unit of which the count is. Blocks are short, so that sums lose nothing.
+pub(super) fn weighted_moments(values: &[f64], weights: &[f64]) -> Moments {
+    const BLOCK: usize = 256;
+    let blocks = values.chunks(BLOCK).zip(weights.chunks(BLOCK));
+    blocks.fold(Moments::default(), |all, (values, weights)| {
+        let weight: f64 = weights.iter().sum();
+        let pairs = || values.iter().zip(weights);
+        let about = pairs().map(|(v, w)| v * (w / weight)).sum::<f64>();
+        let rest = pairs()
+            .map(|(v, w)| (v - about) * (w / weight))
+            .sum::<f64>();
+        let mean = about + rest;
+        let m2 = pairs().map(|(v, w)| w * ((v - about) - rest).powi(2)).sum();
+        // What the sum was rounded by.
+        let error = rest - (mean - about);
+        all.merge(Moments::from_parts(weight, mean, error, m2))
+    })
+}
+
+/// Calls `take(feature, values, weights)` with the values of each feature of `x` that are numbers, in blocks of samples, and with the weights
+/// of their samples if there are weights; returns what was seen. A sample without weight counts as none.
 pub(super) fn each_feature(
     layer: &str,
     features: &Features,
     nan: Nan,
     x: &Tensor,
-    mut take: impl FnMut(usize, &[f64]) -> Result<()>,
+    weights: Option<&[f64]>,
+    mut take: impl FnMut(usize, &[f64], Option<&[f64]>) -> Result<()>,
 ) -> Result<Vec<Seen>> {
     check::scaling::samples(layer, x)?;
     let mut seen = vec![Seen::default(); features.count()];
-    let mut numbers = vec![];
+    // Of each feature, the samples that were taken.
+    let mut rows = vec![0; features.count()];
+    let (mut numbers, mut their_weights) = (vec![], vec![]);
     ops::columns(x, |feature, values| {
-        let before = seen[feature];
-        let count = values.len() as u64;
-        for (i, &value) in values.iter().enumerate() {
+        let first = rows[feature];
+        rows[feature] += values.len();
+        let weights = weights.map(|all| &all[first..first + values.len()]);
+        let counts = |i: usize| weights.is_none_or(|weights| weights[i] > 0.);
+        let mut missing = 0;
+        for (i, &value) in values.iter().enumerate().filter(|(i, _)| counts(*i)) {
             if value.is_infinite() || (value.is_nan() && nan == Nan::Refuse) {
-                let row = (before.values + before.nan) as usize + i;
-                check::scaling::usable(layer, &features.label(feature), row, value)?;
+                check::scaling::usable(layer, &features.label(feature), first + i, value)?;
             }
+            missing += u64::from(value.is_nan());
         }
-        let values = match values.iter().any(|v| v.is_nan()) {
-            false => values,
-            true => {
+        let taken = |i: &usize| counts(*i) && !values[*i].is_nan();
+        let values = match weights.is_none() && missing == 0 {
+            true => values,
+            false => {
                 numbers.clear();
-                numbers.extend(values.iter().filter(|v| !v.is_nan()));
+                numbers.extend((0..values.len()).filter(taken).map(|i| values[i]));
                 &numbers
             }
         };
-        let numbers = values.len() as u64;
-        seen[feature] = before.plus(Seen {
-            values: numbers,
-            nan: count - numbers,
+        let weights = weights.map(|weights| {
+            their_weights.clear();
+            their_weights.extend((0..weights.len()).filter(taken).map(|i| weights[i]));
+            &their_weights[..]
         });
-        take(feature, values)
+        seen[feature] = seen[feature].plus(Seen {
+            values: values.len() as u64,
+            nan: missing,
+        });
+        take(feature, values, weights)
     })?;
     Ok(seen)
 }

@@ -79,8 +79,12 @@ pub struct DriftReport {
     pub recent: u64,
     /// (recent mean − reference mean) / reference standard deviation, biased. Infinite where a constant changed.
     pub mean_shift: f64,
+    /// (recent mean − reference mean) in standard errors of it.
+    pub mean_z: f64,
     /// Recent variance / reference variance, biased. 1 where both are 0.
     pub variance_ratio: f64,
+    /// (recent variance − reference variance) in standard errors of it, which the kurtosis sets.
+    pub variance_z: f64,
     /// `Σ (pᵢ − qᵢ) ln(pᵢ / qᵢ)`.
     pub population_stability: f64,
     /// The greatest distance between the distribution functions.
@@ -92,13 +96,14 @@ pub struct DriftReport {
 /// Options of a [`DriftMonitor`]. A threshold of `None` leaves its metric out of the events; reports have all.
 ///
 /// Metrics are looked at again and again, and values of a series are not independent: so the thresholds are far from what one look at
-/// independent values would need. They are for windows as long as the default: in a shorter one, or after a short reference, chance alone moves
-/// the metrics farther. The population stability index is about `(bins − 1) · (1/n + 1/m)` where nothing changes.
+/// independent values would need. Mean and variance must also have moved by more than five standard errors, so that neither a heavy tail nor a
+/// short window or reference is taken for a change. The threshold of the population stability index is for windows as long as the default:
+/// where nothing changes, the index is about `(bins − 1) · (1/n + 1/m)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct DriftOptions {
-    /// How many rows are recent. Default 200.
+    /// How many values of a feature are recent. Default 200.
     pub window: usize,
     /// Recent values of a feature below which nothing is said of it. Default 200.
     pub min_count: usize,
@@ -106,17 +111,17 @@ pub struct DriftOptions {
     pub check_every: usize,
     /// Rows after an event in which there is none of the same feature. Default 200.
     pub cool_down: usize,
-    /// The number of bins of the population stability index, from 2 to 10 000. Default 10.
+    /// The number of bins of the population stability index, from 2 to 10 000, and the fewest values of a reference. Default 10.
     pub bins: usize,
     /// Of the absolute value. Default 0.5.
     pub mean_shift: Option<f64>,
-    /// Above 1; the ratio may leave `1/threshold` to `threshold` on either side. Default 2.
+    /// Above 1; the ratio may leave `1/threshold` to `threshold` on either side. Default 1.5.
     pub variance_ratio: Option<f64>,
     /// Default 0.25, by usage a large change.
     pub population_stability: Option<f64>,
     /// Of the p-value. Default 1e-6.
     pub ks_p_value: Option<f64>,
-    /// What becomes of NaN: refused, or left out. Default: refused.
+    /// What becomes of NaN: refused, or left out, so that it takes no place in the window. Default: refused.
     pub nan: Nan,
 }
 
@@ -129,7 +134,7 @@ impl Default for DriftOptions {
             cool_down: 200,
             bins: 10,
             mean_shift: Some(0.5),
-            variance_ratio: Some(2.),
+            variance_ratio: Some(1.5),
             population_stability: Some(0.25),
             ks_p_value: Some(1e-6),
             nan: Nan::default(),
@@ -137,10 +142,14 @@ impl Default for DriftOptions {
     }
 }
 
-/// Compares the recent rows of a series with a reference, feature by feature, and says when they differ.
+/// Compares the recent values of each feature of a series with a reference, and says when they differ.
 ///
-/// - *Mean shift*: `(m − μ) / σ`, with the mean `m` of the recent values, and μ and σ of the reference.
-/// - *Variance ratio*: `s² / σ²`, both biased.
+/// - *Mean shift*: `(m − μ) / σ`, with the mean `m` of the recent values, and μ and σ of the reference. There is an event where it is also
+///   more than five standard errors `√(v · (1/n + 1/m))` for `n` and `m` values, by their pooled variance `v`.
+/// - *Variance ratio*: `s² / σ²`, both biased. There is an event where `s² − σ²` is also more than five standard errors `√(k · (1/n + 1/m))`,
+///   by the pooled variance `k` of the squared distances from the mean: `(κ − 1) σ⁴` for a kurtosis κ. A value far out raises the
+///   variance and its error alike, so that this holds for heavy tails too, even for those that have no kurtosis (Layard, 1973,
+///   "Robust large-sample tests for homogeneity of variances", <https://doi.org/10.1080/01621459.1973.10481363>).
 /// - *Population stability index*: `Σ (pᵢ − qᵢ) · ln(pᵢ / qᵢ)` over bins, of which the reference has the shares `pᵢ` and the recent values
 ///   `qᵢ`. The edges are the quantiles of the reference at `k / bins`, by linear interpolation; the outer bins are open, an edge belongs to the
 ///   bin above it, and equal edges are one. A share of 0 counts as 10⁻⁴. Evidently has this formula, and the same 10⁻⁴, over bins of
@@ -148,8 +157,9 @@ impl Default for DriftOptions {
 /// - *Kolmogorov–Smirnov*: the greatest distance of the two distribution functions, and its p-value: exact up to 2²⁰ pairs of values, as
 ///   SciPy's `ks_2samp` with `method="exact"`, and Kolmogorov's limit beyond. With ties the p-value is too high.
 ///
-/// Metrics are formed each [`check_every`](DriftOptions::check_every) rows. Methods take `&self`, so that threads can share a monitor; an error
-/// changes nothing. The rows of the reference and of the window are kept.
+/// Metrics are formed each [`check_every`](DriftOptions::check_every) rows, of the features that had a value since. Missing values take no place
+/// in a window: a feature with gaps is compared by as many values as one without. Methods take `&self`, so that threads can share a monitor; an error
+/// changes nothing. The rows of the reference and the values of the windows are kept.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -165,8 +175,8 @@ impl Default for DriftOptions {
 ///
 /// let events = monitor.observe(&season(318., 100)?)?;
 /// // Rows of both levels together are wider than those of either.
-/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::VarianceRatio, 420));
-/// assert!(events[0].to_string().starts_with(r#"step 420: feature 0 "ppm": variance ratio"#));
+/// assert_eq!((events[0].metric, events[0].step), (DriftMetric::VarianceRatio, 410));
+/// assert!(events[0].to_string().starts_with(r#"step 410: feature 0 "ppm": variance ratio"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 #[derive(Debug)]
@@ -213,8 +223,8 @@ impl DriftMonitor {
     /// Takes `x`, `[N, features...]`, as the reference, and forgets recent rows and cool-downs.
     ///
     /// # Errors
-    /// Data that are empty, not of floating point, infinite, NaN where that is refused, of other features than the names say, or less
-    /// than two values of a feature.
+    /// Data that are empty, not of floating point, infinite, NaN where that is refused, of other features than the names say, or fewer
+    /// values of a feature than [`bins`](DriftOptions::bins).
     pub fn fit(&self, x: &Tensor) -> Result<()> {
         self.lock().fit(x)
     }

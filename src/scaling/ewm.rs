@@ -2,9 +2,9 @@
 
 use candle_core::Result;
 
-use super::follow::{Causal, Following, Memory, scaler_of_series};
+use super::follow::{Causal, Following, LARGEST_VAR, Memory, of_series, scaler_of_series};
 use super::window::one;
-use super::{Moments, Nan, State};
+use super::{Features, Moments, Nan, Seen, State};
 use crate::ops::check;
 
 const LAYER: &str = "EwmScaler";
@@ -100,10 +100,11 @@ impl EwmScalerOptions {
 ///   are these, with `bias`;
 /// - with `bias`, the last factor of `σ²`, which corrects it for the few rows that carry the weight, is left out;
 /// - `σ` is 1 for a feature that does not vary: whose standard deviation is below the resolution of an `f64` at its mean; and until there are
-///   two values of it.
+///   two values of it, or where `α` is 1 and the newest has all the weight.
 ///
 /// The statistics are moments whose count is a weight: each row scales it down, and is merged to them. So a mean of 10⁹ standard deviations
-/// leaves the variance as it is, which a difference of mean squares does not.
+/// leaves the variance as it is, which a difference of mean squares does not. Weights are relative to the newest: however long the gap
+/// between two values, nothing of their variance is lost.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -136,52 +137,71 @@ impl EwmScaler {
     }
 }
 
-/// The weighted past of one feature.
+/// The weighted past of one feature, its weights in units of that of the newest value.
+///
+/// The past does not get lighter while values are missing: weights are relative, and what the next value makes of them is known when it comes.
+/// Nor is anything taken off a sum: `W² − Σ wᵢ²` is `2 Σ wᵢ wⱼ` over pairs, which is what is kept of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Weight {
     /// Their count is the sum of the weights.
     moments: Moments,
     /// The sum of the squares of the weights.
     squares: f64,
+    /// `1 − Σ wᵢ² / W²`, the factor by which the biased variance is too small.
+    pairs: f64,
+    /// The variance that is not; none of one value. It outlives the two numbers that it is the ratio of, which a long gap takes to zero.
+    var: Option<f64>,
+    /// How many rows without a value came since the newest one.
+    gap: f64,
 }
 
 impl Weight {
-    fn times(self, by: f64) -> Self {
-        let m = self.moments;
+    fn of(value: f64) -> Self {
         Self {
-            moments: Moments::from_parts(m.count() * by, m.mean(), m.mean_error(), m.m2() * by),
-            squares: self.squares * by * by,
+            moments: one(value),
+            squares: 1.,
+            ..Self::default()
         }
     }
 
     fn push(&mut self, options: &EwmScalerOptions, value: f64) {
         if value.is_nan() {
-            if !options.ignore_na {
-                *self = self.times(1. - options.alpha);
+            if !options.ignore_na && self.moments.count() > 0. {
+                self.gap += 1.;
             }
             return;
         }
-        let first = self.moments.count() == 0.;
-        let weight = if options.adjust || first {
-            1.
-        } else {
-            options.alpha
-        };
-        let new = Self {
-            moments: one(value),
-            squares: 1.,
-        };
-        let (old, new) = (self.times(1. - options.alpha), new.times(weight));
-        *self = Self {
-            moments: match old.moments.count() > 0. {
-                true => old.moments.merge(new.moments),
-                false => new.moments,
-            },
-            squares: old.squares + new.squares,
-        };
-        if !options.adjust {
-            *self = self.times(1. / self.moments.count());
+        // With all weight on the newest row nothing is left of the others.
+        if self.moments.count() == 0. || options.alpha == 1. {
+            *self = Self::of(value);
+            return;
         }
+        let kept = (1. - options.alpha).powf(self.gap + 1.);
+        let new = if options.adjust { 1. } else { options.alpha };
+        let m = self.moments;
+        let total = m.count() * kept + new;
+        let (old_share, new_share) = (m.count() * kept / total, new / total);
+        let distance = (value - m.mean()) - m.mean_error();
+        let (squared, pairs) = (
+            m.var() + new_share * distance * distance,
+            old_share * self.pairs + 2. * new_share,
+        );
+        let old = Moments::from_parts(m.count() * kept, m.mean(), m.mean_error(), m.m2() * kept);
+        let merged = old.merge(Moments::from_parts(new, value, 0., 0.));
+        // Without `adjust`, the sum of the weights is 1 after each value.
+        let unit = if options.adjust { 1. } else { total };
+        *self = Self {
+            moments: Moments::from_parts(
+                merged.count() / unit,
+                merged.mean(),
+                merged.mean_error(),
+                merged.m2() / unit,
+            ),
+            squares: (kept * kept * self.squares + new * new) / (unit * unit),
+            pairs: old_share * pairs,
+            var: Some(squared / pairs),
+            gap: 0.,
+        };
     }
 }
 
@@ -216,17 +236,43 @@ impl Memory for Weighted {
         }
     }
 
-    fn statistics(&self, options: &EwmScalerOptions, feature: usize) -> (Moments, f64) {
-        let Weight { moments, squares } = self.0[feature];
-        if options.bias {
-            return (moments, moments.var());
+    fn statistics(&self, options: &EwmScalerOptions, feature: usize) -> (Moments, Option<f64>) {
+        let Weight { moments, var, .. } = self.0[feature];
+        match options.bias {
+            true => (moments, Some(moments.var())),
+            false => (moments, var),
         }
-        let all = moments.count() * moments.count();
-        let var = match all > squares {
-            true => moments.var() * (all / (all - squares)),
-            false => f64::NAN,
-        };
-        (moments, var)
+    }
+
+    const CHECKED: bool = true;
+
+    fn check_saved(&self, features: &Features, seen: &[Seen]) -> Result<()> {
+        for (i, (weight, seen)) in self.0.iter().zip(seen).enumerate() {
+            // A weight is at most 1, and there is one for each value.
+            let is_weight = |v: f64| match seen.values {
+                0 => v == 0.,
+                values => v > 0. && v <= values as f64,
+            };
+            let Weight {
+                moments,
+                squares,
+                pairs,
+                var,
+                gap,
+            } = *weight;
+            let is_gap = gap.fract() == 0. && (0. ..=seen.nan as f64).contains(&gap);
+            let is_var = var.is_none_or(|var| (0. ..=LARGEST_VAR).contains(&var));
+            for (what, value, holds) in [
+                ("weight", moments.count(), is_weight(moments.count())),
+                ("weight_squares", squares, is_weight(squares)),
+                ("pairs", pairs, (0. ..=1.).contains(&pairs)),
+                ("var", var.unwrap_or(f64::NAN), is_var),
+                ("gap", gap, is_gap),
+            ] {
+                check::scaling::saved_value(LAYER, what, &features.label(i), value, holds)?;
+            }
+        }
+        Ok(())
     }
 
     fn save(options: &EwmScalerOptions, memory: Option<&Self>, state: State) -> Result<State> {
@@ -246,7 +292,10 @@ impl Memory for Weighted {
             .with_values("weight_squares", &each(|w| w.squares))?
             .with_values("mean", &each(|w| w.moments.mean()))?
             .with_values("mean_error", &each(|w| w.moments.mean_error()))?
-            .with_values("m2", &each(|w| w.moments.m2()))
+            .with_values("m2", &each(|w| w.moments.m2()))?
+            .with_values("pairs", &each(|w| w.pairs))?
+            .with_values("var", &each(|w| w.var.unwrap_or(f64::NAN)))?
+            .with_values("gap", &each(|w| w.gap))
     }
 
     fn restore(state: &State, features: usize) -> Result<(EwmScalerOptions, Option<Self>)> {
@@ -264,18 +313,20 @@ impl Memory for Weighted {
         let get = |name| state.values(name, features);
         let (weight, squares) = (get("weight")?, get("weight_squares")?);
         let (mean, mean_error, m2) = (get("mean")?, get("mean_error")?, get("m2")?);
+        let (pairs, var, gap) = (get("pairs")?, get("var")?, get("gap")?);
         let mut weights = Vec::with_capacity(features);
         for i in 0..features {
-            let label = state.features().label(i);
-            for (what, value) in [("weight", weight[i]), ("weight_squares", squares[i])] {
-                let holds = value.is_finite() && value >= 0.;
-                check::scaling::saved_value(LAYER, what, &label, value, holds)?;
-            }
+            let moments = state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?;
             weights.push(Weight {
-                moments: state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?,
+                moments: of_series(state, i, moments)?,
                 squares: squares[i],
+                pairs: pairs[i],
+                var: Some(var[i]).filter(|v| !v.is_nan()),
+                gap: gap[i],
             });
         }
-        Ok((options, Some(Self(weights))))
+        let weighted = Self(weights);
+        weighted.check_saved(state.features(), state.counts()?)?;
+        Ok((options, Some(weighted)))
     }
 }

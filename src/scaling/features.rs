@@ -37,7 +37,10 @@ impl Features {
             None => Self::default(),
         };
         match axes {
-            Some(axes) => features.with_axes(layer, &axes),
+            Some(axes) => {
+                check::scaling::some_features(layer, &axes)?;
+                features.with_axes(layer, &axes)
+            }
             None => Ok(features),
         }
     }

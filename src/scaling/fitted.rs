@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use candle_core::{DType, Result, Tensor};
 
 use super::affine::{Affine, Map};
-use super::data::{Nan, each_feature};
+use super::data::{Nan, each_feature, sample_weights};
 use super::{Features, Seen, State};
 use crate::ops::check;
 
@@ -24,6 +24,12 @@ pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
     fn nan(&self) -> Nan;
     fn empty(&self) -> Result<Self::Statistic>;
     fn take(statistic: &mut Self::Statistic, values: &[f64]) -> Result<()>;
+
+    /// Takes values that count `weights` times, all above 0.
+    fn take_weighted(_: &mut Self::Statistic, _: &[f64], _: &[f64]) -> Result<()> {
+        check::scaling::no_weights(Self::KIND)
+    }
+
     fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;
 
     /// A number that is not finite where the statistic is too large for an `f64`.
@@ -66,13 +72,16 @@ impl<R: Rule> Snapshot<R> {
         }
     }
 
-    /// The statistics of `x` alone.
-    fn of(rule: R, features: &Features, x: &Tensor) -> Result<Self> {
+    /// The statistics of `x` alone, each sample by its weight if there are weights.
+    fn of(rule: R, features: &Features, x: &Tensor, weights: Option<&[f64]>) -> Result<Self> {
         check::scaling::samples(R::KIND, x)?;
         let features = features.of(R::KIND, x)?;
         let mut statistics = vec![rule.empty()?; features.count()];
-        let take = |feature: usize, values: &[f64]| R::take(&mut statistics[feature], values);
-        let seen = each_feature(R::KIND, &features, rule.nan(), x, take)?;
+        let take = |feature: usize, values: &[f64], weights: Option<&[f64]>| match weights {
+            Some(weights) => R::take_weighted(&mut statistics[feature], values, weights),
+            None => R::take(&mut statistics[feature], values),
+        };
+        let seen = each_feature(R::KIND, &features, rule.nan(), x, weights, take)?;
         Self {
             seen,
             statistics,
@@ -99,14 +108,11 @@ impl<R: Rule> Snapshot<R> {
             (seen, statistics) = (other.seen, other.statistics);
         } else if !other.seen.is_empty() {
             // Made by the rule of this one, which the other may differ from.
-            seen.resize(other.seen.len(), Seen::default());
             statistics.resize(other.seen.len(), rule.empty()?);
             for (a, b) in statistics.iter_mut().zip(&other.statistics) {
                 R::merge(a, b)?;
             }
-            for (a, b) in seen.iter_mut().zip(other.seen) {
-                *a = a.plus(b);
-            }
+            seen = Seen::and_more(R::KIND, &features, &seen, &other.seen)?;
         }
         Self {
             seen,
@@ -129,6 +135,17 @@ impl<R: Rule> Snapshot<R> {
         })
     }
 
+    /// One number of each feature, from its statistic; NaN where there are no values.
+    pub(super) fn each(&self, of: impl Fn(&R::Statistic) -> Result<f64>) -> Result<Vec<f64>> {
+        self.affine()?;
+        let features = self.statistics.iter().zip(&self.seen);
+        let one = |(statistic, seen): (_, &Seen)| match seen.values {
+            0 => Ok(f64::NAN),
+            _ => of(statistic),
+        };
+        features.map(one).collect()
+    }
+
     /// The map of each feature.
     pub(super) fn affine(&self) -> Result<&Affine> {
         let fitted = Some(&self.seen).filter(|seen| !seen.is_empty());
@@ -137,9 +154,13 @@ impl<R: Rule> Snapshot<R> {
             return Ok(affine);
         }
         let mut maps = Vec::with_capacity(self.statistics.len());
-        for (i, (statistic, seen)) in self.statistics.iter().zip(&self.seen).enumerate() {
-            check::scaling::has_values(R::KIND, &self.features.label(i), seen.values)?;
-            maps.push(self.rule.map(statistic)?);
+        let values = self.seen.iter().map(|seen| seen.values).max();
+        check::scaling::has_values(R::KIND, values.unwrap_or_default())?;
+        for (statistic, seen) in self.statistics.iter().zip(&self.seen) {
+            maps.push(match seen.values {
+                0 => Map::UNKNOWN,
+                _ => self.rule.map(statistic)?,
+            });
         }
         let clip = self.rule.clip();
         Ok(self.affine.get_or_init(|| Affine { maps, clip }))
@@ -202,12 +223,12 @@ impl<R: Rule> Fitted<R> {
         Ok(())
     }
 
-    pub(super) fn fit(&self, x: &Tensor) -> Result<()> {
-        self.take(x, Features::without_axes, |_, fresh| Ok(fresh))
+    pub(super) fn fit(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<()> {
+        self.take(x, weights, Features::without_axes, |_, fresh| Ok(fresh))
     }
 
-    pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
-        self.take(x, Features::clone, Snapshot::with)
+    pub(super) fn partial_fit(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<()> {
+        self.take(x, weights, Features::clone, Snapshot::with)
     }
 
     /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose features are the `known` ones.
@@ -217,12 +238,16 @@ impl<R: Rule> Fitted<R> {
     fn take(
         &self,
         x: &Tensor,
+        weights: Option<&Tensor>,
         known: impl Fn(&Features) -> Features,
         next: impl FnOnce(&Snapshot<R>, Snapshot<R>) -> Result<Snapshot<R>>,
     ) -> Result<()> {
+        check::scaling::samples(R::KIND, x)?;
+        let weights = weights.map(|w| sample_weights(R::KIND, x, w)).transpose()?;
         loop {
             let now = self.snapshot();
-            let of_x = Snapshot::of(now.rule.clone(), &known(&now.features), x)?;
+            let features = known(&now.features);
+            let of_x = Snapshot::of(now.rule.clone(), &features, x, weights.as_deref())?;
             let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
             let same_names = current.features.names() == now.features.names();
             if current.rule == now.rule && same_names {
@@ -247,11 +272,9 @@ impl<R: Rule> Fitted<R> {
         now.affine()?.inverse(R::KIND, &now.features, y)
     }
 
-    /// One number of each feature, from its statistic.
+    /// One number of each feature, from its statistic; NaN where there are no values.
     pub(super) fn each(&self, of: impl Fn(&R::Statistic) -> f64) -> Result<Vec<f64>> {
-        let now = self.snapshot();
-        now.affine()?;
-        Ok(now.statistics.iter().map(of).collect())
+        self.snapshot().each(|statistic| Ok(of(statistic)))
     }
 
     pub(super) fn features(&self) -> Features {
@@ -328,6 +351,7 @@ macro_rules! scaler {
             }
 
             #[doc = concat!("What each feature is divided by: ", $scale, " where it does not vary.")]
+            /// NaN where there are no values of it.
             ///
             /// # Errors
             /// No data yet.
@@ -344,6 +368,8 @@ macro_rules! scaler {
             }
         }
 
+        $crate::scaling::files!($name);
+
         impl $crate::scaling::Scaler for $name {
             fn kind(&self) -> &'static str {
                 <$options as $crate::scaling::fitted::Rule>::KIND
@@ -359,10 +385,24 @@ macro_rules! scaler {
                 self.fitted.seen()
             }
             fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.fit(x)
+                self.fitted.fit(x, None)
+            }
+            fn fit_weighted(
+                &self,
+                x: &candle_core::Tensor,
+                sample_weight: &candle_core::Tensor,
+            ) -> candle_core::Result<()> {
+                self.fitted.fit(x, Some(sample_weight))
             }
             fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.partial_fit(x)
+                self.fitted.partial_fit(x, None)
+            }
+            fn partial_fit_weighted(
+                &self,
+                x: &candle_core::Tensor,
+                sample_weight: &candle_core::Tensor,
+            ) -> candle_core::Result<()> {
+                self.fitted.partial_fit(x, Some(sample_weight))
             }
             fn merge(&self, other: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
                 self.fitted.merge(&other.state()?)

@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::affine::{Affine, Map};
+use super::affine::{Affine, Map, scale_of};
 use super::{Features, Moments, Nan, Seen, State};
 use crate::ops::check;
 
@@ -70,8 +70,16 @@ pub(super) trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
         done
     }
 
-    /// The mean, as moments, and the variance of a feature: NaN where there is none yet. A count of 0 says that nothing is known.
-    fn statistics(&self, options: &Self::Options, feature: usize) -> (Moments, f64);
+    /// The mean, as moments, and the variance of a feature, which too few values have none of. A count of 0 says that nothing is known.
+    fn statistics(&self, options: &Self::Options, feature: usize) -> (Moments, Option<f64>);
+
+    /// Whether [`check_saved`](Self::check_saved) finds anything.
+    const CHECKED: bool = false;
+
+    /// Whether a file would be refused that has this, with what was seen of each of the features.
+    fn check_saved(&self, _: &Features, _: &[Seen]) -> Result<()> {
+        Ok(())
+    }
 
     /// `memory` is none before any row.
     fn save(options: &Self::Options, memory: Option<&Self>, state: State) -> Result<State>;
@@ -113,12 +121,24 @@ impl<M: Memory> Course<M> {
     }
 
     /// Takes rows in.
-    fn follow(&mut self, features: Features, rows: &Rows) {
+    fn follow(&mut self, features: Features, rows: &Rows) -> Result<()> {
+        let seen = Seen::and_more(M::KIND, &features, &self.seen, &rows.seen)?;
+        let known = self.memory.is_some();
         let mut memory = self.take_memory(rows);
-        for row in rows.each() {
-            memory.push(&self.options, row);
+        let options = self.options;
+        let push = |memory: &mut M| {
+            rows.each().for_each(|row| memory.push(&options, row));
+            memory.check_saved(&features, &seen)
+        };
+        let done = match M::CHECKED {
+            true => memory.attempt(push),
+            false => push(&mut memory),
+        };
+        match &done {
+            Ok(()) => self.took(features, seen, memory),
+            Err(_) => self.memory = known.then_some(memory),
         }
-        self.took(features, rows, memory);
+        done
     }
 
     /// Takes rows in, and returns what `judge` makes of the map of each feature before or after each row, as the options say. If that fails,
@@ -129,6 +149,7 @@ impl<M: Memory> Course<M> {
         rows: &Rows,
         judge: impl FnOnce(Vec<Option<Map>>) -> Result<T>,
     ) -> Result<T> {
+        let seen = Seen::and_more(M::KIND, &features, &self.seen, &rows.seen)?;
         let known = self.memory.is_some();
         let mut memory = self.take_memory(rows);
         let (options, count) = (self.options, rows.seen.len());
@@ -144,10 +165,11 @@ impl<M: Memory> Course<M> {
                     maps.extend(maps_of(&options, memory, count));
                 }
             }
+            memory.check_saved(&features, &seen)?;
             judge(maps)
         });
         match &judged {
-            Ok(_) => self.took(features, rows, memory),
+            Ok(_) => self.took(features, seen, memory),
             Err(_) => self.memory = known.then_some(memory),
         }
         judged
@@ -158,12 +180,9 @@ impl<M: Memory> Course<M> {
         memory.unwrap_or_else(|| M::new(&self.options, rows.seen.len()))
     }
 
-    fn took(&mut self, features: Features, rows: &Rows, memory: M) {
+    fn took(&mut self, features: Features, seen: Vec<Seen>, memory: M) {
         self.features = features;
-        self.seen.resize(rows.seen.len(), Seen::default());
-        for (seen, more) in self.seen.iter_mut().zip(&rows.seen) {
-            *seen = seen.plus(*more);
-        }
+        self.seen = seen;
         self.memory = Some(memory);
     }
 }
@@ -171,11 +190,10 @@ impl<M: Memory> Course<M> {
 /// The map of a feature, where its past has values.
 fn map_of<M: Memory>(options: &M::Options, memory: &M, feature: usize) -> Option<Map> {
     let (moments, var) = memory.statistics(options, feature);
-    let std = var.sqrt();
-    let varies = std > f64::EPSILON * moments.mean().abs();
     (moments.count() > 0.).then(|| Map {
         center: [moments.mean(), moments.mean_error()],
-        scale: if varies { std } else { 1. },
+        // Too few values to vary do not.
+        scale: var.map_or(1., |var| scale_of(moments.mean(), var)),
         offset: 0.,
     })
 }
@@ -190,6 +208,26 @@ fn maps_of<M: Memory>(
 
 /// What the squares of 2⁵³ values below this can be summed to is finite.
 const LARGEST: f64 = f64::from_bits((1023 + 484) << 52);
+
+/// No variance of such values is larger.
+pub(super) const LARGEST_VAR: f64 = 16. * LARGEST * LARGEST;
+
+/// Saved moments, if they are those of values that a series may have. Their mean square is an average of squares, and so stays where it is
+/// allowed to be whatever is merged to them.
+pub(super) fn of_series(state: &State, feature: usize, moments: Moments) -> Result<Moments> {
+    let label = state.features().label(feature);
+    let (count, mean, m2) = (moments.count(), moments.mean(), moments.m2());
+    let error = moments.mean_error();
+    let square = if count > 0. { m2 / count } else { m2 } + mean * mean;
+    for (what, value, holds) in [
+        ("mean", mean, mean.abs() <= 2. * LARGEST),
+        ("mean_error", error, error.abs() <= LARGEST),
+        ("m2", m2, square <= 4. * LARGEST * LARGEST),
+    ] {
+        check::scaling::saved_value(state.kind(), what, &label, value, holds)?;
+    }
+    Ok(moments)
+}
 
 /// Rows of a series, checked.
 pub(super) struct Rows {
@@ -278,8 +316,7 @@ impl<M: Memory> Following<M> {
     pub(super) fn fit(&self, x: &Tensor) -> Result<()> {
         self.take(x, Features::without_axes, |course, features, rows| {
             *course = Course::new(course.options, course.features.without_axes());
-            course.follow(features, &rows);
-            Ok(())
+            course.follow(features, &rows)
         })
     }
 
@@ -307,8 +344,7 @@ impl<M: Memory> Following<M> {
 
     pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
         self.take(x, Features::clone, |course, features, rows| {
-            course.follow(features, &rows);
-            Ok(())
+            course.follow(features, &rows)
         })
     }
 
@@ -325,10 +361,9 @@ impl<M: Memory> Following<M> {
             let memory = check::scaling::fitted(M::KIND, course.memory.as_ref())?;
             let mut maps = vec![];
             let found = maps_of(&course.options, memory, course.seen.len());
-            for (i, map) in found.enumerate() {
-                let label = course.features.label(i);
-                maps.push(check::series::known(M::KIND, &label, map)?);
-            }
+            maps.extend(found.map(|map| map.unwrap_or(Map::UNKNOWN)));
+            let known = maps.iter().any(Map::is_known);
+            check::series::known(M::KIND, &course.features.label(0), known)?;
             Ok((Affine { maps, clip: None }, course.features.clone()))
         })
     }
@@ -348,8 +383,8 @@ impl<M: Memory> Following<M> {
         self.read(|course| {
             let memory = check::scaling::fitted(M::KIND, course.memory.as_ref())?;
             let statistics = (0..course.seen.len()).map(|f| memory.statistics(&course.options, f));
-            let known = |(m, var): (Moments, f64)| match m.count() > 0. {
-                true => of(m, var),
+            let known = |(m, var): (Moments, Option<f64>)| match m.count() > 0. {
+                true => of(m, var.unwrap_or(f64::NAN)),
                 false => f64::NAN,
             };
             Ok(statistics.map(known).collect())
@@ -556,6 +591,8 @@ macro_rules! scaler_of_series {
                 self.following.scale()
             }
         }
+
+        $crate::scaling::files!($name);
 
         impl $crate::scaling::Scaler for $name {
             fn kind(&self) -> &'static str {

@@ -12,6 +12,9 @@ use super::{Nan, State};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
+    /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted. What is cut gets no gradient. Default
+    /// `false`.
+    pub clip: bool,
     /// What becomes of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
@@ -77,6 +80,11 @@ impl Rule for MaxAbsScalerOptions {
         Ok(())
     }
 
+    /// A range has the samples that count, whatever they count.
+    fn take_weighted(extremes: &mut Extremes, values: &[f64], _: &[f64]) -> Result<()> {
+        Self::take(extremes, values)
+    }
+
     fn merge(into: &mut Extremes, from: &Extremes) -> Result<()> {
         into.merge(*from);
         Ok(())
@@ -93,12 +101,22 @@ impl Rule for MaxAbsScalerOptions {
         })
     }
 
+    fn clip(&self) -> Option<[f64; 2]> {
+        self.clip.then_some([-1., 1.])
+    }
+
     fn save(&self, state: State, statistics: &[Extremes]) -> Result<State> {
-        Extremes::save(state.with_option("nan", self.nan), statistics)
+        let state = state
+            .with_option("clip", self.clip)
+            .with_option("nan", self.nan);
+        Extremes::save(state, statistics)
     }
 
     fn restore(state: &State) -> Result<(Self, Vec<Extremes>)> {
-        let nan = state.option("nan")?;
-        Ok((Self { nan }, Extremes::restore(state)?))
+        let rule = Self {
+            clip: state.option("clip")?,
+            nan: state.option("nan")?,
+        };
+        Ok((rule, Extremes::restore(state)?))
     }
 }

@@ -110,6 +110,11 @@ impl Rule for MinMaxScalerOptions {
         Ok(())
     }
 
+    /// A range has the samples that count, whatever they count.
+    fn take_weighted(extremes: &mut Extremes, values: &[f64], _: &[f64]) -> Result<()> {
+        Self::take(extremes, values)
+    }
+
     fn merge(into: &mut Extremes, from: &Extremes) -> Result<()> {
         into.merge(*from);
         Ok(())

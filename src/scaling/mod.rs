@@ -47,7 +47,8 @@
 //! # Edges
 //!
 //! As scikit-learn has them: a feature that does not vary is divided by 1; NaN is refused or, by [`Nan::Ignore`], left out and counted, and stays NaN
-//! in what is transformed; infinite data, no samples, other features or names are an error that names the feature, and change nothing.
+//! in what is transformed. A feature that is NaN throughout becomes NaN, and the others are scaled. Infinite data, no samples, other features or
+//! names are an error that names the feature, and change nothing.
 //!
 //! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
 
@@ -83,6 +84,7 @@ use std::path::Path;
 use candle_core::{Result, Tensor};
 
 pub use crate::ops::Moments;
+use crate::ops::check;
 pub use adaptive::{AdaptiveScaler, OnDrift};
 pub use archive::Archive;
 pub use balancer::{LossBalancer, LossBalancerOptions};
@@ -103,7 +105,7 @@ pub use standard::{StandardScaler, StandardScalerOptions};
 pub use state::{Seen, State};
 pub use target::{Deviation, TargetError, TargetScaler};
 
-/// The prefix under which [`Scaler::save`] puts a scaler into a file.
+/// The prefix under which [`save`](StandardScaler::save) puts a scaler into a file.
 pub const PREFIX: &str = "scaler";
 
 /// A transformation of data that is fitted to data, and has an inverse.
@@ -130,11 +132,32 @@ pub trait Scaler: Send + Sync + Debug {
     /// Data that are empty, not of floating point, infinite, NaN where that is refused, or of other features than the names say.
     fn fit(&self, x: &Tensor) -> Result<()>;
 
+    /// [`fit`](Self::fit) to samples that count by their weight, as scikit-learn's `sample_weight`: a sample of weight 2 is one that is there
+    /// twice, and one of weight 0 is none. `sample_weight` is `[N]`; the count, the mean and the variance of
+    /// [`StandardScaler`] are those of the weights, and the ranges of [`MinMaxScaler`] and [`MaxAbsScaler`] those of the samples that count.
+    ///
+    /// # Errors
+    /// As [`fit`](Self::fit); weights that are negative or not finite, of other samples, or all 0; a scaler that has no use for weights, such as
+    /// those of series and [`RobustScaler`].
+    fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        let _ = (x, sample_weight);
+        check::scaling::no_weights(self.kind())
+    }
+
     /// Takes in more data: the result is that of [`fit`](Self::fit) to all of them.
     ///
     /// # Errors
     /// As [`fit`](Self::fit); also other features than before.
     fn partial_fit(&self, x: &Tensor) -> Result<()>;
+
+    /// [`partial_fit`](Self::partial_fit) to samples that count by their weight. Those of `partial_fit` count 1.
+    ///
+    /// # Errors
+    /// As [`partial_fit`](Self::partial_fit) and [`fit_weighted`](Self::fit_weighted).
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        let _ = (x, sample_weight);
+        check::scaling::no_weights(self.kind())
+    }
 
     /// Takes in all that another scaler of the same kind has seen.
     ///
@@ -185,22 +208,52 @@ pub trait Scaler: Send + Sync + Debug {
     fn check_names(&self, names: &[&str]) -> Result<()> {
         self.features().check_names(self.kind(), names)
     }
+}
 
+/// Files of scalers of any kind. Those of this crate have these methods themselves.
+impl<'a> dyn Scaler + 'a {
     /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`] puts it into a file with others, and with a model.
     ///
     /// # Errors
     /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
-    fn save(&self, path: &Path) -> Result<()> {
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut archive = Archive::default();
         archive.put(PREFIX, &self.state()?)?;
-        archive.write_over(path)
+        archive.write_over(path.as_ref())
     }
 
-    /// [`restore`](Self::restore)s this scaler from a file that [`save`](Self::save) wrote.
+    /// [`restore`](Scaler::restore)s this scaler from a file that `save` wrote.
     ///
     /// # Errors
     /// A file that is not whole, or of another kind, version or set of features.
-    fn load(&self, path: &Path) -> Result<()> {
+    pub fn load(&self, path: impl AsRef<Path>) -> Result<()> {
         self.restore(&Archive::read(path)?.state(PREFIX)?)
     }
 }
+
+/// `save` and `load` of a scaler of this crate.
+macro_rules! files {
+    ($name:ident) => {
+        impl $name {
+            /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`](crate::scaling::Archive) puts it into a file
+            /// with others, and with a model.
+            ///
+            /// # Errors
+            /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
+            pub fn save(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
+                let scaler: &dyn $crate::scaling::Scaler = self;
+                scaler.save(path)
+            }
+
+            /// [`restore`](crate::scaling::Scaler::restore)s this scaler from a file that [`save`](Self::save) wrote.
+            ///
+            /// # Errors
+            /// A file that is not whole, or of another kind, version or set of features.
+            pub fn load(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
+                let scaler: &dyn $crate::scaling::Scaler = self;
+                scaler.load(path)
+            }
+        }
+    };
+}
+use files;

@@ -7,6 +7,7 @@ use candle_nn::{ModuleT, VarBuilder, VarMap};
 
 use super::{Archive, Scaler, State, TargetScaler, from_state};
 use crate::checkpoint;
+use crate::ops::check;
 
 const KIND: &str = "Pipeline";
 const VERSION: u32 = 1;
@@ -44,6 +45,70 @@ const TARGETS: &str = "pipeline_targets";
 /// pipeline.save(&file)?;
 /// let restored: Pipeline<Linear> = Pipeline::load(&file, DType::F32, &Device::Cpu, model)?;
 /// let car = Tensor::new(&[[15_000f32]], &Device::Cpu)?;
+/// assert_eq!(
+///     restored.predict(&car)?.to_vec2::<f32>()?,
+///     pipeline.predict(&car)?.to_vec2::<f32>()?
+/// );
+/// # std::fs::remove_file(&file)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// A model with batch norm has two modes, and is a [`ModuleT`]. It trains by [`predict_scaled`](Self::predict_scaled) with `true`;
+/// [`predict`](Self::predict) is inference. The running statistics are saved and loaded with the other variables:
+///
+/// ```
+/// use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
+/// use candle_nn::{AdamW, Linear, Optimizer, VarBuilder, VarMap, loss};
+/// use candle_norm::scaling::{Pipeline, Scaler, StandardScaler, TargetScaler};
+/// use candle_norm::{BatchNorm, batch_norm, trainable_vars};
+///
+/// struct Net {
+///     hidden: Linear,
+///     norm: BatchNorm,
+///     out: Linear,
+/// }
+///
+/// impl Net {
+///     fn new(vb: VarBuilder) -> Result<Self> {
+///         Ok(Self {
+///             hidden: candle_nn::linear(2, 8, vb.pp("hidden"))?,
+///             norm: batch_norm(8, 1e-5, vb.pp("norm"))?,
+///             out: candle_nn::linear(8, 1, vb.pp("out"))?,
+///         })
+///     }
+/// }
+///
+/// impl ModuleT for Net {
+///     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+///         let hidden = self.norm.forward_t(&self.hidden.forward(x)?, train)?;
+///         self.out.forward(&hidden.relu()?)
+///     }
+/// }
+///
+/// let cars = Tensor::new(&[[20_000f32, 4.], [40_000., 2.], [30_000., 4.], [5_000., 2.]], &Device::Cpu)?;
+/// let prices = Tensor::new(&[[21_000f32], [9_000.], [15_000.], [24_000.]], &Device::Cpu)?;
+/// let (inputs, targets) = (StandardScaler::default(), StandardScaler::default());
+/// inputs.fit(&cars)?;
+/// targets.fit(&prices)?;
+/// let vars = VarMap::new();
+/// let net = Net::new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// let pipeline = Pipeline::new(net, vars)
+///     .with_inputs(inputs)
+///     .with_targets(TargetScaler::new(targets));
+///
+/// let scaled = pipeline.targets().unwrap().scale(&prices)?;
+/// // The running statistics are variables of the model, and none of the optimizer's.
+/// let mut optimizer = AdamW::new_lr(trainable_vars(pipeline.vars()), 0.01)?;
+/// for _ in 0..20 {
+///     let prediction = pipeline.predict_scaled(&cars, true)?;
+///     optimizer.backward_step(&loss::mse(&prediction, &scaled)?)?;
+/// }
+///
+/// let file = std::env::temp_dir().join("candle-norm-pipeline-batch-norm.safetensors");
+/// pipeline.save(&file)?;
+/// let restored: Pipeline<Net> = Pipeline::load(&file, DType::F32, &Device::Cpu, Net::new)?;
+/// // One car at a time is what it is among others.
+/// let car = cars.narrow(0, 1, 1)?;
 /// assert_eq!(
 ///     restored.predict(&car)?.to_vec2::<f32>()?,
 ///     pipeline.predict(&car)?.to_vec2::<f32>()?
@@ -123,8 +188,15 @@ impl<M> Pipeline<M> {
     /// The contents of the file, to which more can be added before it is written.
     ///
     /// # Errors
-    /// A variable whose name begins with that of a part: `pipeline.`, `pipeline_inputs.` or `pipeline_targets.`.
+    /// Inputs or targets that were never fitted; a variable whose name begins with that of a part: `pipeline.`, `pipeline_inputs.` or
+    /// `pipeline_targets.`.
     pub fn archive(&self) -> Result<Archive> {
+        let targets = self.targets.as_ref().map(TargetScaler::scaler);
+        for (part, scaler) in [("inputs", self.inputs()), ("targets", targets)] {
+            if let Some(scaler) = scaler {
+                check::scaling::fitted_part(KIND, part, scaler.kind(), scaler.is_fitted())?;
+            }
+        }
         let mut archive = Archive::default();
         let state = State::new(KIND, VERSION)
             .with_option("inputs", self.inputs.is_some())

@@ -46,7 +46,7 @@ pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
     }
 }
 
-/// The scaler in a file that [`Scaler::save`] wrote, whichever of this crate it is.
+/// The scaler in a file that [`save`](StandardScaler::save) wrote, whichever of this crate it is.
 ///
 /// # Errors
 /// A file that is not whole, or does not hold a scaler of this crate and version.

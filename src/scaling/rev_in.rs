@@ -22,6 +22,9 @@ pub struct RevInOptions {
     pub affine: bool,
     /// Subtract the last value of a window in place of its mean. Default: false.
     pub subtract_last: bool,
+    /// Take NaN for values that are missing, as [`normalize_masked`](RevIn::normalize_masked) takes a mask: they are no part of the
+    /// statistics, and come out as the center. Without, NaN makes the whole window of its series NaN. Default: false.
+    pub ignore_nan: bool,
 }
 
 impl Default for RevInOptions {
@@ -30,6 +33,7 @@ impl Default for RevInOptions {
             eps: 1e-5,
             affine: true,
             subtract_last: false,
+            ignore_nan: false,
         }
     }
 }
@@ -177,9 +181,111 @@ impl RevIn {
     /// # Errors
     /// An input of another rank, number of series, dtype or device, or of one step.
     pub fn normalize(&self, xs: &Tensor) -> Result<(Tensor, RevInStats)> {
+        self.check(xs)?;
+        if self.options.ignore_nan {
+            // Only NaN differs from itself.
+            return self.normalize_observed(xs, &xs.eq(xs)?);
+        }
+        self.normalize_whole(xs)
+    }
+
+    /// [`normalize`](Self::normalize) of windows with values that are missing: where `observed` is 0.
+    ///
+    /// The statistics are those of the values that are there, with [`subtract_last`](RevInOptions::subtract_last) of the last of them. A
+    /// value that is missing, whatever `xs` has in its place, comes out as the center does, as the shift `b`, and gets no gradient. A series
+    /// of which a window has no value at all is `b` throughout; its statistics are NaN, and so is its forecast.
+    ///
+    /// # Shapes
+    /// `observed`: `[N, T, num_features]`, or `[N, T, 1]` for all series alike; of any dtype.
+    ///
+    /// # Errors
+    /// As [`normalize`](Self::normalize); a mask of another shape or device.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_norm::scaling::{RevInOptions, rev_in};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    /// let rev_in = rev_in(1, RevInOptions::default(), vb)?;
+    /// let window = Tensor::new(&[[[2f64], [-1.], [4.], [6.]]], &Device::Cpu)?;
+    /// let observed = Tensor::new(&[[[1u8], [0], [1], [1]]], &Device::Cpu)?;
+    /// let (y, stats) = rev_in.normalize_masked(&window, &observed)?;
+    /// // The mean of 2, 4 and 6.
+    /// assert_eq!(stats.center().to_vec2::<f64>()?, [[4.]]);
+    /// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[1], 0.);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn normalize_masked(&self, xs: &Tensor, observed: &Tensor) -> Result<(Tensor, RevInStats)> {
+        self.check(xs)?;
+        check::series::mask(LAYER, observed, xs)?;
+        check::same_device(LAYER, "the mask", observed, xs.device())?;
+        let observed = observed.ne(&observed.zeros_like()?)?;
+        let observed = observed.broadcast_as(xs.shape())?.contiguous()?;
+        match self.options.ignore_nan {
+            true => self.normalize_observed(xs, &(observed * xs.eq(xs)?)?),
+            false => self.normalize_observed(xs, &observed),
+        }
+    }
+
+    fn check(&self, xs: &Tensor) -> Result<()> {
         check::series::windows(LAYER, xs, self.num_features)?;
         check::series::more_than_one_step(LAYER, xs)?;
-        check::input(LAYER, xs, &self.params())?;
+        check::input(LAYER, xs, &self.params())
+    }
+
+    /// By the values where `observed`, of the shape of `xs` in `u8`, is 1.
+    fn normalize_observed(&self, xs: &Tensor, observed: &Tensor) -> Result<(Tensor, RevInStats)> {
+        if xs.elem_count() == 0 {
+            return self.normalize_whole(xs);
+        }
+        let (wide, eps) = match xs.dtype() {
+            DType::F64 => (DType::F64, self.options.eps),
+            _ => (
+                DType::F32,
+                self.options.eps.max(f64::from(f32::MIN_POSITIVE)),
+            ),
+        };
+        let there = observed.to_dtype(wide)?;
+        let xs_wide = xs.to_dtype(wide)?;
+        // Not a product, in which NaN would stay.
+        let x = observed.where_cond(&xs_wide, &xs_wide.zeros_like()?)?;
+        let count = there.sum_keepdim(1)?;
+        let divisor = count.maximum(&count.ones_like()?)?;
+        let mean = |t: &Tensor| t.sum_keepdim(1)?.div(&divisor);
+        let about = |center: &Tensor| x.broadcast_sub(center)?.mul(&there);
+        // Twice: what the first mean was rounded by would be a part of every distance.
+        let rough = mean(&x)?;
+        let center = (&rough + mean(&about(&rough)?)?)?;
+        let distances = about(&center)?;
+        let std = (mean(&distances.sqr()?)? + eps)?.sqrt()?;
+        let (center, distances) = match self.options.subtract_last {
+            true => {
+                let last = (&x * last_of(observed)?.to_dtype(wide)?)?.sum_keepdim(1)?;
+                let distances = about(&last)?;
+                (last, distances)
+            }
+            false => (center, distances),
+        };
+        let mut ys = distances.broadcast_div(&std)?;
+        if let Some([weight, bias]) = &self.affine {
+            ys = ys
+                .broadcast_mul(&weight.to_dtype(wide)?)?
+                .broadcast_add(&bias.to_dtype(wide)?)?;
+        }
+        let unknown = count.eq(0.)?.where_cond(
+            &Tensor::full(f64::NAN, count.shape(), xs.device())?.to_dtype(wide)?,
+            &count.zeros_like()?,
+        )?;
+        let stats = RevInStats {
+            center: (center + &unknown)?.squeeze(1)?,
+            std: (std + &unknown)?.squeeze(1)?,
+        };
+        Ok((ys.to_dtype(xs.dtype())?, stats))
+    }
+
+    fn normalize_whole(&self, xs: &Tensor) -> Result<(Tensor, RevInStats)> {
         let by_series = xs.transpose(1, 2)?.contiguous()?;
         let (mut weight, mut bias) = (self.weight(), self.bias());
         if self.options.subtract_last {
@@ -247,4 +353,21 @@ impl RevIn {
             |(name, value): (_, Option<_>)| value.map(|value| check::Param { name, value, shape });
         named.into_iter().filter_map(param).collect()
     }
+}
+
+/// 1 at the last step of each window and series where `observed`, `[N, T, C]`, is 1, and 0 elsewhere.
+fn last_of(observed: &Tensor) -> Result<Tensor> {
+    let (_, steps, series) = observed.dims3()?;
+    let mut flags = observed.flatten_all()?.to_vec1::<u8>()?;
+    for window in flags.chunks_mut(steps * series) {
+        for one in 0..series {
+            let mut found = false;
+            for step in (0..steps).rev() {
+                let flag = &mut window[step * series + one];
+                *flag = u8::from(*flag != 0 && !found);
+                found |= *flag != 0;
+            }
+        }
+    }
+    Tensor::from_vec(flags, observed.shape(), observed.device())
 }

@@ -91,9 +91,7 @@ impl RobustScaler {
         let kind = RobustScalerOptions::KIND;
         check::scaling::option(kind, "percent", holds, "from 0 to 100", &percent)?;
         let now = self.fitted.snapshot();
-        now.affine()?;
-        let sketches = now.statistics.iter();
-        sketches.map(|s| Ok(quantiles(s, [percent])?[0])).collect()
+        now.each(|sketch| Ok(quantiles(sketch, [percent])?[0]))
     }
 
     /// How far a quantile may be from its rank, as a share of the number of values, with a confidence of 99 %: zero while all values are

@@ -45,7 +45,8 @@ impl From<usize> for SlidingScalerOptions {
 /// Where:
 /// - the sums are over the values in the window: the last `window` rows up to the row itself, or before it;
 /// - `n` is how many of them are numbers;
-/// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the resolution of an `f64` at its mean.
+/// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the resolution of an `f64` at its mean; and where
+///   there are no more than `ddof` values, which have no variance.
 ///
 /// A row costs the same whatever the window, and nothing is ever subtracted from a sum: after millions of rows the statistics are those of
 /// the window, to the rounding of one pass over it.
@@ -103,14 +104,13 @@ impl Memory for Window {
         self.attempt(f)
     }
 
-    fn statistics(&self, options: &SlidingScalerOptions, feature: usize) -> (Moments, f64) {
+    fn statistics(&self, options: &SlidingScalerOptions, feature: usize) -> (Moments, Option<f64>) {
         let moments = self.moments(feature);
         let divisor = moments.count() - options.ddof as f64;
-        let var = match divisor > 0. {
-            true => moments.m2().max(0.) / divisor,
-            false => f64::NAN,
-        };
-        (moments, var)
+        let m2 = moments.m2();
+        // Not `max`, which would make 0 of a NaN.
+        let m2 = if m2 < 0. { 0. } else { m2 };
+        (moments, (divisor > 0.).then(|| m2 / divisor))
     }
 
     fn save(options: &SlidingScalerOptions, memory: Option<&Self>, state: State) -> Result<State> {

@@ -2,10 +2,11 @@
 
 use candle_core::Result;
 
-use super::affine::Map;
-use super::data::moments_of;
+use super::affine::{Map, scale_of};
+use super::data::{moments_of, weighted_moments};
 use super::fitted::{Fitted, Rule, scaler};
 use super::{Moments, Nan, State};
+use crate::ops::check;
 
 /// Options of a [`StandardScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,24 +112,30 @@ impl Rule for StandardScalerOptions {
         Ok(())
     }
 
+    fn take_weighted(moments: &mut Moments, values: &[f64], weights: &[f64]) -> Result<()> {
+        *moments = moments.merge(weighted_moments(values, weights));
+        Ok(())
+    }
+
     fn merge(into: &mut Moments, from: &Moments) -> Result<()> {
         *into = into.merge(*from);
         Ok(())
     }
 
     fn largest(moments: &Moments) -> f64 {
-        moments.mean() + moments.m2()
+        moments.count() + moments.mean() + moments.m2()
     }
 
     fn map(&self, moments: &Moments) -> Result<Map> {
-        let std = moments.var().sqrt();
-        let varies = std > f64::EPSILON * moments.mean().abs();
         Ok(Map {
             center: match self.with_mean {
                 true => [moments.mean(), moments.mean_error()],
                 false => [0.; 2],
             },
-            scale: if self.with_std && varies { std } else { 1. },
+            scale: match self.with_std {
+                true => scale_of(moments.mean(), moments.var()),
+                false => 1.,
+            },
             offset: 0.,
         })
     }
@@ -140,6 +147,7 @@ impl Rule for StandardScalerOptions {
             .with_option("with_mean", self.with_mean)
             .with_option("with_std", self.with_std)
             .with_option("nan", self.nan)
+            .with_values("weight", &values(Moments::count))?
             .with_values("mean", &values(Moments::mean))?
             .with_values("mean_error", &values(Moments::mean_error))?
             .with_values("m2", &values(Moments::m2))
@@ -152,15 +160,21 @@ impl Rule for StandardScalerOptions {
             nan: state.option("nan")?,
         };
         let len = state.seen().len();
-        let [mean, mean_error, m2] = [
+        let [weight, mean, mean_error, m2] = [
+            state.values("weight", len)?,
             state.values("mean", len)?,
             state.values("mean_error", len)?,
             state.values("m2", len)?,
         ];
         let mut statistics = Vec::with_capacity(len);
         for (i, seen) in state.seen().iter().enumerate() {
-            let count = seen.values as f64;
-            statistics.push(state.moments(i, [count, mean[i], mean_error[i], m2[i]])?);
+            let (label, weight) = (state.features().label(i), weight[i]);
+            let holds = (weight > 0.) == (seen.values > 0);
+            check::scaling::saved_value(state.kind(), "weight", &label, weight, holds)?;
+            let moments = state.moments(i, [weight, mean[i], mean_error[i], m2[i]])?;
+            let (largest, holds) = (Self::largest(&moments), Self::largest(&moments).is_finite());
+            check::scaling::saved_value(state.kind(), "m2", &label, largest, holds)?;
+            statistics.push(moments);
         }
         Ok((rule, statistics))
     }

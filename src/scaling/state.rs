@@ -11,7 +11,7 @@ use super::{Features, Moments};
 use crate::ops::check;
 
 /// Beyond this many values a count would not be exact as an `f64`.
-const MOST_VALUES: u64 = 1 << 53;
+pub(super) const MOST_VALUES: u64 = 1 << 53;
 
 /// How many values of a feature were seen, and how many that were none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,6 +29,26 @@ impl Seen {
             values: self.values.saturating_add(other.values),
             nan: self.nan.saturating_add(other.nan),
         }
+    }
+
+    /// The counts of each feature with those of more data.
+    ///
+    /// # Errors
+    /// More than an `f64` can count, which a file would be refused for.
+    pub(super) fn and_more(
+        layer: &str,
+        features: &Features,
+        seen: &[Self],
+        more: &[Self],
+    ) -> Result<Vec<Self>> {
+        let mut all = seen.to_vec();
+        all.resize(more.len(), Self::default());
+        for (i, (all, more)) in all.iter_mut().zip(more).enumerate() {
+            *all = all.plus(*more);
+            let (label, most) = (features.label(i), all.values.max(all.nan));
+            check::scaling::countable(layer, "values", &label, most, MOST_VALUES)?;
+        }
+        Ok(all)
     }
 }
 

@@ -1,12 +1,15 @@
 //! The reference and the recent rows that a drift monitor compares.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
 use super::drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
 use super::follow::Rows;
+use super::state::MOST_VALUES;
 use super::two_samples::{bin, ks_p_value, ks_statistic, population_stability, quantile_edges};
 use super::{Features, Moments, Seen, State};
 use crate::ops::check;
@@ -17,11 +20,14 @@ const VERSION: u32 = 1;
 /// More bins than samples fill.
 const MOST_BINS: usize = 10_000;
 
+/// A mean or a variance that differs by fewer standard errors than this may do so by chance.
+const STANDARD_ERRORS: f64 = 5.;
+
 /// One feature of the reference.
 #[derive(Debug)]
 struct Column {
     ascending: Vec<f64>,
-    moments: Moments,
+    spread: Spread,
     /// The bins of the population stability index, and how many values are in each.
     edges: Vec<f64>,
     counts: Vec<u64>,
@@ -51,11 +57,72 @@ fn ratio(a: f64, b: f64, same: f64) -> f64 {
     }
 }
 
+/// The mean and the variance of values, and how much their squared distances from the mean differ among themselves.
+#[derive(Debug, Clone, Copy)]
+struct Spread {
+    moments: Moments,
+    /// 0 where it is below the resolution of an `f64` at the mean.
+    var: f64,
+    /// The kurtosis less 1: the variance of the squared distances in units of the squared variance. 0 where nothing varies.
+    excess: f64,
+}
+
+impl Spread {
+    fn of(values: &[f64]) -> Self {
+        let moments = Moments::of_values(values);
+        let (mean, error, std) = (moments.mean(), moments.mean_error(), moments.var().sqrt());
+        let varies = std > f64::EPSILON * mean.abs();
+        // In standard deviations, whose fourth powers no value takes beyond `f64`.
+        let square = |v: &f64| ((v - mean - error) / std).powi(2);
+        let excess = || {
+            let squares: Vec<f64> = values.iter().map(square).collect();
+            Moments::of_values(&squares).var()
+        };
+        Self {
+            moments,
+            var: if varies { moments.var() } else { 0. },
+            excess: if varies { excess() } else { 0. },
+        }
+    }
+
+    /// By how much the mean of `now` is above this one; 0 where both are constants that rounding alone tells apart.
+    fn shift(&self, now: &Self) -> f64 {
+        let (a, b) = (now.moments, self.moments);
+        let shift = (a.mean() - b.mean()) + (a.mean_error() - b.mean_error());
+        let rounding = f64::EPSILON * a.mean().abs().max(b.mean().abs());
+        match self.var == 0. && now.var == 0. && shift.abs() <= rounding {
+            true => 0.,
+            false => shift,
+        }
+    }
+
+    /// The distance of the means, and that of the variances, to `now`: each in its standard error, by what both sets of values have
+    /// of it together.
+    fn distances(&self, now: &Self) -> [f64; 2] {
+        let scale = self.var.max(now.var).sqrt();
+        if scale == 0. {
+            return [ratio(self.shift(now), 0., 0.), 0.];
+        }
+        let part = |of: &Self| (of.var.sqrt() / scale).powi(2);
+        let (then, later) = (part(self), part(now));
+        let (m, n) = (self.moments.count(), now.moments.count());
+        let error = |of_then: f64, of_later: f64| {
+            let pooled = (of_then * m + of_later * n) / (m + n);
+            (pooled * (1. / m + 1. / n)).sqrt()
+        };
+        let of_squares = error(then * then * self.excess, later * later * now.excess);
+        [
+            self.shift(now) / scale / error(then, later),
+            ratio(later - then, of_squares, 0.),
+        ]
+    }
+}
+
 impl Column {
     fn new(ascending: Vec<f64>, bins: usize) -> Self {
         let edges = quantile_edges(&ascending, bins);
         Self {
-            moments: Moments::of_values(&ascending),
+            spread: Spread::of(&ascending),
             counts: counts(&edges, &ascending),
             edges,
             ascending,
@@ -64,16 +131,18 @@ impl Column {
 
     /// How far `recent`, ascending and not empty, is from this.
     fn compare(&self, recent: &[f64], feature: usize, name: String) -> DriftReport {
-        let (then, now) = (self.moments, Moments::of_values(recent));
-        let distance = (now.mean() - then.mean()) + (now.mean_error() - then.mean_error());
+        let (then, now) = (self.spread, Spread::of(recent));
+        let [mean_z, variance_z] = then.distances(&now);
         let ks_statistic = ks_statistic(&self.ascending, recent);
         DriftReport {
             feature,
             name,
             reference: self.ascending.len() as u64,
             recent: recent.len() as u64,
-            mean_shift: ratio(distance, then.var().sqrt(), 0.),
-            variance_ratio: ratio(now.var(), then.var(), 1.),
+            mean_shift: ratio(then.shift(&now), then.var.sqrt(), 0.),
+            mean_z,
+            variance_ratio: ratio(now.var, then.var, 1.),
+            variance_z,
             population_stability: population_stability(&self.counts, &counts(&self.edges, recent)),
             ks_statistic,
             ks_p_value: ks_p_value(ks_statistic, self.ascending.len(), recent.len()),
@@ -95,8 +164,10 @@ pub(super) struct Watch {
     pub(super) options: DriftOptions,
     pub(super) features: Features,
     pub(super) reference: Option<Arc<Reference>>,
-    /// One row after the other.
-    recent: VecDeque<f64>,
+    /// Of each feature its last values. What is missing takes no place, so that a feature with gaps has as many as one without.
+    recent: Vec<VecDeque<f64>>,
+    /// Of each feature, whether a value came since it was last looked at: the same values are not told twice.
+    fresh: Vec<bool>,
     pub(super) step: u64,
     /// Of each feature, the step up to which there is no event.
     quiet: Vec<u64>,
@@ -132,7 +203,8 @@ impl Watch {
             options,
             features: Features::default(),
             reference: None,
-            recent: VecDeque::new(),
+            recent: vec![],
+            fresh: vec![],
             step: 0,
             quiet: vec![],
         })
@@ -142,9 +214,16 @@ impl Watch {
     pub(super) fn reset(&mut self) {
         self.features = self.features.without_axes();
         self.reference = None;
-        self.recent.clear();
+        self.forget_recent();
         self.quiet.clear();
         self.step = 0;
+    }
+
+    /// Forgets the recent values.
+    fn forget_recent(&mut self) {
+        let features = self.reference.as_ref().map_or(0, |r| r.columns.len());
+        self.recent = vec![VecDeque::new(); features];
+        self.fresh = vec![false; features];
     }
 
     pub(super) fn set_names(&mut self, names: Vec<String>) -> Result<()> {
@@ -156,7 +235,10 @@ impl Watch {
     /// The values of `x` as rows of this watch.
     pub(super) fn rows(&self, x: &Tensor) -> Result<Rows> {
         check::scaling::fitted(LAYER, self.reference.as_ref())?;
-        Rows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)
+        let rows = Rows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)?;
+        let steps = self.step.saturating_add(x.dims()[0] as u64);
+        check::scaling::countable(LAYER, "rows", &"all features", steps, MOST_VALUES)?;
+        Ok(rows)
     }
 
     pub(super) fn fit(&mut self, x: &Tensor) -> Result<()> {
@@ -166,7 +248,7 @@ impl Watch {
         self.features = features;
         self.quiet = vec![0; reference.columns.len()];
         self.reference = Some(Arc::new(reference));
-        self.recent.clear();
+        self.forget_recent();
         Ok(())
     }
 
@@ -177,7 +259,8 @@ impl Watch {
         let mut seen = Vec::with_capacity(count);
         for feature in 0..count {
             let numbers = ascending(&values, feature, count);
-            check::series::two_values(LAYER, &features.label(feature), numbers.len())?;
+            let label = features.label(feature);
+            check::series::enough_values(LAYER, &label, numbers.len(), bins)?;
             seen.push(Seen {
                 values: numbers.len() as u64,
                 nan: rows - numbers.len() as u64,
@@ -194,23 +277,37 @@ impl Watch {
     /// Takes a reference, instead of the one that there was, from now on.
     pub(super) fn refer_to(&mut self, reference: Reference) {
         self.reference = Some(Arc::new(reference));
-        self.recent.clear();
+        self.forget_recent();
         let quiet = self.step.saturating_add(self.options.cool_down as u64);
         self.quiet.fill(quiet);
     }
 
-    /// The recent rows, one after the other.
+    /// The recent values as rows, one after the other, the newest of each feature in the last. A feature with fewer than another has NaN
+    /// before them.
     pub(super) fn recent(&self) -> Vec<f64> {
-        self.recent.iter().copied().collect()
+        let features = self.recent.len();
+        let rows = self.recent.iter().map(VecDeque::len).max().unwrap_or(0);
+        let mut values = vec![f64::NAN; rows * features];
+        for (feature, column) in self.recent.iter().enumerate() {
+            let first = rows - column.len();
+            for (row, value) in column.iter().enumerate() {
+                values[(first + row) * features + feature] = *value;
+            }
+        }
+        values
+    }
+
+    /// The recent values of a feature, ascending.
+    fn recent_of(&self, feature: usize) -> Vec<f64> {
+        let mut values: Vec<f64> = self.recent[feature].iter().copied().collect();
+        values.sort_by(f64::total_cmp);
+        values
     }
 
     /// Takes one row in, and says what crossed its threshold.
     pub(super) fn row(&mut self, row: &[f64]) -> Vec<DriftEvent> {
         self.step = self.step.saturating_add(1);
-        if self.recent.len() >= self.options.window.saturating_mul(row.len()) {
-            self.recent.drain(..row.len());
-        }
-        self.recent.extend(row);
+        self.push(row);
         let due = self.step.is_multiple_of(self.options.check_every as u64);
         match &self.reference {
             Some(reference) if due => self.events(&reference.clone()),
@@ -218,17 +315,27 @@ impl Watch {
         }
     }
 
+    /// Puts the values of a row behind those of their features.
+    fn push(&mut self, row: &[f64]) {
+        for (feature, value) in row.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
+            let recent = &mut self.recent[feature];
+            if recent.len() >= self.options.window {
+                recent.pop_front();
+            }
+            recent.push_back(*value);
+            self.fresh[feature] = true;
+        }
+    }
+
     fn events(&mut self, reference: &Reference) -> Vec<DriftEvent> {
-        let recent = self.recent();
         let mut events = vec![];
         for (feature, column) in reference.columns.iter().enumerate() {
-            if self.step <= self.quiet[feature] {
+            let enough = self.recent[feature].len() >= self.options.min_count;
+            if self.step <= self.quiet[feature] || !enough || !self.fresh[feature] {
                 continue;
             }
-            let numbers = ascending(&recent, feature, reference.columns.len());
-            if numbers.len() < self.options.min_count {
-                continue;
-            }
+            self.fresh[feature] = false;
+            let numbers = self.recent_of(feature);
             let name = self.features.label(feature).to_string();
             let report = column.compare(&numbers, feature, name);
             let crossed = self.crossed(&report);
@@ -270,9 +377,12 @@ impl Watch {
                 report.ks_p_value,
             ),
         ];
+        let by_chance = |errors: f64| errors.abs() <= STANDARD_ERRORS;
         let crosses = |metric, threshold: f64, size: f64| match metric {
             DriftMetric::KolmogorovSmirnov => size < threshold,
-            _ => size > threshold,
+            DriftMetric::MeanShift => size > threshold && !by_chance(report.mean_z),
+            DriftMetric::VarianceRatio => size > threshold && !by_chance(report.variance_z),
+            DriftMetric::PopulationStability => size > threshold,
         };
         (metrics.into_iter())
             .filter_map(|(metric, threshold, value, size)| {
@@ -291,10 +401,9 @@ impl Watch {
 
     pub(super) fn report(&self) -> Result<Vec<DriftReport>> {
         let reference = check::scaling::fitted(LAYER, self.reference.as_ref())?;
-        let recent = self.recent();
         let mut reports = vec![];
         for (feature, column) in reference.columns.iter().enumerate() {
-            let numbers = ascending(&recent, feature, reference.columns.len());
+            let numbers = self.recent_of(feature);
             let label = self.features.label(feature);
             check::series::recent_values(LAYER, &label, numbers.len())?;
             reports.push(column.compare(&numbers, feature, label.to_string()));
@@ -343,8 +452,10 @@ impl Watch {
             .with_option("step", self.step);
         if let Some(reference) = &self.reference {
             let quiet: Vec<_> = self.quiet.iter().map(u64::to_string).collect();
+            let fresh: Vec<_> = self.fresh.iter().map(bool::to_string).collect();
             state = state
                 .with_option("quiet", quiet.join(" "))
+                .with_option("fresh", fresh.join(" "))
                 .with_tensor("reference", self.tensor(&reference.values)?)
                 .with_tensor("recent", self.tensor(&self.recent())?);
         }
@@ -371,6 +482,13 @@ impl Watch {
         })?;
         watch.features = state.features().clone();
         watch.step = state.option("step")?;
+        check::scaling::saved_value(
+            LAYER,
+            "step",
+            &"all features",
+            watch.step as f64,
+            watch.step <= MOST_VALUES,
+        )?;
         if state.counts()?.is_empty() {
             return Ok(watch);
         }
@@ -382,16 +500,29 @@ impl Watch {
             check::scaling::saved_value(LAYER, "count", &label, saved.values as f64, holds)?;
         }
         if recent.elem_count() > 0 {
-            let rows = watch.rows(recent)?.values;
-            let most = watch.options.window.saturating_mul(watch.features.count());
-            check::scaling::saved_length(LAYER, "recent", rows.len().min(most), rows.len())?;
-            watch.recent = rows.into();
+            let features = watch.features.of(LAYER, recent)?;
+            let rows = Rows::of(LAYER, &features, watch.options.nan, recent)?;
+            let most = watch.options.window.min(recent.dims()[0]);
+            check::scaling::saved_length(LAYER, "recent", most, recent.dims()[0])?;
+            rows.each().for_each(|row| watch.push(row));
         }
-        let quiet: String = state.option("quiet")?;
-        let quiet: std::result::Result<Vec<u64>, _> = quiet.split(' ').map(str::parse).collect();
-        let quiet = check::scaling::well_formed(LAYER, "quiet", quiet)?;
-        check::scaling::saved_length(LAYER, "quiet", watch.quiet.len(), quiet.len())?;
-        watch.quiet = quiet;
+        let features = watch.quiet.len();
+        watch.quiet = each(state, "quiet", features)?;
+        watch.fresh = each(state, "fresh", features)?;
+        let last = (watch.step).saturating_add(watch.options.cool_down as u64);
+        for (i, quiet) in watch.quiet.iter().enumerate() {
+            let (label, holds) = (watch.features.label(i), *quiet <= last);
+            check::scaling::saved_value(LAYER, "quiet", &label, *quiet as f64, holds)?;
+        }
         Ok(watch)
     }
+}
+
+/// An option that has a value for each feature.
+fn each<T: FromStr<Err: Display>>(state: &State, name: &str, features: usize) -> Result<Vec<T>> {
+    let text: String = state.option(name)?;
+    let values: std::result::Result<Vec<T>, _> = text.split(' ').map(str::parse).collect();
+    let values = check::scaling::well_formed(LAYER, name, values)?;
+    check::scaling::saved_length(LAYER, name, features, values.len())?;
+    Ok(values)
 }

@@ -2,6 +2,7 @@
 
 use candle_core::Result;
 
+use super::follow::of_series;
 use super::{Moments, State};
 use crate::ops::check;
 
@@ -160,7 +161,7 @@ impl Window {
                 let holds = sum.count().fract() == 0. && sum.count() <= end as f64;
                 let label = state.features().label(feature);
                 check::scaling::saved_value(layer, "count", &label, sum.count(), holds)?;
-                sums.push(sum);
+                sums.push(of_series(state, feature, sum)?);
             }
             Ok(sums)
         };

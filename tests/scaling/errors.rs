@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{
-    MinMaxScaler, MinMaxScalerOptions, Nan, RobustScaler, RobustScalerOptions, Scaler,
-    StandardScaler, from_state,
+    DriftMonitor, DriftOptions, MinMaxScaler, MinMaxScalerOptions, Nan, RobustScaler,
+    RobustScalerOptions, Scaler, StandardScaler, StandardScalerOptions, from_state,
 };
 
-use super::kinds::{KINDS, OF_SERIES, each, each_built, everything, rows};
-use crate::common::data::tensor;
+use super::kinds::{KINDS, OF_SERIES, each, each_built, each_of_all, everything, rows};
+use crate::common::data::{tensor, values};
 
 #[track_caller]
 fn assert_message<T>(result: Result<T>, expected: &str) {
@@ -163,15 +163,166 @@ fn nan_is_ignored_and_counted_where_that_is_chosen() {
             .to_vec2::<f64>()
             .unwrap();
         assert!(y[0] == want[0][0] && y[1].is_nan(), "{kind}: {y:?}");
+    });
+}
 
-        // A feature of which nothing is known yet may become known.
-        scaler.fit(&rows(&[nan, 1.], 2)).unwrap();
-        assert_message(
-            scaler.transform(&probe),
-            "at least one value of feature 0, got only NaN",
+/// As in scikit-learn: what nothing is known of becomes NaN, in every dtype and both ways, and the others are scaled.
+#[test]
+fn a_feature_of_only_nan_is_nan_and_the_others_are_scaled() {
+    let nan = f64::NAN;
+    let kinds = KINDS.iter().chain(&OF_SERIES[..2]);
+    for (kind, build) in kinds {
+        let scaler = build(Nan::Ignore);
+        scaler.fit(&rows(&[nan, 1., nan, 5., nan, 9.], 2)).unwrap();
+        let alone = build(Nan::Ignore);
+        alone.fit(&rows(&[1., 5., 9.], 1)).unwrap();
+        for dtype in [DType::F64, DType::F32, DType::BF16] {
+            let probe = rows(&[4., 5., nan, 2.], 2).to_dtype(dtype).unwrap();
+            let second = probe.narrow(1, 1, 1).unwrap();
+            for (y, want) in [
+                (scaler.transform(&probe), alone.transform(&second)),
+                (
+                    scaler.inverse_transform(&probe),
+                    alone.inverse_transform(&second),
+                ),
+            ] {
+                let [y, want] = [y, want].map(|t| values(&t.unwrap()).unwrap());
+                assert!(y[0].is_nan() && y[2].is_nan(), "{kind}: {y:?}");
+                assert_eq!([y[1], y[3]], want[..], "{kind}");
+            }
+        }
+        // It comes back from a file, and becomes known.
+        let restored = build(Nan::Ignore);
+        restored.restore(&scaler.state().unwrap()).unwrap();
+        let probe = rows(&[4., 5.], 2);
+        for scaler in [&scaler, &restored] {
+            scaler.partial_fit(&rows(&[7., 1., 9., 2.], 2)).unwrap();
+            let y = values(&scaler.transform(&probe).unwrap()).unwrap();
+            assert!(y.iter().all(|v| v.is_finite()), "{kind}: {y:?}");
+        }
+        // Where nothing is known of any of them there is nothing to scale.
+        scaler.fit(&rows(&[nan, nan], 2)).unwrap();
+        assert_message(scaler.transform(&probe), "at least one value of ");
+    }
+    let ignore = Nan::Ignore;
+    let x = rows(&[nan, 1.], 2);
+    let standard = StandardScaler::new(StandardScalerOptions {
+        nan: ignore,
+        ..Default::default()
+    });
+    let standard = standard.unwrap();
+    standard.fit(&x).unwrap();
+    let min_max = MinMaxScaler::new(MinMaxScalerOptions {
+        nan: ignore,
+        clip: true,
+        ..Default::default()
+    });
+    let min_max = min_max.unwrap();
+    min_max.fit(&x).unwrap();
+    let robust = RobustScaler::new(RobustScalerOptions {
+        nan: ignore,
+        ..Default::default()
+    });
+    let robust = robust.unwrap();
+    robust.fit(&x).unwrap();
+    for known in [
+        standard.mean(),
+        standard.var(),
+        standard.scale(),
+        min_max.data_min(),
+        min_max.data_max(),
+        robust.center(),
+        robust.scale(),
+        robust.quantile(90.),
+    ] {
+        let known = known.unwrap();
+        assert!(known[0].is_nan() && known[1].is_finite(), "{known:?}");
+    }
+    let y = values(&min_max.transform(&rows(&[3., 9.], 2)).unwrap()).unwrap();
+    assert!(y[0].is_nan() && y[1] == 1., "{y:?}");
+}
+
+/// No features at all are no data, neither in what is fitted nor in a file.
+#[test]
+fn axes_without_elements_are_refused() {
+    let none = tensor(&[], &[5, 0], DType::F64).unwrap();
+    let wide = tensor(&[], &[5, 2, 0], DType::F64).unwrap();
+    each_of_all(|_, build| {
+        for x in [&none, &wide] {
+            let scaler = build(Nan::Refuse);
+            assert_message(scaler.fit(x), "of at least one feature, got shape [5");
+            assert_message(
+                scaler.partial_fit(x),
+                "of at least one feature, got shape [5",
+            );
+            assert!(!scaler.is_fitted());
+        }
+    });
+    let monitor = DriftMonitor::new(DriftOptions::default()).unwrap();
+    assert_message(monitor.fit(&none), "of at least one feature");
+}
+
+#[test]
+fn weights_of_samples_are_checked() {
+    let x = rows(&[1., 2., 3., 5., 4., 4.], 2);
+    let weights = |w: &[f64]| tensor(w, &[w.len()], DType::F64).unwrap();
+    each(|kind, scaler| {
+        scaler.fit(&x).unwrap();
+        let before = everything(scaler).unwrap();
+        if kind == "RobustScaler" {
+            assert_message(
+                scaler.fit_weighted(&x, &weights(&[1.; 3])),
+                "got sample_weight; repeat",
+            );
+        }
+        for (wrong, expected) in [
+            (
+                weights(&[1., 2.]),
+                "one weight for each of the 3 samples, got sample_weight of shape [2]",
+            ),
+            (rows(&[1.; 3], 1), "sample_weight of shape [3, 1]"),
+            (weights(&[1., -1., 3.]), "got -1 for sample 1"),
+            (weights(&[1., 1., f64::NAN]), "got NaN for sample 2"),
+            (weights(&[0.; 3]), "with a sum above 0 and finite, got 0"),
+            (
+                weights(&[1e308; 3]),
+                "with a sum above 0 and finite, got inf",
+            ),
+        ] {
+            assert_message(scaler.fit_weighted(&x, &wrong), expected);
+            assert_message(scaler.partial_fit_weighted(&x, &wrong), expected);
+            assert_eq!(everything(scaler).unwrap(), before, "{kind}: {expected}");
+        }
+    });
+    for (kind, build) in OF_SERIES {
+        let message = format!(
+            "{:?}",
+            build(Nan::Refuse).fit_weighted(&x, &weights(&[1.; 3]))
         );
-        scaler.partial_fit(&rows(&[7., 1.], 2)).unwrap();
-        assert!(scaler.transform(&probe).is_ok());
+        assert!(
+            message.contains(&format!("{kind}: expected samples that count alike")),
+            "{message}"
+        );
+    }
+    // A sample without weight is none, whatever it is.
+    each_built(|kind, build| {
+        if kind == "RobustScaler" {
+            return;
+        }
+        let (whole, weighted) = (build(Nan::Refuse), build(Nan::Refuse));
+        whole.fit(&x).unwrap();
+        let more = rows(
+            &[1., 2., f64::NAN, 9., 3., 5., 1e9, f64::INFINITY, 4., 4.],
+            2,
+        );
+        weighted
+            .fit_weighted(&more, &weights(&[1., 0., 1., 0., 1.]))
+            .unwrap();
+        assert_eq!(
+            everything(&*weighted).unwrap(),
+            everything(&*whole).unwrap(),
+            "{kind}"
+        );
     });
 }
 

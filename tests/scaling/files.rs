@@ -346,7 +346,11 @@ fn every_state() -> Vec<State> {
         scaler.fit(&data).unwrap();
         states.push(scaler.state().unwrap());
     });
-    let monitor = DriftMonitor::new(DriftOptions::default()).unwrap();
+    let options = DriftOptions {
+        bins: 2,
+        ..Default::default()
+    };
+    let monitor = DriftMonitor::new(options).unwrap();
     monitor.fit(&data).unwrap();
     states.push(monitor.state().unwrap());
     let balancer = LossBalancer::new(["a", "b"], Default::default()).unwrap();
@@ -528,4 +532,127 @@ fn sketches_of_another_size_and_bytes_after_them_are_refused() {
     let merged = RobustScaler::new(build(64).options()).unwrap();
     merged.merge(&build(128)).unwrap();
     RobustScaler::from_state(&merged.state().unwrap()).unwrap();
+}
+
+/// A file of one tensor of a dtype, one byte an element or less.
+fn file_of(dtype: &str, bytes: usize, elements: usize) -> Vec<u8> {
+    let header = format!(
+        r#"{{"scales":{{"dtype":"{dtype}","shape":[{elements}],"data_offsets":[0,{bytes}]}}}}"#
+    );
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.extend(vec![0x7f; bytes]);
+    file
+}
+
+/// What candle reads and cannot bring back out: the scales of quantized models, and floats of less than a byte.
+#[test]
+fn a_dtype_that_cannot_be_written_is_an_error() {
+    let (_folder, file) = scratch();
+    let scaler = StandardScaler::default();
+    scaler.fit(&rows(&[1., 2.], 1)).unwrap();
+    let state = scaler.state().unwrap();
+    for (dtype, bytes, elements) in [
+        ("F8_E8M0", 4, 4),
+        ("F6_E2M3", 3, 4),
+        ("F6_E3M2", 3, 4),
+        ("F4", 2, 4),
+        ("C64", 8, 1),
+    ] {
+        let whole = file_of(dtype, bytes, elements);
+        fs::write(&file, &whole).unwrap();
+        // Read, replace, write, as the message says that is seen by who saves a scaler over a model.
+        let written = Archive::read(&file).and_then(|mut archive| {
+            archive.replace("scaler", &state)?;
+            archive.write(&file)
+        });
+        let message = message(written);
+        assert!(
+            message.contains("Archive: expected tensors of a dtype that")
+                && message.contains("scales"),
+            "{dtype}: {message}"
+        );
+        assert_eq!(fs::read(&file).unwrap(), whole, "{dtype}");
+    }
+    // All that candle can write comes back as it was.
+    for (dtype, size) in [
+        ("U8", 1),
+        ("U32", 4),
+        ("I16", 2),
+        ("I32", 4),
+        ("I64", 8),
+        ("BF16", 2),
+        ("F16", 2),
+        ("F32", 4),
+        ("F64", 8),
+        ("F8_E4M3", 1),
+    ] {
+        let whole = file_of(dtype, 4 * size, 4);
+        fs::write(&file, &whole).unwrap();
+        let mut archive = Archive::read(&file).unwrap();
+        archive.put("scaler", &state).unwrap();
+        archive.write(&file).unwrap();
+        let written = fs::read(&file).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&written).unwrap();
+        let tensor = tensors.tensor("scales").unwrap();
+        assert_eq!(tensor.data(), vec![0x7f; 4 * size], "{dtype}");
+        assert_eq!(
+            format!("{:?}", tensor.dtype()),
+            dtype.replace("F8_E4M3", "F8_E4M3")
+        );
+    }
+    // Nor does such a tensor get in by another way.
+    fs::write(&file, file_of("F8_E8M0", 4, 4)).unwrap();
+    let held = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let scales = held["scales"].clone();
+    let mut archive = Archive::default();
+    let with_scales = State::new("Mine", 1).with_tensor("scales", scales);
+    let refused = message(archive.put("mine", &with_scales));
+    assert!(refused.contains(r#""mine.scales" of F8E8M0"#), "{refused}");
+    assert!(archive.parts().is_empty());
+}
+
+/// Who takes one file for another learns what it holds, and what reads it.
+#[test]
+fn a_part_that_is_not_there_is_looked_for_in_the_file() {
+    let (folder, file) = scratch();
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    for layer in ["first", "second", "third"] {
+        candle_nn::linear(2, 2, vb.pp(layer)).unwrap();
+    }
+    vars.save(&file).unwrap();
+    let told = message(scaling::load(&file));
+    for part in [
+        r#"expected a part "scaler" in the file "#,
+        "scaler.safetensors, got the parts []",
+        r#"["first.bias", "first.weight", "second.bias", "second.weight"] and 2 more"#,
+        "add scalers by Archive::put, or save a Pipeline",
+    ] {
+        assert!(told.contains(part), "{told}");
+    }
+    let scaler = StandardScaler::default();
+    scaler.fit(&rows(&[1., 2.], 1)).unwrap();
+    let mut archive = Archive::default();
+    archive.put("inputs", &scaler.state().unwrap()).unwrap();
+    archive.write(&file).unwrap();
+    let told = message(scaling::load(&file));
+    assert!(
+        told.contains(r#"Archive::read(file)?.state("inputs")"#),
+        "{told}"
+    );
+    let one = folder.path().join("one");
+    scaler.save(&one).unwrap();
+    let told = message(Archive::read(&one).unwrap().state("inputs"));
+    assert!(told.contains("read it by scaling::load"), "{told}");
+    let monitor = DriftMonitor::new(DriftOptions::default()).unwrap();
+    let told = message(scaling::from_state(&monitor.state().unwrap()));
+    assert!(told.contains("call DriftMonitor::from_state"), "{told}");
+    // A path may be any of those that the standard library takes.
+    let text = one.to_str().expect("a path of text");
+    scaler.save(text).unwrap();
+    scaler.load(text).unwrap();
+    let any: Box<dyn Scaler> = scaling::load(text).unwrap();
+    any.save(text.to_string()).unwrap();
+    any.load(one).unwrap();
 }

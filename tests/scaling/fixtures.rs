@@ -89,7 +89,13 @@ impl Any {
                 })
                 .unwrap(),
             ),
-            "MaxAbsScaler" => Self::MaxAbs(MaxAbsScaler::new(MaxAbsScalerOptions { nan }).unwrap()),
+            "MaxAbsScaler" => Self::MaxAbs(
+                MaxAbsScaler::new(MaxAbsScalerOptions {
+                    clip: flag("clip"),
+                    nan,
+                })
+                .unwrap(),
+            ),
             "RobustScaler" => Self::Robust(
                 RobustScaler::new(RobustScalerOptions {
                     with_centering: flag("with_centering"),
@@ -159,7 +165,7 @@ fn assert_agrees(case: &Case, how: &str, any: &Any) {
     got.push(("y", values(&y).unwrap()));
     got.push(("back", values(&back).unwrap()));
     for name in case.tensors.keys() {
-        if !["x", "probe", "y", "back"].contains(&name.as_str()) {
+        if !["x", "weight", "probe", "y", "back"].contains(&name.as_str()) {
             got.push((name, any.attribute(name)));
         }
     }
@@ -178,24 +184,45 @@ fn assert_agrees(case: &Case, how: &str, any: &Any) {
 fn scikit_learn_agrees() {
     let cases = cases();
     assert!(cases.len() > 30, "only {} fixtures", cases.len());
+    let weighted = |case: &&Case| case.tensors.contains_key("weight");
+    assert!(cases.iter().filter(weighted).count() > 3);
     for case in &cases {
         let x = &case.tensors["x"];
+        let weight = case.tensors.get("weight");
+        let part_of = |start: usize, len: usize| {
+            let of = |t: &Tensor| t.narrow(0, start, len).unwrap();
+            (of(x), weight.map(of))
+        };
+        let fit = |scaler: &dyn Scaler, (x, weight): (Tensor, Option<Tensor>)| match weight {
+            Some(weight) => scaler.fit_weighted(&x, &weight),
+            None => scaler.fit(&x),
+        };
+        let partial_fit = |scaler: &dyn Scaler, (x, weight): (Tensor, Option<Tensor>)| match weight
+        {
+            Some(weight) => scaler.partial_fit_weighted(&x, &weight),
+            None => scaler.partial_fit(&x),
+        };
         let whole = Any::of(case);
-        whole.scaler().fit(x).unwrap();
+        fit(whole.scaler(), part_of(0, x.dims()[0])).unwrap();
         assert_agrees(case, "fit", &whole);
 
         let (parts, merged) = (Any::of(case), Any::of(case));
         let mut start = 0;
         for &len in &case.splits {
-            let part = x.narrow(0, start, len).unwrap();
-            parts.scaler().partial_fit(&part).unwrap();
+            partial_fit(parts.scaler(), part_of(start, len)).unwrap();
             let other = Any::of(case);
-            other.scaler().fit(&part).unwrap();
+            fit(other.scaler(), part_of(start, len)).unwrap();
             merged.scaler().merge(other.scaler()).unwrap();
             start += len;
         }
         assert_agrees(case, "partial_fit", &parts);
         assert_agrees(case, "merge", &merged);
+        let restored = Any::of(case);
+        restored
+            .scaler()
+            .restore(&parts.scaler().state().unwrap())
+            .unwrap();
+        assert_agrees(case, "restore", &restored);
 
         let nan = values(x).unwrap().iter().filter(|v| v.is_nan()).count() as u64;
         let counted = parts.scaler().seen().iter().map(|s| s.nan).sum::<u64>();

@@ -35,6 +35,7 @@ pub(crate) const OF_SERIES: [(&str, Build); 3] = [
             min_count: 4,
             check_every: 1,
             cool_down: 4,
+            bins: 2,
             nan,
             ..Default::default()
         };
@@ -60,7 +61,7 @@ pub(crate) const KINDS: [(&str, Build); 4] = [
         Box::new(MinMaxScaler::new(options).unwrap())
     }),
     ("MaxAbsScaler", |nan| {
-        Box::new(MaxAbsScaler::new(MaxAbsScalerOptions { nan }).unwrap())
+        Box::new(MaxAbsScaler::new(MaxAbsScalerOptions { clip: false, nan }).unwrap())
     }),
     ("RobustScaler", |nan| {
         let options = RobustScalerOptions {

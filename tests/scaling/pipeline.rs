@@ -158,3 +158,39 @@ fn what_is_no_pipeline_of_the_model_is_refused() {
         "{message}"
     );
 }
+
+/// What was never fitted is said before there is a file, not where it is used.
+#[test]
+fn a_pipeline_that_was_never_fitted_is_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pipeline.safetensors");
+    let build = || {
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        Pipeline::new(candle_nn::linear(2, 1, vb).unwrap(), vars)
+    };
+    let inputs = StandardScaler::default();
+    inputs.fit(&data()).unwrap();
+    let targets = || TargetScaler::new(MinMaxScaler::default());
+    let message = |p: &Pipeline<Linear>| p.save(&file).unwrap_err().to_string();
+    let told = message(&build().with_inputs(inputs).with_targets(targets()));
+    assert!(
+        told.contains("Pipeline: expected fitted targets, got a MinMaxScaler without data"),
+        "{told}"
+    );
+    let told = message(&build().with_inputs(StandardScaler::default()));
+    assert!(
+        told.contains("expected fitted inputs, got a StandardScaler without data"),
+        "{told}"
+    );
+    assert!(!file.exists());
+    let fitted = targets();
+    fitted.fit(&rows(&[1., 2.], 1)).unwrap();
+    build().with_targets(fitted).save(&file).unwrap();
+    // A pipeline is no scaler.
+    let told = candle_norm::scaling::load(&file).unwrap_err().to_string();
+    assert!(
+        told.contains("it is the file of a Pipeline: read it by Pipeline::load"),
+        "{told}"
+    );
+}

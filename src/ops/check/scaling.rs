@@ -15,6 +15,36 @@ pub(crate) fn samples(layer: &str, x: &Tensor) -> Result<()> {
             x.dims()
         )
     }
+    if feature_count(&x.dims()[1..]) == 0 {
+        bail!(
+            "{layer}: expected data [N, features...] of at least one feature, got shape {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Saved axes of one feature at least.
+pub(crate) fn some_features(layer: &str, axes: &[usize]) -> Result<()> {
+    if feature_count(axes) == 0 {
+        bail!("{layer}: expected axes of at least one feature in the saved state, got {axes:?}")
+    }
+    Ok(())
+}
+
+/// A count that an `f64` holds exactly, as files have it.
+pub(crate) fn countable(
+    layer: &str,
+    what: &str,
+    feature: &dyn Display,
+    count: u64,
+    most: u64,
+) -> Result<()> {
+    if count > most {
+        bail!(
+            "{layer}: expected at most {most} {what} of {feature} in all, got {count}; fit it anew"
+        )
+    }
     Ok(())
 }
 
@@ -94,12 +124,47 @@ pub(crate) fn usable(layer: &str, feature: &dyn Display, row: usize, value: f64)
     }
 }
 
-/// A feature of which something is known.
-pub(crate) fn has_values(layer: &str, feature: &dyn Display, values: u64) -> Result<()> {
+/// Data that have a value of any feature.
+pub(crate) fn has_values(layer: &str, values: u64) -> Result<()> {
     if values == 0 {
-        bail!("{layer}: expected at least one value of {feature}, got only NaN")
+        bail!("{layer}: expected at least one value of any feature, got only NaN")
     }
     Ok(())
+}
+
+/// One weight for each sample.
+pub(crate) fn weight_per_sample(layer: &str, samples: usize, weights: &Tensor) -> Result<()> {
+    if weights.dims() != [samples] {
+        bail!(
+            "{layer}: expected one weight for each of the {samples} samples, got sample_weight of shape {:?}",
+            weights.dims()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn usable_weight(layer: &str, sample: usize, weight: f64) -> Result<()> {
+    if !(weight.is_finite() && weight >= 0.) {
+        bail!(
+            "{layer}: expected a sample_weight of 0 or more that is finite, got {weight} for sample {sample}"
+        )
+    }
+    Ok(())
+}
+
+/// Weights of which one at least counts.
+pub(crate) fn some_weight(layer: &str, sum: f64) -> Result<()> {
+    if !(sum > 0. && sum.is_finite()) {
+        bail!("{layer}: expected a sample_weight with a sum above 0 and finite, got {sum}")
+    }
+    Ok(())
+}
+
+/// Weights of samples, where a scaler has no use for them.
+pub(crate) fn no_weights<T>(layer: &str) -> Result<T> {
+    bail!(
+        "{layer}: expected samples that count alike, got sample_weight; repeat the samples by their weight, or take StandardScaler, which knows weights"
+    )
 }
 
 /// One number, such as a term of a loss.
@@ -277,10 +342,77 @@ pub(crate) fn nothing_lost(layer: &str, path: &Path, lost: Option<&str>) -> Resu
     Ok(())
 }
 
-/// A part of a file.
-pub(crate) fn part(layer: &str, prefix: &str, parts: &[String]) -> Result<()> {
-    if !parts.iter().any(|p| p == prefix) {
-        bail!("{layer}: expected a part {prefix:?} in the file, got the parts {parts:?}")
+/// A part that a file does not have. `others` are the names of its tensors that belong to no part.
+pub(crate) fn no_part<T>(
+    layer: &str,
+    prefix: &str,
+    file: Option<&Path>,
+    parts: &[String],
+    others: &[String],
+) -> Result<T> {
+    const SHOWN: usize = 4;
+    let file = file.map_or(String::new(), |file| format!(" {}", file.display()));
+    let tensors = match others {
+        [] => String::from("no other tensors"),
+        [few @ ..] if few.len() <= SHOWN => format!("the tensors {few:?}"),
+        [first @ .., _] => {
+            let (first, more) = (&first[..SHOWN], others.len() - SHOWN);
+            format!("the tensors {first:?} and {more} more")
+        }
+    };
+    let has = |part: &str| parts.iter().any(|p| p == part);
+    let remedy = if parts.is_empty() {
+        String::from(
+            "its tensors are those of a model alone: add scalers by Archive::put, or save a Pipeline",
+        )
+    } else if has("pipeline") {
+        String::from("it is the file of a Pipeline: read it by Pipeline::load")
+    } else if has("scaler") {
+        String::from("it is the file of a scaler: read it by scaling::load")
+    } else {
+        format!(
+            "read one of its parts: Archive::read(file)?.state({:?})",
+            parts[0]
+        )
+    };
+    bail!(
+        "{layer}: expected a part {prefix:?} in the file{file}, got the parts {parts:?} and {tensors}; {remedy}"
+    )
+}
+
+/// A dtype that safetensors files are written of: candle holds others, which it cannot bring back out.
+pub(crate) fn writable(layer: &str, name: &str, dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0 => bail!(
+            "{layer}: expected tensors of a dtype that can be written, got {name:?} of {dtype:?}, which candle can only read; leave it in a file of its own"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// A tensor of a file.
+pub(crate) fn loaded<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    name: &str,
+    dtype: impl std::fmt::Debug,
+    loaded: std::result::Result<T, E>,
+) -> Result<T> {
+    match loaded {
+        Ok(loaded) => Ok(loaded),
+        Err(e) => bail!(
+            "{layer}: expected tensors of a dtype that candle holds in {}, got {name:?} of {dtype:?}: {e}",
+            path.display()
+        ),
+    }
+}
+
+/// A part of a pipeline that has been fitted before it is saved.
+pub(crate) fn fitted_part(layer: &str, part: &str, kind: &str, fitted: bool) -> Result<()> {
+    if !fitted {
+        bail!(
+            "{layer}: expected fitted {part}, got a {kind} without data; fit it to the training data before the pipeline is saved"
+        )
     }
     Ok(())
 }
@@ -298,5 +430,10 @@ pub(crate) fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
 /// A kind that a state can be of.
 pub(crate) fn known_kind<T>(kinds: &[&str], got: &str) -> Result<T> {
     let layer = "scaling";
-    bail!("{layer}: expected the state of one of {kinds:?}, got that of a {got:?}")
+    let remedy = match got {
+        "DriftMonitor" | "LossBalancer" => format!("; call {got}::from_state"),
+        "Pipeline" => String::from("; call Pipeline::load"),
+        _ => String::new(),
+    };
+    bail!("{layer}: expected the state of one of {kinds:?}, got that of a {got:?}{remedy}")
 }

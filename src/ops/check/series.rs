@@ -14,6 +14,17 @@ pub(crate) fn windows(layer: &str, x: &Tensor, series: usize) -> Result<()> {
     }
 }
 
+/// What says which values of windows are there.
+pub(crate) fn mask(layer: &str, mask: &Tensor, windows: &Tensor) -> Result<()> {
+    let (n, t, c) = windows.dims3()?;
+    match mask.dims() {
+        [a, b, d] if (*a, *b) == (n, t) && [c, 1].contains(d) => Ok(()),
+        dims => bail!(
+            "{layer}: expected a mask [{n}, {t}, {c}] or [{n}, {t}, 1] of the windows, got shape {dims:?}"
+        ),
+    }
+}
+
 /// Windows that have a variance.
 pub(crate) fn more_than_one_step(layer: &str, x: &Tensor) -> Result<()> {
     if x.dims()[1] < 2 && x.elem_count() > 0 {
@@ -46,14 +57,14 @@ pub(crate) fn invertible(layer: &str, name: &str, weight: &Tensor) -> Result<()>
     }
 }
 
-/// What is known of a feature.
-pub(crate) fn known<T>(layer: &str, feature: &dyn Display, known: Option<T>) -> Result<T> {
-    match known {
-        Some(known) => Ok(known),
-        None => bail!(
-            "{layer}: expected at least one value of {feature} among the rows that it remembers, got only NaN"
-        ),
+/// A memory that has a value of any feature.
+pub(crate) fn known(layer: &str, feature: &dyn Display, known: bool) -> Result<()> {
+    if !known {
+        bail!(
+            "{layer}: expected at least one value of {feature} or another feature among the rows that it remembers, got only NaN"
+        )
     }
+    Ok(())
 }
 
 /// A value whose squares can be summed.
@@ -107,10 +118,17 @@ pub(crate) fn stretches(layer: &str, text: &str, hold: bool) -> Result<()> {
     Ok(())
 }
 
-/// A reference with a variance.
-pub(crate) fn two_values(layer: &str, feature: &dyn Display, values: usize) -> Result<()> {
-    if values < 2 {
-        bail!("{layer}: expected a reference of at least 2 values of {feature}, got {values}")
+/// A reference that fills the bins of a monitor.
+pub(crate) fn enough_values(
+    layer: &str,
+    feature: &dyn Display,
+    values: usize,
+    bins: usize,
+) -> Result<()> {
+    if values < bins {
+        bail!(
+            "{layer}: expected a reference of at least {bins} values of {feature}, one for each of the bins, got {values}; fit it to more rows"
+        )
     }
     Ok(())
 }
