@@ -6,7 +6,7 @@ use candle_nn::{Conv1dConfig, ConvTranspose1dConfig, Module, ModuleT, VarBuilder
 use candle_norm::gradcheck::gradcheck;
 use candle_norm::{
     Conv1d, ConvTranspose1d, WeightNorm, batch_norm, conv_transpose1d, conv_transpose1d_no_bias,
-    conv1d, conv1d_no_bias,
+    conv1d, conv1d_no_bias, fold,
 };
 use common::uniform;
 
@@ -235,19 +235,29 @@ fn initial_values_are_drawn_as_candle_draws_them() -> Result<()> {
 }
 
 #[test]
-fn what_takes_candles_layer_leads_there_and_back() -> Result<()> {
+fn norms_go_around_it_and_fold_into_it() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
     let x = uniform((2, 4, 8), 1);
     let layer = conv1d(4, 6, 3, Default::default(), vb.pp("a"))?;
-    let normed = WeightNorm::from_layer(layer.inner(), Default::default())?;
-    let baked = Conv1d::from(normed.bake()?);
+    let normed = WeightNorm::from_layer(&layer, Default::default())?;
+    let baked: Conv1d = normed.bake()?;
     assert!(largest_difference(&baked.forward(&x)?, &layer.forward(&x)?)? < 1e-12);
 
     let norm = batch_norm(6, 1e-5, vb.pp("norm"))?;
     norm.forward_t(&layer.forward(&x)?, true)?;
-    let folded = Conv1d::from(norm.fold_into(layer.inner())?);
+    let folded: Conv1d = norm.fold_into(&layer)?;
     let both = norm.forward_t(&layer.forward(&x)?, false)?;
+    assert!(largest_difference(&folded.forward(&x)?, &both)? < 1e-12);
+    let inner = Conv1d::from(norm.fold_into(layer.inner())?);
+    assert_eq!(
+        largest_difference(&inner.forward(&x)?, &folded.forward(&x)?)?,
+        0.
+    );
+
+    let up = conv_transpose1d(4, 6, 3, Default::default(), vb.pp("up"))?;
+    let folded: ConvTranspose1d = fold(&up, &[&norm])?;
+    let both = norm.forward_t(&up.forward(&x)?, false)?;
     assert!(largest_difference(&folded.forward(&x)?, &both)? < 1e-12);
     Ok(())
 }

@@ -5,6 +5,7 @@ use candle_nn::{Conv1dConfig, ConvTranspose1dConfig, Module, VarBuilder};
 
 use super::weighted::{initial, sealed::Layer};
 use crate::ops::check;
+use crate::ops::linear_map::LinearMap;
 
 /// A convolution along one axis, in place of candle-nn's.
 ///
@@ -19,8 +20,8 @@ use crate::ops::check;
 /// through candle's in two dimensions, and every gradient is right. Constructors and accessors are candle's. The dtype is `f16`, `bf16`, `f32` or
 /// `f64`; half precision is computed in `f32` and rounded once.
 ///
-/// What takes candle's layer, such as [`WeightNorm`](crate::WeightNorm) and [`fold_into`](crate::BatchNorm::fold_into), takes [`inner`](Self::inner), and [`From`]
-/// brings back what it gives.
+/// [`WeightNorm`](crate::WeightNorm), [`fold`](crate::fold) and [`fold_into`](crate::BatchNorm::fold_into) take it as they take candle's.
+/// [`inner`](Self::inner) is candle's layer of the same parameters, and [`From`] brings one here.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -86,7 +87,7 @@ macro_rules! convolution {
                 with_bias: bool,
                 vb: VarBuilder,
             ) -> Result<Self> {
-                let (layer, map) = (stringify!($layer), candle_nn::$layer::map(&config));
+                let (layer, map) = (stringify!($layer), Self::map(&config));
                 let (inputs, outputs, kernel_size) = sizes;
                 let shape = map.weight_shape(layer, inputs, outputs, kernel_size)?;
                 check::countable(layer, "bias", &[outputs])?;
@@ -96,6 +97,27 @@ macro_rules! convolution {
                     .then(|| vb.get_with_hints(outputs, "bias", bias_init))
                     .transpose()?;
                 Ok(Self::new(weight, bias, config))
+            }
+        }
+
+        impl Layer for $layer {
+            type Config = $config;
+
+            fn weight(&self) -> &Tensor {
+                self.weight()
+            }
+            fn bias(&self) -> Option<&Tensor> {
+                self.bias()
+            }
+            fn config(&self) -> $config {
+                *self.config()
+            }
+            fn from_parts(weight: Tensor, bias: Option<Tensor>, config: $config) -> Self {
+                Self::new(weight, bias, config)
+            }
+            #[allow(private_interfaces)]
+            fn map(config: &$config) -> LinearMap {
+                candle_nn::$layer::map(config)
             }
         }
 
@@ -115,7 +137,7 @@ macro_rules! convolution {
             /// An input of another rank, number of channels, dtype or device; one that the kernel does not fit; a stride, dilation or number of
             /// groups that is out of range.
             fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-                candle_nn::$layer::map(self.config()).apply(
+                Self::map(self.config()).apply(
                     stringify!($layer),
                     xs,
                     self.weight(),

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Activation, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Linear, PReLU};
 
 use super::batch_norm::BatchNorm;
+use super::conv1d;
 use super::frozen::FrozenNorm;
 use super::group_norm::GroupNorm;
 use super::instance_norm::InstanceNorm;
@@ -17,8 +18,8 @@ use crate::ops::linear_map::LinearMap;
 
 const LAYER: &str = "fold";
 
-/// candle-nn's layers that a normalization of their output channels can be folded into: [`Linear`], [`Conv1d`], [`Conv2d`],
-/// [`ConvTranspose1d`], [`ConvTranspose2d`].
+/// Layers that a normalization of their output channels can be folded into: candle-nn's [`Linear`], [`Conv1d`], [`Conv2d`],
+/// [`ConvTranspose1d`], [`ConvTranspose2d`], and the one-dimensional convolutions of this crate.
 #[diagnostic::on_unimplemented(
     message = "a norm folds into the linear layer or convolution right before it, and `{Self}` is none",
     note = "with an activation between the two, or another layer, they are no single layer: keep the norm, as `frozen()` for a `Module`"
@@ -119,7 +120,7 @@ pub fn fold<L: Foldable>(layer: &L, then: &[&dyn Follower]) -> Result<L> {
 }
 
 macro_rules! foldable {
-    ($($layer:ident),*) => {$(
+    ($($layer:ty),*) => {$(
         impl sealed::Mapped for $layer {
             #[allow(private_interfaces)]
             fn map(&self) -> LinearMap {
@@ -146,6 +147,7 @@ macro_rules! foldable {
 }
 
 foldable!(Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d);
+foldable!(conv1d::Conv1d, conv1d::ConvTranspose1d);
 
 impl sealed::Follows for FrozenNorm {
     fn stage(&self) -> Result<Stage> {
