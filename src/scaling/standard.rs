@@ -147,7 +147,6 @@ impl Rule for StandardScalerOptions {
             .with_option("with_mean", self.with_mean)
             .with_option("with_std", self.with_std)
             .with_option("nan", self.nan)
-            .with_values("weight", &values(Moments::count))?
             .with_values("mean", &values(Moments::mean))?
             .with_values("mean_error", &values(Moments::mean_error))?
             .with_values("m2", &values(Moments::m2))?;
