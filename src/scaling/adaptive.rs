@@ -109,12 +109,6 @@ impl AdaptiveScaler {
             )?;
         }
         check::series::same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
-        let DriftOptions {
-            min_count, bins, ..
-        } = watch.options;
-        let expected =
-            format!("of at least bins, {bins}, since recent values become the reference");
-        check::scaling::option(LAYER, "min_count", min_count >= bins, &expected, &min_count)?;
         if let Some(names) = scaler.features().names() {
             watch.set_names(names.to_vec())?;
         }

@@ -111,7 +111,7 @@ pub struct DriftOptions {
     pub check_every: usize,
     /// Rows after an event in which there is none of the same feature. Default 200.
     pub cool_down: usize,
-    /// The number of bins of the population stability index, from 2 to 10 000, and the fewest values of a reference. Default 10.
+    /// The number of bins of the population stability index, from 2 to 10 000, and the fewest values that `fit` takes. Default 10.
     pub bins: usize,
     /// Of the absolute value. Default 0.5.
     pub mean_shift: Option<f64>,
@@ -226,7 +226,9 @@ impl DriftMonitor {
     /// Data that are empty, not of floating point, infinite, NaN where that is refused, of other features than the names say, or fewer
     /// values of a feature than [`bins`](DriftOptions::bins).
     pub fn fit(&self, x: &Tensor) -> Result<()> {
-        self.lock().fit(x)
+        let mut watch = self.lock();
+        let bins = watch.options.bins;
+        watch.fit_to(x, bins)
     }
 
     /// Takes in rows `[N, features...]` in their order, and returns what crossed its threshold at which of them.

@@ -316,6 +316,8 @@ impl Memory for Weighted {
         let (pairs, var, gap) = (get("pairs")?, get("var")?, get("gap")?);
         let mut weights = Vec::with_capacity(features);
         for i in 0..features {
+            let label = state.features().label(i);
+            check::scaling::saved_value(LAYER, "weight", &label, weight[i], weight[i] >= 0.)?;
             let moments = state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?;
             weights.push(Weight {
                 moments: of_series(state, i, moments)?,

@@ -255,10 +255,12 @@ impl RevIn {
         let divisor = count.maximum(&count.ones_like()?)?;
         let mean = |t: &Tensor| t.sum_keepdim(1)?.div(&divisor);
         let about = |center: &Tensor| x.broadcast_sub(center)?.mul(&there);
-        // Twice: what the first mean was rounded by would be a part of every distance.
-        let rough = mean(&x)?;
-        let center = (&rough + mean(&about(&rough)?)?)?;
-        let distances = about(&center)?;
+        // In two steps, as a mean of one number would leave what it was rounded by in every distance.
+        let high = mean(&x)?;
+        let about_high = about(&high)?;
+        let low = mean(&about_high)?;
+        let center = (high + &low)?;
+        let distances = about_high.broadcast_sub(&low)?.mul(&there)?;
         let std = (mean(&distances.sqr()?)? + eps)?.sqrt()?;
         let (center, distances) = match self.options.subtract_last {
             true => {

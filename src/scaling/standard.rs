@@ -143,14 +143,19 @@ impl Rule for StandardScalerOptions {
     fn save(&self, state: State, statistics: &[Moments]) -> Result<State> {
         let values =
             |of: fn(Moments) -> f64| -> Vec<f64> { statistics.iter().map(|m| of(*m)).collect() };
-        state
+        let state = state
             .with_option("with_mean", self.with_mean)
             .with_option("with_std", self.with_std)
             .with_option("nan", self.nan)
-            .with_values("weight", &values(Moments::count))?
             .with_values("mean", &values(Moments::mean))?
             .with_values("mean_error", &values(Moments::mean_error))?
-            .with_values("m2", &values(Moments::m2))
+            .with_values("m2", &values(Moments::m2))?;
+        // Samples without weights count one each.
+        let mut pairs = statistics.iter().zip(state.seen());
+        match pairs.all(|(m, seen)| m.count() == seen.values as f64) {
+            true => Ok(state),
+            false => state.with_values("weight", &values(Moments::count)),
+        }
     }
 
     fn restore(state: &State) -> Result<(Self, Vec<Moments>)> {
@@ -160,8 +165,12 @@ impl Rule for StandardScalerOptions {
             nan: state.option("nan")?,
         };
         let len = state.seen().len();
-        let [weight, mean, mean_error, m2] = [
-            state.values("weight", len)?,
+        let counts = || state.seen().iter().map(|seen| seen.values as f64).collect();
+        let weight = match state.tensors().contains_key("weight") {
+            true => state.values("weight", len)?,
+            false => counts(),
+        };
+        let [mean, mean_error, m2] = [
             state.values("mean", len)?,
             state.values("mean_error", len)?,
             state.values("m2", len)?,

@@ -241,6 +241,18 @@ impl Watch {
         Ok(rows)
     }
 
+    /// Takes `x` as the reference, which has `least` values of each feature at least.
+    pub(super) fn fit_to(&mut self, x: &Tensor, least: usize) -> Result<()> {
+        let features = self.features.without_axes().of(LAYER, x)?;
+        let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
+        for (feature, seen) in rows.seen.iter().enumerate() {
+            let (label, values) = (features.label(feature), seen.values as usize);
+            check::series::enough_values(LAYER, &label, values, least.min(2))?;
+            check::series::enough_values(LAYER, &label, values, least)?;
+        }
+        self.fit(x)
+    }
+
     pub(super) fn fit(&mut self, x: &Tensor) -> Result<()> {
         let features = self.features.without_axes().of(LAYER, x)?;
         let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
@@ -260,7 +272,8 @@ impl Watch {
         for feature in 0..count {
             let numbers = ascending(&values, feature, count);
             let label = features.label(feature);
-            check::series::enough_values(LAYER, &label, numbers.len(), bins)?;
+            // Of one value there is no variance.
+            check::series::enough_values(LAYER, &label, numbers.len(), 2)?;
             seen.push(Seen {
                 values: numbers.len() as u64,
                 nan: rows - numbers.len() as u64,

@@ -102,7 +102,11 @@ fn numbers_at_their_limits_are_refused_or_go_on() {
         scaler
             .partial_fit(&rows(&[7., f64::NAN, 1., 2.], 2))
             .unwrap();
+        // Where weights are known, they are a part of the state.
+        let weight = tensor(&[0.5], &[1], DType::F64).unwrap();
+        let _ = scaler.partial_fit_weighted(&rows(&[2., 3.], 2), &weight);
         let state = scaler.state().unwrap();
+        assert!(kind != "StandardScaler" || state.tensor("weight").is_ok());
         let names = [
             "weight",
             "weight_squares",

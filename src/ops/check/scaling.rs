@@ -354,9 +354,9 @@ pub(crate) fn no_part<T>(
     let file = file.map_or(String::new(), |file| format!(" {}", file.display()));
     let tensors = match others {
         [] => String::from("no other tensors"),
-        [few @ ..] if few.len() <= SHOWN => format!("the tensors {few:?}"),
-        [first @ .., _] => {
-            let (first, more) = (&first[..SHOWN], others.len() - SHOWN);
+        few if few.len() <= SHOWN => format!("the tensors {few:?}"),
+        all => {
+            let (first, more) = (&all[..SHOWN], all.len() - SHOWN);
             format!("the tensors {first:?} and {more} more")
         }
     };

@@ -118,16 +118,16 @@ pub(crate) fn stretches(layer: &str, text: &str, hold: bool) -> Result<()> {
     Ok(())
 }
 
-/// A reference that fills the bins of a monitor.
+/// A reference that something can be compared with.
 pub(crate) fn enough_values(
     layer: &str,
     feature: &dyn Display,
     values: usize,
-    bins: usize,
+    least: usize,
 ) -> Result<()> {
-    if values < bins {
+    if values < least {
         bail!(
-            "{layer}: expected a reference of at least {bins} values of {feature}, one for each of the bins, got {values}; fit it to more rows"
+            "{layer}: expected a reference of at least {least} values of {feature}, got {values}; fit it to more rows"
         )
     }
     Ok(())
