@@ -92,7 +92,7 @@ fn curves(
             log: plot.log_y,
             format: place,
         },
-        title: title(claim),
+        title: claim.title.to_string(),
         legend: "",
         mark: None,
         markers: true,
@@ -100,11 +100,6 @@ fn curves(
         curves: arms.iter().zip(&classes).map(curve).collect(),
     };
     chart.standalone(&palette::style(FAMILY, &classes))
-}
-
-/// The title that a figure has without its section.
-fn title(claim: &Claim) -> String {
-    format!("{}: {}", claim.title, claim.plot.y)
 }
 
 fn bounds((low, high): (f64, f64)) -> std::ops::Range<f64> {
@@ -146,7 +141,7 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
          aria-label=\"{description}\" {FONT}><style>{}</style>\
          <text x=\"12\" y=\"22\" font-size=\"15\" fill=\"currentColor\">{}</text>",
         palette::style(FAMILY, &classes),
-        escape(&title(claim)),
+        escape(claim.title),
     );
     let bottom = height - 34.;
     for tick in ticks(low, high, log) {
@@ -183,9 +178,9 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         );
     }
     let label = escape(claim.plot.y);
-    let _ = write!(
+    let _ = writeln!(
         svg,
-        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"currentColor\">{label}{}</text></svg>\n",
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"currentColor\">{label}{}</text></svg>",
         (left + right) / 2.,
         height - 12.,
         if log { " (logarithmic)" } else { "" },

@@ -223,7 +223,8 @@ fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
     };
     let lines = section.lines().filter(|line| line.starts_with("| "));
     let mut measures = vec![];
-    for line in lines.skip(1) {
+    // Below the head and the rule.
+    for line in lines.skip(2) {
         let line = line.trim_start_matches("| ").trim_end_matches(" |");
         let mut cells = line.split(" | ").map(str::trim);
         let mut next = || cells.next().ok_or(format!("too few columns: {line}"));
@@ -305,4 +306,34 @@ fn page(body: &str) -> String {
          <title>{TITLE}</title><style>{}</style></head><body>{body}</body></html>\n",
         include_str!("report.css")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_read_as_it_was_written() -> Result<(), Box<dyn Error>> {
+        for id in [10, 18] {
+            let claims = crate::claims();
+            let claim = claims.iter().find(|claim| claim.id == id).expect("a claim");
+            let measure = |arm: &str, x: f64, values: [f64; 3]| Measure {
+                metric: claim.plot.metric.to_string(),
+                arm: arm.to_string(),
+                x: if claim.plot.x.is_some() { x } else { 0. },
+                values: values.to_vec(),
+                rate: None,
+            };
+            let written = vec![
+                measure("none", 0.03, [12.5, 20., f64::INFINITY]),
+                measure("group:4", 10., [-7e-7, 0., 0.125]),
+            ];
+            let data = Data(written.clone());
+            let section = section(claim, &data, false, "01.svg")?;
+            let read = stored(claim, &section)?;
+            // Infinity is "never" for steps and "∞" for all else.
+            assert_eq!(format!("{read:?}"), format!("{written:?}"));
+        }
+        Ok(())
+    }
 }
