@@ -82,7 +82,7 @@
 //! - [`guide`]: which norm for which model, and the usual mistakes with their remedies
 //! - [`guide::migration`]: from candle-nn, PyTorch, transformers, Flax and Keras
 //! - [`guide::numerics`]: what every layer computes, to the rounding
-//! - [`guide::scaling`](crate::guide::scaling): which scaler for which data
+//! - [`guide::scaling`]: which scaler for which data
 //! - [`guide::math`]: how the gradients come about; [`guide::performance`]: what the layers cost
 //!
 //! The README lists the limits of this version, and bugs of candle on the CPU that can affect your model.
