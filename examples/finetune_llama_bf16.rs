@@ -1,22 +1,25 @@
-//! A transformer of Llama's shape is fine-tuned from a checkpoint in bf16, with its parameters in f32.
+//! A transformer of Llama's shape is fine-tuned from a checkpoint in bf16, with its parameters in
+//! f32.
 //!
-//! The network computes in bf16, and the optimizer changes parameters in f32 ("master weights"): an update that is
-//! smaller than 1/512 of a weight is lost when the weight itself is in bf16. The other run has its parameters in bf16
-//! and shows what that costs.
+//! The network computes in bf16, and the optimizer changes parameters in f32 ("master weights"): an
+//! update that is smaller than 1/512 of a weight is lost when the weight itself is in bf16. The
+//! other run has its parameters in bf16 and shows what that costs.
 //!
 //! ```text
 //! cargo run --release --example finetune_llama_bf16
 //! cargo run --release --example finetune_llama_bf16 -- --params f32 --lr 0.001
 //! ```
 //!
-//! It reaches 3.7 bits a character on text that it was not trained on. One run had 4.796 bits before fine-tuning, 3.589 with
-//! parameters in f32, and 3.872 with parameters in bf16.
+//! It reaches 3.7 bits a character on text that it was not trained on. One run had 4.796 bits
+//! before fine-tuning, 3.589 with parameters in f32, and 3.872 with parameters in bf16.
 //!
-//! To use it on a model of your own: `Linear` and `Embedding` hold parameters of any dtype and convert them for the
-//! computation, the norms of this crate take f32 parameters beside bf16 activations, `load_into_strict` converts the
-//! file, and `optimizers` leaves norms out of weight decay. The names of the tensors are those of Hugging Face.
+//! To use it on a model of your own: `Linear` and `Embedding` hold parameters of any dtype and
+//! convert them for the computation, the norms of this crate take f32 parameters beside bf16
+//! activations, `load_into_strict` converts the file, and `optimizers` leaves norms out of weight
+//! decay. The names of the tensors are those of Hugging Face.
 //!
-//! candle's `ops::softmax_last_dim` and `rotary_emb::rope` pass no gradients on: train with `softmax` and `rope_slow`.
+//! candle's `ops::softmax_last_dim` and `rotary_emb::rope` pass no gradients on: train with
+//! `softmax` and `rope_slow`.
 
 mod common;
 
@@ -73,7 +76,8 @@ enum Params {
     Bf16,
 }
 
-/// Multiplies by its weight in the dtype of the input. The gradient comes back in the dtype of the weight.
+/// Multiplies by its weight in the dtype of the input. The gradient comes back in the dtype of the
+/// weight.
 struct Linear(Tensor);
 
 impl Linear {
@@ -90,7 +94,8 @@ impl Module for Linear {
     }
 }
 
-/// Looks rows up, then converts them: the gradients of a row that occurs often are summed in the dtype of the weight.
+/// Looks rows up, then converts them: the gradients of a row that occurs often are summed in the
+/// dtype of the weight.
 struct Embedding(Tensor, DType);
 
 impl Module for Embedding {
@@ -273,7 +278,8 @@ fn train(model: &Llama, vars: &VarMap, text: &[u8], steps: usize, rate: f64) -> 
     Ok(())
 }
 
-/// Writes all variables in bf16, as checkpoints are published. To train on later, save the f32 ones: `VarMap::save`.
+/// Writes all variables in bf16, as checkpoints are published. To train on later, save the f32
+/// ones: `VarMap::save`.
 fn save_bf16(vars: &VarMap, file: &Path) -> Result<()> {
     let vars = vars.data().lock().expect("no thread panicked");
     let tensors = vars
@@ -313,7 +319,8 @@ fn run(options: &Options) -> Result<()> {
         };
         let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
         let model = Llama::new(DType::BF16, vb)?;
-        // Every tensor of the file has its variable, and every variable its tensor, or this is an error.
+        // Every tensor of the file has its variable, and every variable its tensor, or this is an
+        // error.
         let report = checkpoint::load_into_strict(&vars, &file)?;
         let before = model.bits(unseen)?;
         let steps = if options.quick { 5 } else { STEPS };

@@ -45,7 +45,8 @@ fn the_table_of_gradients_is_that_of_the_example() -> Result<()> {
     let mut absent = 0;
     for (shown, found) in shown.iter().zip(&found) {
         assert_eq!(shown[0], found[0]);
-        // Products of matrices differ from processor to processor in their last bits, which 400 steps of training amplify.
+        // Products of matrices differ from processor to processor in their last bits, which 400
+        // steps of training amplify.
         let tolerance = if shown[0].starts_with('`') { 0.002 } else { 2. };
         for column in 1..3 {
             match (number(shown[column]), number(found[column])) {

@@ -1,8 +1,10 @@
-//! Colors of the figures: each norm has its own in all of them, in light and in dark mode. What is no norm takes the others in order.
+//! Colors of the figures: each norm has its own in all of them, in light and in dark mode. What is
+//! no norm takes the others in order.
 
 use std::fmt::Write;
 
-/// A name, its color on white, its color on black. They are told apart also by eyes with protan, deutan or tritan deficiency.
+/// A name, its color on white, its color on black. They are told apart also by eyes with protan,
+/// deutan or tritan deficiency.
 const NORMS: [(&str, &str, &str); 8] = [
     ("none", "#4f4f4f", "#d0d0d0"),
     ("batch", "#0052a5", "#5d88e3"),
@@ -25,8 +27,8 @@ const OTHERS: [(&str, &str); 6] = [
 const DASHES: [&str; 3] = ["none", "32 18", "2 16"];
 const COLORS: usize = NORMS.len() + OTHERS.len();
 
-/// The class of each of the `names` of a figure: the color of its norm, or the next of the others; the second and third line of one
-/// color are dashed.
+/// The class of each of the `names` of a figure: the color of its norm, or the next of the others;
+/// the second and third line of one color are dashed.
 pub(crate) fn classes(names: &[&str]) -> Vec<usize> {
     let mut others = (NORMS.len()..COLORS).cycle();
     let mut used = [0; COLORS];
@@ -48,7 +50,8 @@ fn norm(name: &str) -> Option<usize> {
         .next()
 }
 
-/// Style sheet of a figure of its own: text and paper, lines (`.line`) and areas (`.area`) of each class, which begins with `family`.
+/// Style sheet of a figure of its own: text and paper, lines (`.line`) and areas (`.area`) of each
+/// class, which begins with `family`.
 pub(crate) fn style(family: char, classes: &[usize]) -> String {
     let mut style = "svg{color:#1c1e21;background:#fff}.line{fill:none;stroke-linejoin:round}\
                      .soft{stroke:#d9dde2}"
