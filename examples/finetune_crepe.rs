@@ -21,7 +21,7 @@ use candle_nn::{Conv2d, Conv2dConfig, Init, Linear, VarBuilder, VarMap, linear, 
 use candle_norm::checkpoint::{self, LoadReport};
 use candle_norm::{BatchNorm, BatchNormOptions, FrozenNorm, batch_norm};
 use clap::Parser;
-use common::{Training, largest_difference};
+use common::{Training, largest_difference, warn_if_quick};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
@@ -237,5 +237,6 @@ fn main() -> Result<()> {
         }
     }
     println!("Change the batch: --batch 2 or 32; the statistics: --norm frozen or batch.");
+    warn_if_quick(options.quick);
     Ok(())
 }

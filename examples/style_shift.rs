@@ -171,5 +171,5 @@ fn run(options: &Options) -> Result<()> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    common::run(|| run(&options))
+    common::run(options.quick, || run(&options))
 }

@@ -1,4 +1,4 @@
-//! Normalization layers for [candle](candle_core) models that are trained, not only run.
+//! Normalization layers for training [candle](candle_core) models, as well as for running them.
 //!
 //! The layers have PyTorch's formulas, defaults and parameter names, and the constructors and accessors of candle-nn: a model
 //! written for candle-nn's norms compiles against this crate with the import changed. Every parameter and every input gets its
@@ -24,8 +24,8 @@
 //!
 //! # Two paths
 //!
-//! On the CPU every layer has fused kernels, forward and backward, for AVX-512, AVX2 or what the target has, on threads; their results depend
-//! on neither. On other devices a layer is composed of candle's tensor operations. [`Path`] has the choice, which is made for each call;
+//! On the CPU every layer has fused kernels, forward and backward: multithreaded, for AVX-512, AVX2 or portable, with bit-identical
+//! results. On other devices a layer is composed of candle's tensor operations. [`Path`] has the choice, which is made for each call;
 //! both paths keep one numeric contract.
 //!
 //! # Example
@@ -82,16 +82,25 @@
 //!
 //! # Further reading
 //!
-//! In the repository: `docs/guide.md` (which norm when, and the usual mistakes), `docs/migration.md` (from candle-nn, PyTorch,
-//! transformers, Flax and Keras), `docs/numerics.md` (what is computed, to the rounding), `docs/math.md` (how the gradients come
-//! about), `docs/performance.md`, `docs/scaling.md` (data and targets). The README lists the limits of this version, and faults of candle on
-//! the CPU that reach models with norms in them.
+//! - [`guide`]: which norm for which model, and the usual mistakes with their remedies
+//! - [`guide::migration`]: from candle-nn, PyTorch, transformers, Flax and Keras
+//! - [`guide::numerics`]: what every layer computes, to the rounding
+//! - [`guide::scaling`]: which scaler for which data
+//! - [`guide::math`]: how the gradients come about; [`guide::performance`]: what the layers cost
+//!
+//! The README lists the limits of this version, and bugs of candle on the CPU that can affect your model.
 //!
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub mod checkpoint;
 pub mod gradcheck;
+// The pages of `docs`; their examples are tests. Brackets there are citations and shapes; `tests/readme.rs` follows the links.
+#[allow(rustdoc::broken_intra_doc_links)]
+#[cfg(doc)]
+pub mod guide;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
 mod kernels;
 mod layers;
@@ -122,26 +131,10 @@ pub use norm::{Norm, NormConfig, NormedLayer};
 pub use ops::{Cast, Path, with_path};
 pub use optim::{ParamGroups, param_groups, trainable_vars};
 
-// The examples in the documents are tests too.
+// The examples in these are tests too.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
-
-#[cfg(doctest)]
-#[doc = include_str!("../docs/guide.md")]
-struct Guide;
-
-#[cfg(doctest)]
-#[doc = include_str!("../docs/migration.md")]
-struct Migration;
-
-#[cfg(doctest)]
-#[doc = include_str!("../docs/numerics.md")]
-struct Numerics;
-
-#[cfg(doctest)]
-#[doc = include_str!("../docs/scaling.md")]
-struct Scaling;
 
 #[cfg(doctest)]
 #[doc = include_str!("../CONTRIBUTING.md")]

@@ -149,10 +149,14 @@ fn section(target: &str) -> String {
     }
     let mut level = None;
     let mut lines = vec![];
+    // An anchor of its own stands before its heading, which it does not depend on.
+    let named = format!("<a id=\"{anchor}\"></a>");
+    let mut next = false;
     for line in text.lines() {
         let depth = line.chars().take_while(|c| *c == '#').count();
+        next |= line == named;
         match level {
-            None if depth > 0 && slug(line) == anchor => level = Some(depth),
+            None if depth > 0 && (next || slug(line) == anchor) => level = Some(depth),
             Some(level) if depth > 0 && depth <= level => break,
             Some(_) => lines.push(line),
             None => {}
@@ -245,17 +249,43 @@ fn every_row_of_the_table_and_every_mistake_has_its_figure() {
             .iter()
             .any(|block| evidence(block) && !figures(block).is_empty())
     };
-    for title in ["Choosing", "Options"] {
+    let rows = |title: &str| -> Vec<&str> {
         let rows = chapter(title).lines().filter(|line| line.starts_with("| "));
         // The first row is the head, the second the rule below it.
-        let rows: Vec<&str> = rows
-            .filter(|row| !row.starts_with("| ---"))
-            .skip(1)
-            .collect();
-        assert!(rows.len() > 5, "{title}: {} rows", rows.len());
-        for row in rows {
-            assert!(supported(row), "{title}: no figure in\n{row}");
+        let rows = rows.filter(|row| !row.starts_with("| ---")).skip(1);
+        rows.collect()
+    };
+    assert!(rows("Options").len() > 5, "{} rows", rows("Options").len());
+    for row in rows("Options") {
+        assert!(supported(row), "no figure in\n{row}");
+    }
+    // The figures of a row of this table are in the section that its last column leads to.
+    assert!(
+        rows("Choosing").len() > 20,
+        "{} rows",
+        rows("Choosing").len()
+    );
+    let mut led = vec![];
+    for row in rows("Choosing") {
+        let last = row.trim_end_matches('|').split('|').next_back();
+        let targets = links(last.unwrap_or(""));
+        assert!(!targets.is_empty(), "no figures for\n{row}");
+        for target in targets {
+            assert!(target.starts_with('#'), "{target} in\n{row}");
+            assert!(
+                supported(&section(target)),
+                "no figure in {target} of\n{row}"
+            );
+            led.push(target);
         }
+    }
+    let sections: Vec<&str> = chapter("Figures").split("\n### ").skip(1).collect();
+    assert!(sections.len() >= 15, "{} sections", sections.len());
+    for figures in sections {
+        let heading = figures.lines().next().unwrap_or("");
+        assert!(supported(figures), "no figure in {heading}");
+        let anchor = format!("#{}", slug(heading));
+        assert!(led.contains(&anchor.as_str()), "no row leads to {heading}");
     }
     let mistakes: Vec<&str> = chapter("Mistakes").split("\n### ").skip(1).collect();
     assert!(mistakes.len() >= 12, "{} mistakes", mistakes.len());

@@ -7,6 +7,8 @@ use crate::lab::{Lab, Measure, median};
 /// One row of the table.
 pub(crate) struct Claim {
     pub(crate) id: u32,
+    /// The topic: what its section and its figure are called.
+    pub(crate) title: &'static str,
     /// Raised when the experiment changes, so that what an older one measured is not taken for it.
     pub(crate) version: u32,
     pub(crate) text: &'static str,
@@ -38,13 +40,11 @@ pub(crate) enum Verdict {
     Depends,
 }
 
-/// What a verdict depends on where the rule has parts that stand by themselves.
-pub(crate) const PART: &str = "the part";
-
 /// A verdict, what it depends on if it does, and the figure that it rests on.
 pub(crate) struct Judgement {
     pub(crate) verdict: Verdict,
-    on: String,
+    /// In words, where neither all nor none of the parts hold.
+    between: String,
     pub(crate) figure: String,
 }
 
@@ -57,21 +57,9 @@ impl Judgement {
             n if n == parts.len() => Verdict::Confirmed,
             _ => Verdict::Depends,
         };
-        let on = match on {
-            PART => {
-                let numbered = |wanted: bool| {
-                    let numbers = (1..).zip(parts).filter(|(_, part)| **part == wanted);
-                    let numbers: Vec<String> =
-                        numbers.map(|(n, _): (u32, _)| n.to_string()).collect();
-                    numbers.join(", ")
-                };
-                format!("{PART} ({} yes, {} no)", numbered(true), numbered(false))
-            }
-            on => on.to_string(),
-        };
         Self {
             verdict,
-            on,
+            between: format!("depends on {on}"),
             figure,
         }
     }
@@ -83,17 +71,21 @@ impl Judgement {
         parts: &[bool],
         figure: String,
     ) -> Self {
-        let named = |wanted: bool| {
-            let pairs = labels.iter().zip(parts);
-            let names = pairs.filter(|(_, part)| **part == wanted);
-            names
-                .map(|(l, _)| l.to_string())
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
         Self {
-            on: format!("{on} (yes: {}; no: {})", named(true), named(false)),
+            between: format!("depends on {on} ({})", named(labels, parts)),
             ..Self::of(parts, on, figure)
+        }
+    }
+
+    /// The same where the claim has `parts` that stand by themselves, each a statement that its label makes.
+    pub(crate) fn parts<const N: usize>(
+        labels: [&'static str; N],
+        parts: [bool; N],
+        figure: String,
+    ) -> Self {
+        Self {
+            between: format!("confirmed in part ({})", named(&labels, &parts)),
+            ..Self::of(&parts, "", figure)
         }
     }
 
@@ -101,9 +93,22 @@ impl Judgement {
         match self.verdict {
             Verdict::Confirmed => "confirmed".to_string(),
             Verdict::NotConfirmed => "not confirmed".to_string(),
-            Verdict::Depends => format!("depends on {}", self.on),
+            Verdict::Depends => self.between.clone(),
         }
     }
+}
+
+/// Which of the parts hold, and which do not.
+fn named(labels: &[impl ToString], parts: &[bool]) -> String {
+    let named = |wanted: bool| {
+        let pairs = labels.iter().zip(parts);
+        let names = pairs.filter(|(_, part)| **part == wanted);
+        names
+            .map(|(l, _)| l.to_string())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    format!("yes: {}; no: {}", named(true), named(false))
 }
 
 /// The measurements of an experiment.
@@ -246,8 +251,13 @@ mod tests {
             "depends on the size (yes: 1, 64; no: 8)"
         );
         assert_eq!(by(&[true; 3]).words(), "confirmed");
-        let parts = Judgement::of(&[true, false, true], PART, String::new());
-        assert_eq!(parts.words(), "depends on the part (1, 3 yes, 2 no)");
+        let labels = ["it trains", "it is faster", "it is smaller"];
+        let parts = |parts| Judgement::parts(labels, parts, String::new()).words();
+        assert_eq!(
+            parts([true, false, true]),
+            "confirmed in part (yes: it trains, it is smaller; no: it is faster)"
+        );
+        assert_eq!(parts([false; 3]), "not confirmed");
     }
 
     #[test]

@@ -18,6 +18,7 @@ const SIZES: [[usize; 3]; 4] = [[16, 8, 8], [32, 16, 16], [64, 16, 16], [64, 32,
 pub(crate) fn claims() -> Vec<Claim> {
     vec![Claim {
         id: 20,
+        title: "Time of layer norm and batch norm",
         version: 2,
         text: "Layer norm costs more than batch norm.",
         varied: "the size of the input: 32 images of C × H × W; the layer",

@@ -26,6 +26,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 12,
+            title: "Gradients through deep stacks",
             version: 2,
             text: "Batch norm stops gradients from vanishing and exploding with depth.",
             varied: "5 to 50 hidden layers; sigmoid, tanh, ReLU; the norm: none, batch, layer",
@@ -68,6 +69,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 23,
+            title: "Initialization in place of a norm",
             version: 1,
             text: "Good initialization (Xavier, He) and normalization can stand in for each other.",
             varied: "4 or 16 hidden layers; weights of a fixed size, Xavier, He; the norm: none or batch",

@@ -3,7 +3,7 @@
 use candle_core::Result;
 use candle_nn::ModuleT;
 
-use crate::claim::{Claim, Data, Judgement, PART, Plot, mostly, place, show, spread, steps};
+use crate::claim::{Claim, Data, Judgement, Plot, mostly, place, show, spread, steps};
 use crate::lab::{Lab, Measure, Trial, median};
 use crate::nets::{Cnn, Net, Start};
 use crate::training::{Course, DigitSets, Learned, Optim, digits};
@@ -17,6 +17,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 10,
+            title: "Speed of batch norm, and learning rates",
             version: 1,
             text: "Batch norm converges faster and tolerates higher learning rates.",
             varied: "the norm; the learning rate",
@@ -51,18 +52,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     place(largest("group:4")),
                     place(largest("layer"))
                 );
-                Judgement::of(
-                    &[
+                Judgement::parts(
+                    ["batch norm needs fewer steps", "a higher rate trains"],
+                    [
                         to_goal("batch") < to_goal("none"),
                         largest("batch") > largest("none"),
                     ],
-                    PART,
                     figure,
                 )
             },
         },
         Claim {
             id: 11,
+            title: "Initialization with and without norms",
             version: 1,
             text: "Batch norm makes training less sensitive to initialization.",
             varied: "a factor of 0.01 to 10 on the He-normal weights; the norm",
@@ -99,6 +101,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 14,
+            title: "Small batches",
             version: 1,
             text: "Batch norm suffers at small batches, where group and layer norm do not.",
             varied: "the size of batches, at the same number of images seen; the norm",
@@ -130,11 +133,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     mostly(&batch, |d| d > 0.) && median(&batch) >= 2.,
                     more(&group) && more(&layer),
                 ];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "batch norm loses accuracy at batches of 2",
+                        "batch norm loses more than group and layer norm at batches of 2",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 16,
+            title: "Contrast and brightness under instance norm",
             version: 1,
             text: "Instance norm removes style (contrast, brightness).",
             varied: "the norm; the contrast (halved) and the brightness (raised by 0.3) of test images",
@@ -170,6 +181,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 19,
+            title: "Batch and layer norm combined",
             version: 1,
             text: "Batch norm and layer norm can be combined to advantage.",
             varied: "the norm: batch, layer, instance, or all three with learned shares (switchable)",

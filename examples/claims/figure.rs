@@ -7,17 +7,15 @@ use plotters::coord::ranged1d::{BoldPoints, Ranged};
 use crate::axis::Axis;
 use crate::claim::{Claim, place, show, steps};
 use crate::lab::Measure;
+use crate::palette;
 use crate::plot::{Chart, Curve, escape};
 
-/// Told apart also by eyes with protan, deutan or tritan deficiency.
-const COLORS: [&str; 9] = [
-    "#4f4f4f", "#0052a5", "#e5301a", "#118d55", "#4a93e6", "#a63c85", "#877e1f", "#8a2a86",
-    "#dd7a12",
-];
+/// Letter that the classes of the style sheet start with.
+const FAMILY: char = 'a';
 const WIDTH: f64 = 720.;
 const FONT: &str = "font-family=\"sans-serif\" font-size=\"13\"";
 
-/// The figure as an SVG file of its own, on white.
+/// The figure as an SVG file of its own, for light and dark mode.
 pub(crate) fn svg(
     claim: &Claim,
     measures: &[Measure],
@@ -66,11 +64,12 @@ fn curves(
         plot.log_y,
     );
     let within = |v: f64| if v.is_nan() { high } else { v.clamp(low, high) };
-    let curve = |(class, arm): (usize, &&str)| {
+    let classes = palette::classes(&arms);
+    let curve = |(arm, class): (&&str, &usize)| {
         let mine = || shown.iter().filter(|m| m.arm == **arm);
         Curve {
             label: arm.to_string(),
-            class,
+            class: *class,
             points: mine().map(|m| (m.x, within(m.median()))).collect(),
             band: mine()
                 .map(|m| (m.x, within(m.low()), within(m.high())))
@@ -80,7 +79,7 @@ fn curves(
     let chart = Chart {
         description: format!("{} over {x}, for each arm", plot.y),
         // Names of many arms need room beside each other.
-        size: (WIDTH as u32, 330 + 15 * arms.len() as u32),
+        size: (WIDTH as u32, 358 + 15 * arms.len() as u32),
         x: Axis {
             label: x,
             range: bounds(limits(shown.iter().map(|m| m.x), plot.log_x)),
@@ -93,11 +92,14 @@ fn curves(
             log: plot.log_y,
             format: place,
         },
+        title: claim.title.to_string(),
+        legend: "",
         mark: None,
-        family: 'a',
-        curves: arms.iter().enumerate().map(curve).collect(),
+        markers: true,
+        family: FAMILY,
+        curves: arms.iter().zip(&classes).map(curve).collect(),
     };
-    chart.standalone(&COLORS)
+    chart.standalone(&palette::style(FAMILY, &classes))
 }
 
 fn bounds((low, high): (f64, f64)) -> std::ops::Range<f64> {
@@ -130,27 +132,32 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         let share = (position(v) - position(low)) / (position(high) - position(low));
         left + share * (right - left)
     };
-    let height = 26. * shown.len() as f64 + 64.;
-    let title = escape(&format!("{}, for each arm", claim.plot.y));
+    let height = 26. * shown.len() as f64 + 92.;
+    let description = escape(&format!("{}, for each arm", claim.plot.y));
+    let arms: Vec<&str> = shown.iter().map(|m| m.arm.as_str()).collect();
+    let classes = palette::classes(&arms);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
-         aria-label=\"{title}\" {FONT}><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>"
+         aria-label=\"{description}\" {FONT}><style>{}</style>\
+         <text x=\"12\" y=\"22\" font-size=\"15\" fill=\"currentColor\">{}</text>",
+        palette::style(FAMILY, &classes),
+        escape(claim.title),
     );
     let bottom = height - 34.;
     for tick in ticks(low, high, log) {
         let at = x(tick);
         let _ = write!(
             svg,
-            "<line x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"8\" y2=\"{}\" stroke=\"#e4e7ea\"/>\
-             <text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"#5b6168\">{}</text>",
+            "<line class=\"soft\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"36\" y2=\"{}\"/>\
+             <text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"currentColor\" opacity=\"0.7\">{}</text>",
             bottom - 14.,
             place(tick)
         );
     }
     for (row, measure) in shown.iter().enumerate() {
-        let y = 22. + 26. * row as f64;
+        let y = 50. + 26. * row as f64;
         let arm = escape(&measure.arm);
-        let color = COLORS[row % COLORS.len()];
+        let class = format!("{FAMILY}{}", classes[row]);
         let (from, to, at) = (x(measure.low()), x(measure.high()), x(measure.median()));
         let figure = match measure.metric.starts_with("steps") {
             true => steps(measure.median()),
@@ -159,11 +166,11 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         // Writing to a String does not fail.
         let _ = write!(
             svg,
-            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"#1c1e21\">{arm}</text>\
-             <line x1=\"{left}\" x2=\"{right}\" y1=\"{y}\" y2=\"{y}\" stroke=\"#e4e7ea\"/>\
-             <line x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke=\"{color}\" stroke-width=\"3\"/>\
-             <circle cx=\"{at:.1}\" cy=\"{y}\" r=\"5\" fill=\"{color}\"/>\
-             <text x=\"{}\" y=\"{}\" fill=\"#1c1e21\">{figure}</text>",
+            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"currentColor\">{arm}</text>\
+             <line class=\"soft\" x1=\"{left}\" x2=\"{right}\" y1=\"{y}\" y2=\"{y}\"/>\
+             <line class=\"line {class}\" style=\"stroke-dasharray:none\" x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke-width=\"3\"/>\
+             <circle class=\"area {class}\" cx=\"{at:.1}\" cy=\"{y}\" r=\"5\"/>\
+             <text x=\"{}\" y=\"{}\" fill=\"currentColor\">{figure}</text>",
             left - 12.,
             y + 4.,
             right + 14.,
@@ -171,9 +178,9 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         );
     }
     let label = escape(claim.plot.y);
-    let _ = write!(
+    let _ = writeln!(
         svg,
-        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"#1c1e21\">{label}{}</text></svg>",
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"currentColor\">{label}{}</text></svg>",
         (left + right) / 2.,
         height - 12.,
         if log { " (logarithmic)" } else { "" },

@@ -7,7 +7,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::cars::Split;
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, show};
+use crate::claim::{Claim, Judgement, Plot, mostly, show};
 use crate::lab::{Lab, Measure, Trial, median};
 use crate::nets::{Activation, Mlp, Net};
 use crate::series::Series;
@@ -40,6 +40,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 5,
+            title: "Scalers and outliers",
             version: 1,
             text: "Min-max is spoiled by outliers, z-scores are steadier.",
             varied: "the scaler of the inputs; one training row whose mileage is 1000 times what it was, another one for each seed",
@@ -72,11 +73,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let (minmax, z) = (ratios("min-max"), ratios("z-score"));
                 let steadier: Vec<f64> = minmax.iter().zip(&z).map(|(m, z)| m - z).collect();
                 let parts = [mostly(&minmax, |r| r >= 1.1), mostly(&steadier, |d| d > 0.)];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "one outlier spoils min-max",
+                        "an outlier spoils z-scores less",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 8,
+            title: "Half precision and scaling",
             version: 2,
             text: "f16 needs values within ±65 504, and a good scale cuts the quantization error by three orders of magnitude.",
             varied: "the quantity (dates as numbers such as 19580329), and its scale: as it is, or its z-score",
@@ -108,11 +117,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(co2)
                 );
                 let all = [mileage, dax, co2].iter().all(|cut| *cut >= 300.);
-                Judgement::of(&[beyond, all], PART, figure)
+                Judgement::parts(
+                    [
+                        "large values are finite only when they are scaled",
+                        "scaling cuts the error 300 times",
+                    ],
+                    [beyond, all],
+                    figure,
+                )
             },
         },
         Claim {
             id: 22,
+            title: "Distances on unscaled features",
             version: 1,
             text: "Distance methods (nearest neighbors, k-means) need scaled features.",
             varied: "the scaler of the inputs",

@@ -3,6 +3,7 @@
 //!     cargo run --release --example claims                  # all, into docs/claims.md, docs/claims.html and docs/claims/
 //!     cargo run --release --example claims -- --claim 14    # one of them, into target/claims
 //!     cargo run --release --example claims -- --quick       # all of them, roughly, into target/claims
+//!     cargo run --release --example claims -- --redraw      # none of them: the figures from the tables in docs/claims.md
 //!
 //! A claim is a value: what is varied, what is held fixed, the experiment, and the rule that its verdict follows by. What was measured is kept in
 //! `target/claims/cache`, so that an interrupted run goes on where it was, and pages are written anew without measuring anew.
@@ -23,6 +24,8 @@ mod forecasts;
 mod inputs;
 mod lab;
 mod nets;
+#[path = "../common/palette.rs"]
+mod palette;
 mod placement;
 #[path = "../common/plot.rs"]
 mod plot;
@@ -91,11 +94,14 @@ struct Options {
     /// Measure anew what is in the cache
     #[arg(long)]
     fresh: bool,
+    /// Measure nothing: draw the figures anew from the tables of the pages in --out [default: docs]
+    #[arg(long)]
+    redraw: bool,
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    common::run(|| run(&options))
+    common::run(options.quick, || run(&options))
 }
 
 /// All claims, in order.
@@ -121,6 +127,10 @@ fn claims() -> Vec<Claim> {
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let all = claims();
+    if options.redraw {
+        let folder = options.out.as_deref().unwrap_or(Path::new("docs"));
+        return report::redraw(folder, &all);
+    }
     if let Some(id) = options
         .claim
         .iter()
@@ -163,9 +173,6 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     lab.bar.finish_and_clear();
     let seeds = [lab.seeds(), lab.tuning_seeds()];
     report::write(&folder, &entries, options.quick, seeds)?;
-    if options.quick {
-        println!("Rough figures of a quick run:");
-    }
     for Entry { claim, data } in &entries {
         let judged = (claim.judge)(data);
         println!("{:2}  {}: {}", claim.id, judged.words(), judged.figure);

@@ -5,7 +5,7 @@ use candle_nn::loss::cross_entropy;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
 use candle_norm::{BatchNorm, Norm, NormConfig, batch_norm};
 
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, place, show, spread};
+use crate::claim::{Claim, Judgement, Plot, mostly, place, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
@@ -18,6 +18,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 29,
+            title: "Before or behind the activation",
             version: 1,
             text: "A norm belongs between a layer and its activation.",
             varied: "the norm before or behind ReLU; batch and layer norm; the learning rate",
@@ -56,6 +57,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 30,
+            title: "Folding across an activation",
             version: 1,
             text: "A norm folds into the layer before it only where nothing stands between the two.",
             varied: "batch norm directly behind each linear layer, or behind the ReLU that follows it; folded into the layer either way",
@@ -88,11 +90,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                         d >= 5.
                     }),
                 ];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "folding directly behind the layer changes nothing",
+                        "folding across ReLU costs accuracy",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 38,
+            title: "Pre-norm, post-norm and warm-up",
             version: 1,
             text: "A norm behind the sum of a residual branch needs a warm-up of the learning rate, one at the start of the branch does not.",
             varied: "layer norm at the start of each branch (pre), behind each sum (post), or none; a warm-up of 100 steps; the learning rate",
@@ -123,15 +133,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     place(post_warm),
                     place(none)
                 );
-                Judgement::of(
-                    &[pre > post, post_warm > post && pre_warm <= pre],
-                    PART,
+                Judgement::parts(
+                    [
+                        "pre-norm trains at higher rates",
+                        "only post-norm gains from a warm-up",
+                    ],
+                    [pre > post, post_warm > post && pre_warm <= pre],
                     figure,
                 )
             },
         },
         Claim {
             id: 39,
+            title: "Dropout before batch norm",
             version: 1,
             text: "Batch norm behind dropout learns a variance that is not there in inference.",
             varied: "dropout (half of the values) right before each batch norm, or behind the activation that follows it; running statistics as training left them, or recomputed without dropout",
@@ -154,11 +168,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     of("before the norm, recomputed"),
                     spread(&gains[1], "points")
                 );
-                Judgement::of(&gains.map(|g| mostly(&g, |d| d > 0.)), PART, figure)
+                Judgement::parts(
+                    [
+                        "dropout before the norm costs accuracy",
+                        "recomputed statistics bring some back",
+                    ],
+                    gains.map(|g| mostly(&g, |d| d > 0.)),
+                    figure,
+                )
             },
         },
         Claim {
             id: 40,
+            title: "Gradients that a norm takes out",
             version: 2,
             text: "What a norm takes out gets no gradient: a bias before batch norm, and the input of a norm under a plain sum.",
             varied: "the norm behind a linear layer of 64 with a bias",
@@ -189,7 +211,14 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(input),
                     show(most("input under a plain sum", &["rms"]))
                 );
-                Judgement::of(&[bias <= 1e-5, input <= 1e-3], PART, figure)
+                Judgement::parts(
+                    [
+                        "a bias before batch norm gets none",
+                        "the input under a plain sum gets none",
+                    ],
+                    [bias <= 1e-5, input <= 1e-3],
+                    figure,
+                )
             },
         },
     ]

@@ -6,7 +6,7 @@ use candle_nn::ModuleT;
 use candle_nn::loss::cross_entropy;
 use candle_norm::{BatchNormOptions, NormConfig, param_groups};
 
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Judgement, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Reading, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
@@ -30,6 +30,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 25,
+            title: "Weight decay on norms",
             version: 1,
             text: "Weight decay on the scales and shifts of norms costs accuracy.",
             varied: "decoupled decay on all parameters, or on the weights alone; its size",
@@ -66,6 +67,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 26,
+            title: "Running statistics in hand-written updates",
             version: 1,
             text: "A hand-written update over all variables of a model spoils its running statistics.",
             varied: "the update, after every step: a decay of 1 % by hand, or variables longer than 4 cut to that length; over all variables, or the trainable ones",
@@ -91,11 +93,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     count("decay, all"),
                     count("decay, trainable")
                 );
-                Judgement::of(&losses.map(|l| mostly(&l, |d| d >= 1.)), PART, figure)
+                Judgement::parts(
+                    [
+                        "decay over all variables costs accuracy",
+                        "cutting all variables costs accuracy",
+                    ],
+                    losses.map(|l| mostly(&l, |d| d >= 1.)),
+                    figure,
+                )
             },
         },
         Claim {
             id: 27,
+            title: "A batch of one",
             version: 1,
             text: "One batch of one value per channel ruins a BatchNorm that does not refuse it.",
             varied: "the last batch of an epoch, which has one digit: kept (BatchNorm of candle-nn; LayerNorm), or left out",
@@ -116,11 +126,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 let ruined = mostly(values[0], |a| a < 20.);
                 let fine = values[1..].iter().all(|v| mostly(v, |a| a > 80.));
-                Judgement::of(&[ruined, fine], PART, figure)
+                Judgement::parts(
+                    [
+                        "candle-nn's BatchNorm is ruined",
+                        "leaving the batch out, or LayerNorm, avoids it",
+                    ],
+                    [ruined, fine],
+                    figure,
+                )
             },
         },
         Claim {
             id: 31,
+            title: "Accumulated gradients",
             version: 1,
             text: "Gradients accumulated over small batches are those of one large batch only where the norm does not see the batch.",
             varied: "into how many parts a batch of 32 is cut; the norm",
@@ -154,7 +172,14 @@ pub(crate) fn claims() -> Vec<Claim> {
                     least("batch") >= 0.1 && others <= 1e-5,
                     mostly(&loss("batch"), |d| d > 0.),
                 ];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "gradients differ with batch norm and with no other",
+                        "training in parts of 2 costs batch norm accuracy",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
     ]

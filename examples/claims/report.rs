@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::claim::{Claim, Data, place, show, steps};
+use crate::common::ROUGH;
 use crate::figure;
 use crate::lab::Measure;
 use crate::plot::escape;
@@ -21,7 +22,7 @@ const TITLE: &str = "What is said of normalization, measured";
 const OF_TUTORIALS: u32 = 24;
 
 fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
-    let rough = "**These figures are rough**: they come from a quick run, with fewer seeds, steps and learning rates.\n\n";
+    let rough = format!("**{ROUGH}**\n\n");
     format!(
         "{}Articles and tutorials say a lot about normalization, and so does [the guide](guide.md) of this crate. Each row here is one such claim, an \
          experiment on real data, and a verdict that follows from the measurements by the rule that its section states: nothing is typed in.\n\n\
@@ -29,7 +30,7 @@ fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
          by the median result of {tuning} further seeds on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
          start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what \
          holds everywhere.\n",
-        if quick { rough } else { "" }
+        if quick { rough } else { String::new() }
     )
 }
 
@@ -111,6 +112,19 @@ pub(crate) fn write(
     Ok(())
 }
 
+/// A table in Markdown, whose first row is its head.
+fn lines(rows: &[Vec<String>]) -> String {
+    let line = |row: &Vec<String>| format!("| {} |\n", row.join(" | "));
+    let rule = format!("|{}\n", " --- |".repeat(rows[0].len()));
+    let body: String = rows[1..].iter().map(line).collect();
+    line(&rows[0]) + &rule + &body
+}
+
+/// Where links to a claim lead, whatever its heading says.
+fn anchor(id: u32) -> String {
+    format!("<a id=\"claim-{id}\"></a>")
+}
+
 fn section(
     claim: &Claim,
     data: &Data,
@@ -120,7 +134,9 @@ fn section(
     let judged = (claim.judge)(data);
     let (id, y) = (claim.id, claim.plot.y);
     let mut text = format!(
-        "\n## Claim {id}\n\n> {}\n\n**{}**: {}.\n\n- Varied: {}.\n- Held fixed: {}.\n- Rule: {}.\n\n![{y}](claims/{figure})\n\n",
+        "\n{}\n\n## {} (claim {id})\n\n> {}\n\n**{}**: {}.\n\n- Varied: {}.\n- Held fixed: {}.\n- Rule: {}.\n\n![{y}](claims/{figure})\n\n",
+        anchor(id),
+        claim.title,
         claim.text,
         judged.words(),
         judged.figure,
@@ -128,12 +144,7 @@ fn section(
         claim.fixed,
         claim.rule,
     );
-    let rows = rows(claim, data);
-    writeln!(text, "| {} |", rows[0].join(" | "))?;
-    writeln!(text, "|{}", " --- |".repeat(rows[0].len()))?;
-    for row in &rows[1..] {
-        writeln!(text, "| {} |", row.join(" | "))?;
-    }
+    text += &lines(&rows(claim, data));
     writeln!(text, "\n```sh\n{}\n```", command(id, quick))?;
     Ok(text)
 }
@@ -147,8 +158,9 @@ fn html_section(
     let judged = (claim.judge)(data);
     let id = claim.id;
     let mut text = format!(
-        "<section id=\"claim-{id}\"><h2>Claim {id}</h2><blockquote>{}</blockquote><p><b class=\"{:?}\">{}</b>: {}.</p><ul><li>Varied: {}.\
+        "<section id=\"claim-{id}\"><h2>{} (claim {id})</h2><blockquote>{}</blockquote><p><b class=\"{:?}\">{}</b>: {}.</p><ul><li>Varied: {}.\
          <li>Held fixed: {}.<li>Rule: {}.</ul><figure>{svg}</figure><table><thead><tr>",
+        escape(claim.title),
         escape(claim.text),
         judged.verdict,
         escape(&judged.words()),
@@ -175,6 +187,65 @@ fn html_section(
         command(id, quick)
     )?;
     Ok(text)
+}
+
+/// Draws the figures of `claims.md` and `claims.html` in `folder` anew from the tables that stand there, whose values have three digits.
+pub(crate) fn redraw(folder: &Path, claims: &[Claim]) -> Result<(), Box<dyn Error>> {
+    let markdown = fs::read_to_string(folder.join("claims.md"))?;
+    let mut html = fs::read_to_string(folder.join("claims.html"))?;
+    for claim in claims {
+        let id = claim.id;
+        let section =
+            between(&markdown, &anchor(id), "\n```sh").map_err(|e| format!("{id}: {e}"))?;
+        let measures = stored(claim, section).map_err(|e| format!("claims.md, {id}: {e}"))?;
+        let svg = figure::svg(claim, &measures)?;
+        fs::write(folder.join("claims").join(format!("{id:02}.svg")), &svg)?;
+        let start = format!("<section id=\"claim-{id}\">");
+        let page = between(&html, &start, "</section>")?;
+        let old = between(page, "<figure>", "</figure>")?;
+        html = html.replace(page, &page.replace(old, &svg));
+    }
+    fs::write(folder.join("claims.html"), html)?;
+    Ok(())
+}
+
+fn between<'a>(text: &'a str, start: &str, end: &str) -> Result<&'a str, String> {
+    let rest = text.split_once(start).map(|(_, rest)| rest);
+    rest.and_then(|rest| rest.split_once(end))
+        .map(|(found, _)| found)
+        .ok_or(format!("expected {start:?} and then {end:?}"))
+}
+
+/// The measurements in the table of a section: the reverse of [`rows`], where the lowest, the median and the highest stand for all seeds.
+fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
+    let number = |text: &str| match text {
+        "" => Ok(0.),
+        "never" | "∞" => Ok(f64::INFINITY),
+        "—" => Ok(f64::NAN),
+        text => (text.replace('−', "-").parse()).map_err(|e| format!("{text:?}: {e}")),
+    };
+    let lines = section.lines().filter(|line| line.starts_with("| "));
+    let mut measures = vec![];
+    // Below the head and the rule.
+    for line in lines.skip(2) {
+        let line = line.trim_start_matches("| ").trim_end_matches(" |");
+        let mut cells = line.split(" | ").map(str::trim);
+        let mut next = || cells.next().ok_or(format!("too few columns: {line}"));
+        let (arm, metric) = (next()?.to_string(), next()?.to_string());
+        let x = if claim.plot.x.is_some() { next()? } else { "" };
+        let (median, range) = (number(next()?)?, next()?);
+        let (low, high) = range
+            .split_once(" to ")
+            .ok_or(format!("a range: {range:?}"))?;
+        measures.push(Measure {
+            metric,
+            arm,
+            x: number(x)?,
+            values: vec![number(low)?, median, number(high)?],
+            rate: None,
+        });
+    }
+    Ok(measures)
 }
 
 /// The measurements as a table, with its head. Columns that say nothing are left out.
@@ -238,4 +309,33 @@ fn page(body: &str) -> String {
          <title>{TITLE}</title><style>{}</style></head><body>{body}</body></html>\n",
         include_str!("report.css")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_is_read_as_it_was_written() -> Result<(), String> {
+        for id in [10, 18] {
+            let claims = crate::claims();
+            let claim = claims.iter().find(|claim| claim.id == id).expect("a claim");
+            let measure = |arm: &str, x: f64, values: [f64; 3]| Measure {
+                metric: claim.plot.metric.to_string(),
+                arm: arm.to_string(),
+                x: if claim.plot.x.is_some() { x } else { 0. },
+                values: values.to_vec(),
+                rate: None,
+            };
+            let written = vec![
+                measure("none", 0.03, [12.5, 20., f64::INFINITY]),
+                measure("group:4", 10., [-7e-7, 0., 0.125]),
+            ];
+            let data = Data(written.clone());
+            let read = stored(claim, &lines(&rows(claim, &data)))?;
+            // Infinity is "never" for steps and "∞" for all else.
+            assert_eq!(format!("{read:?}"), format!("{written:?}"));
+        }
+        Ok(())
+    }
 }

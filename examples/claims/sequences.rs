@@ -5,7 +5,7 @@ use candle_nn::ops::softmax;
 use candle_nn::{Linear, Module, ModuleT, VarBuilder, linear};
 use candle_norm::{Norm, NormConfig};
 
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Judgement, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::cost::layer_and_rms;
 use crate::lab::{Lab, Measure, Trial, median};
@@ -22,6 +22,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 15,
+            title: "Layer norm, sequences and the batch",
             version: 1,
             text: "Layer norm suits sequences of any length and does not see the batch.",
             varied: "the norm (batch, layer) in a recurrent network and in a transformer of one block; the length of the sequence: the first 2, 4 and 8 rows of a digit",
@@ -58,11 +59,16 @@ pub(crate) fn claims() -> Vec<Claim> {
                     accuracy("transformer", "layer"),
                     accuracy("transformer", "batch")
                 );
-                Judgement::of(&[layer <= 1e-4, batch >= 0.01], PART, figure)
+                Judgement::parts(
+                    ["layer norm does not see the batch", "batch norm does"],
+                    [layer <= 1e-4, batch >= 0.01],
+                    figure,
+                )
             },
         },
         Claim {
             id: 17,
+            title: "RMS norm or layer norm",
             version: 2,
             text: "RMS norm needs only the scale, and is cheaper than layer norm.",
             varied: "the norm of a transformer; the length of rows for the time of the layer alone",
@@ -93,9 +99,9 @@ pub(crate) fn claims() -> Vec<Claim> {
                     words.join(", ")
                 );
                 let cheaper = sizes.iter().all(|x| mostly(&ratios(x), |r| r <= 0.95));
-                Judgement::of(
-                    &[median(&lost) <= 1., cheaper && !sizes.is_empty()],
-                    PART,
+                Judgement::parts(
+                    ["RMS norm is as accurate", "RMS norm is cheaper"],
+                    [median(&lost) <= 1., cheaper && !sizes.is_empty()],
                     figure,
                 )
             },

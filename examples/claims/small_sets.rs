@@ -7,7 +7,7 @@ use candle_norm::param_groups;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Judgement, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Sets, Trial};
 use crate::nets::{Activation, Mlp, Net};
@@ -29,6 +29,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 13,
+            title: "Batch norm as a regularizer",
             version: 1,
             text: "Batch norm regularizes, as dropout, L1 and L2 penalties, label smoothing and early stopping do.",
             varied: "the means against overfitting, each alone and together with batch norm",
@@ -62,11 +63,20 @@ pub(crate) fn claims() -> Vec<Claim> {
                     mostly(&gap, |d| d > 0.),
                     raised.count() >= 3,
                 ];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "batch norm raises the test accuracy",
+                        "batch norm narrows the gap to the training accuracy",
+                        "most of the other means raise the test accuracy",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 24,
+            title: "Targets of a network that ends in tanh",
             version: 1,
             text: "A generator with tanh output needs targets in [−1, 1].",
             varied: "the range of pixels as targets: 0 to 16, 0 to 1, −1 to 1",

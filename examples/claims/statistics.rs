@@ -5,7 +5,7 @@ use candle_nn::ModuleT;
 use candle_nn::loss::cross_entropy;
 use candle_norm::{BatchNormOptions, NormConfig, recalibrate};
 
-use crate::claim::{Claim, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Judgement, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::Mlp;
@@ -16,6 +16,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 28,
+            title: "Inference in training mode",
             version: 2,
             text: "Inference in training mode makes a prediction depend on its batch, and moves the running statistics.",
             varied: "how many of 480 digits are asked at once; the mode; whether 500 digits of another brightness (0.3 more) were validated in training mode before",
@@ -49,11 +50,20 @@ pub(crate) fn claims() -> Vec<Claim> {
                     !asked.is_empty() && alike,
                     mostly(&moved, |d| d > 0.),
                 ];
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "training mode is worse two at a time",
+                        "inference does not depend on the number",
+                        "validating in training mode spoils inference",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 35,
+            title: "Momentum the wrong way round",
             version: 1,
             text: "A momentum the wrong way round makes the running statistics those of the last batch.",
             varied: "the momentum, the weight of the new batch: 0.01 to 0.99; the size of batches; the average of all batches (`None`)",
@@ -90,6 +100,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 36,
+            title: "Statistics of averaged weights",
             version: 1,
             text: "Averaged weights need running statistics of their own.",
             varied: "the weights: the last ones, or the average of the second half of training; the statistics: as training left them, or recomputed (`recalibrate`)",
@@ -113,6 +124,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 37,
+            title: "One batch with a NaN",
             version: 1,
             text: "One batch with a NaN, never trained on, spoils every inference after it.",
             varied: "what follows a batch with one pixel that is NaN, in training mode: nothing; an error that changes nothing (`refuse_non_finite`); `recalibrate`",
@@ -136,7 +148,15 @@ pub(crate) fn claims() -> Vec<Claim> {
                     of("refused"),
                     of("recalibrated")
                 );
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "the batch spoils inference",
+                        "refusing the batch avoids that",
+                        "recalibration repairs the statistics",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
     ]

@@ -10,7 +10,7 @@ use candle_norm::scaling::{
 use indicatif::ProgressBar;
 
 use crate::cars::{Cars, Split};
-use crate::claim::{Claim, Data, Judgement, PART, Plot, mostly, show, spread};
+use crate::claim::{Claim, Data, Judgement, Plot, mostly, show, spread};
 use crate::common::Training;
 use crate::lab::{Lab, Measure, Sets, Trial, median};
 use crate::nets::{Activation, Mlp, Net};
@@ -28,6 +28,7 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 1,
+            title: "Targets in dollars or normalized",
             version: 2,
             text: "Training on targets that were not normalized takes 37 % more iterations to the same accuracy.",
             varied: "the target: dollars, or their z-score",
@@ -53,6 +54,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 2,
+            title: "The range of a target and its gradient",
             version: 1,
             text: "A target range 10 times larger makes the output layer's gradient 10 times larger.",
             varied: "a factor k on the target: z-scores times k, or the range from 0 to k",
@@ -71,6 +73,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 3,
+            title: "The range of a target and its loss",
             version: 1,
             text: "The mean squared error grows with k²; car prices left in dollars start with a loss of 1e8.",
             varied: "a factor k on the target, and the target in dollars",
@@ -101,6 +104,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 4,
+            title: "Scaling per batch or once",
             version: 3,
             text: "An unnormalized network can end up predicting the same value for every sample; normalizing each batch by itself makes training and inference disagree; parameters fitted once on the training set fix both.",
             varied: "min-max of inputs and targets: none, of each batch by itself, fitted to the training set",
@@ -132,11 +136,20 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(disagreement),
                     show(fitted)
                 );
-                Judgement::of(&parts, PART, figure)
+                Judgement::parts(
+                    [
+                        "a network on raw data predicts nearly one value",
+                        "batches scaled by themselves disagree with inference",
+                        "parameters that were fitted once agree",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 18,
+            title: "Weight norm",
             version: 2,
             text: "Weight norm is independent of the batch and speeds up regression, generative and reinforcement models.",
             varied: "the norm: none, batch, weight; the task: car prices (z-scores), an autoencoder of digits, a pole to be balanced (without batch norm: a game has few states)",
@@ -170,13 +183,23 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(d.median("alone or in a batch", "batch")),
                     words.collect::<Vec<_>>().join("; ")
                 );
-                let mut parts = vec![alone < 1e-4];
-                parts.extend((0..3).map(|i| ratios[i] <= 0.9 && mostly(&fewer[i], |d| d > 0.)));
-                Judgement::of(&parts, PART, figure)
+                let faster = |i: usize| ratios[i] <= 0.9 && mostly(&fewer[i], |d| d > 0.);
+                let parts = [alone < 1e-4, faster(0), faster(1), faster(2)];
+                Judgement::parts(
+                    [
+                        "weight norm is independent of the batch",
+                        "weight norm is faster on prices",
+                        "weight norm is faster on digits",
+                        "weight norm is faster on the pole",
+                    ],
+                    parts,
+                    figure,
+                )
             },
         },
         Claim {
             id: 21,
+            title: "Losses of several terms",
             version: 1,
             text: "In a loss of several terms the largest term leads unless each is normalized.",
             varied: "the sum of the losses of price and mileage (in thousands) and of the make: plain, or each by its running size",

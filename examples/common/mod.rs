@@ -3,7 +3,7 @@
 
 use std::env;
 use std::fmt::{self, Display, Formatter};
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -267,13 +267,32 @@ pub(crate) fn picture(images: &[Tensor]) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// Runs an example in [single-threaded candle](in_single_threaded_candle), and says what went wrong.
-pub(crate) fn run<E: Display>(example: impl FnOnce() -> std::result::Result<(), E>) -> ExitCode {
+/// Warning of every run with `--quick`, on the terminal and in reports.
+pub(crate) const ROUGH: &str =
+    "These figures are rough: a run with --quick takes a few steps only.";
+
+/// Prints [`ROUGH`] after a quick run.
+pub(crate) fn warn_if_quick(quick: bool) {
+    if quick {
+        // A reader that has seen enough, such as `head`, is no failure of the example.
+        let _ = writeln!(io::stdout(), "{ROUGH}");
+    }
+}
+
+/// Runs an example in [single-threaded candle](in_single_threaded_candle), says what went wrong, and warns that the figures of a
+/// `quick` run are rough.
+pub(crate) fn run<E: Display>(
+    quick: bool,
+    example: impl FnOnce() -> std::result::Result<(), E>,
+) -> ExitCode {
     if let Some(code) = in_single_threaded_candle() {
         return code;
     }
     match example() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            warn_if_quick(quick);
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

@@ -32,8 +32,14 @@ pub(crate) struct Chart {
     pub(crate) size: (u32, u32),
     pub(crate) x: Axis,
     pub(crate) y: Axis,
-    /// A height that is marked across the chart.
-    pub(crate) mark: Option<f64>,
+    /// Above the chart; none where a page has one.
+    pub(crate) title: String,
+    /// Above the names of the curves.
+    pub(crate) legend: &'static str,
+    /// A height that is marked across the chart, and its name.
+    pub(crate) mark: Option<(f64, &'static str)>,
+    /// Whether each point is shown as a dot.
+    pub(crate) markers: bool,
     /// Letter that the classes of the curves start with.
     pub(crate) family: char,
     pub(crate) curves: Vec<Curve>,
@@ -73,16 +79,8 @@ impl Chart {
         Ok(svg)
     }
 
-    /// The chart as a file of its own, on white; `colors` are those of the curves, by their classes.
-    pub(crate) fn standalone(&self, colors: &[&str]) -> Result<String, Box<dyn Error>> {
-        let mut style =
-            "svg { color: #1c1e21; background: #fff } .line { fill: none; stroke-linejoin: round }"
-                .to_string();
-        for (class, color) in colors.iter().enumerate() {
-            let name = format!("{}{class}", self.family);
-            style +=
-                &format!(" .line.{name} {{ stroke: {color} }} .area.{name} {{ fill: {color} }}");
-        }
+    /// The chart as a file of its own, with a style sheet for its classes.
+    pub(crate) fn standalone(&self, style: &str) -> Result<String, Box<dyn Error>> {
         let (width, height) = self.size;
         let head =
             format!(r#"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}""#);
@@ -109,8 +107,17 @@ impl Chart {
             .max()
             .unwrap_or(0);
         let labels = if widest == 0 { 12 } else { 30 + 8 * widest };
+        let top = if self.title.is_empty() { 8 } else { 36 };
+        if !self.title.is_empty() {
+            let title = text(15).pos(Pos::new(HPos::Left, VPos::Center));
+            root.draw(&Text::new(
+                self.title.clone(),
+                (10 * unit, 18 * unit),
+                title,
+            ))?;
+        }
         let mut chart = ChartBuilder::on(&root)
-            .margin_top(8 * unit)
+            .margin_top(top * unit)
             .margin_right(labels * unit)
             .x_label_area_size(46 * unit)
             .y_label_area_size(58 * unit)
@@ -135,12 +142,19 @@ impl Chart {
                 chart.draw_series([Polygon::new(outline, placeholder(curve.class).mix(0.1))])?;
             }
         }
-        if let Some(mark) = self.mark {
+        if let Some((mark, name)) = self.mark {
             let ends = [self.x.range.start, self.x.range.end].map(|x| (x, mark));
             chart.draw_series([PathElement::new(
                 ends.to_vec(),
                 INK.mix(0.6).stroke_width(FINE),
             )])?;
+            let (right, height) = chart.backend_coord(&ends[1]);
+            let style = text(12).pos(Pos::new(HPos::Right, VPos::Bottom));
+            root.draw(&Text::new(
+                name,
+                (right - 4 * unit, height - 2 * unit),
+                style,
+            ))?;
         }
         let mut ends = Vec::new();
         for curve in &self.curves {
@@ -152,12 +166,24 @@ impl Chart {
                     .map(|end| (curve, chart.backend_coord(end))),
             );
             chart.draw_series([PathElement::new(curve.points.clone(), style)])?;
+            if self.markers {
+                let dot = placeholder(curve.class).filled();
+                let points = curve.points.iter();
+                chart.draw_series(points.map(|point| Circle::new(*point, 4 * unit, dot)))?;
+            }
         }
         drop(chart);
         // Each line is named at its end; where ends crowd, names move apart and a short stroke leads to them.
         ends.sort_by_key(|(_, (_, y))| *y);
         let heights: Vec<_> = ends.iter().map(|(_, (_, y))| *y).collect();
-        let limits = 10 * unit..(self.size.1 as i32 - 54) * unit;
+        let mut first = top + 2;
+        if !self.legend.is_empty() {
+            let at = (self.size.0 as i32 - labels + 14, first + 6);
+            let style = text(13).pos(Pos::new(HPos::Left, VPos::Center));
+            root.draw(&Text::new(self.legend, (at.0 * unit, at.1 * unit), style))?;
+            first += 24;
+        }
+        let limits = first * unit..(self.size.1 as i32 - 54) * unit;
         for ((curve, (x, y)), height) in ends.into_iter().zip(apart(&heights, 15 * unit, limits)) {
             if curve.label.is_empty() {
                 continue;
@@ -245,7 +271,10 @@ mod tests {
             size: (400, 300),
             x: axis.clone(),
             y: axis,
-            mark: Some(0.5),
+            title: "A title".to_string(),
+            legend: "names",
+            mark: Some((0.5, "half")),
+            markers: true,
             family: 's',
             curves: vec![curve],
         };
@@ -258,14 +287,14 @@ mod tests {
         assert!(svg.contains(r#"class="line s3""#) && svg.contains(r#"class="area s3""#));
         assert!(!svg.contains(r##""#"##), "{svg}");
 
-        let file = chart
-            .standalone(&["red", "green", "blue", "#0b5cad"])
-            .unwrap();
+        assert_eq!(svg.matches("<circle").count(), 2);
+
+        let file = chart.standalone(".line.s3{stroke:#0b5cad}").unwrap();
         assert!(file.starts_with(
             r#"<svg xmlns="http://www.w3.org/2000/svg" width="400" height="300" viewBox"#
         ));
         assert!(
-            file.contains(".line.s3 { stroke: #0b5cad }") && file.ends_with("</svg>\n"),
+            file.contains(".line.s3{stroke:#0b5cad}") && file.ends_with("</svg>\n"),
             "{file}"
         );
     }

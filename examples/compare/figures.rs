@@ -3,9 +3,11 @@
 use crate::axis::Axis;
 use crate::curves::{above, accuracy, curve, longest, smooth, window};
 use crate::model::LAYERS;
+use crate::palette;
 use crate::plot::{Chart, Curve};
 use crate::summary::{Arm, Spread, TARGET};
 use crate::train::Step;
+use std::error::Error;
 
 const FIGURE: (u32, u32) = (480, 350);
 const PANEL: (u32, u32) = (400, 290);
@@ -44,7 +46,10 @@ pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
             size: FIGURE,
             x: x.clone(),
             y,
+            title: String::new(),
+            legend: "",
             mark,
+            markers: false,
             family: 's',
             curves,
         },
@@ -60,7 +65,7 @@ pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
         "Test accuracy",
         format!("Median over the seeds; the band reaches from the lowest to the highest. {target}"),
         share(0.0..1.),
-        Some(TARGET),
+        Some((TARGET, "")),
         accuracy.clone(),
     )];
     let lowest_end = accuracy
@@ -84,7 +89,7 @@ pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
             "Test accuracy, the last percents",
             note,
             share(floor..1.),
-            Some(TARGET),
+            Some((TARGET, "")),
             above.collect(),
         ));
     }
@@ -102,6 +107,36 @@ pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
     let note = format!("Of all parameters together. Logarithmic scale; {window}.");
     figures.push(figure("Gradient norm", note, y, None, gradient));
     figures
+}
+
+/// The curves of accuracy in a file of their own.
+pub(crate) fn accuracy_file(arms: &[Arm]) -> Result<String, Box<dyn Error>> {
+    let names: Vec<&str> = arms.iter().map(|arm| arm.norm.as_str()).collect();
+    let classes = palette::classes(&names);
+    let curves = arms.iter().zip(&classes);
+    let curves = curves.map(|(arm, class)| Curve {
+        band: vec![],
+        ..accuracy(*class, arm)
+    });
+    let chart = Chart {
+        description: "Test accuracy against training steps, one line a norm".to_string(),
+        size: (760, 400),
+        x: steps_axis(arms),
+        y: Axis {
+            label: "test accuracy (%)",
+            range: 0.0..1.,
+            log: false,
+            format: |share| format!("{:.0}", 100. * share),
+        },
+        title: "The same network on handwritten digits, one line a norm (median of its seeds)"
+            .to_string(),
+        legend: "norm",
+        mark: None,
+        markers: false,
+        family: 's',
+        curves: curves.collect(),
+    };
+    chart.standalone(&palette::style('s', &classes))
 }
 
 /// The gradient norm of each layer, one panel an arm, all on the same scale.
@@ -133,7 +168,10 @@ pub(crate) fn layer_panels(arms: &[Arm]) -> Vec<Figure> {
             size: PANEL,
             x: x.clone(),
             y: y.clone(),
+            title: String::new(),
+            legend: "",
             mark: None,
+            markers: false,
             family: 'l',
             curves,
         };

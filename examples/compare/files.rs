@@ -13,6 +13,8 @@ pub(crate) struct Files {
     pub(crate) html: PathBuf,
     pub(crate) summary: PathBuf,
     pub(crate) steps: PathBuf,
+    /// Curves of accuracy, as a picture of their own.
+    pub(crate) figure: PathBuf,
 }
 
 impl Files {
@@ -22,12 +24,13 @@ impl Files {
             html: directory.join("report.html"),
             summary: directory.join("summary.csv"),
             steps: directory.join("steps.csv"),
+            figure: directory.join("accuracy.svg"),
         };
         let cannot = |path: &Path, error: io::Error| {
             format!("--out: cannot write to {}: {error}", path.display())
         };
         fs::create_dir_all(directory).map_err(|error| cannot(directory, error))?;
-        for path in [&files.html, &files.summary, &files.steps] {
+        for path in [&files.html, &files.summary, &files.steps, &files.figure] {
             OpenOptions::new()
                 .append(true)
                 .create(true)

@@ -20,6 +20,8 @@ mod files;
 mod findings;
 mod model;
 mod options;
+#[path = "../common/palette.rs"]
+mod palette;
 #[path = "../common/plot.rs"]
 mod plot;
 mod report;
@@ -47,7 +49,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    common::run(|| compare(&options))
+    common::run(options.quick, || compare(&options))
 }
 
 fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
@@ -69,6 +71,7 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         workers,
     )?;
     fs::write(&files.html, page)?;
+    fs::write(&files.figure, figures::accuracy_file(&arms)?)?;
     write_summary(&files.summary, &rows)?;
     write_steps(&files.steps, &arms)?;
 
@@ -76,12 +79,10 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
     for sentence in findings(&rows) {
         text += &format!("{sentence}\n");
     }
-    if options.quick {
-        text += "A quick run: few steps and seeds, so the figures are rough.\n";
-    }
     text += &format!(
-        "\nReport: {}\nThe same as CSV: {}, {}\n",
+        "\nReport: {}\nAccuracy as a picture: {}\nThe same as CSV: {}, {}\n",
         files.html.display(),
+        files.figure.display(),
         files.summary.display(),
         files.steps.display()
     );

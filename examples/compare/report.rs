@@ -1,5 +1,6 @@
 //! The report: one HTML file that needs no other.
 
+use crate::common::ROUGH;
 use crate::data::{TEST_SIZE, TRAIN_SIZE};
 use crate::figures::{Figure, layer_panels, overview};
 use crate::findings::findings;
@@ -45,10 +46,8 @@ pub(crate) fn html(
         .map(figure)
         .collect::<Result<String, _>>()?;
     let rough = match quick {
-        true => {
-            "<p class=\"warning\">A quick run: few steps and seeds, so the figures are rough.</p>\n"
-        }
-        false => "",
+        true => format!("<p class=\"warning\">{ROUGH}</p>\n"),
+        false => String::new(),
     };
     let (seeds, steps, batch, lr) = (
         settings.seeds,

@@ -189,7 +189,27 @@ fn draw(
         }
     }
     drop(chart);
+    legend(area, !alarms.is_empty())?;
     names(area, ends)
+}
+
+/// What the upright lines are, below the axis to its left and right.
+fn legend(area: &Area, alarms: bool) -> Result<(), Box<dyn Error>> {
+    let (columns, rows) = area.dim_in_pixel();
+    let (right, height) = (columns as i32 - 330, rows as i32 - 20);
+    let style = text_of(&INK).pos(Pos::new(HPos::Left, VPos::Center));
+    let name = |text, x| area.draw(&Text::new(text, (x + 8, height), style.clone()));
+    if alarms {
+        let line = vec![(70, height - 8), (70, height + 8)];
+        area.draw(&PathElement::new(line, ALARM.mix(0.6).stroke_width(2)))?;
+        name("alarm of the drift monitor", 70)?;
+    }
+    for from in (height - 8..height + 8).step_by(6) {
+        let dash = vec![(right, from), (right, from + 3)];
+        area.draw(&PathElement::new(dash, INK.mix(0.7).stroke_width(1)))?;
+    }
+    name("end of the training rows", right)?;
+    Ok(())
 }
 
 /// Names stand at the ends of their lines, apart from each other.

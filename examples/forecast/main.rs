@@ -41,7 +41,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    common::run(|| run(&options))
+    common::run(options.quick, || run(&options))
 }
 
 /// What came of one data set.
@@ -70,9 +70,6 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         text += &format!("Figure: {}\n\n", file.display());
     }
     bar.finish_and_clear();
-    if options.quick {
-        text += "A quick run: few steps and one seed, so the figures are rough.\n";
-    }
     match io::stdout().write_all(text.as_bytes()) {
         // Whoever reads has seen enough, as `head` does.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

@@ -13,6 +13,8 @@ mod axis;
 mod common;
 mod data;
 mod mistakes;
+#[path = "../common/palette.rs"]
+mod palette;
 #[path = "../common/plot.rs"]
 mod plot;
 mod report;
@@ -74,7 +76,7 @@ fn rate(text: &str) -> Result<f64, String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    common::run(|| match &options.predict {
+    common::run(options.quick, || match &options.predict {
         Some(file) => print_predictions(file),
         None => compare(&options),
     })
@@ -118,9 +120,6 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         &cars,
         &options.out.join("pipeline.safetensors"),
     )?;
-    if options.quick {
-        println!("A quick run: few steps and one seed, so the figures are rough.");
-    }
     Ok(())
 }
 

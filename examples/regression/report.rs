@@ -1,6 +1,7 @@
 //! What is printed and drawn.
 
 use crate::axis::Axis;
+use crate::palette;
 use crate::plot::{Chart, Curve};
 use crate::scheme::Scheme;
 use crate::train::{GOAL, Run, Settings};
@@ -23,11 +24,6 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
-
-/// Dark blue to orange; dashes of pairs are told apart by the labels at the ends.
-const COLORS: [&str; 8] = [
-    "#7f7f7f", "#b07aa1", "#e69f00", "#d55e00", "#56b4e9", "#cc3377", "#009e73", "#0b3c7d",
-];
 
 pub(crate) fn table(arms: &[Arm], settings: Settings) -> String {
     let head = [
@@ -95,16 +91,22 @@ pub(crate) fn chart(
     settings: Settings,
     price_std: f64,
 ) -> Result<String, Box<dyn Error>> {
-    let curves = arms.iter().enumerate().map(|(class, arm)| {
+    let names: Vec<String> = arms
+        .iter()
+        .map(|arm| format!("{} → {}", arm.scheme.inputs(), arm.scheme.targets()))
+        .collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let classes = palette::classes(&names);
+    let curves = arms.iter().enumerate().map(|(i, arm)| {
         let points = arm.runs[0].curve.iter().enumerate();
-        let points = points.map(|(i, &(step, _))| {
-            let rmse = arm.median(|run| run.curve[i].1);
+        let points = points.map(|(point, &(step, _))| {
+            let rmse = arm.median(|run| run.curve[point].1);
             // The axis ends there; a line that begins above it comes in from its top.
             (step as f64, rmse.min(TOP))
         });
         Curve {
-            label: format!("{} → {}", arm.scheme.inputs(), arm.scheme.targets()),
-            class,
+            label: names[i].to_string(),
+            class: classes[i],
             points: points.collect(),
             band: vec![],
         }
@@ -127,11 +129,14 @@ pub(crate) fn chart(
             log: true,
             format: |dollars| format!("{dollars:.0}"),
         },
-        mark: Some(price_std),
+        title: "Test error of one network on car prices, scaled in eight ways".to_string(),
+        legend: "inputs → prices",
+        mark: Some((price_std, "one price for all cars")),
+        markers: false,
         family: 'r',
         curves: curves.collect(),
     };
-    chart.standalone(&COLORS)
+    chart.standalone(&palette::style('r', &classes))
 }
 
 const TOP: f64 = 40_000.;
