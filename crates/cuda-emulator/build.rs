@@ -1,6 +1,10 @@
 //! Compiles every `.cu` file of `cuda-kernels` as C++ behind `cuda_host.h`.
 use std::{env, fs, path::PathBuf};
 
+/// The modules of a source that asks `HAS`: see common.cuh.
+const MODULES: [&str; 6] =
+    ["f32_f32", "f16_f16", "bf16_bf16", "f16_f32", "bf16_f32", "f64_f64"];
+
 fn main() {
     let here = PathBuf::from(env::var("CARGO_MANIFEST_DIR").unwrap());
     let kernels = here.join("../cuda-kernels/kernels");
@@ -38,10 +42,14 @@ fn main() {
     }
     for source in &sources {
         let stem = source.file_stem().unwrap().to_str().unwrap();
-        let unit = out.join(format!("{stem}.cpp"));
-        let text = format!("#include \"cuda_host.h\"\n#include \"{stem}.cu\"\n");
-        fs::write(&unit, text).expect("OUT_DIR is writable");
-        build.file(unit);
+        let asks = fs::read_to_string(source).expect("a source is readable").contains("HAS(");
+        for types in if asks { &MODULES[..] } else { &[""] } {
+            let unit = out.join(format!("{stem}_{types}.cpp"));
+            let only = if asks { format!("#define ONLY {types}\n") } else { String::new() };
+            let text = format!("{only}#include \"cuda_host.h\"\n#include \"{stem}.cu\"\n");
+            fs::write(&unit, text).expect("OUT_DIR is writable");
+            build.file(unit);
+        }
     }
     build.file(here.join("emulator.cpp"));
     build.compile("candle_norm_cuda_emulated");

@@ -12,6 +12,21 @@
   T *const name = reinterpret_cast<T *>(dynamic_shared_)
 #endif
 
+// A file that asks HAS(types) becomes one module for each: ONLY says which. Without ONLY it has all.
+#define MODULE_f32_f32 1
+#define MODULE_f16_f16 2
+#define MODULE_bf16_bf16 3
+#define MODULE_f16_f32 4
+#define MODULE_bf16_f32 5
+#define MODULE_f64_f64 6
+#define MODULE_OF_(types) MODULE_##types
+#define MODULE_OF(types) MODULE_OF_(types)
+#if defined(ONLY)
+#define HAS(types) (MODULE_OF(ONLY) == MODULE_##types)
+#else
+#define HAS(types) 1
+#endif
+
 typedef long long i64;
 
 // Half precision as bits: no header of the toolkit is needed.
