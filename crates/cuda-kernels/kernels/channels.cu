@@ -9,6 +9,9 @@
 // elements of it. groups.cu has what is the groups' alone.
 #include "planes.cuh"
 
+// So many tiles have their squares taken about the mean of the first.
+constexpr int TILES = 8;
+
 // The moments of one part of a channel: partial[channel][part] = count, mean, rest, m2.
 template <class T, int U>
 __device__ __forceinline__ void planes_moments(const T *x, Acc<T> *partial, u64 outer, u64 channels, u64 inner,
@@ -22,18 +25,32 @@ __device__ __forceinline__ void planes_moments(const T *x, Acc<T> *partial, u64 
   const u64 to = from + per < planes.total ? from + per : planes.total;
   Moments<A> m;
   if (from + threadIdx.x < to) {
+    const u64 limit = outer * planes.stride;
     Walk<T> walk(planes, from + threadIdx.x, blockDim.x);
-    for (u64 s = from + threadIdx.x; s < to; s += U * blockDim.x) {
-      Raw raw[U];
-      Place<T> place[U];
+    u64 s = from + threadIdx.x;
+    while (s < to) {
+      // Distances from a number that is near the mean of some tiles, since it is that of the first: were that one unlike the
+      // others, their distance would lose no more than their number of the variance's digits.
+      A about = 0, first = 0, second = 0;
+      unsigned count = 0;
+      for (int tile = 0; tile < TILES && s < to; ++tile, s += U * blockDim.x) {
+        Raw raw[U];
+        Place<T> place[U];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        place[u] = walk.place();
-        if (s + u * blockDim.x >= to) place[u].high = place[u].low = 0;
-        raw[u] = load_slot(x, vectors, place[u]);
-        walk.advance();
+        for (int u = 0; u < U; ++u) {
+          place[u] = walk.place();
+          if (s + u * blockDim.x >= to) place[u].high = place[u].low = 0;
+          raw[u] = load_slot(x, vectors, place[u], limit);
+          walk.advance();
+        }
+        if (tile == 0 && center) about = mean_of<T, U>(raw, place);
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          count += place[u].high - place[u].low;
+          add_squares<T>(raw[u], place[u], about, first, second);
+        }
       }
-      add_slots<T, U>(m, raw, place, center);
+      if (count) m.merge(center ? Moments<A>((A)count, about, first, second) : about_zero((A)count, second));
     }
   }
   m = team_moments(m, buffer, center);
@@ -88,7 +105,7 @@ __device__ __forceinline__ void planes_fit(const T *x, const P *weight, const P 
   Walk<T> walk = start;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
-    if (threadIdx.x + k * blockDim.x < planes.total) raw[k] = load_slot(x, vectors, walk.place());
+    if (threadIdx.x + k * blockDim.x < planes.total) raw[k] = load_slot(x, vectors, walk.place(), outer * planes.stride);
     walk.advance();
   }
 #pragma unroll
@@ -128,7 +145,7 @@ __device__ __forceinline__ void planes_fit(const T *x, const P *weight, const P 
       A v[SIZE];
       unpack(raw[k], v, (const T *)0);
       const Place<T> place = walk.place();
-      pairs.each(place, walk.start, [&](int i, A w, A b) { v[i] = fma_(normal.distance(v[i]), normal.inv_std * w, b); });
+      pairs.each(place, walk.start, [&](int i, A w, A b) { v[i] = normal.of(v[i], w, b); });
       store_slot(y, to_vectors, place, v);
     }
     walk.advance();
@@ -163,14 +180,14 @@ __device__ __forceinline__ void planes_normalize(const T *x, const P *weight, co
       place[u] = walk.place();
       start[u] = walk.start;
       if (s + u * blockDim.x >= to) place[u].high = place[u].low = 0;
-      raw[u] = load_slot(x, vectors, place[u]);
+      raw[u] = load_slot(x, vectors, place[u], outer * planes.stride);
       walk.advance();
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       A v[SIZE];
       unpack(raw[u], v, (const T *)0);
-      pairs.each(place[u], start[u], [&](int i, A w, A b) { v[i] = fma_(normal.distance(v[i]), normal.inv_std * w, b); });
+      pairs.each(place[u], start[u], [&](int i, A w, A b) { v[i] = normal.of(v[i], w, b); });
       store_slot(y, to_vectors, place[u], v);
     }
   }
@@ -201,12 +218,12 @@ __device__ __forceinline__ void planes_grad_sums(const T *x, const T *dy, const 
       for (int u = 0; u < U; ++u) {
         place[u] = walk.place();
         if (s + u * blockDim.x >= to) place[u].high = place[u].low = 0;
-        a[u] = load_slot(x, vectors, place[u]);
-        b[u] = load_slot(dy, dy_vectors, place[u]);
+        a[u] = load_slot(x, vectors, place[u], outer * planes.stride);
+        b[u] = load_slot(dy, dy_vectors, place[u], outer * planes.stride);
         walk.advance();
       }
 #pragma unroll
-      for (int u = 0; u < U; ++u) add_products<T>(a[u], b[u], place[u], high, along, sum);
+      for (int u = 0; u < U; ++u) add_products<T>(a[u], b[u], high, along, sum);
     }
   }
   along = team_sum(along, buffer);
@@ -257,7 +274,7 @@ __device__ __forceinline__ void planes_grad_input(const T *x, const T *dy, const
   if (from + threadIdx.x >= to) return;
   const Normal<A> normal(mean, rest, third, of_var, eps, channel);
   const bool own = back_mean != 0;
-  const A mean_g = own ? back_mean[channel] : A(0), along_g = own ? back_along[channel] : A(0);
+  const Back<A> back(normal, own ? back_mean[channel] : A(0), own ? back_along[channel] : A(0));
   const Pairs<T, P> pairs(weight, (const P *)0, channel, inner, span, period);
   Walk<T> walk(planes, from + threadIdx.x, blockDim.x);
   for (u64 s = from + threadIdx.x; s < to; s += U * blockDim.x) {
@@ -269,8 +286,8 @@ __device__ __forceinline__ void planes_grad_input(const T *x, const T *dy, const
       place[u] = walk.place();
       start[u] = walk.start;
       if (s + u * blockDim.x >= to) place[u].high = place[u].low = 0;
-      a[u] = own ? load_slot(x, vectors, place[u]) : zero_raw();
-      b[u] = load_slot(dy, dy_vectors, place[u]);
+      a[u] = own ? load_slot(x, vectors, place[u], outer * planes.stride) : zero_raw();
+      b[u] = load_slot(dy, dy_vectors, place[u], outer * planes.stride);
       walk.advance();
     }
 #pragma unroll
@@ -279,8 +296,7 @@ __device__ __forceinline__ void planes_grad_input(const T *x, const T *dy, const
       unpack(a[u], v, (const T *)0);
       unpack(b[u], g, (const T *)0);
       pairs.each(place[u], start[u], [&](int i, A w, A) {
-        g[i] = own ? (fma_(g[i], w, -mean_g) - normal.distance(v[i]) * along_g) * normal.inv_std
-                   : g[i] * (normal.inv_std * w);
+        g[i] = own ? back.of(v[i], g[i], w) : g[i] * (normal.inv_std * w);
       });
       store_slot(dx, to_vectors, place[u], g);
     }
@@ -308,18 +324,16 @@ __device__ __forceinline__ void planes_grad_fit(const T *x, const T *dy, const P
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     if (threadIdx.x + k * blockDim.x < planes.total) {
-      a[k] = load_slot(x, vectors, walk.place());
-      b[k] = load_slot(dy, dy_vectors, walk.place());
+      a[k] = load_slot(x, vectors, walk.place(), outer * planes.stride);
+      b[k] = load_slot(dy, dy_vectors, walk.place(), outer * planes.stride);
     }
     walk.advance();
   }
   A along = 0, sum = 0;
-  walk = start;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     if (threadIdx.x + k * blockDim.x < planes.total)
-      add_products<T>(a[k], b[k], walk.place(), normal.mean, along, sum);
-    walk.advance();
+      add_products<T>(a[k], b[k], normal.mean, along, sum);
   }
   along = team_sum(along, buffer);
   sum = team_sum(sum, buffer + 32);
@@ -331,7 +345,8 @@ __device__ __forceinline__ void planes_grad_fit(const T *x, const T *dy, const P
   if (threadIdx.x == 0 && dweight) store(dweight + channel, about);
   if (threadIdx.x == 0 && dbias) store(dbias + channel, sum);
   const A w = weight ? (A)load(weight + (channel - divide(channel, period) * period)) : A(1);
-  const A count = (A)(outer * inner), mean_g = center ? sum / count : A(0), along_g = about / count * normal.inv_std;
+  const A count = (A)(outer * inner);
+  const Back<A> back(normal, center ? w * sum / count : A(0), w * about / count * normal.inv_std);
   walk = start;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
@@ -340,7 +355,7 @@ __device__ __forceinline__ void planes_grad_fit(const T *x, const T *dy, const P
       unpack(a[k], v, (const T *)0);
       unpack(b[k], g, (const T *)0);
 #pragma unroll
-      for (int i = 0; i < SIZE; ++i) g[i] = ((g[i] - mean_g) - normal.distance(v[i]) * along_g) * (normal.inv_std * w);
+      for (int i = 0; i < SIZE; ++i) g[i] = back.of(v[i], g[i], w);
       store_slot(dx, to_vectors, walk.place(), g);
     }
     walk.advance();
@@ -364,25 +379,34 @@ struct Columns {
 // What a thread takes: the slot `slot` of every `lines`-th row from `first + line` on. A block is `across` slots wide.
 template <class T> struct Stripe {
   static constexpr int SIZE = Lanes<T>::count;
-  u64 slot, first, last;
+  u64 slot, first, last, whole;  // rows before `whole` have all of the slot
   unsigned line, lines, left, across;
+  int part;  // what row `whole` has of it
   bool mine;
-  __device__ __forceinline__ Stripe(const Columns &m, unsigned across_, u64 block, u64 part, u64 parts) {
+  __device__ __forceinline__ Stripe(const Columns &m, unsigned across_, u64 block, u64 index, u64 parts) {
     across = across_;
     lines = blockDim.x / across;
     line = threadIdx.x / across;
     left = threadIdx.x - line * across;
     slot = block * across + left;
     const u64 per = (m.rows + parts - 1) / parts;
-    first = part * per;
+    first = index * per;
     last = first + per < m.rows ? first + per : m.rows;
     mine = line < lines && slot * SIZE < m.width;
+    whole = last;
+    part = 0;
+    const u64 end = (m.rows - 1) * m.width + (slot + 1) * SIZE;  // of the last row's
+    if (last == m.rows && end > m.elements && first < last) {
+      whole = last - 1;
+      part = end - m.elements < SIZE ? SIZE - (int)(end - m.elements) : 0;
+    }
   }
-  __device__ __forceinline__ Place<T> place(const Columns &m, u64 row) const {
+  __device__ __forceinline__ u64 at(const Columns &m, u64 row) const { return row * m.width + slot * SIZE; }
+  __device__ __forceinline__ Place<T> place(u64 row, u64 at) const {
     Place<T> r;
-    r.at = row * m.width + slot * SIZE;
+    r.at = at;
     r.low = 0;
-    r.high = row >= last || r.at >= m.elements ? 0 : m.elements - r.at < SIZE ? (int)(m.elements - r.at) : SIZE;
+    r.high = row < whole ? SIZE : row < last ? part : 0;
     return r;
   }
   // How many values of a column lie in the rows of `line`, of those before `last`.
@@ -408,65 +432,70 @@ __device__ __forceinline__ void columns_moments(const T *x, Acc<T> *partial, Col
   for (int i = 0; i < SIZE; ++i) mean[i] = rest[i] = m2[i] = 0;
   if (stripe.mine) {
     A rows = 0;  // so far
-    for (u64 row = stripe.first + stripe.line; row < stripe.last; row += U * stripe.lines) {
-      Raw raw[U];
-      Place<T> place[U];
+    u64 row = stripe.first + stripe.line, at = stripe.at(m, row);
+    const u64 step = stripe.lines * m.width;
+    while (row < stripe.whole) {
+      // As in planes_moments, for each column.
+      A about[SIZE], one[SIZE], two[SIZE], n = 0;
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        place[u] = stripe.place(m, row + u * stripe.lines);
-        raw[u] = load_slot(x, vectors, place[u]);
-      }
-      if (place[U - 1].whole()) {
-        // All of U rows.
-        A sum[SIZE];
+      for (int i = 0; i < SIZE; ++i) about[i] = one[i] = two[i] = 0;
+      for (int tile = 0; tile < TILES && row < stripe.whole; ++tile, row += U * stripe.lines, at += U * step) {
+        Raw raw[U];
+        bool has[U];
+        A count = 0;
 #pragma unroll
-        for (int i = 0; i < SIZE; ++i) sum[i] = 0;
+        for (int u = 0; u < U; ++u) {
+          has[u] = row + u * stripe.lines < stripe.whole;
+          raw[u] = zero_raw();
+          if (has[u]) raw[u] = load_slot(x, vectors, stripe.place(row + u * stripe.lines, at + u * step), m.elements);
+          count += has[u] ? A(1) : A(0);
+        }
+        if (tile == 0 && center) {
+#pragma unroll
+          for (int u = 0; u < U; ++u) {
+            A v[SIZE];
+            unpack(raw[u], v, (const T *)0);
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) about[i] += v[i];
+          }
+#pragma unroll
+          for (int i = 0; i < SIZE; ++i) about[i] = count == A(U) ? about[i] / A(U) : about[i] / count;
+        }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           A v[SIZE];
           unpack(raw[u], v, (const T *)0);
+          if (has[u]) {
 #pragma unroll
-          for (int i = 0; i < SIZE; ++i) sum[i] += v[i];
-        }
-        A one[SIZE], two[SIZE];
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) {
-          sum[i] = center ? sum[i] / A(U) : A(0);
-          one[i] = two[i] = 0;
-        }
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          A v[SIZE];
-          unpack(raw[u], v, (const T *)0);
-#pragma unroll
-          for (int i = 0; i < SIZE; ++i) {
-            const A d = v[i] - sum[i];
-            one[i] += d;
-            two[i] = fma_(d, d, two[i]);
+            for (int i = 0; i < SIZE; ++i) {
+              const A d = v[i] - about[i];
+              one[i] += d;
+              two[i] = fma_(d, d, two[i]);
+            }
           }
         }
-        const A all = rows + A(U), share = A(U) / all;
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) {
-          const Moments<A> o = center ? Moments<A>(A(U), sum[i], one[i], two[i]) : about_zero(A(U), two[i]);
-          merge_shared(mean[i], rest[i], m2[i], rows, o.mean, o.rest, o.m2, share);
-        }
-        rows = all;
-      } else {
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          A v[SIZE];
-          unpack(raw[u], v, (const T *)0);
-          const A share = A(1) / (rows + A(1));
-#pragma unroll
-          for (int i = 0; i < SIZE; ++i)
-            if (place[u].has(i)) {
-              if (center) merge_shared(mean[i], rest[i], m2[i], rows, v[i], A(0), A(0), share);
-              else m2[i] = fma_(v[i], v[i], m2[i]);
-            }
-          if (place[u].high > 0) rows += A(1);
-        }
+        n += count;
       }
+      const A all = rows + n, share = n / all;
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) {
+        const Moments<A> o = center ? Moments<A>(n, about[i], one[i], two[i]) : about_zero(n, two[i]);
+        merge_shared(mean[i], rest[i], m2[i], rows, o.mean, o.rest, o.m2, share);
+      }
+      rows = all;
+    }
+    // The row that the end of the tensor cuts off.
+    if (stripe.whole < stripe.last && (stripe.whole - stripe.first) % stripe.lines == stripe.line) {
+      const Place<T> place = stripe.place(stripe.whole, stripe.at(m, stripe.whole));
+      A v[SIZE];
+      unpack(load_slot(x, vectors, place, m.elements), v, (const T *)0);
+      const A share = A(1) / (rows + A(1));
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i)
+        if (i < stripe.part) {
+          if (center) merge_shared(mean[i], rest[i], m2[i], rows, v[i], A(0), A(0), share);
+          else m2[i] = fma_(v[i], v[i], m2[i]);
+        }
     }
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
@@ -509,12 +538,20 @@ __device__ __forceinline__ void columns_moments(const T *x, Acc<T> *partial, Col
 }
 
 // How many values of a column lie in a part.
-__device__ __forceinline__ double part_count(const Columns &m, u64 column, u64 part, u64 parts) {
-  const u64 rows = m.rows_of(column), per = (m.rows + parts - 1) / parts, first = part * per;
-  return first >= rows ? 0. : (double)(first + per < rows ? per : rows - first);
-}
+struct Counts {
+  u64 per, rows, cut;  // columns from `cut` on have one row less
+  __device__ __forceinline__ Counts(const Columns &m, unsigned parts) {
+    per = (m.rows + parts - 1) / parts;
+    rows = m.rows;
+    cut = m.elements - (m.rows - 1) * m.width;
+  }
+  __device__ __forceinline__ double of(u64 column, u64 part) const {
+    const u64 end = column < cut ? rows : rows - 1, first = part * per;
+    return first >= end ? 0. : (double)(first + per < end ? per : end - first);
+  }
+};
 
-// The entries that a channel has in the partial sums: its columns in every part. 8 channels by 64 lines a block.
+// The entries that a channel has in the partial sums: its columns in every part.
 struct Entries {
   u64 channel, count, columns, inner, period, width;
   __device__ __forceinline__ Entries(const Columns &m, u64 channel_, unsigned parts) {
@@ -532,51 +569,67 @@ struct Entries {
   }
 };
 
-// The sum over the lines of a block of 8 columns, on every line.
-__device__ __forceinline__ double line_sum(double v, double *buffer) {
-  const unsigned lines = blockDim.x / 8;
-  buffer[threadIdx.x] = v;
-  __syncthreads();
-  for (unsigned half = lines / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half * 8) buffer[threadIdx.x] += buffer[threadIdx.x + half * 8];
-    __syncthreads();
+// A thread of a block of `blockDim.y` channels by `blockDim.x` lines, a power of two. Neighboring threads take what lies side
+// by side: columns of one channel, or one column of several.
+struct Line {
+  u64 channel;
+  unsigned line, lines, in_block;
+  __device__ __forceinline__ Line(const Columns &m) {
+    const unsigned t = threadIdx.y * blockDim.x + threadIdx.x, channels = blockDim.y;
+    lines = blockDim.x;
+    line = m.inner >= 8 ? threadIdx.x : t / channels;
+    in_block = m.inner >= 8 ? threadIdx.y : t - line * channels;
+    channel = (u64)blockIdx.x * channels + in_block;
   }
-  v = buffer[threadIdx.x % 8];
-  __syncthreads();
-  return v;
-}
+  // The sum over the lines, on each of them.
+  __device__ __forceinline__ double sum(double v, double *buffer) const {
+    double *const mine = buffer + in_block;
+    const unsigned step = blockDim.y;
+    mine[line * step] = v;
+    __syncthreads();
+    for (unsigned half = lines / 2; half > 0; half /= 2) {
+      if (line < half) mine[line * step] += mine[(line + half) * step];
+      __syncthreads();
+    }
+    v = mine[0];
+    __syncthreads();
+    return v;
+  }
+};
 
 template <class A>
 __device__ __forceinline__ void columns_merge(const A *partial, Statistics<A> out, Columns m, unsigned parts, double eps) {
   SHARED(double, buffer, 512);
-  const u64 channels = divide(m.period, m.inner), channel = (u64)blockIdx.x * 8 + threadIdx.x % 8;
-  const unsigned line = threadIdx.x / 8, lines = blockDim.x / 8;
-  const bool mine = channel < channels;
+  const Line thread(m);
+  const u64 channel = thread.channel;
+  const unsigned line = thread.line, lines = thread.lines;
+  const bool mine = channel < divide(m.period, m.inner);
   const Entries entries(m, channel, parts);
+  const Counts counts(m, parts);
   double count = 0, sum = 0;
   if (mine)
     for (u64 e = line; e < entries.count; e += lines) {
       u64 part, column;
       entries.at(e, part, column);
       const A *p = partial + part * 3 * m.width + column;
-      const double n = part_count(m, column, part, parts);
+      const double n = counts.of(column, part);
       count += n;
       sum += n * ((double)p[0] + (double)p[m.width]);
     }
-  count = line_sum(count, buffer);
-  const double about = line_sum(sum, buffer) / count;
+  count = thread.sum(count, buffer);
+  const double about = thread.sum(sum, buffer) / count;
   double first = 0, second = 0;
   if (mine)
     for (u64 e = line; e < entries.count; e += lines) {
       u64 part, column;
       entries.at(e, part, column);
       const A *p = partial + part * 3 * m.width + column;
-      const double n = part_count(m, column, part, parts), d = ((double)p[0] - about) + (double)p[m.width];
+      const double n = counts.of(column, part), d = ((double)p[0] - about) + (double)p[m.width];
       first += n * d;
       second += (double)p[2 * m.width] + n * d * d;
     }
-  first = line_sum(first, buffer);
-  second = line_sum(second, buffer);
+  first = thread.sum(first, buffer);
+  second = thread.sum(second, buffer);
   if (mine && line == 0) write_statistics(out, channel, Moments<double>(count, about, first, second), eps);
 }
 
@@ -590,30 +643,31 @@ __device__ __forceinline__ void columns_normalize(const T *x, const P *weight, c
   const Stripe<T> stripe(m, across, blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.y);
   if (!stripe.mine) return;
   const bool vectors = aligned(x), to_vectors = aligned(y);
-  A high[SIZE], low[SIZE], scale[SIZE], shift[SIZE];
+  A high[SIZE], scale[SIZE], shift[SIZE];
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
     const u64 channel = m.channel(stripe.slot * SIZE + i);
     const Normal<A> normal(mean, rest, third, of_var, eps, channel);
     high[i] = normal.mean;
-    low[i] = normal.rest;
     scale[i] = normal.inv_std * (weight ? (A)load(weight + channel) : A(1));
-    shift[i] = bias ? (A)load(bias + channel) : A(0);
+    shift[i] = fma_(-normal.rest, scale[i], bias ? (A)load(bias + channel) : A(0));
   }
-  for (u64 row = stripe.first + stripe.line; row < stripe.last; row += U * stripe.lines) {
+  const u64 step = stripe.lines * m.width;
+  u64 row = stripe.first + stripe.line, at = stripe.at(m, row);
+  for (; row < stripe.last; row += U * stripe.lines, at += U * step) {
     Raw raw[U];
     Place<T> place[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      place[u] = stripe.place(m, row + u * stripe.lines);
-      raw[u] = load_slot(x, vectors, place[u]);
+      place[u] = stripe.place(row + u * stripe.lines, at + u * step);
+      raw[u] = load_slot(x, vectors, place[u], m.elements);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       A v[SIZE];
       unpack(raw[u], v, (const T *)0);
 #pragma unroll
-      for (int i = 0; i < SIZE; ++i) v[i] = fma_((v[i] - high[i]) - low[i], scale[i], shift[i]);
+      for (int i = 0; i < SIZE; ++i) v[i] = fma_(v[i] - high[i], scale[i], shift[i]);
       store_slot(y, to_vectors, place[u], v);
     }
   }
@@ -636,14 +690,16 @@ __device__ __forceinline__ void columns_grad_sums(const T *x, const T *dy, const
       high[i] = mean ? mean[m.channel(stripe.slot * SIZE + i)] : A(0);
       along[i] = sum[i] = 0;
     }
-    for (u64 row = stripe.first + stripe.line; row < stripe.last; row += U * stripe.lines) {
+    const u64 step = stripe.lines * m.width;
+  u64 row = stripe.first + stripe.line, at = stripe.at(m, row);
+  for (; row < stripe.last; row += U * stripe.lines, at += U * step) {
       Raw a[U], b[U];
       Place<T> place[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        place[u] = stripe.place(m, row + u * stripe.lines);
-        a[u] = load_slot(x, vectors, place[u]);
-        b[u] = load_slot(dy, dy_vectors, place[u]);
+        place[u] = stripe.place(row + u * stripe.lines, at + u * step);
+        a[u] = load_slot(x, vectors, place[u], m.elements);
+        b[u] = load_slot(dy, dy_vectors, place[u], m.elements);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
@@ -652,7 +708,7 @@ __device__ __forceinline__ void columns_grad_sums(const T *x, const T *dy, const
         unpack(b[u], g, (const T *)0);
 #pragma unroll
         for (int i = 0; i < SIZE; ++i) {
-          along[i] = place[u].has(i) ? fma_(g[i], v[i] - high[i], along[i]) : along[i];
+          along[i] = fma_(g[i], v[i] - high[i], along[i]);  // dy is zero where there is nothing
           sum[i] += g[i];
         }
       }
@@ -686,9 +742,10 @@ __device__ __forceinline__ void columns_grad_merge(const A *partial, const P *we
                                                    Columns m, unsigned parts, double count, int of_var, double eps,
                                                    int center) {
   SHARED(double, buffer, 512);
-  const u64 channels = divide(m.period, m.inner), channel = (u64)blockIdx.x * 8 + threadIdx.x % 8;
-  const unsigned line = threadIdx.x / 8, lines = blockDim.x / 8;
-  const bool mine = channel < channels;
+  const Line thread(m);
+  const u64 channel = thread.channel;
+  const unsigned line = thread.line, lines = thread.lines;
+  const bool mine = channel < divide(m.period, m.inner);
   const Entries entries(m, channel, parts);
   double along = 0, sum = 0;
   if (mine)
@@ -699,8 +756,8 @@ __device__ __forceinline__ void columns_grad_merge(const A *partial, const P *we
       along += (double)p[0];
       sum += (double)p[m.width];
     }
-  along = line_sum(along, buffer);
-  sum = line_sum(sum, buffer);
+  along = thread.sum(along, buffer);
+  sum = thread.sum(sum, buffer);
   if (mine && line == 0) {
     const Normal<A> normal(mean, rest, third, of_var, eps, channel);
     write_grads(normal, along, sum, weight, dweight, dbias, back_mean, back_along, channel, count, center);
@@ -717,26 +774,27 @@ __device__ __forceinline__ void columns_grad_input(const T *x, const T *dy, cons
   const Stripe<T> stripe(m, across, blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.y);
   if (!stripe.mine) return;
   const bool vectors = aligned(x), dy_vectors = aligned(dy), to_vectors = aligned(dx), own = back_mean != 0;
-  // dx = dy · scale + (x − high) · slope + shift would lose the mean's second number: its distance is taken first.
-  A high[SIZE], low[SIZE], scale[SIZE], mean_g[SIZE], slope[SIZE];
+  A high[SIZE], scale[SIZE], slope[SIZE], shift[SIZE];
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
     const u64 channel = m.channel(stripe.slot * SIZE + i);
     const Normal<A> normal(mean, rest, third, of_var, eps, channel);
+    const Back<A> back(normal, own ? back_mean[channel] : A(0), own ? back_along[channel] : A(0));
     high[i] = normal.mean;
-    low[i] = normal.rest;
     scale[i] = normal.inv_std * (weight ? (A)load(weight + channel) : A(1));
-    mean_g[i] = own ? back_mean[channel] * normal.inv_std : A(0);
-    slope[i] = own ? back_along[channel] * normal.inv_std : A(0);
+    slope[i] = back.slope;
+    shift[i] = back.shift;
   }
-  for (u64 row = stripe.first + stripe.line; row < stripe.last; row += U * stripe.lines) {
+  const u64 step = stripe.lines * m.width;
+  u64 row = stripe.first + stripe.line, at = stripe.at(m, row);
+  for (; row < stripe.last; row += U * stripe.lines, at += U * step) {
     Raw a[U], b[U];
     Place<T> place[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      place[u] = stripe.place(m, row + u * stripe.lines);
-      a[u] = own ? load_slot(x, vectors, place[u]) : zero_raw();
-      b[u] = load_slot(dy, dy_vectors, place[u]);
+      place[u] = stripe.place(row + u * stripe.lines, at + u * step);
+      a[u] = own ? load_slot(x, vectors, place[u], m.elements) : zero_raw();
+      b[u] = load_slot(dy, dy_vectors, place[u], m.elements);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -745,21 +803,32 @@ __device__ __forceinline__ void columns_grad_input(const T *x, const T *dy, cons
       unpack(b[u], g, (const T *)0);
 #pragma unroll
       for (int i = 0; i < SIZE; ++i)
-        g[i] = own ? fma_(g[i], scale[i], -mean_g[i]) - ((v[i] - high[i]) - low[i]) * slope[i] : g[i] * scale[i];
+        g[i] = own ? fma_(g[i], scale[i], -fma_(v[i] - high[i], slope[i], shift[i])) : g[i] * scale[i];
       store_slot(dx, to_vectors, place[u], g);
     }
   }
 }
 
-// running ← running + momentum · (batch − running), the batch variance times n / (n − 1).
+// running ← (1 − momentum) · running + momentum · batch, the batch variance times n / (n − 1). Of several samples, each with
+// statistics of its own, the mean counts. `tracked`, if given, is one more afterwards, and a momentum below zero stands for
+// one over that: there must then be one block.
 template <class R, class A>
 __device__ __forceinline__ void update_running(const A *mean, const A *rest, const A *var, R *running_mean, R *running_var,
-                                               u64 channels, double momentum, double unbiased) {
-  const u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= channels) return;
-  const double keep = 1. - momentum;
-  running_mean[i] = (R)(keep * (double)running_mean[i] + momentum * ((double)mean[i] + (double)rest[i]));
-  running_var[i] = (R)(keep * (double)running_var[i] + momentum * ((double)var[i] * unbiased));
+                                               i64 *tracked, u64 channels, u64 samples, double momentum,
+                                               double unbiased) {
+  const i64 batches = tracked ? *tracked + 1 : 0;
+  __syncthreads();
+  if (tracked && blockIdx.x == 0 && threadIdx.x == 0) *tracked = batches;
+  const double m = momentum < 0. ? 1. / (double)batches : momentum, keep = 1. - m;
+  for (u64 c = (u64)blockIdx.x * blockDim.x + threadIdx.x; c < channels; c += (u64)gridDim.x * blockDim.x) {
+    double sum = 0, sum_var = 0;
+    for (u64 i = c; i < samples * channels; i += channels) {
+      sum += (double)mean[i] + (double)rest[i];
+      sum_var += (double)var[i];
+    }
+    running_mean[c] = (R)(keep * (double)running_mean[c] + m * (sum / (double)samples));
+    running_var[c] = (R)(keep * (double)running_var[c] + m * (sum_var / (double)samples * unbiased));
+  }
 }
 
 #define STATISTICS(A) A *mean, A *rest, A *inv_std, A *var
@@ -789,9 +858,9 @@ __device__ __forceinline__ void update_running(const A *mean, const A *rest, con
   KERNEL(512, 1, columns_merge_##a, const A *partial, STATISTICS(A), COLUMNS, int parts, double eps) {                 \
     columns_merge<A>(partial, Statistics<A>{mean, rest, inv_std, var}, MATRIX, parts, eps);                            \
   }                                                                                                                    \
-  KERNEL(256, 1, update_running_##a, const A *mean, const A *rest, const A *var, A *running_mean, A *running_var,      \
-         i64 channels, double momentum, double unbiased) {                                                             \
-    update_running(mean, rest, var, running_mean, running_var, channels, momentum, unbiased);                          \
+  KERNEL(1024, 1, update_running_##a, const A *mean, const A *rest, const A *var, A *running_mean, A *running_var,      \
+         i64 *tracked, i64 channels, i64 samples, double momentum, double unbiased) {                                  \
+    update_running(mean, rest, var, running_mean, running_var, tracked, channels, samples, momentum, unbiased);        \
   }
 #define FIT(T, P, t, threads, blocks)                                                                                  \
   KERNEL(threads, blocks, planes_fit_##t##_##threads, const T *x, const P *weight, const P *bias, T *y,                \

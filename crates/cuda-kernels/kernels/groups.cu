@@ -65,29 +65,33 @@ __device__ __forceinline__ void groups_grad_fit(const T *x, const T *dy, const P
   const Normal<A> normal(mean, rest, inv_std, 0, 0., group);
   const unsigned lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   const unsigned items = (unsigned)per_group * runs;
-  for (unsigned item = warp; item < items; item += warps) {
+  const u64 limit = gridDim.x * per_group * inner;
+  const Planes<T> plane(1, 1, inner, 0);
+  const unsigned slots = (unsigned)plane.slots, per = (slots + runs - 1) / runs;
+  // Short runs take 8 lanes, long ones all.
+  const unsigned width = per <= 16 ? 8 : 32, together = 32 / width;
+  for (unsigned base = warp * together; base < items; base += warps * together) {
+    const unsigned item = base + lane / width;
     const unsigned c = item / runs, run = item - c * runs;
-    const Planes<T> plane(1, 1, inner, 0);
     const u64 start = (group * per_group + c) * inner;
-    const unsigned slots = (unsigned)plane.slots, per = (slots + runs - 1) / runs;
-    const unsigned to = (run + 1) * per < slots ? (run + 1) * per : slots;
+    const unsigned to = item >= items ? 0 : (run + 1) * per < slots ? (run + 1) * per : slots;
     A along = 0, sum = 0;
-    for (unsigned s = run * per + lane; s < to; s += 32 * U) {
+    for (unsigned s = run * per + lane % width; s < to; s += width * U) {
       Raw a[U], b[U];
       Place<T> place[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        place[u] = place_in<T>(start, inner, s + 32 * u);
-        if (s + 32 * u >= to) place[u].high = place[u].low = 0;
-        a[u] = load_slot(x, vectors, place[u]);
-        b[u] = load_slot(dy, dy_vectors, place[u]);
+        place[u] = place_in<T>(start, inner, s + width * u);
+        if (s + width * u >= to) place[u].high = place[u].low = 0;
+        a[u] = load_slot(x, vectors, place[u], limit);
+        b[u] = load_slot(dy, dy_vectors, place[u], limit);
       }
 #pragma unroll
-      for (int u = 0; u < U; ++u) add_products<T>(a[u], b[u], place[u], normal.mean, along, sum);
+      for (int u = 0; u < U; ++u) add_products<T>(a[u], b[u], normal.mean, along, sum);
     }
-    along = warp_sum(along);
-    sum = warp_sum(sum);
-    if (lane == 0) {
+    along = width == 8 ? lane_sum<8>(along) : warp_sum(along);
+    sum = width == 8 ? lane_sum<8>(sum) : warp_sum(sum);
+    if (lane % width == 0 && item < items) {
       sums[2 * item] = along;
       sums[2 * item + 1] = sum;
     }
@@ -120,7 +124,8 @@ __device__ __forceinline__ void groups_grad_fit(const T *x, const T *dy, const P
   }
   __syncthreads();
   const A count = (A)(per_group * inner), mean_g = totals[1] / count;
-  const A along_g = about_mean(totals[0], normal.rest, totals[1]) * normal.inv_std / count * normal.inv_std;
+  const Back<A> back(normal, mean_g,
+                     about_mean(totals[0], normal.rest, totals[1]) * normal.inv_std / count * normal.inv_std);
   const u64 start = group * per_group * inner;
   const Planes<T> all(1, 1, per_group * inner, 0);
   const Pairs<T, P> pairs(weight, (const P *)0, group, per_group * inner, inner, num_groups);
@@ -130,8 +135,8 @@ __device__ __forceinline__ void groups_grad_fit(const T *x, const T *dy, const P
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       place[u] = place_in<T>(start, per_group * inner, s + u * blockDim.x);
-      a[u] = load_slot(x, vectors, place[u]);
-      b[u] = load_slot(dy, dy_vectors, place[u]);
+      a[u] = load_slot(x, vectors, place[u], limit);
+      b[u] = load_slot(dy, dy_vectors, place[u], limit);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -139,7 +144,7 @@ __device__ __forceinline__ void groups_grad_fit(const T *x, const T *dy, const P
       unpack(a[u], v, (const T *)0);
       unpack(b[u], g, (const T *)0);
       pairs.each(place[u], start, [&](int i, A w, A) {
-        g[i] = (fma_(g[i], w, -mean_g) - normal.distance(v[i]) * along_g) * normal.inv_std;
+        g[i] = back.of(v[i], g[i], w);
       });
       store_slot(dx, to_vectors, place[u], g);
     }

@@ -26,9 +26,26 @@ __device__ __forceinline__ void put(Raw &r, int i, const bf16 *p) { r.w[i / 2] |
 __device__ __forceinline__ void put(Raw &r, int i, const float *p) { r.w[i] = __float_as_uint(*p); }
 __device__ __forceinline__ void put(Raw &r, int i, const double *p) { double_to_words(*p, &r.w[2 * i], &r.w[2 * i + 1]); }
 
-// What is not the plane's is zero. `vectors`: the tensor's start is a multiple of 16 bytes.
-template <class T> __device__ __forceinline__ Raw load_slot(const T *p, bool vectors, Place<T> place) {
-  if (vectors && place.whole()) return load_raw(p + place.at);
+// Makes zero of what is not the plane's.
+template <class T> __device__ __forceinline__ void keep(Raw &r, Place<T> place) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (sizeof(T) == 2) {
+      r.w[j] &= (place.has(2 * j) ? 0xffffu : 0u) | (place.has(2 * j + 1) ? 0xffff0000u : 0u);
+    } else {
+      r.w[j] = place.has(sizeof(T) == 4 ? j : j / 2) ? r.w[j] : 0u;
+    }
+  }
+}
+
+// What is not the plane's is zero. `vectors`: the tensor's start is a multiple of 16 bytes. All 16 bytes are read where the
+// tensor, which has `limit` elements, has them.
+template <class T> __device__ __forceinline__ Raw load_slot(const T *p, bool vectors, Place<T> place, u64 limit) {
+  if (vectors && place.high > place.low && place.at + Place<T>::SIZE <= limit) {
+    Raw r = load_raw(p + place.at);
+    if (!place.whole()) keep(r, place);
+    return r;
+  }
   Raw r = zero_raw();
 #pragma unroll
   for (int i = 0; i < Place<T>::SIZE; ++i)
@@ -77,6 +94,8 @@ template <class T> struct Walk {
   static constexpr int SIZE = 16 / sizeof(T);
   u64 start, plane_step, stride, inner;
   unsigned slot, slots, slot_step;
+  // Of the current plane: where it begins in its first slot, how many slots end before its end, what is left then.
+  unsigned head, full, tail;
   __device__ __forceinline__ Walk(const Planes<T> &p, u64 first, unsigned step) {
     const u64 sample = divide(first, p.slots);
     slots = (unsigned)p.slots;
@@ -87,17 +106,31 @@ template <class T> struct Walk {
     const unsigned samples = step / slots;
     slot_step = step - samples * slots;
     plane_step = samples * p.stride;
+    enter();
+  }
+  __device__ __forceinline__ void enter() {
+    head = (unsigned)start & (SIZE - 1);
+    const u64 end = head + inner;
+    full = (unsigned)(end / SIZE);
+    tail = (unsigned)end & (SIZE - 1);
   }
   __device__ __forceinline__ Place<T> place() const {
-    return place_in<T>(start, inner, slot);
+    Place<T> r;
+    r.at = start - head + (u64)slot * SIZE;
+    r.low = slot == 0 ? (int)head : 0;
+    r.high = slot < full ? SIZE : slot == full ? (int)tail : 0;
+    return r;
   }
   __device__ __forceinline__ void advance() {
     slot += slot_step;
     start += plane_step;
+    bool other = plane_step != 0;
     if (slot >= slots) {
       slot -= slots;
       start += stride;
+      other = true;
     }
+    if (other) enter();
   }
 };
 
@@ -142,12 +175,20 @@ __device__ __forceinline__ void add_squares(const Raw &x, Place<T> place, Acc<T>
   constexpr int SIZE = Lanes<T>::count;
   A v[SIZE], one = 0, two = 0;
   unpack(x, v, (const T *)0);
-  const bool whole = place.whole();
+  if (place.whole()) {
 #pragma unroll
-  for (int i = 0; i < SIZE; ++i) {
-    const A d = whole || place.has(i) ? v[i] - about : A(0);
-    one += d;
-    two = fma_(d, d, two);
+    for (int i = 0; i < SIZE; ++i) {
+      const A d = v[i] - about;
+      one += d;
+      two = fma_(d, d, two);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      const A d = place.has(i) ? v[i] - about : A(0);
+      one += d;
+      two = fma_(d, d, two);
+    }
   }
   first += one;
   second += two;
@@ -170,9 +211,8 @@ __device__ __forceinline__ void merge_shared(A &mean, A &rest, A &m2, A count, A
   rest = low;
 }
 
-// The moments of a few slots of one thread, about their own mean; about zero where `center` is not set.
-template <class T, int U>
-__device__ __forceinline__ void add_slots(Moments<Acc<T>> &all, const Raw *x, const Place<T> *place, bool center) {
+// The mean of a few slots of one thread; zero of none.
+template <class T, int U> __device__ __forceinline__ Acc<T> mean_of(const Raw *x, const Place<T> *place) {
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
   A sum = 0;
@@ -186,12 +226,7 @@ __device__ __forceinline__ void add_slots(Moments<Acc<T>> &all, const Raw *x, co
     for (int i = 0; i < SIZE; ++i) part += v[i];  // zero where there is nothing
     sum += part;
   }
-  if (count == 0) return;
-  const A about = center ? sum / (A)count : A(0);
-  A first = 0, second = 0;
-#pragma unroll
-  for (int u = 0; u < U; ++u) add_squares<T>(x[u], place[u], about, first, second);
-  all.merge(center ? Moments<A>((A)count, about, first, second) : about_zero((A)count, second));
+  return count ? sum / (A)count : A(0);
 }
 
 // The sum over the threads of a team: the warp where blockDim.x is 32, else the block, which then has one row of threads.
@@ -302,6 +337,25 @@ template <class A> struct Normal {
   }
   __device__ __forceinline__ Normal(A m, A r, A s) : mean(m), rest(r), inv_std(s) {}
   __device__ __forceinline__ A distance(A v) const { return (v - mean) - rest; }
+  // The second number of the mean is small: it goes into the bias.
+  __device__ __forceinline__ A of(A v, A weight, A bias) const {
+    const A scale = inv_std * weight;
+    return fma_(v - mean, scale, fma_(-rest, scale, bias));
+  }
+};
+
+// dx = 1/σ · (dy · w − mean(dy · w) − x̂ · mean(dy · w · x̂)), `along` being the last mean times 1/σ.
+template <class A> struct Back {
+  A mean, inv_std, slope, shift;
+  __device__ __forceinline__ Back(const Normal<A> &n, A mean_g, A along) {
+    mean = n.mean;
+    inv_std = n.inv_std;
+    slope = along * inv_std;
+    shift = fma_(-n.rest, slope, mean_g * inv_std);
+  }
+  __device__ __forceinline__ A of(A v, A dy, A weight) const {
+    return fma_(dy, inv_std * weight, -fma_(v - mean, slope, shift));
+  }
 };
 
 template <class A> __device__ __forceinline__ void write_statistics(Statistics<A> out, u64 i, const Moments<double> &m, double eps) {
@@ -311,16 +365,15 @@ template <class A> __device__ __forceinline__ void write_statistics(Statistics<A
 
 // Adds dy · (x − high) and dy over a slot.
 template <class T>
-__device__ __forceinline__ void add_products(const Raw &x, const Raw &dy, Place<T> place, Acc<T> high, Acc<T> &along, Acc<T> &sum) {
+__device__ __forceinline__ void add_products(const Raw &x, const Raw &dy, Acc<T> high, Acc<T> &along, Acc<T> &sum) {
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
   A v[SIZE], g[SIZE], one = 0, two = 0;
   unpack(x, v, (const T *)0);
   unpack(dy, g, (const T *)0);
-  const bool whole = place.whole();
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) {
-    one = whole || place.has(i) ? fma_(g[i], v[i] - high, one) : one;
+    one = fma_(g[i], v[i] - high, one);  // dy is zero where there is nothing
     two += g[i];
   }
   along += one;

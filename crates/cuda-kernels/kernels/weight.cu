@@ -33,7 +33,7 @@ template <class A> __device__ __forceinline__ A team_max(A v, A *part) {
 
 // f(values, place) for each slot of the row that the thread has, U of them in flight.
 template <class T, int U, class F>
-__device__ __forceinline__ void for_slots(const T *v, u64 start, u64 len, F f) {
+__device__ __forceinline__ void for_slots(const T *v, u64 start, u64 len, u64 limit, F f) {
   const bool vectors = aligned(v);
   const u64 slots = (len + 2 * Lanes<T>::count - 2) / Lanes<T>::count;
   for (u64 s = threadIdx.x; s < slots; s += U * blockDim.x) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void for_slots(const T *v, u64 start, u64 len, F f) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       place[u] = place_in<T>(start, len, s + u * blockDim.x);
-      raw[u] = load_slot(v, vectors, place[u]);
+      raw[u] = load_slot(v, vectors, place[u], limit);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -53,9 +53,9 @@ __device__ __forceinline__ void for_slots(const T *v, u64 start, u64 len, F f) {
   }
 }
 
-template <class T> __device__ __forceinline__ Acc<T> squares(const T *v, u64 start, u64 len, Acc<T> scale) {
+template <class T> __device__ __forceinline__ Acc<T> squares(const T *v, u64 start, u64 len, u64 limit, Acc<T> scale) {
   Acc<T> sum = 0;
-  for_slots<T, 4>(v, start, len, [&](const Acc<T> *x, Place<T>) {
+  for_slots<T, 4>(v, start, len, limit, [&](const Acc<T> *x, Place<T>) {
     Acc<T> part = 0;
 #pragma unroll
     for (int i = 0; i < Lanes<T>::count; ++i) part = fma_(x[i] * scale, x[i] * scale, part);
@@ -72,13 +72,13 @@ __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *no
   SHARED(A, buffer, 96);
   const u64 row = (u64)blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
-  const u64 start = row * len;
+  const u64 start = row * len, limit = rows * len;
   const bool to_vectors = aligned(w);
-  A scale = 1, sum = team_sum(squares(v, start, len, A(1)), buffer), norm = sqrt_(sum);
+  A scale = 1, sum = team_sum(squares(v, start, len, limit, A(1)), buffer), norm = sqrt_(sum);
   // Within these bounds no square that counts was lost.
   if (!(sum >= A(1e-24) && sum < A(1e30))) {
     A largest = 0;
-    for_slots<T, 4>(v, start, len, [&](const A *x, Place<T>) {
+    for_slots<T, 4>(v, start, len, limit, [&](const A *x, Place<T>) {
 #pragma unroll
       for (int i = 0; i < Lanes<T>::count; ++i) largest = larger(largest, x[i] < A(0) ? -x[i] : x[i]);
     });
@@ -87,7 +87,7 @@ __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *no
     // Neither zero, nor infinite, nor NaN.
     if (largest - largest == A(0) && largest != A(0)) {
       scale = to_one(largest);
-      norm = sqrt_(team_sum(squares(v, start, len, scale), buffer + 64));
+      norm = sqrt_(team_sum(squares(v, start, len, limit, scale), buffer + 64));
     }
   }
   // A row of zeros has no direction.
@@ -96,7 +96,7 @@ __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *no
     norm_out[row] = norm;
     scale_out[row] = scale;
   }
-  for_slots<T, 4>(v, start, len, [&](A *x, Place<T> place) {
+  for_slots<T, 4>(v, start, len, limit, [&](A *x, Place<T> place) {
 #pragma unroll
     for (int i = 0; i < Lanes<T>::count; ++i) x[i] = (x[i] * scale) * factor;
     store_slot(w, to_vectors, place, x);
@@ -111,13 +111,13 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
   SHARED(A, buffer, 32);
   const u64 row = (u64)blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
-  const u64 start = row * len;
+  const u64 start = row * len, limit = rows * len;
   const bool dw_vectors = aligned(dw), to_vectors = aligned(dv);
   const A norm = norms[row], scale = scales[row], unit = norm == A(0) ? A(0) : A(1) / norm;
   A along = 0;
-  for_slots<T, 4>(v, start, len, [&](const A *x, Place<T> place) {
+  for_slots<T, 4>(v, start, len, limit, [&](const A *x, Place<T> place) {
     A d[Lanes<T>::count], part = 0;
-    unpack(load_slot(dw, dw_vectors, place), d, (const T *)0);
+    unpack(load_slot(dw, dw_vectors, place, limit), d, (const T *)0);
 #pragma unroll
     for (int i = 0; i < Lanes<T>::count; ++i) part = place.has(i) ? fma_(d[i], (x[i] * scale) * unit, part) : part;
     along += part;
@@ -125,9 +125,9 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
   along = team_sum(along, buffer);
   if (threadIdx.x == 0 && dg) store(dg + row, along);
   const A factor = (A)load(g + row) * unit;
-  for_slots<T, 4>(v, start, len, [&](const A *x, Place<T> place) {
+  for_slots<T, 4>(v, start, len, limit, [&](const A *x, Place<T> place) {
     A d[Lanes<T>::count];
-    unpack(load_slot(dw, dw_vectors, place), d, (const T *)0);
+    unpack(load_slot(dw, dw_vectors, place, limit), d, (const T *)0);
 #pragma unroll
     for (int i = 0; i < Lanes<T>::count; ++i) d[i] = ((d[i] - ((x[i] * scale) * unit) * along) * factor) * scale;
     store_slot(dv, to_vectors, place, d);

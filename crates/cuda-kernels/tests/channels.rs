@@ -1204,36 +1204,44 @@ fn extreme_and_constant_values() {
     }
 }
 
+/// Running statistics after a batch of `samples` samples with statistics of their own.
+fn running(acc: Element, samples: usize, momentum: f64, tracked: Option<i64>) -> [Vec<f64>; 3] {
+    let all = |v: [f64; 4]| Buffer::of(acc, &v[..2 * samples]);
+    let mean = all([1., -2., 3., 0.]);
+    let rest = all([1e-9, 0., 0., 0.]);
+    let var = all([4., 0.5, 2., 1.5]);
+    let mut running_mean = Buffer::of(acc, &[0.5, 3.]);
+    let mut running_var = Buffer::of(acc, &[1., 2.]);
+    // As long as an f64.
+    let mut counter = Buffer::of(F64, &[0.]);
+    counter.words[0] = tracked.unwrap_or(0) as u128;
+    let a = Args::new();
+    let a = a.read(&mean.words).read(&rest.words).read(&var.words);
+    let a = a
+        .write(&mut running_mean.words)
+        .write(&mut running_var.words);
+    let a = a.maybe_write(tracked.map(|_| &mut counter.words[..]));
+    let l = update_running(2, tracked.is_some(), acc);
+    let a = a.i64(2).i64(samples as i64).f64(momentum).f64(10. / 9.);
+    run(&l, a, Order::Ascending);
+    let counted = counter.words[0] as f64;
+    [running_mean.values(), running_var.values(), vec![counted]]
+}
+
 #[test]
 fn running_statistics() {
     for acc in [F32, F64] {
-        let (mean, rest, var) = ([1., -2.], [1e-9, 0.], [4., 0.5]);
-        let mut running_mean = Buffer::of(acc, &[0.5, 3.]);
-        let mut running_var = Buffer::of(acc, &[1., 2.]);
-        let [mean, rest, var] = [mean, rest, var].map(|v| Buffer::of(acc, &v));
-        let a = Args::new()
-            .read(&mean.words)
-            .read(&rest.words)
-            .read(&var.words);
-        let a = a
-            .write(&mut running_mean.words)
-            .write(&mut running_var.words);
-        let l = update_running(2, acc);
-        run(&l, a.i64(2).f64(0.1).f64(10. / 9.), Order::Ascending);
-        close(
-            "mean",
-            acc,
-            &running_mean.values(),
-            &[0.55 + 1e-10, 2.7 - 0.2],
-            1.,
-        );
-        close(
-            "var",
-            acc,
-            &running_var.values(),
-            &[0.9 + 0.4 / 0.9, 1.8 + 0.05 / 0.9],
-            1.,
-        );
+        let [mean, var, _] = running(acc, 1, 0.1, None);
+        close("mean", acc, &mean, &[0.55 + 1e-10, 2.7 - 0.2], 1.);
+        close("var", acc, &var, &[0.9 + 0.4 / 0.9, 1.8 + 0.05 / 0.9], 1.);
+        // The mean over the samples, as instance norm has it.
+        let [mean, var, _] = running(acc, 2, 0.5, None);
+        close("mean", acc, &mean, &[1.25 + 2.5e-10, 1.], 1.);
+        close("var", acc, &var, &[0.5 + 1.5 / 0.9, 1. + 0.5 / 0.9], 1.);
+        // Cumulative: the fourth batch has a quarter.
+        let [mean, _, counted] = running(acc, 1, -1., Some(3));
+        close("mean", acc, &mean, &[0.625 + 2.5e-10, 1.75], 1.);
+        assert_eq!(counted, [4.]);
     }
 }
 
@@ -1438,6 +1446,53 @@ fn every_element_changes_places() {
             let (o, c, r) = (k / (rows * columns), k / rows % columns, k % rows);
             assert_eq!(*y, x[(o * rows + r) * columns + c]);
         }
+    }
+}
+
+/// `b` moved on by one element, so that it begins at no multiple of 16 bytes.
+fn moved(b: &Buffer) -> (Buffer, usize) {
+    let mut values = vec![0.];
+    values.extend(b.values());
+    (Buffer::of(b.kind, &values), b.kind.size())
+}
+
+#[test]
+fn an_input_that_begins_anywhere_gives_the_same_bits() {
+    for types in [Types::ALL[0], Types::ALL[1]] {
+        let shape = shape(2, 3, 50);
+        let v = Values::new(shape, types, 0.5);
+        let p = v.problem(shape);
+        let i = Inputs::new(types, &p);
+        let planes_of = Planes {
+            types,
+            outer: 2,
+            channels: 3,
+            inner: 50,
+        };
+        let aligned = planes(&i, planes_of, (50, 3), 1, true, Order::Ascending);
+        let (x, by) = moved(&i.x);
+        let mut d = i.done(3, 3);
+        let bytes: Vec<u8> = x.words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let mut room = vec![0u128; bytes.len() / 16 + 1];
+        // SAFETY: `room` has as many bytes, and every pattern is one of u8.
+        let room =
+            unsafe { std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u8>(), bytes.len()) };
+        room.copy_from_slice(&bytes);
+        let [mean, rest, inv_std, var] = &mut d.stats;
+        let a = candle_norm_cuda_emulator::Args::new()
+            .read(&room[by..])
+            .read(&i.weight.as_ref().unwrap().words)
+            .read(&i.bias.as_ref().unwrap().words)
+            .write(&mut d.y.words)
+            .write(&mut mean.words)
+            .write(&mut rest.words)
+            .write(&mut inv_std.words)
+            .write(&mut var.words);
+        let a = a.i64(2).i64(3).i64(50).i64(50).i64(3).f64(i.eps).i32(1);
+        let l = planes_of.fit().unwrap();
+        // SAFETY: the arguments are those of `planes_fit`.
+        unsafe { launch(&l.kernel, l.grid, l.block, l.shared, a, Order::Ascending) }.unwrap();
+        assert!(d.y == aligned.y && d.stats == aligned.stats);
     }
 }
 

@@ -71,9 +71,16 @@ impl Planes {
         self.outer * of_plane
     }
 
-    /// Whether planes are long enough to be read along. [`Columns`] take shorter ones.
+    /// Whether planes are to be read along. [`Columns`] take those that are short, or end within
+    /// 16 bytes so often that it shows.
     pub fn are_long(self) -> bool {
-        self.inner >= 2 * self.types.x().lanes() as u64
+        let lanes = self.types.x().lanes() as u64;
+        self.inner
+            >= if self.inner % lanes == 0 {
+                2 * lanes
+            } else {
+                64 * lanes
+            }
     }
 
     /// Into how many parts a channel is cut, one for a block. More than one also where a channel
@@ -240,7 +247,7 @@ impl Columns {
         let lines = THREADS / across;
         // At least 16 rows for each thread.
         let most = rows.div_ceil(16 * lines).max(1);
-        let parts = (BLOCKS / 2).div_ceil(blocks).min(most).min(MOST_PARTS);
+        let parts = (BLOCKS / 4).div_ceil(blocks).min(most).min(MOST_PARTS);
         Self {
             elements,
             width,
@@ -316,11 +323,17 @@ impl Columns {
         }
     }
 
+    /// Few channels take many threads each, many share a block.
     fn by_channel(self, kernel: String) -> Launch {
+        let together = match self.channels() {
+            ..512 => 1,
+            512..2048 => 4,
+            _ => 8,
+        };
         Launch {
             kernel,
-            grid: [self.channels().div_ceil(8) as u32, 1, 1],
-            block: [512, 1, 1],
+            grid: [self.channels().div_ceil(together) as u32, 1, 1],
+            block: [512 / together as u32, together as u32, 1],
             shared: 0,
         }
     }
@@ -328,13 +341,21 @@ impl Columns {
 
 /// `update_running`: running statistics move towards those of a batch.
 ///
-/// Arguments: `mean, rest, var, running_mean, running_var, channels, momentum: f64, unbiased:
-/// f64`, the last being n / (n − 1). `acc` is the dtype of all five.
-pub fn update_running(channels: u64, acc: Element) -> Launch {
+/// Arguments: `mean, rest, var` (each `[samples, channels]`), `running_mean, running_var, tracked?,
+/// channels, samples, momentum: f64, unbiased: f64`, the last being n / (n − 1). `samples` is 1 for
+/// batch norm; instance norm takes the mean over the samples. `tracked` is an `i64`, one more
+/// afterwards, and needs `counted`; a negative momentum then stands for one over it. `acc` is the
+/// type of all statistics.
+pub fn update_running(channels: u64, counted: bool, acc: Element) -> Launch {
+    // The counter is read by all threads before one writes it: they must be in one block.
+    let (threads, blocks) = match counted {
+        true => (1024, 1),
+        false => (THREADS, channels.div_ceil(THREADS)),
+    };
     Launch {
         kernel: format!("update_running_{}", acc.name()),
-        grid: [channels.div_ceil(THREADS) as u32, 1, 1],
-        block: [THREADS as u32, 1, 1],
+        grid: [blocks as u32, 1, 1],
+        block: [threads as u32, 1, 1],
         shared: 0,
     }
 }
