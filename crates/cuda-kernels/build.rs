@@ -1,13 +1,19 @@
-//! With the feature `ptx`: compiles the kernels to PTX of compute capability 8.0, which every card from
-//! Ampere on takes. Without it: nothing.
+//! With the feature `ptx`: compiles the kernels to PTX of compute capability 8.0, which every card
+//! from Ampere on takes. Without it: nothing.
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
 /// The modules of a source that asks `HAS`: see common.cuh.
-const MODULES: [&str; 6] =
-    ["f32_f32", "f16_f16", "bf16_bf16", "f16_f32", "bf16_f32", "f64_f64"];
+const MODULES: [&str; 6] = [
+    "f32_f32",
+    "f16_f16",
+    "bf16_bf16",
+    "f16_f32",
+    "bf16_f32",
+    "f64_f64",
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -28,7 +34,10 @@ fn main() {
     let mut units = Vec::new();
     for source in &sources {
         let stem = source.file_stem().unwrap().to_str().unwrap();
-        if fs::read_to_string(source).expect("a source is readable").contains("HAS(") {
+        if fs::read_to_string(source)
+            .expect("a source is readable")
+            .contains("HAS(")
+        {
             units.extend(MODULES.map(|types| (source.clone(), format!("{stem}_{types}"), types)));
         } else {
             units.push((source.clone(), stem.to_string(), ""));
@@ -40,7 +49,9 @@ fn main() {
             scope.spawn(|| {
                 loop {
                     let next = left.lock().unwrap().next();
-                    let Some((source, module, types)) = next else { break };
+                    let Some((source, module, types)) = next else {
+                        break;
+                    };
                     compile(source, &out.join(format!("{module}.ptx")), types);
                 }
             });
@@ -61,8 +72,14 @@ fn compile(source: &Path, target: &Path, types: &str) {
         env::var_os("CUDA_HOME").map_or("nvcc".into(), |home| PathBuf::from(home).join("bin/nvcc"))
     });
     let mut command = Command::new(&nvcc);
-    // `-fmad=false`: what is fused is written as such, so that the bits are those of IEEE arithmetic.
-    command.args(["-ptx", "-arch=compute_80", "-std=c++17", "-fmad=false", "-O3"]);
+    // `-fmad=false`: what is fused is written as such, so that bits are those of IEEE 754.
+    command.args([
+        "-ptx",
+        "-arch=compute_80",
+        "-std=c++17",
+        "-fmad=false",
+        "-O3",
+    ]);
     command.args(["-diag-suppress", "128"]);
     if !types.is_empty() {
         command.arg(format!("-DONLY={types}"));
@@ -72,8 +89,8 @@ fn compile(source: &Path, target: &Path, types: &str) {
         Ok(status) if status.success() => {}
         Ok(status) => panic!("{command:?} ended with {status}"),
         Err(error) => panic!(
-            "the feature `ptx` needs nvcc: {} cannot be run ({error}). Set CUDA_HOME to a CUDA toolkit \
-             from 12.0 on, or NVCC to its compiler.",
+            "the feature `ptx` needs nvcc: {} cannot be run ({error}). Set CUDA_HOME to a CUDA \
+             toolkit from 12.0 on, or NVCC to its compiler.",
             nvcc.display()
         ),
     }

@@ -1,7 +1,7 @@
 //! Runs the CUDA kernels of `candle-norm-cuda-kernels` on the CPU, for tests.
 //!
-//! The same `.cu` sources are compiled as C++. The threads of a block are fibers that a barrier or a
-//! shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of threads
+//! The same `.cu` sources are compiled as C++. The threads of a block are fibers that a barrier or
+//! a shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of threads
 //! and blocks: what lacks a barrier gives other bits under another order.
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
@@ -161,8 +161,10 @@ pub unsafe fn launch(
         return Err(Fault::NoKernel);
     };
     let mut words = args.words;
-    let mut params: Vec<*mut c_void> =
-        words.iter_mut().map(|word| (word as *mut u64).cast::<c_void>()).collect();
+    let mut params: Vec<*mut c_void> = words
+        .iter_mut()
+        .map(|word| (word as *mut u64).cast::<c_void>())
+        .collect();
     // SAFETY: `params` points at one word for each argument, and both outlive the call; the caller
     // answers for the arguments.
     let code = unsafe {
@@ -189,7 +191,13 @@ mod tests {
     use super::*;
     use half::{bf16, f16};
 
-    fn run(name: &str, blocks: u32, shared: u32, args: Args<'_>, order: Order) -> Result<(), Fault> {
+    fn run(
+        name: &str,
+        blocks: u32,
+        shared: u32,
+        args: Args<'_>,
+        order: Order,
+    ) -> Result<(), Fault> {
         // SAFETY: the tests pass what self_test.cu declares.
         unsafe { launch(name, [blocks, 1, 1], [256, 1, 1], shared, args, order) }
     }
@@ -204,7 +212,9 @@ mod tests {
 
     #[test]
     fn threads_exchange_through_shared_memory() {
-        let right: Vec<f32> = (0..768).map(|i| (i / 256 * 256 + 255 - i % 256) as f32).collect();
+        let right: Vec<f32> = (0..768)
+            .map(|i| (i / 256 * 256 + 255 - i % 256) as f32)
+            .collect();
         for order in Order::ALL {
             assert_eq!(reversed(1, order), right);
         }
@@ -224,7 +234,14 @@ mod tests {
         let x: Vec<f64> = (0..256).map(f64::from).collect();
         for order in Order::ALL {
             let mut y = vec![0.; 256];
-            run("self_test_sum", 1, 0, Args::new().read(&x).write(&mut y), order).unwrap();
+            run(
+                "self_test_sum",
+                1,
+                0,
+                Args::new().read(&x).write(&mut y),
+                order,
+            )
+            .unwrap();
             assert_eq!(y, vec![32640.; 256]);
         }
     }
@@ -236,17 +253,35 @@ mod tests {
         assert_eq!(run("no_such", 0), Err(Fault::NoKernel));
         assert_eq!(run("self_test_divergent_barrier", 0), Err(Fault::Barrier));
         assert_eq!(run("self_test_divergent_shuffle", 0), Err(Fault::Shuffle));
-        assert_eq!(run("self_test_divergent_barrier", 99 * 1024 + 1), Err(Fault::Geometry));
+        assert_eq!(
+            run("self_test_divergent_barrier", 99 * 1024 + 1),
+            Err(Fault::Geometry)
+        );
         // SAFETY: nothing runs.
-        let partial_warp =
-            unsafe { launch("self_test_sum", [1; 3], [33, 1, 1], 0, one(), Order::Ascending) };
+        let partial_warp = unsafe {
+            launch(
+                "self_test_sum",
+                [1; 3],
+                [33, 1, 1],
+                0,
+                one(),
+                Order::Ascending,
+            )
+        };
         assert_eq!(partial_warp, Err(Fault::Geometry));
     }
 
     #[test]
     fn dynamic_shared_memory_starts_as_nan() {
         let mut y = vec![0f32; 256];
-        run("self_test_dynamic", 1, 1024, Args::new().write(&mut y), Order::Ascending).unwrap();
+        run(
+            "self_test_dynamic",
+            1,
+            1024,
+            Args::new().write(&mut y),
+            Order::Ascending,
+        )
+        .unwrap();
         assert!(y[0].is_nan());
         assert_eq!(y[1..], vec![1.; 255]);
     }
@@ -256,7 +291,10 @@ mod tests {
         // Every pattern of f16 and of bf16, and its neighbors in f32: ties among them.
         let mut x = Vec::new();
         for bits in 0..=u16::MAX {
-            for value in [f16::from_bits(bits).to_f32(), bf16::from_bits(bits).to_f32()] {
+            for value in [
+                f16::from_bits(bits).to_f32(),
+                bf16::from_bits(bits).to_f32(),
+            ] {
                 for step in [0u32, 1, 0x7fff, 0x8000, 0x8001, 0x0fff, 0x1000, 0x1001] {
                     x.push(f32::from_bits(value.to_bits().wrapping_add(step)));
                 }
@@ -274,7 +312,12 @@ mod tests {
                 assert!(from_h[i].is_nan() && from_b[i].is_nan());
                 continue;
             }
-            assert_eq!((h[i], b[i]), (right_h.to_bits(), right_b.to_bits()), "{:e}", x[i]);
+            assert_eq!(
+                (h[i], b[i]),
+                (right_h.to_bits(), right_b.to_bits()),
+                "{:e}",
+                x[i]
+            );
             assert_eq!((from_h[i], from_b[i]), (right_h.to_f32(), right_b.to_f32()));
         }
     }

@@ -3,7 +3,7 @@
 set -e
 to=${1:?folder}
 here=$(realpath "$(dirname "$0")")
-mkdir -p "$to/kernels" "$to/built"
+mkdir -p "$to/kernels" "$to/emulator" "$to/built"
 cp "$here"/../kernels/*.cu "$here"/../kernels/*.cuh "$to/kernels/"
+cp "$here"/../../cuda-emulator/cuda_host.h "$here"/../../cuda-emulator/emulator.cpp "$to/emulator/"
 cp "$here"/*.py "$here/run.sh" "$to/"
-cargo run --quiet -p candle-norm-cuda-kernels --example emulated -- "$(realpath "$to")/emulated"

@@ -1,12 +1,13 @@
 """LayerNorm and RmsNorm on a device: bits against the emulator's, errors against torch in float64, and timings beside a
 copy, torch eager and torch.compile.
 
-    python3 rows.py MODULES EMULATED [OUT]
+    python3 rows.py MODULES [EMULATED] [OUT]
 
-MODULES has rows_TYPES.cubin or .ptx; EMULATED what `cargo run --example emulated -- EMULATED` wrote. Results go to
-OUT/rows.json; the tables are printed last.
+MODULES has rows_TYPES.cubin or .ptx, and libemulated.so, the emulator as run.sh builds it; EMULATED what
+`cargo run --example emulated -- EMULATED` wrote. Results go to OUT/rows.json; the tables are printed last.
 """
-import json, math, os, statistics, sys, time
+import ctypes, json, math, os, statistics, sys, time
+from concurrent.futures import ThreadPoolExecutor
 import cupy, numpy as np, torch
 import torch.nn.functional as F
 
@@ -39,31 +40,38 @@ class Geometry:
                     lanes = max(4, power(cdiv(vectors, per)))
                     return team, lanes, 256 // lanes
 
-        team = small([(1, "w1"), (2, "w2"), (4, "w4")])
-        if team:
-            self.forward = launch("forward", team[0], cdiv(rows, team[2]), 1, team[1], team[2])
-        else:
-            if not plain and vectors <= 4 * 512:
-                team, threads = "b4", up(cdiv(vectors, 4), 32)
-            elif not plain and vectors <= 8 * 1024 and even and not add:
-                team, threads = "b8", up(cdiv(vectors, 8), 32)
-            else:
-                team, threads = "long", 512
-            self.forward = launch("forward", team, rows, 1, threads, 1)
-        self.columns, busy = None, 132 * 512
+        blocks = lambda room: 132 * room if even else 132 * room // 8 * 8
+        self.forward = None
         team = small([(1, "w1"), (2, "w2")])
+        if team:
+            room = 2 if not even else {"w1": 4, "w2": 3}[team[0]]
+            self.forward = launch("forward", team[0], min(cdiv(rows, team[2]), 132 * room), 1, team[1], team[2])
+        elif not plain:
+            b2, b4 = ((512, 1024), (1024, 1024)) if even and not add else ((512, 512), (512, 512))
+            for per, name_, (most, room) in ((2, "b2", b2), (4, "b4", b4)):
+                if vectors <= per * most:
+                    threads = up(cdiv(vectors, per), 32)
+                    self.forward = launch("forward", name_, min(rows, blocks(room // threads)), 1, threads, 1)
+                    break
+        if not self.forward:
+            if not plain and vectors <= 8 * 1024 and even and not add:
+                self.forward = launch("forward", "b8", rows, 1, up(cdiv(vectors, 8), 32), 1)
+            else:
+                self.forward = launch("forward", "long", rows, 1, 512, 1)
+        self.columns = None
         block = None if plain else next((b for b in [(2, "b2"), (4, "b4")] if vectors <= b[0] * 512), None)
         if team:
-            self.parts = min(cdiv(rows, team[2]), busy // 256)
+            room = 3 if team[0] == "w1" and even and not add else 2
+            self.parts = min(cdiv(rows, team[2]), 132 * room)
             self.dx = launch("backward", team[0], self.parts, 1, team[1], team[2])
         elif block:
             threads = up(cdiv(vectors, block[0]), 32)
-            self.parts = min(rows, up(busy // threads, 8))
+            self.parts = min(rows, blocks(512 // threads))
             self.dx = launch("backward", block[1], self.parts, 1, threads, 1)
         else:
             tiles = cdiv(vectors, 256)
             self.dx = launch("backward", "long", rows, 1, 512, 1)
-            self.parts = min(rows, up(cdiv(2 * busy // 256, tiles), 8))
+            self.parts = min(rows, up(cdiv(4 * 132, tiles), 8))
             self.columns = [f"{name}_columns_{types}", [tiles, self.parts, 1], [256, 1, 1], 0]
         self.finish = [f"rows_finish_{types}", [cdiv(2 * cols, 32), 1, 1], [32, 16, 1], 0]
 
@@ -85,8 +93,24 @@ def pointer(t):
     return np.uint64(0 if t is None else t.data_ptr())
 
 
-def empty(n, dtype):
-    return torch.full((n,), float("nan"), dtype=dtype, device="cuda")
+def empty(n, dtype, device="cuda"):
+    return torch.full((n,), float("nan"), dtype=dtype, device=device)
+
+
+class Emulator:
+    """The same kernels on the CPU. Has the face of Kernels."""
+
+    def __init__(self, folder):
+        self.library = ctypes.CDLL(os.path.abspath(os.path.join(folder, "libemulated.so")))
+
+    def get(self, _, name):
+        def kernel(grid, block, args, shared_mem=0):
+            kept = [np.array(a) for a in args]
+            params = (ctypes.c_void_p * len(kept))(*[a.ctypes.data for a in kept])
+            three = ctypes.c_uint * 3
+            code = self.library.candle_norm_emulate(name.encode(), three(*grid), three(*block), ctypes.c_uint(shared_mem), params, ctypes.c_uint(0))
+            assert code == 0, (name, code)
+        return kernel
 
 
 class Case:
@@ -98,10 +122,11 @@ class Case:
         acc = torch.float64 if tx == "f64" else torch.float32
         self.args = (x, dy, w, b, residual, dsum)
         self.norm, self.types, self.rows, self.cols, self.offset = norm, types, rows, cols, offset
-        self.y, self.sum, self.dx = empty(rows * cols, TORCH[tx]), empty(rows * cols if add else 0, TORCH[tx]), empty(rows * cols, TORCH[tx])
-        self.stats = empty(rows * (3 if center else 1), acc)
-        self.dweight, self.dbias = empty(cols, TORCH[tp]), empty(cols, TORCH[tp])
-        self.partial = empty(plan.parts * 2 * cols, acc)
+        new = lambda n, t: empty(n, t, x.device)
+        self.y, self.sum, self.dx = new(rows * cols, TORCH[tx]), new(rows * cols if add else 0, TORCH[tx]), new(rows * cols, TORCH[tx])
+        self.stats = new(rows * (3 if center else 1), acc)
+        self.dweight, self.dbias = new(cols, TORCH[tp]), new(cols, TORCH[tp])
+        self.partial = new(plan.parts * 2 * cols, acc)
         self.kernels, self.plan = kernels, plan
         i64, f64, i32 = np.int64, np.float64, np.int32
         shape = (i64(rows), i64(cols))
@@ -140,45 +165,83 @@ def numbers(n, seed, mean, name):
     return torch.from_numpy(v if name == "f64" else v.astype(np.float32)).to(TORCH[name])
 
 
-def bits(kernels, folder, report):
-    with open(os.path.join(folder, "rows.json")) as f:
-        table = json.load(f)
-    data = np.fromfile(os.path.join(folder, "rows.bin"), dtype=np.uint8)
-    same, other = 0, []
-    for e in table:
-        types, norm, rows, cols = e["types"], e["norm"], e["rows"], e["cols"]
-        tx, tp = types.split("_")
-        _, center, add = NORMS[norm]
-        n, seed = rows * cols, rows * 31 + cols
+OUTPUTS = ("y", "sum", "stats", "dx", "dweight", "dbias")
 
-        def param(seed, mean):
-            whole = torch.zeros(e["at"] + cols, dtype=TORCH[tp], device="cuda")
-            whole[e["at"]:] = numbers(cols, seed, mean, tp).cuda()
-            return whole[e["at"]:]
 
-        big = lambda seed, mean: numbers(n, seed, mean, tx).cuda()
-        plan = Geometry(norm, types, rows, cols, e["at"] * SIZE[tp] % 16 == 0)
-        mine = [plan.forward, plan.dx, plan.columns, plan.finish, plan.parts]
-        if mine != [e["forward"], e["dx"], e["columns"], e["finish"], e["parts"]]:
-            other.append(f"geometry {e} is not {mine}")
-        case = Case(kernels, norm, types, rows, cols, plan, big(seed, e["mean"]), big(seed + 4, 0.1), param(seed + 2, 0.5),
-                    param(seed + 3, 0.), big(seed + 1, 0.) if add else None, big(seed + 5, 0.) if add else None, e["offset"],
-                    1 if e["round_first"] else 0)
-        case.forward(), case.backward()
-        at = e["begin"]
-        for what in ("y", "sum", "stats", "dx", "dweight", "dbias"):
-            got = getattr(case, what).view(torch.uint8).cpu().numpy()
-            want = data[at:at + len(got)]
+def of_numbers(kernels, e, plan, device):
+    """The case that examples/emulated.rs makes of an entry of its table."""
+    types, norm, rows, cols = e["types"], e["norm"], e["rows"], e["cols"]
+    tx, tp = types.split("_")
+    add, n, seed = NORMS[norm][2], rows * cols, rows * 31 + cols
+
+    def param(seed, mean):
+        whole = torch.zeros(e["at"] + cols, dtype=TORCH[tp], device=device)
+        whole[e["at"]:] = numbers(cols, seed, mean, tp).to(device)
+        return whole[e["at"]:]
+
+    big = lambda seed, mean: numbers(n, seed, mean, tx).to(device)
+    case = Case(kernels, norm, types, rows, cols, plan, big(seed, e["mean"]), big(seed + 4, 0.1), param(seed + 2, 0.5),
+                param(seed + 3, 0.), big(seed + 1, 0.) if add else None, big(seed + 5, 0.) if add else None, e["offset"],
+                1 if e["round_first"] else 0)
+    case.forward(), case.backward()
+    return [getattr(case, what).view(torch.uint8).cpu().numpy() for what in OUTPUTS]
+
+
+SHAPES = [(130, 1), (70, 32), (37, 49), (33, 100), (9, 256), (30, 257), (9, 769), (10, 1000), (12, 1024), (3, 4096), (3, 5001), (2, 8192),
+          (2, 16387), (1, 40000)]
+# More rows than teams.
+MANY = [(34000, 3, 0, "f32_f32"), (34000, 3, 0, "bf16_bf16"), (6000, 256, 1, "bf16_bf16"), (1100, 257, 1, "f32_f32"), (300, 4096, 0, "bf16_bf16"),
+        (300, 2049, 2, "f16_f32"), (140, 8200, 0, "bf16_bf16"), (140, 9001, 0, "f16_f16"), (2000, 400, 3, "f16_f16")]
+
+
+def table_of_shapes():
+    for rows, cols, norm, types in [(r, c, n, t) for r, c in SHAPES for n in range(4) for t in MODULES] + MANY:
+        center, size = NORMS[norm][1], SIZE[types.split("_")[0]]
+        yield {"types": types, "norm": norm, "rows": rows, "cols": cols, "mean": 1000. if size >= 4 and center else 0.25,
+               "offset": 0. if center else 1., "round_first": not center and cols % 2 == 0, "at": cols % 3}
+
+
+MODULES = ["f32_f32", "f16_f16", "bf16_bf16", "f16_f32", "bf16_f32", "f64_f64"]
+
+
+def bits(kernels, modules, folder, report):
+    entries, emulated = list(table_of_shapes()), None
+    aligned = lambda e: e["at"] * SIZE[e["types"].split("_")[1]] % 16 == 0
+    plans = [Geometry(e["norm"], e["types"], e["rows"], e["cols"], aligned(e)) for e in entries]
+    other = []
+    if folder and os.path.exists(os.path.join(folder, "rows.json")):
+        # As Rust made them: its geometry must be this script's.
+        with open(os.path.join(folder, "rows.json")) as f:
+            entries = json.load(f)
+        data = np.fromfile(os.path.join(folder, "rows.bin"), dtype=np.uint8)
+        emulated = [data[e["begin"]:e["begin"] + e["bytes"]] for e in entries]
+        plans = [Geometry(e["norm"], e["types"], e["rows"], e["cols"], aligned(e)) for e in entries]
+        for e, p in zip(entries, plans):
+            mine = [p.forward, p.dx, p.columns, p.finish, p.parts]
+            if mine != [e["forward"], e["dx"], e["columns"], e["finish"], e["parts"]]:
+                other.append(f"geometry {e} is not {mine}")
+    else:
+        emulator = Emulator(modules)
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(14) as pool:
+            work = [pool.submit(of_numbers, emulator, e, p, "cpu") for e, p in zip(entries, plans)]
+            emulated = [np.concatenate(w.result()) for w in work]
+    same = 0
+    for e, p, want in zip(entries, plans, emulated):
+        at = 0
+        for what, got in zip(OUTPUTS, of_numbers(kernels, e, p, "cuda")):
+            part = want[at:at + len(got)]
             at += len(got)
-            if np.array_equal(got, want):
+            if np.array_equal(got, part):
                 same += 1
             else:
-                size = getattr(case, what).element_size()
-                off = (got.reshape(-1, size) != want.reshape(-1, size)).any(1)
-                other.append(f"{types} {NORMS[norm][0]} {rows}x{cols} {what}: {off.sum()} of {len(off)} from {off.argmax()}")
-        assert at == e["begin"] + e["bytes"]
-    report["bits"] = {"same": same, "other": other}
-    print(f"bits: {same} outputs equal the emulator's, {len(other)} do not")
+                tx, tp = e["types"].split("_")
+                size = SIZE[tp] if what.startswith("d") and what != "dx" else SIZE["f32" if what == "stats" and tx != "f64" else tx]
+                off = (got.reshape(-1, size) != part.reshape(-1, size)).any(1)
+                other.append(f"{e['types']} {NORMS[e['norm']][0]} {e['rows']}x{e['cols']} {what}: {off.sum()} of {len(off)} from {off.argmax()}")
+        assert at == len(want)
+    report["bits"] = {"same": same, "other": other, "cases": len(entries)}
+    print(f"bits: {same} outputs of {len(entries)} cases equal the emulator's, {len(other)} do not")
     for line in other[:20]:
         print("  ", line)
 
@@ -302,6 +365,30 @@ def ours(kernels, report, until):
         del sets, cases
 
 
+def explore(kernels, report):
+    """Other numbers of blocks, for the next version of the geometry."""
+    out = report["explored"] = {}
+    for spec in [(0, "bf16_bf16", M // c, c) for c in (256, 512, 1024, 2048, 4096, 8192, 16384, 5001)] + [(0, "f32_f32", 4096, 4096)]:
+        norm, types, rows, cols = spec
+        sets = [inputs(norm, types, rows, cols, s) for s in range(3)]
+        line = []
+        for what in ("forward", "dx"):
+            for room in (1, 2, 3, 4, 5, 6, 8, 12, 16):
+                plan = Geometry(norm, types, rows, cols)
+                launch = getattr(plan, what)
+                teams = launch[2][1]
+                if launch[0].endswith(("b8", "long")) or room * launch[2][0] * teams > 2048:
+                    continue
+                launch[1][0] = min(132 * room // 8 * 8, cdiv(rows, teams))
+                plan.parts = plan.dx[1][0]
+                cases = [Case(kernels, norm, types, rows, cols, plan, *s) for s in sets]
+                t = timed([c.forward if what == "forward" else (lambda c=c: c.run(c.backward_launches[:1])) for c in cases], repeats=5)
+                line.append(f"{'f' if what == 'forward' else 'b'}{room}:{t:.1f}")
+                del cases
+        out[key(spec)] = line
+        print(f"{key(spec):38}", *line)
+
+
 def table(report):
     print(f"\n{report['device']}; microseconds; /copy: the time of a copy of as many bytes over ours; x torch: torch over ours")
     print(f"{'':38} {'copy':>7} {'GB/s':>5} | {'fwd':>7} {'/copy':>5} {'eager':>5} {'compl':>5} | {'bwd':>7} {'fin':>5} {'/copy':>5} {'eager':>5} {'compl':>5} | worst")
@@ -334,7 +421,7 @@ def main(modules, emulated, out, wait=None, seconds=60.):
     kernels = Kernels(modules)
     begin = time.time()
     try:
-        bits(kernels, emulated, report)
+        bits(kernels, modules, emulated, report)
     except Exception as e:
         print("bits failed:", repr(e)[:600])
     print(f"bits: {time.time() - begin:.0f} s")
@@ -344,7 +431,9 @@ def main(modules, emulated, out, wait=None, seconds=60.):
         with open(os.path.join(out, "rows.json"), "w") as f:
             json.dump(report, f, indent=1)
         table(report)
+    if os.environ.get("EXPLORE") == "1":
+        explore(kernels, report)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else os.environ.get("OUT", "."), os.environ.get("WAIT_FOR"))
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None, sys.argv[3] if len(sys.argv) > 3 else os.environ.get("OUT", "."), os.environ.get("WAIT_FOR"))

@@ -27,12 +27,25 @@ const SHAPES: [(usize, usize); 13] = [
 ];
 
 fn launch(what: &Launch) -> String {
-    format!(r#"["{}", {:?}, {:?}, {}]"#, what.kernel, what.grid, what.block, what.shared)
+    format!(
+        r#"["{}", {:?}, {:?}, {}]"#,
+        what.kernel, what.grid, what.block, what.shared
+    )
 }
 
-fn one<T: Elem, P: Elem>(rows: usize, cols: usize, index: usize, json: &mut String, data: &mut Vec<u8>) {
+fn one<T: Elem, P: Elem>(
+    rows: usize,
+    cols: usize,
+    index: usize,
+    json: &mut String,
+    data: &mut Vec<u8>,
+) {
     let norm = Norm::ALL[index];
-    let mean = if T::ELEMENT.size() >= 4 && norm.center { 1000. } else { 0.25 };
+    let mean = if T::ELEMENT.size() >= 4 && norm.center {
+        1000.
+    } else {
+        0.25
+    };
     let options = Options {
         mean,
         offset: if norm.center { 0. } else { 1. },
@@ -76,6 +89,10 @@ fn main() {
             one::<f64, f64>(rows, cols, norm, &mut json, &mut data);
         }
     }
+    // More rows than teams.
+    one::<f32, f32>(34_000, 3, 0, &mut json, &mut data);
+    one::<bf16, bf16>(34_000, 3, 0, &mut json, &mut data);
+    one::<f32, f32>(1_100, 257, 1, &mut json, &mut data);
     json.push_str("]\n");
     std::fs::create_dir_all(&folder).expect("the folder can be made");
     std::fs::write(format!("{folder}/rows.json"), json).expect("rows.json can be written");

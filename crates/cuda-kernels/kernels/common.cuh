@@ -232,20 +232,36 @@ template <int LANES, class A> __device__ __forceinline__ A lane_sum(A v) {
 }
 template <class A> __device__ __forceinline__ A warp_sum(A v) { return lane_sum<32>(v); }
 
+// The least power of two that is not below the warps of a block.
+__device__ __forceinline__ int warps_up(int warps) {
+  return warps > 16 ? 32 : warps > 8 ? 16 : warps > 4 ? 8 : warps > 2 ? 4 : warps;
+}
 // The sums of two values over a block of one dimension, on every thread. `part` has 64 places that nothing else uses;
 // another call may follow only after a barrier, or with the other half of a pair of buffers.
 template <class A> __device__ __forceinline__ void block_sum2(A &a, A &b, A *part) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  a = warp_sum(a);
-  b = warp_sum(b);
-  if (warps == 1) return;
-  if (lane == 0) {
-    part[warp] = a;
-    part[32 + warp] = b;
+  if (warps == 1) {
+    a = warp_sum(a);
+    b = warp_sum(b);
+    return;
   }
+  // One half of the warp adds up a, the other b.
+  A mine = lane < 16 ? a : b;
+  const A theirs = lane < 16 ? b : a;
+  mine += __shfl_xor_sync(0xffffffffu, theirs, 16);
+#pragma unroll
+  for (int m = 8; m > 0; m >>= 1) mine += __shfl_xor_sync(0xffffffffu, mine, m);
+  if ((lane & 15) == 0) part[2 * lane + warp] = mine;
   __syncthreads();
-  a = warp_sum(lane < warps ? part[lane] : A(0));
-  b = warp_sum(lane < warps ? part[32 + lane] : A(0));
+  const int up = warps_up(warps), at = lane & (up - 1);
+  a = at < warps ? part[at] : A(0);
+  b = at < warps ? part[32 + at] : A(0);
+#pragma unroll
+  for (int m = 16; m > 0; m >>= 1)
+    if (up > m) {
+      a += __shfl_xor_sync(0xffffffffu, a, m);
+      b += __shfl_xor_sync(0xffffffffu, b, m);
+    }
 }
 // The sum of one value; `part` has 32 places, with the same rule.
 template <class A> __device__ __forceinline__ A block_sum(A v, A *part) {
@@ -254,5 +270,10 @@ template <class A> __device__ __forceinline__ A block_sum(A v, A *part) {
   if (warps == 1) return v;
   if (lane == 0) part[warp] = v;
   __syncthreads();
-  return warp_sum(lane < warps ? part[lane] : A(0));
+  const int up = warps_up(warps), at = lane & (up - 1);
+  v = at < warps ? part[at] : A(0);
+#pragma unroll
+  for (int m = 16; m > 0; m >>= 1)
+    if (up > m) v += __shfl_xor_sync(0xffffffffu, v, m);
+  return v;
 }

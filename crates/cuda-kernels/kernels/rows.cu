@@ -18,6 +18,7 @@ enum {
 template <class T, class I> struct Row {
   static constexpr int V = Lanes<T>::count;
   i64 base;  // the element that the first vector begins with: at the row's first element or before
+  i64 end;   // of the tensor
   I vectors; // 0 where there is no row
   I whole;   // those that end before the tensor does
   int first; // the place of the row's first element in the first vector
@@ -26,10 +27,22 @@ template <class T, class I> struct Row {
     const i64 start = row * cols;
     first = (int)start & (V - 1);
     base = start - first;
-    vectors = row < rows ? (I)((first + cols + V - 1) / V) : 0;
+    end = rows * cols;
+    vectors = (I)((first + cols + V - 1) / V);
     last = (int)(first + cols - (i64)(vectors - 1) * V);
-    const i64 left = (rows * cols - base) / V;
+    limit(row < rows);
+  }
+  __device__ __forceinline__ void limit(bool exists) {
+    if (!exists) vectors = 0;
+    const i64 left = (end - base) / V;
     whole = left < vectors ? (I)left : vectors;
+  }
+  // The row that begins `step` elements later, at the same place of a vector.
+  __device__ __forceinline__ Row later(i64 step, bool exists) const {
+    Row row = *this;
+    row.base += step;
+    row.limit(exists);
+    return row;
   }
   // The places of vector g that are the row's: from lo to hi.
   __device__ __forceinline__ int lo(I g) const { return g == 0 ? first : 0; }
@@ -139,7 +152,13 @@ template <class T, class P> struct Param {
 #pragma unroll
     for (int n = 0; n < N; ++n) r[n] = pack(v, (const P *)nullptr);
   }
-  __device__ __forceinline__ void values(Acc<T> *v) const {
+  __device__ __forceinline__ void values(Acc<T> *v) {
+#if !defined(EMULATED)
+    // Unpacked once, before a loop over rows, they would take twice the registers: the compiler is not to know that they
+    // stay the same.
+#pragma unroll
+    for (int n = 0; n < N; ++n) asm volatile("" : "+r"(r[n].w[0]), "+r"(r[n].w[1]), "+r"(r[n].w[2]), "+r"(r[n].w[3]));
+#endif
 #pragma unroll
     for (int n = 0; n < N; ++n) unpack(r[n], v + n * VP, (const P *)nullptr);
   }
@@ -153,6 +172,11 @@ template <class T, int PER, bool ADD> struct Held {
   __device__ __forceinline__ void load_all(const T *x, const T *, T *, const Row<T, I> &row, I g0, int lanes) {
     load_row<T, PER, EVEN>(raw, x, row, g0, lanes);
   }
+  template <bool EVEN, class I>
+  __device__ __forceinline__ void take(const Raw *x, const Raw *, T *, const Row<T, I> &, I, int) {
+#pragma unroll
+    for (int k = 0; k < PER; ++k) raw[k] = x[k];
+  }
   __device__ __forceinline__ void get(int k, Acc<T> *v) const { unpack(raw[k], v, (const T *)nullptr); }
 };
 template <class T, int PER> struct Held<T, PER, true> {
@@ -165,6 +189,10 @@ template <class T, int PER> struct Held<T, PER, true> {
     Raw a[PER], b[PER];
     load_row<T, PER, EVEN>(a, x, row, g0, lanes);
     load_row<T, PER, EVEN>(b, residual, row, g0, lanes);
+    take<EVEN>(a, b, rounded, row, g0, lanes);
+  }
+  template <bool EVEN, class I>
+  __device__ __forceinline__ void take(const Raw *a, const Raw *b, T *rounded, const Row<T, I> &row, I g0, int lanes) {
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       Acc<T> v[V];
@@ -228,12 +256,13 @@ __device__ __forceinline__ void distances(const Held<T, PER, ADD> &held, const R
     const I g = g0 + k * lanes;
     if (g >= row.vectors) continue;
     const int lo = row.lo(g), hi = row.hi(g);
+    const bool ends = lo > 0 || hi < V;
     Acc<T> v[V];
     held.get(k, v);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       Acc<T> d = v[i] - mean;
-      if (!EVEN) d = i >= lo && i < hi ? d : Acc<T>(0);
+      if (!EVEN) d = ends && (i < lo || i >= hi) ? Acc<T>(0) : d;
       first += d;
       second = fma_(d, d, second);
     }
@@ -277,47 +306,82 @@ template <class A> struct Stats {
       rstd = stats[row];
     }
   }
-  template <bool CENTER> __device__ __forceinline__ A normal(A v) const {
-    return CENTER ? ((v - mean) - low) * rstd : v * rstd;
+};
+
+// (v - mean - low) * rstd: zero for all of a constant row.
+template <bool CENTER, class A> __device__ __forceinline__ A normal_of(const Stats<A> &s, A v) {
+  return CENTER ? ((v - s.mean) - s.low) * s.rstd : v * s.rstd;
+}
+// The same in fewer operations, with low * rstd taken once.
+template <class A, bool CENTER> struct Normal {
+  A mean, rest, rstd;
+  __device__ __forceinline__ Normal(const Stats<A> &s) : mean(s.mean), rest(-(s.low * s.rstd)), rstd(s.rstd) {}
+  __device__ __forceinline__ A operator()(A v) const { return CENTER ? fma_(v - mean, rstd, rest) : v * rstd; }
+};
+
+// Weight and bias of a thread's columns. HOLD: loaded once and kept, else loaded for every vector.
+template <class T, class P, int PER, bool HOLD, bool EVEN> struct Affine {
+  const P *weight, *bias;
+  i64 cols;
+  Param<T, P> w[HOLD ? PER : 1], b[HOLD ? PER : 1];
+  template <class I>
+  __device__ __forceinline__ Affine(const P *weight, const P *bias, const Row<T, I> &row, I g0, int lanes, i64 cols)
+      : weight(weight), bias(bias), cols(cols) {
+    if (!HOLD) return;
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const i64 c = row.column(g0 + k * lanes);
+      if (weight) w[HOLD ? k : 0].template load_from<EVEN>(weight, c, cols);
+      if (bias) b[HOLD ? k : 0].template load_from<EVEN>(bias, c, cols);
+    }
+  }
+  // v * (weight + offset) + bias for vector k, whose first column is c. Only RmsNorm has an offset.
+  template <bool CENTER> __device__ __forceinline__ void apply(int k, i64 c, Acc<T> *v, Acc<T> offset) {
+    constexpr int V = Lanes<T>::count;
+    Acc<T> ws[V], bs[V];
+    if (weight) {
+      if (!HOLD) w[0].template load_from<EVEN>(weight, c, cols);
+      w[HOLD ? k : 0].values(ws);
+      if (!CENTER) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) ws[i] += offset;
+      }
+    }
+    if (bias) {
+      if (!HOLD) b[0].template load_from<EVEN>(bias, c, cols);
+      b[HOLD ? k : 0].values(bs);
+    }
+    if (weight && bias) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = fma_(v[i], ws[i], bs[i]);
+    } else if (weight) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = v[i] * ws[i];
+    } else if (bias) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = v[i] + bs[i];
+    }
   }
 };
 
-template <bool CENTER, bool EVEN, class T, class P, int PER, bool ADD, class I>
+template <bool CENTER, bool EVEN, class T, class P, int PER, bool ADD, bool HOLD, class I>
 __device__ __forceinline__ void write_row(const Held<T, PER, ADD> &held, const Row<T, I> &row, I g0, int lanes,
-                                          const Stats<Acc<T>> &stats, const P *weight, const P *bias, T *y, i64 cols,
+                                          const Stats<Acc<T>> &stats, Affine<T, P, PER, HOLD, EVEN> &affine, T *y,
                                           Acc<T> offset, int flags) {
   constexpr int V = Lanes<T>::count;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     const I g = g0 + k * lanes;
     if (g >= row.vectors) continue;
-    Acc<T> v[V], w[V], b[V];
+    Acc<T> v[V];
     held.get(k, v);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      v[i] = stats.template normal<CENTER>(v[i]);
-      if (flags & ROUND_FIRST) v[i] = rounded(v[i], (const T *)nullptr);
-    }
-    if (weight) {
-      Param<T, P> p;
-      p.template load_from<EVEN>(weight, row.column(g), cols);
-      p.values(w);
-    }
-    if (bias) {
-      Param<T, P> p;
-      p.template load_from<EVEN>(bias, row.column(g), cols);
-      p.values(b);
-    }
-    if (weight && bias) {
+    for (int i = 0; i < V; ++i) v[i] = normal_of<CENTER>(stats, v[i]);
+    if (!CENTER && (flags & ROUND_FIRST)) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = fma_(v[i], w[i] + offset, b[i]);
-    } else if (weight) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = v[i] * (w[i] + offset);
-    } else if (bias) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = v[i] + b[i];
+      for (int i = 0; i < V; ++i) v[i] = rounded(v[i], (const T *)nullptr);
     }
+    affine.template apply<CENTER>(k, row.column(g), v, offset);
     store_vector<T, EVEN>(y, row, g, v);
   }
 }
@@ -327,28 +391,55 @@ __device__ __forceinline__ void forward_row(const T *x, const T *residual, const
                                             T *sum, Acc<T> *stats_out, i64 rows, i64 cols, double eps, double offset,
                                             int flags) {
   typedef Acc<T> A;
-  SHARED(A, part, 128);
+  constexpr int ADDED = ADD ? PER : 1;
+  // What the registers have room for: the next row while this one is worked on, and the parameters.
+  constexpr bool AHEAD = PER <= (ADD ? 2 : 4), HOLD = PER <= 2;
+  SHARED(A, part, 192);
   const int lanes = (int)blockDim.x, lane = (int)threadIdx.x;
-  const i64 index = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
-  const Row<T, int> row(index, rows, cols);
-  Held<T, PER, ADD> held;
-  held.template load_all<EVEN>(x, residual, sum, row, lane, lanes);
-  Stats<A> stats;
-  stats.mean = stats.low = 0;
-  A var;
-  if (CENTER) {
-    stats.mean = team_sum<WARP>(sum_of<T, PER, ADD>(held), part) / A(cols);
-    A first = 0, second = 0;
-    distances<EVEN>(held, row, lane, lanes, stats.mean, first, second);
-    team_sum2<WARP>(first, second, part + 64);
-    stats.low = first / A(cols);
-    var = fma_(-stats.low, stats.low, second / A(cols));
-  } else {
-    var = team_sum<WARP>(squares_of<T, PER, ADD>(held), part) / A(cols);
+  const i64 slots = WARP ? (i64)gridDim.x * blockDim.y : (i64)gridDim.x;
+  const i64 slot = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
+  const Row<T, int> home(slot, rows, cols);
+  Affine<T, P, PER, HOLD, EVEN> affine(weight, bias, home, lane, lanes, cols);
+  Raw next_x[PER], next_r[ADDED];
+  if (AHEAD) {
+    load_row<T, PER, EVEN>(next_x, x, home, lane, lanes);
+    if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, home, lane, lanes);
   }
-  stats.rstd = A(1) / sqrt_(var + A(eps));
-  write_row<CENTER, EVEN>(held, row, lane, lanes, stats, weight, bias, y, cols, A(offset), flags);
-  if (stats_out && lane == 0 && row.vectors) stats.template write<CENTER>(stats_out, index, rows);
+  const i64 turns = (rows + slots - 1) / slots, step = slots * cols;
+  const A share = A(1) / A(cols);
+  for (i64 turn = 0; turn < turns; ++turn) {
+    const i64 index = slot + turn * slots;
+    const Row<T, int> row = home.later(turn * step, index < rows);
+    Held<T, PER, ADD> held;
+    if (AHEAD) {
+      held.template take<EVEN>(next_x, next_r, sum, row, lane, lanes);
+      if (turn + 1 < turns) {
+        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < rows);
+        load_row<T, PER, EVEN>(next_x, x, coming, lane, lanes);
+        if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, coming, lane, lanes);
+      }
+    } else {
+      held.template load_all<EVEN>(x, residual, sum, row, lane, lanes);
+    }
+    Stats<A> stats;
+    stats.mean = stats.low = 0;
+    A var;
+    if (CENTER) {
+      // Between two uses of one place of `part` there is always the other barrier.
+      stats.mean = team_sum<WARP>(sum_of<T, PER, ADD>(held), part) * share;
+      A first = 0, second = 0;
+      distances<EVEN>(held, row, lane, lanes, stats.mean, first, second);
+      team_sum2<WARP>(first, second, part + 64);
+      // A division: of a constant row nothing is to be left.
+      stats.low = first / A(cols);
+      var = fma_(-stats.low, stats.low, second * share);
+    } else {
+      var = team_sum<WARP>(squares_of<T, PER, ADD>(held), part + (turn & 1) * 32) * share;
+    }
+    stats.rstd = A(1) / sqrt_(var + A(eps));
+    write_row<CENTER, EVEN>(held, row, lane, lanes, stats, affine, y, A(offset), flags);
+    if (stats_out && lane == 0 && row.vectors) stats.template write<CENTER>(stats_out, index, rows);
+  }
 }
 
 // A row of any length: read again for each step, from the cache as far as it holds the row. A thread adds up a step's
@@ -363,6 +454,7 @@ __device__ __forceinline__ void forward_long(const T *x, const T *residual, cons
   const int lanes = (int)blockDim.x;
   const i64 step = (i64)PER * lanes;
   const Row<T, i64> row(blockIdx.x, rows, cols);
+  Affine<T, P, PER, false, false> affine(weight, bias, row, (i64)threadIdx.x, lanes, cols);
   Held<T, PER, ADD> held;
   Stats<A> stats;
   stats.mean = stats.low = 0;
@@ -392,7 +484,7 @@ __device__ __forceinline__ void forward_long(const T *x, const T *residual, cons
   stats.rstd = A(1) / sqrt_(var + A(eps));
   for (i64 g = threadIdx.x; g < row.vectors; g += step) {
     held.template load_all<false>(x, residual, nullptr, row, g, lanes);
-    write_row<CENTER, false>(held, row, g, lanes, stats, weight, bias, y, cols, A(offset), flags);
+    write_row<CENTER, false>(held, row, g, lanes, stats, affine, y, A(offset), flags);
   }
   if (stats_out && threadIdx.x == 0) stats.template write<CENTER>(stats_out, blockIdx.x, rows);
 }
@@ -426,7 +518,8 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
 #pragma unroll
     for (int i = 0; i < V; ++i) dweight[k][i] = dbias[k][i] = 0;
   }
-  const A shift = weight ? A(offset) : A(0);
+  const A shift = weight ? A(offset) : A(0), share = A(1) / A(cols);
+  const i64 step = slots * cols;
 
   Raw next_x[PER], next_dy[PER], next_r[ADDED];
   Stats<A> next;
@@ -439,7 +532,7 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
   const i64 turns = (rows + slots - 1) / slots;
   for (i64 turn = 0; turn < turns; ++turn) {
     const i64 index = slot + turn * slots;
-    const Row<T, int> row(index, rows, cols);
+    const Row<T, int> row = home.later(turn * step, index < rows);
     Raw now_x[PER], now_dy[PER], now_r[ADDED];
     Stats<A> stats;
     if (AHEAD) {
@@ -451,7 +544,7 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
       }
       stats = next;
       if (turn + 1 < turns) {
-        const Row<T, int> coming(index + slots, rows, cols);
+        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < rows);
         load_row<T, PER, EVEN>(next_x, x, coming, lane, lanes);
         load_row<T, PER, EVEN>(next_dy, dy, coming, lane, lanes);
         if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, coming, lane, lanes);
@@ -463,6 +556,7 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
       if (ADD) load_row<T, ADDED, EVEN>(now_r, residual, row, lane, lanes);
       stats.template read<CENTER>(stats_in, index, rows);
     }
+    const Normal<A, CENTER> normal(stats);
     A sum_g = 0, sum_gh = 0;
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
@@ -478,20 +572,29 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
       w[KEEP_WEIGHT ? k : 0].values(weights);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A hat = stats.template normal<CENTER>(v[i]);
-        const A taken = flags & ROUND_FIRST ? rounded(hat, (const T *)nullptr) : hat;
-        dweight[k][i] = fma_(g[i], taken, dweight[k][i]);
+        v[i] = normal(v[i]);
         dbias[k][i] += g[i];
-        g[i] = g[i] * (weights[i] + shift);
+      }
+      if (!CENTER && (flags & ROUND_FIRST)) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) dweight[k][i] = fma_(g[i], rounded(v[i], (const T *)nullptr), dweight[k][i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) dweight[k][i] = fma_(g[i], v[i], dweight[k][i]);
+      }
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        g[i] = g[i] * (CENTER ? weights[i] : weights[i] + shift);
         if (CENTER) sum_g += g[i];
-        sum_gh = fma_(g[i], hat, sum_gh);
+        sum_gh = fma_(g[i], v[i], sum_gh);
       }
     }
     if (CENTER)
       team_sum2<WARP>(sum_g, sum_gh, part + (turn & 1) * 64);
     else
       sum_gh = team_sum<WARP>(sum_gh, part + (turn & 1) * 64);
-    const A mean_g = sum_g / A(cols), mean_gh = sum_gh / A(cols);
+    // dx = rstd * g - a - x_hat * b
+    const A a = stats.rstd * (sum_g * share), b = stats.rstd * (sum_gh * share);
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const int at = lane + k * lanes;
@@ -508,8 +611,10 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
       w[KEEP_WEIGHT ? k : 0].values(weights);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A hat = stats.template normal<CENTER>(v[i]);
-        v[i] = stats.rstd * (g[i] * (weights[i] + shift) - mean_g - hat * mean_gh);
+        const A hat = normal(v[i]);
+        g[i] = g[i] * (CENTER ? weights[i] : weights[i] + shift);
+        const A rest = CENTER ? fma_(g[i], stats.rstd, -a) : g[i] * stats.rstd;
+        v[i] = fma_(-hat, b, rest);
       }
       if (ADD && dsum) {
         Raw more;
@@ -572,6 +677,7 @@ __device__ __forceinline__ void backward_long(const T *x, const T *residual, con
   Stats<A> stats;
   stats.template read<CENTER>(stats_in, blockIdx.x, rows);
   const A shift = weight ? A(offset) : A(0);
+  const Normal<A, CENTER> normal(stats);
   A mean_g = 0, mean_gh = 0;
 #pragma unroll
   for (int pass = 0; pass < 2; ++pass) {
@@ -598,13 +704,13 @@ __device__ __forceinline__ void backward_long(const T *x, const T *residual, con
         w.values(weights);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const A hat = stats.template normal<CENTER>(v[i]);
-          g[i] = g[i] * (weights[i] + shift);
+          const A hat = normal(v[i]);
+          g[i] = g[i] * (CENTER ? weights[i] : weights[i] + shift);
           if (pass == 0) {
             if (CENTER) few_g += g[i];
             few_gh = fma_(g[i], hat, few_gh);
           } else {
-            v[i] = stats.rstd * (g[i] - mean_g - hat * mean_gh);
+            v[i] = fma_(-hat, mean_gh, CENTER ? fma_(g[i], stats.rstd, -mean_g) : g[i] * stats.rstd);
           }
         }
         if (pass == 1) {
@@ -623,8 +729,8 @@ __device__ __forceinline__ void backward_long(const T *x, const T *residual, con
     }
     if (pass == 0) {
       block_sum2(mean_g, mean_gh, part);
-      mean_g = mean_g / A(cols);
-      mean_gh = mean_gh / A(cols);
+      mean_g = stats.rstd * (mean_g / A(cols));
+      mean_gh = stats.rstd * (mean_gh / A(cols));
     }
   }
 }
@@ -648,6 +754,7 @@ __device__ __forceinline__ void backward_columns(const T *x, const T *residual, 
     const Row<T, i64> row(r, rows, cols);
     Stats<A> stats;
     stats.template read<CENTER>(stats_in, r, rows);
+    const Normal<A, CENTER> normal(stats);
     Raw in_x, in_dy, in_r;
     load_row<T, 1, false>(&in_x, x, row, g, 0);
     load_row<T, 1, false>(&in_dy, dy, row, g, 0);
@@ -662,8 +769,8 @@ __device__ __forceinline__ void backward_columns(const T *x, const T *residual, 
     unpack(in_dy, d, (const T *)nullptr);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      A hat = stats.template normal<CENTER>(v[i]);
-      if (flags & ROUND_FIRST) hat = rounded(hat, (const T *)nullptr);
+      A hat = normal(v[i]);
+      if (!CENTER && (flags & ROUND_FIRST)) hat = rounded(hat, (const T *)nullptr);
       dweight[i] = fma_(d[i], hat, dweight[i]);
       dbias[i] += d[i];
     }
@@ -734,22 +841,22 @@ __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *
   }
 
 // Names: norm, what is done, T, P, team and vectors of a thread; `odd` where rows do not begin at multiples of 16 bytes.
-#define KIND(norm, t, p, T, P, CENTER, ADD)                                              \
-  FORWARD(256, 4, norm##_forward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)       \
-  FORWARD(256, 4, norm##_forward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true)       \
-  FORWARD(256, 3, norm##_forward_##t##_##p##_w4, T, P, CENTER, ADD, 4, true, true)       \
-  FORWARD(512, 2, norm##_forward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true)      \
-  FORWARD(256, 4, norm##_forward_##t##_##p##_w1_odd, T, P, CENTER, ADD, 1, true, false)  \
-  FORWARD(256, 3, norm##_forward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)  \
-  FORWARD(256, 2, norm##_forward_##t##_##p##_w4_odd, T, P, CENTER, ADD, 4, true, false)  \
-  FORWARD(512, 1, norm##_forward_##t##_##p##_b4_odd, T, P, CENTER, ADD, 4, false, false) \
-  FORWARD_LONG(norm##_forward_##t##_##p##_long, T, P, CENTER, ADD)                       \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)     \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true)     \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2, T, P, CENTER, ADD, 2, false, true)    \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true)    \
+#define KIND(norm, t, p, T, P, CENTER, ADD)                                                \
+  FORWARD(256, 4, norm##_forward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)         \
+  FORWARD(256, 3, norm##_forward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true) \
+  FORWARD(512, ADD ? 1 : 2, norm##_forward_##t##_##p##_b2, T, P, CENTER, ADD, 2, false, true) \
+  FORWARD(ADD ? 512 : 1024, 1, norm##_forward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true) \
+  FORWARD(256, 3, norm##_forward_##t##_##p##_w1_odd, T, P, CENTER, ADD, 1, true, false)    \
+  FORWARD(256, 2, norm##_forward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)    \
+  FORWARD(512, 1, norm##_forward_##t##_##p##_b2_odd, T, P, CENTER, ADD, 2, false, false)   \
+  FORWARD(512, 1, norm##_forward_##t##_##p##_b4_odd, T, P, CENTER, ADD, 4, false, false)   \
+  FORWARD_LONG(norm##_forward_##t##_##p##_long, T, P, CENTER, ADD)                         \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)       \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true)       \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2, T, P, CENTER, ADD, 2, false, true)      \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true)      \
   BACKWARD(256, 2, norm##_backward_##t##_##p##_w1_odd, T, P, CENTER, ADD, 1, true, false)  \
-  BACKWARD(256, 1, norm##_backward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)  \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)  \
   BACKWARD(512, 1, norm##_backward_##t##_##p##_b2_odd, T, P, CENTER, ADD, 2, false, false) \
   BACKWARD(512, 1, norm##_backward_##t##_##p##_b4_odd, T, P, CENTER, ADD, 4, false, false) \
   BACKWARD_LONG(norm##_backward_##t##_##p##_long, T, P, CENTER, ADD)

@@ -1,8 +1,8 @@
 //! CUDA kernels of normalization layers, as sources and PTX, and the geometry of their launches.
 //!
-//! This crate knows no tensor library. A launch is a [`Launch`]: a kernel's name, a grid, a block and
-//! shared memory, all pure functions of the shape (see [`geometry`]). Every kernel's arguments stand
-//! where its launch is made.
+//! This crate knows no tensor library. A launch is a [`Launch`]: a kernel's name, a grid, a block
+//! and shared memory, all pure functions of the shape (see [`geometry`]). Every kernel's arguments
+//! stand where its launch is made.
 pub mod geometry;
 #[cfg(feature = "ptx")]
 pub mod ptx;
@@ -55,7 +55,11 @@ impl Element {
 
     /// The type of statistics, scratch and sums: f64 for f64, else f32.
     pub fn accumulator(self) -> Element {
-        if self == Element::F64 { Element::F64 } else { Element::F32 }
+        if self == Element::F64 {
+            Element::F64
+        } else {
+            Element::F32
+        }
     }
 
     /// Elements in 16 bytes.
@@ -74,17 +78,37 @@ pub struct Types {
 impl Types {
     /// All that there are kernels for.
     pub const ALL: [Types; 6] = [
-        Types { x: Element::F32, param: Element::F32 },
-        Types { x: Element::F16, param: Element::F16 },
-        Types { x: Element::Bf16, param: Element::Bf16 },
-        Types { x: Element::F16, param: Element::F32 },
-        Types { x: Element::Bf16, param: Element::F32 },
-        Types { x: Element::F64, param: Element::F64 },
+        Types {
+            x: Element::F32,
+            param: Element::F32,
+        },
+        Types {
+            x: Element::F16,
+            param: Element::F16,
+        },
+        Types {
+            x: Element::Bf16,
+            param: Element::Bf16,
+        },
+        Types {
+            x: Element::F16,
+            param: Element::F32,
+        },
+        Types {
+            x: Element::Bf16,
+            param: Element::F32,
+        },
+        Types {
+            x: Element::F64,
+            param: Element::F64,
+        },
     ];
 
     /// These types, if there are kernels for them.
     pub fn new(x: Element, param: Element) -> Option<Self> {
-        Self::ALL.into_iter().find(|types| types.x == x && types.param == param)
+        Self::ALL
+            .into_iter()
+            .find(|types| types.x == x && types.param == param)
     }
 
     /// The type of x.

@@ -21,7 +21,8 @@ pub fn module_of(kernel: &str) -> Option<Module> {
     modules().find(|module| {
         let mut entries = module.ptx.split(".entry ").skip(1);
         entries.any(|rest| {
-            rest.strip_prefix(kernel).is_some_and(|rest| rest.trim_start().starts_with('('))
+            rest.strip_prefix(kernel)
+                .is_some_and(|rest| rest.trim_start().starts_with('('))
         })
     })
 }
@@ -36,8 +37,16 @@ mod tests {
     fn every_launch_of_rows_has_its_kernel() {
         for norm in Norm::ALL {
             for types in Types::ALL {
-                for cols in [1, 7, 32, 100, 256, 777, 1024, 2048, 4096, 9000, 16_384, 32_768, 100_000] {
-                    let shape = Rows { norm, types, rows: 300, cols, aligned: true };
+                for cols in [
+                    1, 7, 32, 100, 256, 777, 1024, 2048, 4096, 9000, 16_384, 32_768, 100_000,
+                ] {
+                    let shape = Rows {
+                        norm,
+                        types,
+                        rows: 300,
+                        cols,
+                        aligned: true,
+                    };
                     let back = shape.backward().unwrap();
                     let mut launches = vec![shape.forward().unwrap(), back.dx, back.finish];
                     launches.extend(back.columns);

@@ -7,8 +7,8 @@ use crate::{Launch, Types};
 /// Bytes that the first element of x, residual, dy, dsum and of all outputs is a multiple of.
 pub const ALIGNMENT: usize = 16;
 
-/// The bit of the kernels' `flags` by which the normalized value is rounded to x's type before it is
-/// multiplied by the weight.
+/// The bit of the kernels' `flags` by which RmsNorm rounds the normalized value to x's type before it
+/// multiplies it by the weight.
 pub const ROUND_FIRST: i32 = 1;
 
 /// Which norm.
@@ -23,10 +23,22 @@ pub struct Norm {
 impl Norm {
     /// All four.
     pub const ALL: [Norm; 4] = [
-        Norm { center: true, add: false },
-        Norm { center: false, add: false },
-        Norm { center: true, add: true },
-        Norm { center: false, add: true },
+        Norm {
+            center: true,
+            add: false,
+        },
+        Norm {
+            center: false,
+            add: false,
+        },
+        Norm {
+            center: true,
+            add: true,
+        },
+        Norm {
+            center: false,
+            add: true,
+        },
     ];
 
     fn name(self) -> &'static str {
@@ -38,8 +50,8 @@ impl Norm {
         }
     }
 
-    /// Statistics of a row, in the accumulator's type: `[3, rows]` (mean, what it was rounded by, one
-    /// over the standard deviation), or `[1, rows]` without a mean.
+    /// Statistics of a row, in the accumulator's type: `[3, rows]` (mean, what it was rounded by,
+    /// one over the standard deviation), or `[1, rows]` without a mean.
     pub fn stats(self) -> usize {
         if self.center { 3 } else { 1 }
     }
@@ -63,13 +75,13 @@ pub struct Rows {
 /// The launches of a backward, in their order.
 #[derive(Clone, Debug)]
 pub struct Backward {
-    /// `dx`, and partial sums unless [`Backward::columns`] makes them. Arguments: x, residual or null,
-    /// weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial (null
+    /// `dx`, and partial sums unless [`Backward::columns`] makes them. Arguments: x, residual or
+    /// null, weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial (null
     /// where no parameter's gradient is wanted), then rows, cols (`long long`), offset (`double`),
     /// and, unless there is `columns`, flags (`int`).
     pub dx: Launch,
-    /// Partial sums of rows too long for the kernel of `dx`. Arguments: x, residual or null, dy, stats,
-    /// partial, rows, cols, flags. Not launched where no parameter's gradient is wanted.
+    /// Partial sums of rows too long for the kernel of `dx`. Arguments: x, residual or null, dy,
+    /// stats, partial, rows, cols, flags. Not launched where no parameter's gradient is wanted.
     pub columns: Option<Launch>,
     /// The gradients of the parameters. Arguments: partial, dweight or null, dbias or null, parts,
     /// cols (`long long`).
@@ -80,8 +92,9 @@ pub struct Backward {
 
 /// Threads of a block of many teams.
 const TEAMS: usize = 256;
-/// Threads that a backward keeps busy over all blocks: 512 for each of 132 multiprocessors.
-const BUSY: usize = 132 * 512;
+/// Blocks are launched for as many multiprocessors, as many as their registers leave room for: they
+/// take several rows each. On cards with others the last rows wait, and the results are the same.
+const PROCESSORS: usize = 132;
 
 impl Rows {
     /// The vectors that a row can touch.
@@ -99,43 +112,86 @@ impl Rows {
         self.aligned && self.cols.is_multiple_of(self.types.x().lanes())
     }
 
-    fn launch(&self, what: &str, team: &str, grid: [usize; 2], block: [usize; 2]) -> Option<Launch> {
-        let odd = if team == "long" || self.is_even() { "" } else { "_odd" };
-        let kernel = format!("{}_{what}_{}_{team}{odd}", self.norm.name(), self.types.name());
+    fn launch(
+        &self,
+        what: &str,
+        team: &str,
+        grid: [usize; 2],
+        block: [usize; 2],
+    ) -> Option<Launch> {
+        let odd = if team == "long" || self.is_even() {
+            ""
+        } else {
+            "_odd"
+        };
+        let kernel = format!(
+            "{}_{what}_{}_{team}{odd}",
+            self.norm.name(),
+            self.types.name()
+        );
         Some(Launch {
             kernel,
-            grid: [u32::try_from(grid[0]).ok()?, u32::try_from(grid[1]).ok()?, 1],
+            grid: [
+                u32::try_from(grid[0]).ok()?,
+                u32::try_from(grid[1]).ok()?,
+                1,
+            ],
             block: [block[0] as u32, block[1] as u32, 1],
             shared: 0,
         })
     }
 
-    /// The forward's launch; none for an empty tensor. Arguments: x, residual or null, weight or null,
-    /// bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows, cols
-    /// (`long long`), eps, offset (`double`), flags (`int`).
+    /// The forward's launch; none for an empty tensor. Arguments: x, residual or null, weight or
+    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows, cols
+    /// (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
+    /// ignores offset and flags.
     pub fn forward(&self) -> Option<Launch> {
         if self.rows == 0 || self.cols == 0 {
             return None;
         }
         let vectors = self.vectors();
         let plain = self.types.x().size() == 8;
-        for (per, team) in [(1, "w1"), (2, "w2"), (4, "w4")] {
+        let even = self.is_even();
+        for (per, team) in [(1, "w1"), (2, "w2")] {
             if vectors <= 32 * per && !(plain && per > 1) {
                 let lanes = vectors.div_ceil(per).next_power_of_two().max(4);
                 let teams = TEAMS / lanes;
-                return self.launch("forward", team, [self.rows.div_ceil(teams), 1], [lanes, teams]);
+                let room = if !even { 2 } else { 5 - per };
+                let blocks = self.rows.div_ceil(teams).min(PROCESSORS * room);
+                return self.launch("forward", team, [blocks, 1], [lanes, teams]);
             }
         }
-        let (team, threads) = if plain {
-            ("long", 512)
-        } else if vectors <= 4 * 512 {
-            ("b4", whole_warps(vectors.div_ceil(4)))
-        } else if vectors <= 8 * 1024 && self.is_even() && !self.norm.add {
+        // The most threads of a block, and those that a multiprocessor has room for.
+        let (b2, b4) = match (even, self.norm.add) {
+            (true, false) => ((512, 1024), (1024, 1024)),
+            (true, true) => ((512, 512), (512, 512)),
+            (false, _) => ((512, 512), (512, 512)),
+        };
+        for (per, team, (most, room)) in [(2, "b2", b2), (4, "b4", b4)] {
+            if vectors <= per * most && !plain {
+                let threads = whole_warps(vectors.div_ceil(per));
+                let blocks = self.rows.min(self.blocks(room / threads));
+                return self.launch("forward", team, [blocks, 1], [threads, 1]);
+            }
+        }
+        let (team, threads) = if !plain && vectors <= 8 * 1024 && even && !self.norm.add {
             ("b8", whole_warps(vectors.div_ceil(8)))
         } else {
             ("long", 512)
         };
         self.launch("forward", team, [self.rows, 1], [threads, 1])
+    }
+
+    /// Blocks of one team each that are at work together.
+    fn blocks(&self, room: usize) -> usize {
+        let blocks = PROCESSORS * room;
+        // All rows of a team begin at the same place of a vector if the teams are a multiple of its
+        // elements.
+        if self.is_even() {
+            blocks
+        } else {
+            blocks / 8 * 8
+        }
     }
 
     /// The backward's launches; none for an empty tensor, whose parameters' gradients are zero.
@@ -149,7 +205,12 @@ impl Rows {
             if vectors <= 32 * per && !(plain && per > 1) {
                 let lanes = vectors.div_ceil(per).next_power_of_two().max(4);
                 let teams = TEAMS / lanes;
-                let parts = self.rows.div_ceil(teams).min(BUSY / TEAMS);
+                let room = if per == 1 && self.is_even() && !self.norm.add {
+                    3
+                } else {
+                    2
+                };
+                let parts = self.rows.div_ceil(teams).min(PROCESSORS * room);
                 let dx = self.launch("backward", team, [parts, 1], [lanes, teams])?;
                 return self.with_finish(dx, None, parts);
             }
@@ -157,15 +218,16 @@ impl Rows {
         for (per, team) in [(2, "b2"), (4, "b4")] {
             if vectors <= per * 512 && !plain {
                 let threads = whole_warps(vectors.div_ceil(per));
-                // A multiple of the elements of a vector.
-                let parts = self.rows.min((BUSY / threads).next_multiple_of(8));
+                let parts = self.rows.min(self.blocks(512 / threads));
                 let dx = self.launch("backward", team, [parts, 1], [threads, 1])?;
                 return self.with_finish(dx, None, parts);
             }
         }
         let dx = self.launch("backward", "long", [self.rows, 1], [512, 1])?;
         let tiles = vectors.div_ceil(TEAMS);
-        let parts = self.rows.min((2 * BUSY / TEAMS).div_ceil(tiles).next_multiple_of(8));
+        let parts = self
+            .rows
+            .min((4 * PROCESSORS).div_ceil(tiles).next_multiple_of(8));
         let columns = Launch {
             kernel: format!("{}_columns_{}", self.norm.name(), self.types.name()),
             ..self.launch("", "long", [tiles, parts], [TEAMS, 1])?
@@ -178,7 +240,12 @@ impl Rows {
             kernel: format!("rows_finish_{}", self.types.name()),
             ..self.launch("", "long", [(2 * self.cols).div_ceil(32), 1], [32, 16])?
         };
-        Some(Backward { dx, columns, finish, parts })
+        Some(Backward {
+            dx,
+            columns,
+            finish,
+            parts,
+        })
     }
 }
 
@@ -193,10 +260,16 @@ mod tests {
 
     fn within_limits(launch: &Launch) -> Result<(), TestCaseError> {
         let threads: u32 = launch.block.iter().product();
-        prop_assert!(threads >= 32 && threads <= 1024 && threads % 32 == 0, "{launch:?}");
+        prop_assert!(
+            threads >= 32 && threads <= 1024 && threads % 32 == 0,
+            "{launch:?}"
+        );
         prop_assert!(launch.shared <= 99 * 1024);
         prop_assert!(launch.grid.iter().all(|&n| n > 0), "{launch:?}");
-        prop_assert!(launch.grid[0] <= i32::MAX as u32 && launch.grid[1] <= 65535, "{launch:?}");
+        prop_assert!(
+            launch.grid[0] <= i32::MAX as u32 && launch.grid[1] <= 65535,
+            "{launch:?}"
+        );
         Ok(())
     }
 
@@ -242,7 +315,11 @@ mod tests {
             if let Some(per) = per(&forward) {
                 prop_assert!(forward.block[0] as usize * per >= touched, "{forward:?}");
             }
-            prop_assert!(u64::from(forward.grid[0]) * u64::from(forward.block[1]) >= rows as u64);
+            let slots = forward.grid[0] as usize * forward.block[1] as usize;
+            match per(&forward) {
+                Some(1..=4) => prop_assert!(rows <= slots || cols % v == 0 || slots % v == 0),
+                _ => prop_assert_eq!(rows, slots),
+            }
             let backward = shape.backward().unwrap();
             let dx = &backward.dx;
             if let Some(per) = per(dx) {
@@ -250,7 +327,8 @@ mod tests {
                 prop_assert_eq!(dx.grid[0] as usize, backward.parts);
                 let teams = dx.block[1] as usize;
                 // A team with more than one row finds all of them at the same place of a vector.
-                prop_assert!(rows <= backward.parts * teams || backward.parts * teams % v == 0);
+                let slots = backward.parts * teams;
+                prop_assert!(rows <= slots || cols % v == 0 || slots % v == 0);
                 if teams > 1 {
                     // The columns' sums of all teams fit into the shared memory of the kernel.
                     prop_assert!(teams * cols * 2 <= 256 * per * v * 2);
@@ -271,7 +349,13 @@ mod tests {
     fn an_empty_tensor_launches_nothing() {
         for (rows, cols) in [(0, 8), (8, 0)] {
             let (norm, types) = (Norm::ALL[0], Types::ALL[0]);
-            let rows = Rows { norm, types, rows, cols, aligned: true };
+            let rows = Rows {
+                norm,
+                types,
+                rows,
+                cols,
+                aligned: true,
+            };
             assert!(rows.forward().is_none() && rows.backward().is_none());
         }
     }

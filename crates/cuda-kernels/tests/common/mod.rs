@@ -36,8 +36,22 @@ macro_rules! elem {
 }
 elem!(f32, f32, F32, 6e-8, |v| v as f32, f64::from);
 elem!(f64, f64, F64, 1.2e-16, |v| v, |v| v);
-elem!(f16, f32, F16, 4.9e-4, |v: f64| f16::from_f32(v as f32), f64::from);
-elem!(bf16, f32, Bf16, 4e-3, |v: f64| bf16::from_f32(v as f32), f64::from);
+elem!(
+    f16,
+    f32,
+    F16,
+    4.9e-4,
+    |v: f64| f16::from_f32(v as f32),
+    f64::from
+);
+elem!(
+    bf16,
+    f32,
+    Bf16,
+    4e-3,
+    |v: f64| bf16::from_f32(v as f32),
+    f64::from
+);
 
 /// Numbers in [-2, 2) that numpy makes as easily: 24 bits of a hash of the place.
 pub fn numbers<T: Elem>(n: usize, seed: u32, mean: f64) -> Vec<T> {
@@ -64,7 +78,12 @@ impl<T: Elem> Buffer<T> {
     pub fn new(values: &[T], at: usize) -> Self {
         let size = size_of::<T>();
         let memory = vec![u128::MAX; ((at + values.len()) * size).div_ceil(16)];
-        let mut buffer = Self { memory, at, len: values.len(), of: std::marker::PhantomData };
+        let mut buffer = Self {
+            memory,
+            at,
+            len: values.len(),
+            of: std::marker::PhantomData,
+        };
         buffer.slice_mut().copy_from_slice(values);
         buffer
     }
@@ -72,7 +91,12 @@ impl<T: Elem> Buffer<T> {
     /// Filled with NaN.
     pub fn empty(len: usize) -> Self {
         let memory = vec![u128::MAX; (len * size_of::<T>()).div_ceil(16)];
-        Self { memory, at: 0, len, of: std::marker::PhantomData }
+        Self {
+            memory,
+            at: 0,
+            len,
+            of: std::marker::PhantomData,
+        }
     }
 
     pub fn slice(&self) -> &[T] {
@@ -99,7 +123,16 @@ impl<T: Elem> Buffer<T> {
 
 pub fn run(what: &Launch, args: Args<'_>, order: Order) {
     // SAFETY: the arguments are those that the geometry documents for the kernel.
-    let done = unsafe { launch(&what.kernel, what.grid, what.block, what.shared, args, order) };
+    let done = unsafe {
+        launch(
+            &what.kernel,
+            what.grid,
+            what.block,
+            what.shared,
+            args,
+            order,
+        )
+    };
     if let Err(fault) = done {
         panic!("{what:?}: {fault}");
     }
@@ -117,6 +150,8 @@ pub struct Case<T: Elem, P: Elem> {
     pub eps: f64,
     pub offset: f64,
     pub round_first: bool,
+    /// See [`Options::few_blocks`].
+    pub few_blocks: bool,
 }
 
 /// What varies beside the shape.
@@ -129,6 +164,8 @@ pub struct Options {
     pub round_first: bool,
     /// Elements that the parameters begin behind a multiple of 16 bytes.
     pub at: usize,
+    /// Fewer blocks than the geometry says: so that a team has several rows where a test has few.
+    pub few_blocks: bool,
 }
 
 pub const USUAL: Options = Options {
@@ -139,6 +176,7 @@ pub const USUAL: Options = Options {
     offset: 0.,
     round_first: false,
     at: 0,
+    few_blocks: false,
 };
 
 /// A case made of [`numbers`].
@@ -150,7 +188,13 @@ pub fn case<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options)
     let buffer = |seed, mean| Buffer::new(&numbers::<T>(n, seed, mean), 0);
     let param = |seed, mean| Buffer::new(&numbers::<P>(cols, seed, mean), o.at);
     Case {
-        shape: Rows { norm, types, rows, cols, aligned },
+        shape: Rows {
+            norm,
+            types,
+            rows,
+            cols,
+            aligned,
+        },
         x: buffer(seed, o.mean),
         residual: norm.add.then(|| buffer(seed + 1, 0.)),
         weight: o.weight.then(|| param(seed + 2, 0.5)),
@@ -160,6 +204,7 @@ pub fn case<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options)
         eps: 1e-5,
         offset: o.offset,
         round_first: o.round_first,
+        few_blocks: o.few_blocks,
     }
 }
 
@@ -194,7 +239,9 @@ fn maybe<E: Elem>(buffer: &Option<Buffer<E>>) -> Option<&[E]> {
 
 impl<T: Elem, P: Elem> Case<T, P> {
     pub fn run(&self, order: Order) -> Outputs<T, P> {
-        let Rows { norm, rows, cols, .. } = self.shape;
+        let Rows {
+            norm, rows, cols, ..
+        } = self.shape;
         let n = rows * cols;
         let flags = if self.round_first { ROUND_FIRST } else { 0 };
         let mut y = Buffer::empty(n);
@@ -210,9 +257,22 @@ impl<T: Elem, P: Elem> Case<T, P> {
             .write(stats.slice_mut());
         let args = args.i64(rows as i64).i64(cols as i64);
         let args = args.f64(self.eps).f64(self.offset).i32(flags);
-        run(&self.shape.forward().unwrap(), args, order);
-
-        let plan = self.shape.backward().unwrap();
+        let mut forward = self.shape.forward().unwrap();
+        let mut plan = self.shape.backward().unwrap();
+        if self.few_blocks {
+            let few = |launch: &Launch| if launch.block[1] > 1 { 1 } else { 8 };
+            if !forward.kernel.ends_with("b8") && !forward.kernel.ends_with("long") {
+                forward.grid[0] = forward.grid[0].min(few(&forward));
+            }
+            if let Some(columns) = &mut plan.columns {
+                columns.grid[1] = columns.grid[1].min(8);
+                plan.parts = columns.grid[1] as usize;
+            } else {
+                plan.dx.grid[0] = plan.dx.grid[0].min(few(&plan.dx));
+                plan.parts = plan.dx.grid[0] as usize;
+            }
+        }
+        run(&forward, args, order);
         let mut dx = Buffer::empty(n);
         let mut partial = Buffer::<T::Acc>::empty(plan.parts * 2 * cols);
         let args = Args::new()
@@ -232,9 +292,16 @@ impl<T: Elem, P: Elem> Case<T, P> {
                 .read(self.dy.slice())
                 .read(stats.slice())
                 .write(partial.slice_mut());
-            run(columns, args.i64(rows as i64).i64(cols as i64).i32(flags), order);
+            run(
+                columns,
+                args.i64(rows as i64).i64(cols as i64).i32(flags),
+                order,
+            );
         } else {
-            let args = args.write(partial.slice_mut()).i64(rows as i64).i64(cols as i64);
+            let args = args
+                .write(partial.slice_mut())
+                .i64(rows as i64)
+                .i64(cols as i64);
             run(&plan.dx, args.f64(self.offset).i32(flags), order);
         }
         let (mut dweight, mut dbias) = (Buffer::empty(cols), Buffer::empty(cols));
@@ -242,7 +309,18 @@ impl<T: Elem, P: Elem> Case<T, P> {
             .read(partial.slice())
             .write(dweight.slice_mut())
             .write(dbias.slice_mut());
-        run(&plan.finish, args.i64(plan.parts as i64).i64(cols as i64), order);
-        Outputs { y, sum, stats, dx, dweight, dbias }
+        run(
+            &plan.finish,
+            args.i64(plan.parts as i64).i64(cols as i64),
+            order,
+        );
+        Outputs {
+            y,
+            sum,
+            stats,
+            dx,
+            dweight,
+            dbias,
+        }
     }
 }
