@@ -71,7 +71,8 @@
 //!   [`NormedLayer`]: a linear layer or convolution together with its norm.
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
 //!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them.
-//! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
+//! - Averaged weights: [`AveragedModel`], exponentially (EMA) or equally (SWA).
+//! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several shards, a model with another head.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
@@ -87,6 +88,7 @@
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
 
+mod averaged;
 pub mod checkpoint;
 pub mod gradcheck;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
@@ -97,6 +99,7 @@ pub mod ops;
 mod optim;
 pub mod scaling;
 
+pub use averaged::{Average, AveragedModel, AveragedModelOptions, Decay, Warmup};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
 pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions, instance_norm};
