@@ -72,7 +72,8 @@
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
 //!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them; [`without_updates`] and [`pool_updates`] say which
 //!   forwards go into them.
-//! - Files: [`checkpoint`] loads what `VarMap::load` cannot.
+//! - Averaged weights: [`AveragedModel`], exponentially (EMA) or equally (SWA).
+//! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several shards, a model with another head.
 //! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`], [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
@@ -95,6 +96,7 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod averaged;
 pub mod checkpoint;
 pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes; `tests/readme.rs` follows the links.
@@ -110,6 +112,7 @@ pub mod ops;
 mod optim;
 pub mod scaling;
 
+pub use averaged::{Average, AveragedModel, AveragedModelOptions, Decay, Warmup};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,

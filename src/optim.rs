@@ -134,7 +134,8 @@ fn named(vars: &VarMap) -> Vec<(String, Var)> {
     named
 }
 
-fn is_statistic(name: &str) -> bool {
+/// Whether a variable is a running mean, a running variance or a counter of batches, told by its name.
+pub(crate) fn is_statistic(name: &str) -> bool {
     [RUNNING_MEAN[0], RUNNING_VAR[0], NUM_BATCHES_TRACKED]
         .iter()
         .any(|s| ends_with_part(name, s))

@@ -462,7 +462,7 @@ fn no_bias_of_a_layer_is_dropped_unseen() -> Result<()> {
     let (weight, bias) = (noise((4, 3), DType::F64)?, noise(4, DType::F64)?);
     let tensors = [("weight", weight.clone()), ("bias", bias.clone())];
     let vb = stored(&tensors, DType::F64);
-    let text = message(weight_norm::linear_no_bias(3, 4, Some(0), vb.clone()));
+    let text = message(weight_norm::linear_no_bias(3, 4, Some(0).into(), vb.clone()));
     let parts = [
         "WeightNorm: expected",
         "\"bias\"",
@@ -470,7 +470,7 @@ fn no_bias_of_a_layer_is_dropped_unseen() -> Result<()> {
         "with a bias",
     ];
     assert!(parts.iter().all(|p| text.contains(p)), "{text}");
-    weight_norm::linear(3, 4, Some(0), vb)?;
+    weight_norm::linear(3, 4, Some(0).into(), vb)?;
 
     // A batch norm after a layer that was trained with a bias: its mean is that of the sum.
     let tensors = [

@@ -2,6 +2,7 @@
 //!
 //! A message names the layer, says what was expected and what came, and, where there is one, the remedy.
 
+pub(crate) mod averages;
 pub(crate) mod scaling;
 pub(crate) mod series;
 

@@ -1,0 +1,62 @@
+//! Messages about averaged weights.
+
+use std::path::Path;
+
+use candle_core::{Result, bail};
+
+pub(crate) fn decay(layer: &str, name: &str, decay: f64) -> Result<()> {
+    if !(0. ..=1.).contains(&decay) {
+        bail!(
+            "{layer}: expected {name} between 0 and 1 (the weight of the past), got {decay}; 0.999 is usual"
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn positive(layer: &str, name: &str, value: f64) -> Result<()> {
+    if !(value.is_finite() && value > 0.) {
+        bail!("{layer}: expected {name} of the warm-up to be finite and above 0, got {value}")
+    }
+    Ok(())
+}
+
+/// What only works while the model has its own values.
+pub(crate) fn swapped(layer: &str, call: &str, swapped: bool) -> Result<()> {
+    if swapped {
+        bail!(
+            "{layer}: expected {call} while the model has its own values, got it while it has the averages; call swap_out first"
+        )
+    }
+    Ok(())
+}
+
+/// What only works while the averages are in the model.
+pub(crate) fn not_swapped<T>(layer: &str, own: Option<T>) -> Result<T> {
+    match own {
+        Some(own) => Ok(own),
+        None => bail!(
+            "{layer}: expected swap_out after swap_in, got it while the model has its own values"
+        ),
+    }
+}
+
+/// `differs` is the first variable that the model or its averages lack, or that has another shape in one of them.
+pub(crate) fn same_variables(layer: &str, differs: Option<&str>) -> Result<()> {
+    match differs {
+        Some(name) => bail!(
+            "{layer}: expected the variables that the model had when it was averaged first, got a difference in {name}; build the whole model before AveragedModel::new"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// The number of updates in the file at `path`.
+pub(crate) fn of_averages(layer: &str, path: &Path, updates: Option<u64>) -> Result<u64> {
+    match updates {
+        Some(updates) => Ok(updates),
+        None => bail!(
+            "{layer}: expected a file of AveragedModel::save, got {} without a number of updates; to start from a checkpoint, load it into the model and call AveragedModel::new",
+            path.display()
+        ),
+    }
+}
