@@ -5,8 +5,9 @@
     python scripts/make_checkpoints.py some/dir   # writes somewhere else
 
 NAME.safetensors is a state dict, NAME.io.safetensors holds an `input` and the `output` that PyTorch
-gives for it in evaluation mode. The same files come out on every run. One state dict is also written
-as NAME.pth.
+gives for it in evaluation mode. The same files come out on every run. NAME.pth is written by
+torch.save, NAME_old.pth by its format before PyTorch 1.6, which has addresses of memory in it and
+so comes out with other bytes on each run.
 
     batch_norm2d             after a few steps of training
     instance_norm2d          affine and tracking, after a few steps of training
@@ -19,8 +20,19 @@ as NAME.pth.
     batch_norm_no_counter    no num_batches_tracked, as candle-nn saves it
     batch_norm_half_stats    statistics in f16
     batch_norm_negative_var  must be refused; there is no output
+
+    batch_norm2d.pth         the state dict of batch_norm2d
+    training.pth             the same under "model", beside what a training script saves with it
+    two_models.pth           state dicts under "model" and "ema"
+    views.pth                tensors of every dtype and layout; views.safetensors has their values
+    module.pth               a pickled module, not a state dict
+    averaged.safetensors     the weights of a training by step, and what PyTorch's AveragedModel and
+                             timm's formula of a warm-up make of them
 """
 
+import argparse
+import copy
+import random
 import sys
 import warnings
 from pathlib import Path
@@ -104,6 +116,99 @@ def randomized(module: nn.Module) -> nn.Module:
     return module
 
 
+def write_pth(folder: Path, name: str, value: object) -> None:
+    torch.save(value, folder / f"{name}.pth")
+    torch.save(value, folder / f"{name}_old.pth", _use_new_zipfile_serialization=False)
+
+
+def pickles(w: Writer, state: dict, bn: nn.Module) -> None:
+    """What people call .pth."""
+    write_pth(w.folder, "batch_norm2d", state)
+    bn = copy.deepcopy(bn)
+    optimizer = torch.optim.Adam(bn.parameters())
+    bn.train()(torch.randn(2, 3, 2, 2)).square().sum().backward()
+    optimizer.step()
+    training = {
+        "epoch": 3,
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "args": argparse.Namespace(lr=0.1, layers=[1, 2], name="r\u00e9sum\u00e9", resume=None),
+        "seed": 2**63 + 5,
+        "best": -0.5,
+        "rng": torch.arange(5, dtype=torch.uint8),
+        "python_rng": random.Random(1).getstate()[1][:3],
+    }
+    write_pth(w.folder, "training", training)
+    ema = {name: value * 2 for name, value in state.items()}
+    write_pth(w.folder, "two_models", {"model": state, "ema": ema})
+    torch.save(nn.Linear(2, 2), w.folder / "module.pth")
+
+    whole = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+    views = {
+        "whole": whole,
+        "transposed": whole.transpose(0, 2),
+        "row": whole[1],
+        "every_other": whole[:, ::2, 1::2],
+        "one": whole[1, 2, 3],
+        "none": torch.zeros(0, 3),
+        "parameter": nn.Parameter(whole[:, 0] * 0.5),
+        "f64": whole.double() / 3,
+        "f16": whole.half() / 3,
+        "bf16": whole.bfloat16() / 3,
+        "i64": whole.long() - 12,
+    }
+    w.size += save(w.folder / "views.safetensors", {k: v.detach() for k, v in views.items()})
+    others = {
+        "i32": whole.int() - 12,
+        "i16": whole.short() - 12,
+        "u8": whole.byte(),
+        "bool": whole > 11,
+        "i8": whole.to(torch.int8),
+        "complex": torch.complex(whole, whole),
+        "sparse": whole[0].to_sparse(),
+    }
+    write_pth(w.folder, "views", views | others)
+
+
+def averages(w: Writer) -> None:
+    """Six steps of a training, and averages after each of them."""
+    from torch.optim import swa_utils
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = swa_utils.get_ema_multi_avg_fn(0.75)
+    kinds = {
+        "swa": swa_utils.AveragedModel(model),
+        "ema": swa_utils.AveragedModel(model, multi_avg_fn=ema),
+        "ema_statistics": swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True),
+    }
+    # timm's ModelEmaV3 in float64: gamma 3, power 0.5, decay 0.33, min_decay 0.25, update_after_step 1.
+    warm = {}
+    tensors = {}
+    for step in range(1, 7):
+        model.train()
+        loss = model(torch.randn(8, 3) + 1).mul(torch.randn(8, 4)).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.5 * parameter.grad)
+                parameter.grad = None
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        tensors |= {f"model.{step}.{name}": value for name, value in state.items()}
+        for kind, averaged in kinds.items():
+            averaged.update_parameters(model)
+            for name, value in averaged.module.state_dict().items():
+                tensors[f"{kind}.{step}.{name}"] = value.clone()
+        n = max(0, step - 1 - 1)
+        decay = max(min(1 - (1 + n / 3) ** -0.5, 0.33), 0.25) if n > 0 else 0.0
+        for name, value in state.items():
+            value = value.double() if value.is_floating_point() else value
+            if value.is_floating_point() and name in warm:
+                value = warm[name] * decay + value * (1 - decay)
+            warm[name] = value
+            tensors[f"warmup.{step}.{name}"] = value
+    w.size += save(w.folder / "averaged.safetensors", tensors)
+
+
 def main() -> None:
     here = Path(__file__).resolve().parent
     default = here.parent / "tests" / "fixtures" / "checkpoints"
@@ -113,7 +218,6 @@ def main() -> None:
 
     bn = trained(nn.BatchNorm2d(3), 4, 3, 5, 5)
     w.module("batch_norm2d", bn, 2, 3, 4, 5)
-    torch.save(bn.state_dict(), w.folder / "batch_norm2d.pth")
     instance = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
     w.module("instance_norm2d", trained(instance, 4, 3, 5, 5), 2, 3, 4, 5)
     w.module("layer_norm", randomized(nn.LayerNorm([3, 5])), 4, 3, 5)
@@ -149,6 +253,8 @@ def main() -> None:
 
     # Last, so that it draws after all others.
     w.module("switch_norm2d", trained(SwitchNorm2d(3), 4, 3, 5, 5), 2, 3, 4, 5)
+    pickles(w, state, bn)
+    averages(w)
     print(f"{w.size} bytes of safetensors in {w.folder}")
 
 

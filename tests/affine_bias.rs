@@ -462,7 +462,12 @@ fn no_bias_of_a_layer_is_dropped_unseen() -> Result<()> {
     let (weight, bias) = (noise((4, 3), DType::F64)?, noise(4, DType::F64)?);
     let tensors = [("weight", weight.clone()), ("bias", bias.clone())];
     let vb = stored(&tensors, DType::F64);
-    let text = message(weight_norm::linear_no_bias(3, 4, Some(0).into(), vb.clone()));
+    let text = message(weight_norm::linear_no_bias(
+        3,
+        4,
+        Some(0).into(),
+        vb.clone(),
+    ));
     let parts = [
         "WeightNorm: expected",
         "\"bias\"",

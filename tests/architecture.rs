@@ -369,7 +369,7 @@ fn makes_messages(source: &Source) -> bool {
 
 /// Files and folders that make messages of their own, since they are about things that no layer knows: files, configurations
 /// and functions of the caller's own.
-const OWN_MESSAGES: [&str; 3] = ["checkpoint.rs", "norm/config.rs", "gradcheck/"];
+const OWN_MESSAGES: [&str; 3] = ["checkpoint/", "norm/config.rs", "gradcheck/"];
 
 /// The texts of the errors that a source makes, in code that is not for tests.
 fn messages(source: &Source) -> Vec<String> {

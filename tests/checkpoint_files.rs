@@ -149,7 +149,7 @@ fn what_is_no_such_file_is_refused() {
             "one element without axes",
             file(&of("F32", "[]", 4), &[0; 4]),
         ),
-        ("another axis", file(&of("F32", "[1,2]", 8), &[0; 8])),
+        ("another axis", file(&of("F32", "[2,2]", 16), &[0; 16])),
     ] {
         let (state, outcome) = load(DType::F32, bytes);
         outcome.expect_err(what);

@@ -86,12 +86,22 @@ pub(crate) const ALIASES: [&[&str]; 6] = [
     DIRECTION,
 ];
 
-/// The name of `names` that `vb` holds, else the one that is written.
+/// The name of `names` under which the file behind `vb` has a tensor, else the one that is written.
+///
+/// Names but the first are those of files. Variables of a `VarMap` are made under any name for any purpose: a `gamma` beside a norm is
+/// no weight of it.
 pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {
-    names
-        .iter()
-        .find(|name| vb.contains_tensor(name))
-        .unwrap_or(&names[0])
+    let found = names.iter().find(|name| vb.contains_tensor(name));
+    match found {
+        Some(name) if *name == names[0] || is_of_a_file(vb, name) => name,
+        _ => names[0],
+    }
+}
+
+/// Whether `vb` reads the tensor `name`, which it has, from a file or from memory. candle tells a `VarMap` by this alone: it makes what
+/// it lacks, and so hands out no tensor without being told a shape.
+fn is_of_a_file(vb: &VarBuilder, name: &str) -> bool {
+    vb.get_unchecked_dtype(name, vb.dtype()).is_ok()
 }
 
 /// `name` with the path of `vb` before it.
