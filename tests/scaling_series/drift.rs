@@ -135,7 +135,7 @@ fn delays(mean: f64, std: f64) -> Result<[u64; 3]> {
 fn a_change_is_seen_within_the_window() -> Result<()> {
     for (name, mean, std, most) in [
         ("a mean that moves by 1 σ", 1., 1., 200),
-        ("a mean that moves by 3 σ", 3., 1., 40),
+        ("a mean that moves by 3 σ", 3., 1., 30),
         ("a standard deviation that doubles", 0., 2., 200),
         ("a standard deviation that halves", 0., 0.5, 200),
     ] {
