@@ -196,6 +196,11 @@ fn cotangent(
         let saved = hook::recorded(|| subject.forward(&x, &params.tensors))?;
         saved.backward(&dy)
     });
+    // By position: a bias alone comes first.
+    let (dweight, dbias) = match form {
+        (false, true) => (None, dweight),
+        _ => (dweight, dbias),
+    };
     let want = params.want(subject, dims, &params.numbers.x, &values(&dy)?);
     let what = |name: &str| {
         format!(
