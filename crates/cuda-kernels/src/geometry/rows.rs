@@ -7,8 +7,8 @@ use crate::{Launch, Types};
 /// Bytes that the first element of x, residual, dy, dsum and of all outputs is a multiple of.
 pub const ALIGNMENT: usize = 16;
 
-/// The bit of the kernels' `flags` by which RmsNorm rounds the normalized value to x's type before it
-/// multiplies it by the weight.
+/// The bit of the kernels' `flags` by which RmsNorm rounds the normalized value to x's type before
+/// it multiplies it by the weight.
 pub const ROUND_FIRST: i32 = 1;
 
 /// Which norm.
@@ -76,9 +76,9 @@ pub struct Rows {
 #[derive(Clone, Debug)]
 pub struct Backward {
     /// `dx`, and partial sums unless [`Backward::columns`] makes them. Arguments: x, residual or
-    /// null, weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial (null
-    /// where no parameter's gradient is wanted), then rows, cols (`long long`), offset (`double`),
-    /// and, unless there is `columns`, flags (`int`).
+    /// null, weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial
+    /// (null where no parameter's gradient is wanted), then rows, cols (`long long`), offset
+    /// (`double`), and, unless there is `columns`, flags (`int`).
     pub dx: Launch,
     /// Partial sums of rows too long for the kernel of `dx`. Arguments: x, residual or null, dy,
     /// stats, partial, rows, cols, flags. Not launched where no parameter's gradient is wanted.
@@ -142,8 +142,8 @@ impl Rows {
     }
 
     /// The forward's launch; none for an empty tensor. Arguments: x, residual or null, weight or
-    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows, cols
-    /// (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
+    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows,
+    /// cols (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
     /// ignores offset and flags.
     pub fn forward(&self) -> Option<Launch> {
         if self.rows == 0 || self.cols == 0 {
