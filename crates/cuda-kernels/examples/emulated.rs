@@ -49,7 +49,7 @@ fn one<T: Elem, P: Elem>(
     let options = Options {
         mean,
         offset: if norm.center { 0. } else { 1. },
-        round_first: !norm.center && cols % 2 == 0,
+        round_first: !norm.center && cols.is_multiple_of(2),
         at: cols % 3,
         ..USUAL
     };

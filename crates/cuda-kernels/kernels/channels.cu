@@ -835,8 +835,8 @@ __device__ __forceinline__ void update_running(const A *mean, const A *rest, con
 #define COLUMNS i64 elements, i64 width, i64 rows, i64 period, i64 inner
 #define MATRIX (Columns{(u64)elements, (u64)width, (u64)rows, (u64)period, (u64)inner})
 
-#define OF_X(T, t)                                                                                                     \
-  KERNEL(256, 3, planes_moments_##t, const T *x, Acc<T> *partial, i64 outer, i64 channels, i64 inner, int parts,       \
+#define OF_X(T, t, blocks)                                                                                             \
+  KERNEL(256, blocks, planes_moments_##t, const T *x, Acc<T> *partial, i64 outer, i64 channels, i64 inner, int parts,  \
          int center) {                                                                                                 \
     planes_moments<T, 4>(x, partial, outer, channels, inner, parts, center);                                           \
   }                                                                                                                    \
@@ -919,15 +919,15 @@ __device__ __forceinline__ void update_running(const A *mean, const A *rest, con
 // f64_f64's.
 #if HAS(f32_f32)
 OF_ACC(float, f32)
-OF_X(float, f32)
+OF_X(float, f32, 3)
 OF_PAIR(float, float, f32_f32, 3)
 #endif
 #if HAS(f16_f16)
-OF_X(f16, f16)
+OF_X(f16, f16, 3)
 OF_PAIR(f16, f16, f16_f16, 3)
 #endif
 #if HAS(bf16_bf16)
-OF_X(bf16, bf16)
+OF_X(bf16, bf16, 3)
 OF_PAIR(bf16, bf16, bf16_bf16, 3)
 #endif
 #if HAS(f16_f32)
@@ -938,6 +938,6 @@ OF_PAIR(bf16, float, bf16_f32, 3)
 #endif
 #if HAS(f64_f64)
 OF_ACC(double, f64)
-OF_X(double, f64)
+OF_X(double, f64, 2)
 OF_PAIR(double, double, f64_f64, 2)
 #endif

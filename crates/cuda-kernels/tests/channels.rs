@@ -56,7 +56,8 @@ impl Numbers for Element {
 
 const F32_ONLY: Types = Types::ALL[0];
 
-/// A buffer that begins at a multiple of 16 bytes, and ends in a guard of NaN that nobody may write.
+/// A buffer that begins at a multiple of 16 bytes, and ends in a guard of NaN that nobody may
+/// write.
 #[derive(Clone, PartialEq)]
 struct Buffer {
     kind: Element,
@@ -95,7 +96,8 @@ impl Buffer {
 fn run(l: &Launch, args: Args, order: Order) {
     let record = tape::begin(&args, order);
     let writes = args.writes.clone();
-    // SAFETY: the arguments are those that the geometry's functions describe, with buffers of their sizes.
+    // SAFETY: the arguments are those that the geometry's functions describe, with buffers of
+    // their sizes.
     unsafe { launch(&l.kernel, l.grid, l.block, l.shared, args.inner, order) }
         .unwrap_or_else(|fault| panic!("{}: {fault}", l.kernel));
     if let Some(record) = record {
@@ -232,19 +234,18 @@ mod tape {
         };
         let before = places(&record.before);
         let after = writes.iter().map(|(p, n)| {
-            // SAFETY: the buffers outlive the launch that has just ended; no reference to them is in use.
+            // SAFETY: the buffers outlive the launch that has just ended; no reference to them is
+            // in use.
             bytes(unsafe { std::slice::from_raw_parts(*p, *n) })
         });
         let after = places(&after.collect::<Vec<_>>());
-        let line = format!(
-            r#"{{"kernel": "{}", "grid": {:?}, "block": {:?}, "shared": {}, "args": [{}], "before": [{before}], "after": [{after}]}}"#,
-            l.kernel,
-            l.grid,
-            l.block,
-            l.shared,
-            record.log.join(", "),
+        let args = record.log.join(", ");
+        let launch = format!(
+            r#""kernel": "{}", "grid": {:?}, "block": {:?}, "shared": {}"#,
+            l.kernel, l.grid, l.block, l.shared,
         );
-        writeln!(lines, "{line}").unwrap();
+        let buffers = format!(r#""before": [{before}], "after": [{after}]"#);
+        writeln!(lines, r#"{{{launch}, "args": [{args}], {buffers}}}"#).unwrap();
     }
 }
 
@@ -1521,7 +1522,8 @@ mod geometry {
             prop_assume!(outer * channels * inner <= 1 << 37);
             let p = Planes { types: Types::ALL[t], outer, channels, inner };
             let all = [
-                p.moments(), p.merge(), p.normalize(), p.grad_sums(), p.grad_merge(), p.grad_input(),
+                p.moments(), p.merge(), p.normalize(), p.grad_sums(), p.grad_merge(),
+                p.grad_input(),
             ];
             all.iter().chain(&p.fit()).chain(&p.grad_fit()).for_each(within_limits);
             // Every slot has a thread where all are kept in registers.
@@ -1549,7 +1551,8 @@ mod geometry {
             let types = Types::ALL[t];
             let m = Columns::new(types, rows, channels, inner);
             let all = [
-                m.moments(), m.merge(), m.normalize(), m.grad_sums(), m.grad_merge(), m.grad_input(),
+                m.moments(), m.merge(), m.normalize(), m.grad_sums(), m.grad_merge(),
+                m.grad_input(),
             ];
             all.iter().for_each(within_limits);
             let lanes = types.x().lanes() as u64;
@@ -1562,7 +1565,8 @@ mod geometry {
 
         #[test]
         fn groups_stay_within_limits(
-            t in 0usize..6, samples in size(5000), groups in size(256), per in size(256), inner in size(1 << 22),
+            t in 0usize..6, samples in size(5000), groups in size(256), per in size(256),
+            inner in size(1 << 22),
         ) {
             prop_assume!(samples * groups * per * inner <= 1 << 37);
             let types = Types::ALL[t];

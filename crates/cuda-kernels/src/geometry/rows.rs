@@ -7,8 +7,8 @@ use crate::{Launch, Types};
 /// Bytes that the first element of x, residual, dy, dsum and of all outputs is a multiple of.
 pub const ALIGNMENT: usize = 16;
 
-/// The bit of the kernels' `flags` by which RmsNorm rounds the normalized value to x's type before it
-/// multiplies it by the weight.
+/// The bit of the kernels' `flags` by which RmsNorm rounds the normalized value to x's type before
+/// it multiplies it by the weight.
 pub const ROUND_FIRST: i32 = 1;
 
 /// Which norm.
@@ -76,9 +76,9 @@ pub struct Rows {
 #[derive(Clone, Debug)]
 pub struct Backward {
     /// `dx`, and partial sums unless [`Backward::columns`] makes them. Arguments: x, residual or
-    /// null, weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial (null
-    /// where no parameter's gradient is wanted), then rows, cols (`long long`), offset (`double`),
-    /// and, unless there is `columns`, flags (`int`).
+    /// null, weight or null, dy, dsum or null, stats, dx, then, unless there is `columns`, partial
+    /// (null where no parameter's gradient is wanted), then rows, cols (`long long`), offset
+    /// (`double`), and, unless there is `columns`, flags (`int`).
     pub dx: Launch,
     /// Partial sums of rows too long for the kernel of `dx`. Arguments: x, residual or null, dy,
     /// stats, partial, rows, cols, flags. Not launched where no parameter's gradient is wanted.
@@ -142,8 +142,8 @@ impl Rows {
     }
 
     /// The forward's launch; none for an empty tensor. Arguments: x, residual or null, weight or
-    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows, cols
-    /// (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
+    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows,
+    /// cols (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
     /// ignores offset and flags.
     pub fn forward(&self) -> Option<Launch> {
         if self.rows == 0 || self.cols == 0 {
@@ -261,7 +261,7 @@ mod tests {
     fn within_limits(launch: &Launch) -> Result<(), TestCaseError> {
         let threads: u32 = launch.block.iter().product();
         prop_assert!(
-            threads >= 32 && threads <= 1024 && threads % 32 == 0,
+            (32..=1024).contains(&threads) && threads.is_multiple_of(32),
             "{launch:?}"
         );
         prop_assert!(launch.shared <= 99 * 1024);
@@ -306,7 +306,7 @@ mod tests {
             let v = types.x().lanes();
             // Whatever place of a vector the row begins at.
             let touched = (0..v).map(|a| (a + cols).div_ceil(v)).max().unwrap();
-            let touched = if cols % v == 0 { cols / v } else { touched };
+            let touched = if cols.is_multiple_of(v) { cols / v } else { touched };
             let per = |launch: &Launch| {
                 let team = launch.kernel.trim_end_matches("_odd").rsplit('_').next().unwrap();
                 team[1..].parse::<usize>().ok()
@@ -317,7 +317,10 @@ mod tests {
             }
             let slots = forward.grid[0] as usize * forward.block[1] as usize;
             match per(&forward) {
-                Some(1..=4) => prop_assert!(rows <= slots || cols % v == 0 || slots % v == 0),
+                Some(1..=4) => {
+                    let same = cols.is_multiple_of(v) || slots.is_multiple_of(v);
+                    prop_assert!(rows <= slots || same);
+                }
                 _ => prop_assert_eq!(rows, slots),
             }
             let backward = shape.backward().unwrap();
@@ -328,7 +331,7 @@ mod tests {
                 let teams = dx.block[1] as usize;
                 // A team with more than one row finds all of them at the same place of a vector.
                 let slots = backward.parts * teams;
-                prop_assert!(rows <= slots || cols % v == 0 || slots % v == 0);
+                prop_assert!(rows <= slots || cols.is_multiple_of(v) || slots.is_multiple_of(v));
                 if teams > 1 {
                     // The columns' sums of all teams fit into the shared memory of the kernel.
                     prop_assert!(teams * cols * 2 <= 256 * per * v * 2);
@@ -340,7 +343,7 @@ mod tests {
                 let columns = backward.columns.as_ref().unwrap();
                 prop_assert!(columns.grid[0] as usize * 256 >= touched);
                 prop_assert_eq!(columns.grid[1] as usize, backward.parts);
-                prop_assert!(backward.parts >= rows || backward.parts % v == 0);
+                prop_assert!(backward.parts >= rows || backward.parts.is_multiple_of(v));
             }
         }
     }

@@ -182,7 +182,7 @@ pub const USUAL: Options = Options {
 /// A case made of [`numbers`].
 pub fn case<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options) -> Case<T, P> {
     let types = Types::new(T::ELEMENT, P::ELEMENT).unwrap();
-    let aligned = o.at * size_of::<P>() % 16 == 0;
+    let aligned = (o.at * size_of::<P>()).is_multiple_of(16);
     let n = rows * cols;
     let seed = (rows * 31 + cols) as u32;
     let buffer = |seed, mean| Buffer::new(&numbers::<T>(n, seed, mean), 0);
