@@ -70,26 +70,35 @@ fn sizes_beside_an_axis_without_elements_are_counted() -> Result<()> {
         for dim in [None, Some(0), Some(1)] {
             for size in [0, 1] {
                 let wn = "WeightNorm";
-                refused(wn, weight_norm::linear(size, n, dim, vb()));
-                refused(wn, weight_norm::linear_no_bias(size, n, dim, vb()));
-                refused(wn, weight_norm::linear(n, size, dim, vb()));
+                refused(wn, weight_norm::linear(size, n, dim.into(), vb()));
+                refused(wn, weight_norm::linear_no_bias(size, n, dim.into(), vb()));
+                refused(wn, weight_norm::linear(n, size, dim.into(), vb()));
                 let config = Conv1dConfig::default();
-                refused(wn, weight_norm::conv1d(0, n, size, config, dim, vb()));
-                refused(wn, weight_norm::conv1d(n, 0, size, config, dim, vb()));
+                refused(
+                    wn,
+                    weight_norm::conv1d(0, n, size, config, dim.into(), vb()),
+                );
+                refused(
+                    wn,
+                    weight_norm::conv1d(n, 0, size, config, dim.into(), vb()),
+                );
                 let config = Conv2dConfig::default();
-                refused(wn, weight_norm::conv2d(0, n, size, config, dim, vb()));
-                refused(wn, weight_norm::conv2d(n, n, 0, config, dim, vb()));
+                refused(
+                    wn,
+                    weight_norm::conv2d(0, n, size, config, dim.into(), vb()),
+                );
+                refused(wn, weight_norm::conv2d(n, n, 0, config, dim.into(), vb()));
                 let config = ConvTranspose1dConfig::default();
-                let up = weight_norm::conv_transpose1d(size, n, 0, config, dim, vb());
+                let up = weight_norm::conv_transpose1d(size, n, 0, config, dim.into(), vb());
                 refused(wn, up);
                 let config = ConvTranspose1dConfig {
                     groups: n,
                     ..config
                 };
-                let up = weight_norm::conv_transpose1d(0, n, 1, config, dim, vb());
+                let up = weight_norm::conv_transpose1d(0, n, 1, config, dim.into(), vb());
                 refused(wn, up);
                 let config = ConvTranspose2dConfig::default();
-                let up = weight_norm::conv_transpose2d(n, 0, size, config, dim, vb());
+                let up = weight_norm::conv_transpose2d(n, 0, size, config, dim.into(), vb());
                 refused(wn, up);
             }
         }
@@ -111,7 +120,7 @@ fn sizes_beside_an_axis_without_elements_are_counted() -> Result<()> {
     }
     // Sizes that there are: nothing is made of them but empty tensors.
     for (inputs, outputs) in [(0, 3), (3, 0), (0, 0)] {
-        let layer = weight_norm::linear(inputs, outputs, Some(0), vb())?;
+        let layer = weight_norm::linear(inputs, outputs, Some(0).into(), vb())?;
         let x = Tensor::zeros((2, inputs), DType::F32, &Device::Cpu)?;
         assert_eq!(layer.forward(&x)?.dims(), [2, outputs]);
     }
@@ -122,15 +131,15 @@ fn sizes_beside_an_axis_without_elements_are_counted() -> Result<()> {
 #[test]
 fn inputs_without_elements_are_counted_too() -> Result<()> {
     let empty = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
-    let linear = weight_norm::linear_no_bias(0, 8, Some(0), vb())?;
+    let linear = weight_norm::linear_no_bias(0, 8, Some(0).into(), vb())?;
     refused("WeightNorm", linear.forward(&empty(&[1 << 61, 0])?));
-    let conv = weight_norm::conv1d(0, 8, 1, Conv1dConfig::default(), Some(0), vb())?;
+    let conv = weight_norm::conv1d(0, 8, 1, Conv1dConfig::default(), Some(0).into(), vb())?;
     refused("WeightNorm", conv.forward(&empty(&[1 << 58, 0, 8])?));
     let config = Conv1dConfig {
         padding: 1 << 62,
         ..Default::default()
     };
-    let conv = weight_norm::conv1d(3, 8, 1, config, Some(0), vb())?;
+    let conv = weight_norm::conv1d(3, 8, 1, config, Some(0).into(), vb())?;
     refused("WeightNorm", conv.forward(&empty(&[0, 3, 8])?));
     refused("moments", ops::moments(&empty(&[0, 1 << 61])?));
     refused("moments", ops::moments(&empty(&[0, 1 << 59])?));

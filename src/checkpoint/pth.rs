@@ -169,11 +169,11 @@ fn class_of(object: &Object) -> Option<&Object> {
     }
 }
 
+/// The keys and values of a dict.
+type Entries = Vec<(Object, Object)>;
+
 /// The entries of the state dict: `object` itself, what it has under `key`, or the one dict of more tensors than lie beside it.
-fn state_dict(
-    object: Object,
-    key: Option<&str>,
-) -> Result<(Vec<(Object, Object)>, Option<String>)> {
+fn state_dict(object: Object, key: Option<&str>) -> Result<(Entries, Option<String>)> {
     let entries = match object {
         Object::Dict(entries) => entries,
         other => match class_of(&other) {

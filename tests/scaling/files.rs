@@ -310,7 +310,7 @@ fn a_write_that_fails_leaves_the_old_file() {
     scaler.save(&file).unwrap();
     assert!(
         scaler
-            .save(&folder.path().join("no/such/folder/file"))
+            .save(folder.path().join("no/such/folder/file"))
             .is_err()
     );
     assert!(scaling::load(&file).is_ok());
@@ -596,10 +596,7 @@ fn a_dtype_that_cannot_be_written_is_an_error() {
         let tensors = safetensors::SafeTensors::deserialize(&written).unwrap();
         let tensor = tensors.tensor("scales").unwrap();
         assert_eq!(tensor.data(), vec![0x7f; 4 * size], "{dtype}");
-        assert_eq!(
-            format!("{:?}", tensor.dtype()),
-            dtype.replace("F8_E4M3", "F8_E4M3")
-        );
+        assert_eq!(format!("{:?}", tensor.dtype()), dtype);
     }
     // Nor does such a tensor get in by another way.
     fs::write(&file, file_of("F8_E8M0", 4, 4)).unwrap();
@@ -653,6 +650,6 @@ fn a_part_that_is_not_there_is_looked_for_in_the_file() {
     scaler.save(text).unwrap();
     scaler.load(text).unwrap();
     let any: Box<dyn Scaler> = scaling::load(text).unwrap();
-    any.save(text.to_string()).unwrap();
+    any.save(std::ffi::OsString::from(text)).unwrap();
     any.load(one).unwrap();
 }

@@ -33,7 +33,7 @@ fn files_of_any_kind_are_told_apart() -> Result<()> {
         );
     }
     let sliding = SlidingScaler::new(4)?;
-    let error = message(sliding.load(&folder.path().join("EwmScaler")));
+    let error = message(sliding.load(folder.path().join("EwmScaler")));
     assert!(
         error.contains(
             "SlidingScaler: expected the state of a SlidingScaler, got that of a EwmScaler"

@@ -1503,7 +1503,10 @@ mod geometry {
 
     fn within_limits(l: &Launch) {
         let threads: u32 = l.block.iter().product();
-        assert!((32..=1024).contains(&threads) && threads % 32 == 0, "{l:?}");
+        assert!(
+            (32..=1024).contains(&threads) && threads.is_multiple_of(32),
+            "{l:?}"
+        );
         assert!(l.shared <= 48 << 10, "{l:?}");
         assert!((1..1 << 31).contains(&l.grid[0]), "{l:?}");
         assert!((1..=65535).contains(&l.grid[1]) && l.grid[2] == 1, "{l:?}");
@@ -1556,7 +1559,7 @@ mod geometry {
             ];
             all.iter().for_each(within_limits);
             let lanes = types.x().lanes() as u64;
-            prop_assert!(m.width % lanes == 0 && m.width % m.period == 0);
+            prop_assert!(m.width.is_multiple_of(lanes) && m.width.is_multiple_of(m.period));
             prop_assert!(m.rows * m.width >= m.elements && (m.rows - 1) * m.width < m.elements);
             // Shared memory has a place for each slot of 256 threads.
             prop_assert!(m.across <= 32 && (256 / m.across) * m.across <= 256);

@@ -63,7 +63,7 @@ impl Planes {
     /// touch one more.
     pub fn slots(self) -> u64 {
         let elements = self.types.x().lanes() as u64;
-        let of_plane = if self.inner % elements == 0 {
+        let of_plane = if self.inner.is_multiple_of(elements) {
             self.inner / elements
         } else {
             (self.inner + 2 * elements - 2) / elements
@@ -76,7 +76,7 @@ impl Planes {
     pub fn are_long(self) -> bool {
         let lanes = self.types.x().lanes() as u64;
         self.inner
-            >= if self.inner % lanes == 0 {
+            >= if self.inner.is_multiple_of(lanes) {
                 2 * lanes
             } else {
                 64 * lanes
