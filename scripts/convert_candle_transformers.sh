@@ -90,7 +90,7 @@ BEGIN {
 # The path under which this crate has `name` of candle-nn, or nothing.
 function path_of(name) {
     if (name in ours) return "candle_norm::" name
-    if (name == "ops") return "candle_norm::nn::ops"
+    if (name == "ops" || name == "rotary_emb") return "candle_norm::nn::" name
     return ""
 }
 

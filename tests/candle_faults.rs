@@ -246,6 +246,14 @@ fn fused_operations_drop_gradients() -> Result<()> {
     let softmax = candle_nn::ops::softmax_last_dim(&x)?;
     at_fault(!reached(softmax)?, "softmax_last_dim's gradients", then);
     assert!(reached(candle_nn::ops::softmax(&x, 1)?)?);
+    assert!(reached(candle_norm::nn::ops::softmax_last_dim(&x)?)?);
+    let queries = x.reshape((1, 1, 3, 4))?;
+    let angles = uniform((3, 2), 2).to_dtype(DType::F32)?;
+    let rope = candle_nn::rotary_emb::rope(&queries, &angles, &angles)?;
+    at_fault(!reached(rope)?, "rope's gradients", then);
+    assert!(reached(candle_norm::nn::rotary_emb::rope(
+        &queries, &angles, &angles
+    )?)?);
 
     // The same variables in this crate's layers: all of them get their gradient.
     let layer = layer_norm(4, 1e-5, vb.pp("layer"))?;

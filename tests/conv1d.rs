@@ -298,7 +298,7 @@ fn mistakes_name_the_layer() -> Result<()> {
         ),
         (
             &[4, 8],
-            "Conv1d: expected input of rank 3, got shape [4, 8]",
+            "Conv1d: expected input of rank 3, got shape [4, 8]; if the batch axis is missing, add it with unsqueeze(0)",
         ),
         (
             &[2, 4, 2],
@@ -332,7 +332,7 @@ fn mistakes_name_the_layer() -> Result<()> {
             conv1d(0, 1 << 61, 1, Default::default(), vb().pp("b"))
                 .err()
                 .and_then(text),
-            "Conv1d: expected bias with at most 1152921504606846975 elements, got shape [2305843009213693952]",
+            "Conv1d: expected weight with at most 1152921504606846975 elements, got shape [2305843009213693952, 0, 1]",
         ),
     ] {
         assert_eq!(refused.as_deref(), Some(says));

@@ -154,6 +154,63 @@ fn functions_of_ops_have_every_gradient() -> Result<()> {
     of(|v| ops::softmax_last_dim(&v[0]), &[turned])
 }
 
+/// Rotary embeddings: candle's values, also where a gradient follows, and every gradient.
+#[test]
+fn rotary_embeddings_have_every_gradient() -> Result<()> {
+    use candle_norm::nn::rotary_emb::{self as ours, rope_i_slow, rope_slow};
+    type Rope = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+    let theirs = [
+        candle_nn::rotary_emb::rope as Rope,
+        candle_nn::rotary_emb::rope_i,
+        candle_nn::rotary_emb::rope_thd,
+    ];
+    let ours = [ours::rope as Rope, ours::rope_i, ours::rope_thd];
+    // Axes 1 and 2 differ, and the factors are of more positions than there are.
+    let x = uniform((2, 3, 4, 6), 1);
+    for factors in [vec![7, 3], vec![2, 7, 3]] {
+        let (cos, sin) = (uniform(factors.clone(), 2), uniform(factors, 3));
+        for (which, (ours, theirs)) in ours.into_iter().zip(theirs).enumerate() {
+            let positions = [4, 4, 3][which];
+            let here = |t: &Tensor| t.narrow(t.rank() - 2, 0, positions)?.contiguous();
+            let want = theirs(&x, &here(&cos)?, &here(&sin)?)?;
+            assert_eq!(difference(&ours(&x, &cos, &sin)?, &want)?, 0.);
+            let tracked = Var::from_tensor(&x)?;
+            assert!(difference(&ours(&tracked, &cos, &sin)?, &want)? < 1e-15);
+            let f = |v: &[Tensor]| ours(&v[0], &v[1], &v[2]);
+            gradcheck(f, &[x.clone(), cos.clone(), sin.clone()])?;
+        }
+    }
+    let (cos, sin) = (uniform((4, 3), 2), uniform((4, 3), 3));
+    let tracked = Var::from_tensor(&x)?;
+    let slow = rope_slow(&x, &cos, &sin)?;
+    assert!(difference(&ours[0](&tracked, &cos, &sin)?, &slow)? < 1e-15);
+    let slow = rope_i_slow(&x, &cos, &sin)?;
+    assert!(difference(&ours[1](&tracked, &cos, &sin)?, &slow)? < 1e-15);
+    // Views, which candle's own refuses.
+    let turned = x.transpose(1, 2)?;
+    let got = ours[2](&turned, &cos, &sin)?;
+    let want = ours[0](&x, &cos, &sin)?.transpose(1, 2)?;
+    assert_eq!(difference(&got, &want)?, 0.);
+
+    let text = |result: Result<Tensor>| result.unwrap_err().to_string();
+    let short = text(ours[0](&x, &cos.narrow(0, 0, 3)?, &sin));
+    assert!(short.contains("rope: expected cos of [T', 3]"), "{short}");
+    assert!(short.contains("T' of at least 4"), "{short}");
+    let odd = text(ours[1](&uniform((2, 3, 4, 5), 1), &cos, &sin));
+    assert!(odd.contains("rope_i: expected an even D"), "{odd}");
+    let flat = text(ours[2](&uniform((2, 6), 1), &cos, &sin));
+    assert!(
+        flat.contains("rope_thd: expected an input [B, T, H, D]"),
+        "{flat}"
+    );
+    Ok(())
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    assert_eq!(a.dims(), b.dims());
+    (a - b)?.abs()?.max_all()?.to_scalar()
+}
+
 /// The ends of softmax, against values that PyTorch gives.
 #[test]
 fn softmax_at_the_ends() -> Result<()> {

@@ -1269,3 +1269,23 @@ mod json {
         }
     }
 }
+
+/// A norm for features stays one when it is frozen, also where axis 1 is as long as the last.
+#[test]
+fn frozen_norms_of_features_keep_their_axis() -> Result<()> {
+    let vars = VarMap::new();
+    let norm = config("batch").features(3, vb(&vars))?;
+    for (seed, dims) in [(1, vec![4, 3]), (2, vec![4, 3, 3]), (3, vec![2, 5, 4, 3])] {
+        let x = (random(&dims, seed)?.broadcast_mul(&random(&[3], 4)?)? + 2.)?;
+        norm.forward_t(&x, true)?;
+        scatter(&vars)?;
+        let want = norm.forward_t(&x, false)?;
+        let got = norm.frozen()?.forward(&x)?;
+        assert_eq!(got.dims(), want.dims());
+        let largest = (got - want)?.abs()?.max_all()?.to_scalar::<f64>()?;
+        assert!(largest < 1e-12, "{dims:?}: {largest}");
+    }
+    let text = norm.frozen()?.forward(&random(&[2, 3, 4], 5)?).unwrap_err();
+    assert!(text.to_string().contains("on the last axis"), "{text}");
+    Ok(())
+}

@@ -274,7 +274,7 @@ impl BatchNorm {
         self.stats.next_momentum()
     }
 
-    /// The configuration.
+    /// The configuration that the layer was built with. [`RunningStats::momentum`] has the momentum in force.
     pub fn options(&self) -> &BatchNormOptions {
         &self.options
     }

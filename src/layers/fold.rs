@@ -1,7 +1,9 @@
 //! A layer and what follows it as one layer, for inference.
 
 use candle_core::{Result, Tensor};
-use candle_nn::{Activation, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Linear, PReLU};
+use candle_nn::{
+    Activation, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Dropout, Linear, PReLU,
+};
 
 use super::batch_norm::BatchNorm;
 use super::conv1d;
@@ -33,7 +35,7 @@ pub trait Foldable: sealed::Mapped {
     fn with(&self, weight: Tensor, bias: Tensor) -> Self;
 }
 
-/// What may follow a layer in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a `Box<dyn Norm>`. Other norms and activations may too, so
+/// What may follow a layer in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations may too, so
 /// that a sequence can be given as it is; they are answered by an error.
 pub trait Follower: sealed::Follows {}
 
@@ -52,7 +54,7 @@ mod sealed {
     }
 
     #[diagnostic::on_unimplemented(
-        message = "`fold` takes what it can tell: norms, `Box<dyn Norm>`, `Activation` and `PReLU`, and `{Self}` is none",
+        message = "`fold` takes what it can tell: norms, `Box<dyn Norm>`, `Dropout`, `Activation` and `PReLU`, and `{Self}` is none",
         note = "only norms that follow the layer with nothing between fold into it"
     )]
     pub trait Follows {
@@ -181,6 +183,13 @@ impl sealed::Follows for Box<dyn Norm> {
             "none" => Ok(Stage::Nothing),
             _ => Norm::frozen(&**self).map(Stage::Norm),
         }
+    }
+}
+
+impl sealed::Follows for Dropout {
+    /// In inference it does nothing.
+    fn stage(&self) -> Result<Stage> {
+        Ok(Stage::Nothing)
     }
 }
 

@@ -18,6 +18,8 @@ use crate::ops::{self, check, composed};
 pub struct FrozenNorm {
     layer: &'static str,
     min_rank: usize,
+    /// Channels are features on the last axis.
+    last_axis: bool,
     mean: Tensor,
     var: Tensor,
     params: AffineParams,
@@ -35,10 +37,19 @@ impl FrozenNorm {
         Self {
             layer,
             min_rank,
+            last_axis: false,
             mean: statistics.mean,
             var: statistics.var,
             params,
             eps,
+        }
+    }
+
+    /// The same for features on the last axis.
+    pub(crate) fn on_last_axis(self) -> Self {
+        Self {
+            last_axis: true,
+            ..self
         }
     }
 
@@ -125,11 +136,25 @@ impl Module for FrozenNorm {
     /// Normalizes each channel of `xs` by the fixed statistics.
     ///
     /// # Shapes
-    /// `[N, C, *]`; the output is contiguous, of the same shape and dtype.
+    /// `[N, C, *]`, or `[*, C]` of a norm that was built for features; the output is contiguous, of the same shape and dtype.
     ///
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        if self.last_axis && xs.rank() > 2 {
+            check::features(self.layer, xs, self.mean.elem_count())?;
+            let last = xs.rank() - 1;
+            return self
+                .along_channels(&xs.transpose(1, last)?)?
+                .transpose(1, last)?
+                .contiguous();
+        }
+        self.along_channels(xs)
+    }
+}
+
+impl FrozenNorm {
+    fn along_channels(&self, xs: &Tensor) -> Result<Tensor> {
         check::rank_at_least(self.layer, xs, self.min_rank, "[N, C, ...]")?;
         check::channels(self.layer, xs, self.mean.elem_count())?;
         let statistics = (&self.mean, &self.var);

@@ -437,7 +437,7 @@ pub fn recalibrate(
             let updates = s.0.shared.read().counter()?;
             check::at_least_one(
                 "recalibrate",
-                "batch that trains each layer",
+                "batch that trains each layer (forward_t with train = true, outside of without_updates)",
                 updates as usize,
             )?;
         }

@@ -9,10 +9,12 @@
 //! | `BatchNorm`, `LayerNorm`, `RmsNorm`, `GroupNorm`, and the functions that build them | [`BatchNorm`], [`LayerNorm`], [`RmsNorm`], [`GroupNorm`] |
 //! | `Conv1d`, `ConvTranspose1d`, and the functions that build them | [`Conv1d`], [`ConvTranspose1d`] |
 //! | `ops::{layer_norm, layer_norm_slow, rms_norm, rms_norm_slow, softmax_last_dim}` | functions of [`ops`] with every gradient |
+//! | `rotary_emb::{rope, rope_i, rope_thd}` | functions of [`rotary_emb`] with every gradient |
 //! | all else: `VarBuilder`, `VarMap`, `Linear`, `Conv2d`, `AdamW`, `loss`, … | candle-nn's own |
 //!
 //! The functions here take what candle's take and nothing more, so that types are inferred as there; those at the root of this crate also take
-//! its options. `Conv2d::absorb_bn` is the one method that takes candle's own norm: [`BatchNorm::fold_into`] is in its place.
+//! its options. `Conv2d::absorb_bn` is the one method that takes candle's own norm: [`BatchNorm::fold_into`] is in its place. `ops::sdpa`, which exists on
+//! Metal alone, is candle's own and passes no gradients on.
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};
@@ -56,6 +58,7 @@ pub use crate::layers::group_norm::GroupNorm;
 pub use crate::layers::layer_norm::{LayerNorm, RmsNorm};
 
 pub mod ops;
+pub mod rotary_emb;
 
 /// `candle_nn::batch_norm`.
 pub mod batch_norm {

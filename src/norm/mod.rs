@@ -130,7 +130,7 @@ impl Norm for OnLastAxis {
     }
 
     fn frozen(&self) -> Result<FrozenNorm> {
-        self.norm.frozen()
+        Ok(self.norm.frozen()?.on_last_axis())
     }
 
     fn reset(&self) -> Result<()> {

@@ -149,7 +149,7 @@ const NO_BATCH_AXIS: &str = "; if the batch axis is missing, add it with unsquee
 
 pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
     if x.rank() < rank {
-        let hint = match x.rank() + 1 == rank {
+        let hint = match form.starts_with("[N") && x.rank() + 1 == rank {
             true => NO_BATCH_AXIS,
             false => "",
         };
@@ -210,6 +210,42 @@ pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
             "{layer}: expected {expected} features on the last axis, got input size {:?}{hint}",
             x.dims()
         )
+    }
+    Ok(())
+}
+
+/// The input and the factors of a rotary embedding, with the positions along axis `positions` of the input.
+pub(crate) fn rotation(
+    layer: &str,
+    x: &Tensor,
+    positions: usize,
+    factors: [(&str, &Tensor); 2],
+) -> Result<()> {
+    let layout = ["[B, T, H, D]", "[B, H, T, D]"][positions - 1];
+    let &[batch, _, _, len] = x.dims() else {
+        bail!("{layer}: expected an input {layout}, got {:?}", x.dims())
+    };
+    if !len.is_multiple_of(2) {
+        bail!(
+            "{layer}: expected an even D of {layout}, got {:?}",
+            x.dims()
+        )
+    }
+    let steps = x.dims()[positions];
+    for (name, factor) in factors {
+        let (outer, rest) = factor.dims().split_at(factor.rank().saturating_sub(2));
+        let fits = matches!(rest, [t, d] if *t >= steps && *d == len / 2);
+        if !fits || !(outer.is_empty() || outer == [batch]) {
+            bail!(
+                "{layer}: expected {name} of [T', {half}] or [{batch}, T', {half}] with T' of at least {steps} for an input {:?} \
+                 as {layout}, got {:?}",
+                x.dims(),
+                factor.dims(),
+                half = len / 2
+            )
+        }
+        dtype(layer, name, factor, x.dtype())?;
+        same_device(layer, name, factor, x.device())?;
     }
     Ok(())
 }
