@@ -328,6 +328,9 @@ fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
     Ok(())
 }
 
+/// The tensors of a file, the variables that are left beside others, and some that the file lacks, the last of which breaks them.
+type Halves<'a> = (&'a [(&'a str, Tensor)], &'a [&'a str], &'a [&'a str]);
+
 /// What the file lacks breaks what belongs to it as much as what does not fit.
 #[test]
 fn what_lacks_its_other_half_is_left_too() -> Result<()> {
@@ -343,7 +346,7 @@ fn what_lacks_its_other_half_is_left_too() -> Result<()> {
         "bn.running_var",
         "bn.num_batches_tracked",
     );
-    let cases: [(&[(&str, Tensor)], &[&str], &[&str]); 7] = [
+    let cases: [Halves; 7] = [
         (&[(mean, ones(&[2]))], &[mean], &[count, var]),
         (&[("bn.moving_mean", ones(&[2]))], &[mean], &[count, var]),
         (

@@ -314,12 +314,8 @@ fn paths(object: &Object, path: String, found: &mut Vec<String>) {
                 paths(item, format!("{path}.{i}"), found);
             }
         }
-        _ if Rebuild::of(object).is_some() => {
-            if found.len() * path.len() < MOST {
-                found.push(path);
-            }
-        }
-        _ => {}
+        _ if found.len() * path.len() >= MOST || Rebuild::of(object).is_none() => {}
+        _ => found.push(path),
     }
 }
 
