@@ -1,17 +1,15 @@
 //! A second set of weights: the average of those that training goes through.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::{Read, Result as IoResult, Write};
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::VarMap;
 
-use crate::checkpoint;
 use crate::ops::check;
 use crate::optim::is_statistic;
+use crate::{checkpoint, files};
 
 const LAYER: &str = "AveragedModel";
 
@@ -46,13 +44,13 @@ pub enum Average {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(default))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Decay {
     /// What d becomes, between 0 and 1. Default 0.999, PyTorch's; 0.9999 is usual for long trainings of images.
     pub decay: f64,
     /// A rise of d from 0, for early weights are far from good. Default none.
     pub warmup: Option<Warmup>,
-    /// The least d of the warm-up. Default 0.
+    /// The least d of the warm-up, at most `decay`. Default 0.
     pub min_decay: f64,
     /// So many updates copy the weights before the average begins. Default 0.
     pub update_after: u64,
@@ -62,7 +60,7 @@ pub struct Decay {
 /// 0.9999 at 1 000 000; 3/4 reaches 0.999 at 10 000 and 0.9999 at 215 400.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(default))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Warmup {
     /// γ. Default 1.
     pub gamma: f64,
@@ -115,10 +113,11 @@ impl Average {
     }
 }
 
-/// How an [`AveragedModel`] averages. A number converts into the exponential average of that decay, an [`Average`] into itself.
+/// How an [`AveragedModel`] averages. A number converts into the exponential average of that decay, a [`Decay`] into that of the
+/// schedule, an [`Average`] into itself.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(default))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct AveragedModelOptions {
     /// How the past counts. Default exponential, with a decay of 0.999.
     pub average: Average,
@@ -147,6 +146,12 @@ impl From<f64> for AveragedModelOptions {
             decay,
             ..Default::default()
         };
+        decay.into()
+    }
+}
+
+impl From<Decay> for AveragedModelOptions {
+    fn from(decay: Decay) -> Self {
         Average::Exponential(decay).into()
     }
 }
@@ -211,7 +216,8 @@ impl From<f64> for AveragedModelOptions {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// As with saving a `VarMap`, nothing else may train the model while a method runs.
+/// Nothing else may use the model while a method runs, not even for inference: it goes from one variable to the next, and a forward
+/// would see some of the old values and some of the new ones.
 pub struct AveragedModel {
     model: VarMap,
     averages: VarMap,
@@ -233,7 +239,7 @@ impl AveragedModel {
     /// [`update`](Self::update).
     ///
     /// # Errors
-    /// No variables; a decay outside of 0 to 1, a warm-up without a positive gamma and power.
+    /// No variables; a decay outside of 0 to 1, a least decay above it, a warm-up without a positive gamma and power.
     pub fn new(vars: &VarMap, options: impl Into<AveragedModelOptions>) -> Result<Self> {
         let options = options.into();
         if let Average::Exponential(Decay {
@@ -245,6 +251,7 @@ impl AveragedModel {
         {
             check::averages::decay(LAYER, "decay", decay)?;
             check::averages::decay(LAYER, "min_decay", min_decay)?;
+            check::averages::min_decay(LAYER, min_decay, decay)?;
             if let Some(Warmup { gamma, power }) = warmup {
                 check::averages::positive(LAYER, "gamma", gamma)?;
                 check::averages::positive(LAYER, "power", power)?;
@@ -351,27 +358,45 @@ impl AveragedModel {
                 values.push((var, average.as_detached_tensor().to_dtype(var.dtype())?));
             }
         }
-        for (var, value) in values {
-            var.set(&value)?;
-        }
-        drop((model, averages));
+        // Before the first of them is set, so that they can all be put back.
         self.own = Some(own);
-        Ok(())
+        let set = (values.into_iter()).try_for_each(|(var, value)| var.set(&value));
+        drop((model, averages));
+        if set.is_err() {
+            self.put_back()?;
+        }
+        set
     }
 
     /// Puts the model's own values back. Statistics that were computed in the meantime stay with the averages.
     ///
     /// # Errors
-    /// The averages are not in the model.
+    /// The averages are not in the model; a variable has another shape or dtype than before. Nothing is changed then.
     pub fn swap_out(&mut self) -> Result<()> {
+        let own = check::averages::not_swapped(LAYER, self.own.as_ref())?;
+        {
+            let model = lock(&self.model);
+            let fits = |var: &Var, t: &Tensor| var.shape() == t.shape() && var.dtype() == t.dtype();
+            let differs = own
+                .iter()
+                .find(|(name, value)| model.get(*name).is_some_and(|var| !fits(var, value)));
+            let differs = differs.map(|(name, _)| name.as_str());
+            check::averages::same_variables(LAYER, differs)?;
+        }
         self.keep_statistics()?;
-        let own = check::averages::not_swapped(LAYER, self.own.take())?;
+        self.put_back()
+    }
+
+    /// Sets the variables to the model's own values, which are kept until the last is there.
+    fn put_back(&mut self) -> Result<()> {
         let model = lock(&self.model);
-        for (name, value) in &own {
+        for (name, value) in self.own.iter().flatten() {
             if let Some(var) = model.get(name) {
                 var.set(value)?;
             }
         }
+        drop(model);
+        self.own = None;
         Ok(())
     }
 
@@ -405,7 +430,7 @@ impl AveragedModel {
         let bytes = safetensors::serialize(named, Some(metadata.into()));
         let path = path.as_ref();
         let bytes = check::scaling::written(LAYER, path, bytes)?;
-        check::scaling::written(LAYER, path, write_whole(path, &bytes))
+        check::scaling::written(LAYER, path, files::write(path, &bytes))
     }
 
     /// Goes on from a file that [`save`](Self::save) wrote. The options are those of [`new`](Self::new).
@@ -416,9 +441,10 @@ impl AveragedModel {
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         check::averages::swapped(LAYER, "load", self.own.is_some())?;
         let path = path.as_ref();
-        let header = check::scaling::file(LAYER, path, header(path))?;
+        let header = check::scaling::file(LAYER, path, files::header(path))?;
         let num_updates = check::averages::of_averages(LAYER, path, saved_updates(&header))?;
-        let _ = checkpoint::load_into_strict(&self.averages, path)?;
+        let remedy = "make the AveragedModel of the model that was averaged";
+        checkpoint::load_whole(&self.averages, path, remedy)?;
         self.num_updates = num_updates;
         Ok(())
     }
@@ -471,28 +497,4 @@ fn saved_updates(header: &[u8]) -> Option<u64> {
     let header: serde_json::Value = serde_json::from_slice(header).ok()?;
     let text = header.get("__metadata__")?.get(NUM_UPDATES)?;
     text.as_str()?.parse().ok()
-}
-
-fn header(path: &Path) -> IoResult<Vec<u8>> {
-    let mut file = File::open(path)?;
-    let mut len = [0; 8];
-    file.read_exact(&mut len)?;
-    let mut header = vec![];
-    file.take(u64::from_le_bytes(len))
-        .read_to_end(&mut header)?;
-    Ok(header)
-}
-
-/// Writes a file beside `path`, which becomes it once it is whole.
-fn write_whole(path: &Path, bytes: &[u8]) -> IoResult<()> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.unfinished", std::process::id()));
-    let unfinished = path.with_file_name(name);
-    let written = File::create(&unfinished)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&unfinished, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&unfinished);
-    }
-    written
 }

@@ -98,6 +98,7 @@
 
 mod averaged;
 pub mod checkpoint;
+mod files;
 pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes; `tests/readme.rs` follows the links.
 #[allow(rustdoc::broken_intra_doc_links)]

@@ -406,6 +406,60 @@ fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
     Ok(())
 }
 
+/// Axes of size 1 make no tensor another's: some store a scale as they multiply by it.
+#[test]
+fn a_parameter_with_other_axes_of_size_1_is_not_dropped_either() -> Result<()> {
+    for kind in KINDS {
+        for name in ["weight", "gamma", "bias"] {
+            let mut shape = vec![1];
+            shape.extend(kind.shape.iter().filter(|n| **n != 1));
+            shape.extend([1, 1]);
+            let mut tensors = kind.others()?;
+            tensors.push((name, noise(shape, DType::F64)?));
+            let text = message((kind.build)(Affine::None, stored(&tensors, DType::F64)));
+            let parts = [&format!("\"{name}\""), "dropped unseen"];
+            assert!(
+                parts.iter().all(|p| text.contains(*p)),
+                "{}: {text}",
+                kind.name
+            );
+        }
+        // A weight of another layer does not hide one that is stored under another name.
+        let mut tensors = kind.others()?;
+        tensors.push(("weight", noise((7, 4, 3, 3), DType::F64)?));
+        tensors.push(("gamma", noise(kind.shape, DType::F64)?));
+        let text = message((kind.build)(Affine::None, stored(&tensors, DType::F64)));
+        assert!(text.contains("\"gamma\""), "{}: {text}", kind.name);
+    }
+    Ok(())
+}
+
+/// Which of the two it is, only the user knows.
+#[test]
+fn two_layers_on_one_path_are_told_to_take_a_prefix_each() -> Result<()> {
+    let remedy = "give each layer its own prefix (vb.pp)";
+    let tensors = [
+        ("weight", noise(4, DType::F64)?),
+        ("bias", noise(4, DType::F64)?),
+    ];
+    let vb = stored(&tensors, DType::F64);
+    layer_norm(4, 1e-5, vb.clone())?;
+    let plain = RmsNormOptions {
+        affine: Affine::None,
+        ..Default::default()
+    };
+    let text = message(rms_norm(4, plain, vb.clone()));
+    let parts = [remedy, "set affine to WeightAndBias"];
+    assert!(parts.iter().all(|p| text.contains(p)), "{text}");
+    let text = message(weight_norm::linear_no_bias(3, 4, Some(0).into(), vb));
+    assert!(text.contains(remedy), "{text}");
+    let alone = stored(&tensors[..1], DType::F64);
+    let text = message(layer_norm(4, 1e-5, alone));
+    let parts = [remedy, "set affine to Weight"];
+    assert!(parts.iter().all(|p| text.contains(p)), "{text}");
+    Ok(())
+}
+
 /// What stands in the layer's path without being its own does not matter.
 #[test]
 fn tensors_of_others_are_left_alone() -> Result<()> {

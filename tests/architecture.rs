@@ -273,7 +273,7 @@ struct Rules {
     never: fn(&str) -> bool,
 }
 
-const RULES: [Rules; 4] = [
+const RULES: [Rules; 5] = [
     Rules {
         room: "layers",
         may_name: &["layers", "ops", "Norm"],
@@ -281,8 +281,13 @@ const RULES: [Rules; 4] = [
     },
     Rules {
         room: "scaling",
-        may_name: &["scaling", "ops", "checkpoint"],
+        may_name: &["scaling", "ops", "checkpoint", "files"],
         never: below_tensors,
+    },
+    Rules {
+        room: "files.rs",
+        may_name: &[],
+        never: |word| word.starts_with("candle"),
     },
     Rules {
         room: "ops",
@@ -537,6 +542,8 @@ mod scanner {
             ("norm/a.rs", "crate::kernels::rows()"),
             ("scaling/a.rs", "use crate::kernels::moments;"),
             ("scaling/a.rs", "use crate::layers::params;"),
+            ("files.rs", "use crate::ops::check;"),
+            ("files.rs", "use candle_core::Result;"),
             ("ops/a.rs", "use crate::{check, layers};"),
             ("ops/a.rs", "fn f(norm: &dyn crate::Norm) {}"),
             ("ops/a.rs", "unsafe fn a() {}"),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-use candle_core::{DType, Device, ModuleT, Result, Tensor};
+use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::{
     Average, AveragedModel, AveragedModelOptions, BatchNorm, Decay, Warmup, batch_norm, checkpoint,
@@ -487,9 +487,156 @@ fn another_model_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Options of load_with cannot be set here.
+#[test]
+fn the_remedy_for_a_file_of_another_model_is_its_own() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("file.safetensors");
+    let (vars, _norm) = model(DType::F32)?;
+    let mut averaged = AveragedModel::new(&vars, 0.5)?;
+    for (outputs, name) in [(5, "0"), (4, "module.0")] {
+        let other = VarMap::new();
+        let vb = VarBuilder::from_varmap(&other, DType::F32, &CPU);
+        candle_nn::linear(3, outputs, vb.pp(name))?;
+        AveragedModel::new(&other, 0.5)?.save(&path)?;
+        let before = state(averaged.vars());
+        let text = averaged.load(&path).expect_err("a refusal").to_string();
+        assert!(
+            text.contains("make the AveragedModel of the model"),
+            "{text}"
+        );
+        assert!(!text.contains("LoadOptions"), "{text}");
+        assert_eq!(state(averaged.vars()), before);
+    }
+    Ok(())
+}
+
+/// As Archive writes: each writer has a file of its own until it is whole.
+#[test]
+fn threads_may_save_to_one_path() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("averaged.safetensors");
+    let (vars, _norm) = model(DType::F32)?;
+    let averaged = AveragedModel::new(&vars, 0.5)?;
+    std::thread::scope(|scope| {
+        let save = || (0..25).try_for_each(|_| averaged.save(&path));
+        let writers: Vec<_> = (0..4).map(|_| scope.spawn(save)).collect();
+        for writer in writers {
+            let outcome = writer.join().expect("no panic");
+            outcome.unwrap_or_else(|e| panic!("{e}"));
+        }
+    });
+    AveragedModel::new(&vars, 0.5)?.load(&path)?;
+    assert_eq!(std::fs::read_dir(folder.path())?.count(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_swap_that_fails_changes_nothing_and_can_be_made_again() -> Result<()> {
+    let replace = |vars: &VarMap, name: &str, var: Var| -> Var {
+        let mut vars = vars.data().lock().expect("no thread panicked");
+        vars.insert(name.to_string(), var).expect("a variable")
+    };
+    let (vars, _norm) = model(DType::F32)?;
+    fill(&vars, 1.);
+    let mut averaged = AveragedModel::new(&vars, 0.5)?;
+    averaged.update()?;
+    fill(&vars, 2.);
+    let own = state(&vars);
+    let names: Vec<String> = own.keys().cloned().collect();
+    for name in &names {
+        // candle sets no variable to itself.
+        let average = averaged.vars().data().lock().expect("no panic")[name].clone();
+        let var = replace(&vars, name, average);
+        let shared = state(&vars);
+        let averages = state(averaged.vars());
+        averaged.swap_in().expect_err("a refusal");
+        assert_eq!(state(&vars), shared, "{name}");
+        assert_eq!(state(averaged.vars()), averages, "{name}");
+        replace(&vars, name, var);
+        averaged.update_with(1.)?;
+    }
+    assert_eq!(state(&vars), own);
+
+    averaged.swap_in()?;
+    let (inside, averages) = (state(&vars), state(averaged.vars()));
+    for name in &names {
+        for other in [
+            Tensor::zeros((7, 7), DType::F32, &CPU)?,
+            Tensor::zeros(own[name].1.len(), DType::U8, &CPU)?,
+        ] {
+            let var = replace(&vars, name, Var::from_tensor(&other)?);
+            let text = averaged.swap_out().expect_err("a refusal").to_string();
+            assert!(text.contains(name), "{text}");
+            replace(&vars, name, var);
+            assert_eq!(state(&vars), inside, "{name}");
+            assert_eq!(state(averaged.vars()), averages, "{name}");
+        }
+    }
+    averaged.swap_out()?;
+    assert_eq!(state(&vars), own);
+    assert_eq!(state(averaged.vars()), averages);
+    Ok(())
+}
+
+#[test]
+fn a_schedule_converts_into_options() -> Result<()> {
+    let decay = Decay {
+        decay: 0.5,
+        update_after: 2,
+        ..Default::default()
+    };
+    let options = AveragedModelOptions::from(decay);
+    assert_eq!(options, Average::Exponential(decay).into());
+    let (vars, _norm) = model(DType::F32)?;
+    AveragedModel::new(&vars, decay)?.update()
+}
+
+/// A misspelt option would be a default that nobody asked for.
+#[cfg(feature = "serde")]
+#[test]
+fn unknown_options_are_refused() {
+    let read = serde_json::from_str::<AveragedModelOptions>;
+    let options = r#"{"average":{"exponential":{"decay":0.9,"warmup":{"gamma":2.0}}},"average_statistics":true}"#;
+    let options = read(options).expect("options");
+    assert!(options.average_statistics);
+    assert_eq!(read("{}").expect("options"), Default::default());
+    for (text, field) in [
+        (r#"{"average_statistic":true}"#, "average_statistic"),
+        (r#"{"average":{"exponential":{"dcay":0.9}}}"#, "dcay"),
+        (
+            r#"{"average":{"exponential":{"warmup":{"gama":2.0}}}}"#,
+            "gama",
+        ),
+        (r#"{"average":{"equally":null}}"#, "equally"),
+    ] {
+        let error = read(text).expect_err("a refusal").to_string();
+        assert!(error.contains(field), "{error}");
+    }
+}
+
 #[test]
 fn options_out_of_range_are_refused() -> Result<()> {
     let (vars, _norm) = model(DType::F32)?;
+    // A least decay above the decay is what neither says.
+    for warmup in [None, Some(Warmup::default())] {
+        let options = Decay {
+            decay: 0.9,
+            warmup,
+            min_decay: 0.95,
+            ..Default::default()
+        };
+        let error = AveragedModel::new(&vars, options).expect_err("a refusal");
+        let error = error.to_string();
+        for part in ["AveragedModel: expected min_decay", "decay, 0.9", "0.95"] {
+            assert!(error.contains(part), "{error}");
+        }
+        let equal = Decay {
+            min_decay: 0.9,
+            ..options
+        };
+        AveragedModel::new(&vars, equal)?;
+    }
     for decay in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
         let error = AveragedModel::new(&vars, decay).expect_err("a refusal");
         assert!(

@@ -52,6 +52,26 @@ fn of_one(name: &str, dtype: &str, shape: &str, data: &[u8]) -> Vec<u8> {
     file(&format!(r#"{{"{name}":{tensor}}}"#), data)
 }
 
+/// A tensor beside the statistics of two channels without which it means nothing.
+fn of_statistics(name: &str, dtype: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+    let mut header = vec![];
+    let mut bytes = vec![];
+    let one = [1f32, 1.].map(f32::to_le_bytes).concat();
+    for statistic in ["running_mean", "running_var", "num_batches_tracked"] {
+        let (dtype, shape, data) = match statistic == name {
+            true => (dtype, shape, data),
+            false if statistic == "num_batches_tracked" => continue,
+            false => ("F32", "[2]", &one[..]),
+        };
+        let (start, end) = (bytes.len(), bytes.len() + data.len());
+        header.push(format!(
+            r#""{statistic}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{start},{end}]}}"#
+        ));
+        bytes.extend(data);
+    }
+    file(&format!("{{{}}}", header.join(",")), &bytes)
+}
+
 /// A fresh batch norm.
 fn fresh() -> HashMap<String, Vec<f64>> {
     let named = [
@@ -102,7 +122,11 @@ fn every_element_type_is_taken_or_refused() {
                 _ => ("[2]", vec![0, 1]),
             };
             for name in ["weight", "running_var"] {
-                let (state, outcome) = load(model, of_one(name, dtype, shape, &data));
+                let bytes = match name {
+                    "weight" => of_one(name, dtype, shape, &data),
+                    _ => of_statistics(name, dtype, shape, &data),
+                };
+                let (state, outcome) = load(model, bytes);
                 if dtype.contains('F') && two.is_some() {
                     outcome.unwrap_or_else(|e| panic!("{what}: {e}"));
                     assert_eq!(state[name], [2., 2.], "{what}");
@@ -113,7 +137,7 @@ fn every_element_type_is_taken_or_refused() {
             }
             let Some(two) = two else { continue };
             for (data, count) in [(two.to_vec(), 2.), (vec![0; two.len()], 0.)] {
-                let counter = of_one("num_batches_tracked", dtype, "[1]", &data);
+                let counter = of_statistics("num_batches_tracked", dtype, "[1]", &data);
                 let (state, outcome) = load(model, counter);
                 outcome.unwrap_or_else(|e| panic!("{what}: {e}"));
                 assert_eq!(state["num_batches_tracked"], [count], "{what}");
@@ -198,7 +222,8 @@ fn a_file_of_another_part_of_the_model_leaves_the_counter() -> Result<()> {
     assert!(report.missing.contains(&"num_batches_tracked".to_string()));
 
     // Under another name, the statistics are there all the same.
-    candle_core::safetensors::save(&[("moving_mean", ones()?)].into(), &path)?;
+    let statistics = [("moving_mean", ones()?), ("moving_variance", ones()?)];
+    candle_core::safetensors::save(&statistics.into(), &path)?;
     let report = checkpoint::load_into(&vars, &path)?;
     assert_eq!(report.counters_reset, ["num_batches_tracked"]);
     assert_eq!(count()?, 0);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{Init, VarBuilder, VarMap};
 use candle_norm::checkpoint::{self, LoadOptions, LoadReport, Rename};
+use candle_norm::scaling::Pipeline;
 use candle_norm::{
     Affine, BatchNormOptions, RmsNormOptions, WeightNormOptions, batch_norm, group_norm,
     instance_norm, layer_norm, rms_norm, weight_norm,
@@ -216,6 +217,60 @@ fn a_tensor_of_another_kind_does_not_fit_either() -> Result<()> {
     Ok(())
 }
 
+/// One remedy for each function: what its caller can do.
+#[test]
+fn remedies_are_those_of_the_function_that_was_called() -> Result<()> {
+    let files = Files::new();
+    let plain = |vars: &VarMap, path: &Path, strict: bool| {
+        let outcome = match strict {
+            false => checkpoint::load_into(vars, path),
+            true => checkpoint::load_into_strict(vars, path),
+        };
+        outcome.expect_err("a refusal").to_string()
+    };
+    let path = file_with_head(&files);
+    for strict in [false, true] {
+        let text = plain(&with_head(10)?, &path, strict);
+        says(
+            &text,
+            &["call checkpoint::load_with with `skip_mismatched` of LoadOptions"],
+        );
+    }
+    let vars = VarMap::new();
+    layer_norm(2, 1e-5, vb(&vars).pp("a"))?;
+    let other = files.save("b.safetensors", &[("b.a.weight", tensor(&[1., 2.]))]);
+    let remedy = "call checkpoint::load_with with Rename::strip_prefix(\"b.\") in `rename`";
+    says(&plain(&vars, &other, false), &[remedy]);
+    let half = files.save("a.safetensors", &[("a.weight", tensor(&[1., 2.]))]);
+    let remedy = "call checkpoint::load_with without `strict` of LoadOptions";
+    says(
+        &plain(&vars, &half, true),
+        &["missing: [\"a.bias\"]", remedy],
+    );
+    let text = plain(&fresh()?, &fixture("two_models.pth"), false);
+    says(
+        &text,
+        &["call checkpoint::load_with with `key` of LoadOptions"],
+    );
+
+    // A pipeline has no such options.
+    let pipeline = files.path("pipeline.safetensors");
+    let vars = VarMap::new();
+    let linear = candle_nn::linear(2, 3, vb(&vars).pp("l"))?;
+    Pipeline::new(linear, vars).save(&pipeline)?;
+    for (outputs, name) in [(4, "l"), (3, "m")] {
+        let build = |vb: VarBuilder| candle_nn::linear(2, outputs, vb.pp(name));
+        let loaded = Pipeline::load(&pipeline, DType::F32, &CPU, build);
+        let text = loaded.expect_err("a refusal").to_string();
+        says(
+            &text,
+            &["pipeline", "let `build` make the model that was saved"],
+        );
+        assert!(!text.contains("LoadOptions"), "{text}");
+    }
+    Ok(())
+}
+
 /// A mean of the file with a variance of the model would normalize by neither, and the count of the file would weigh both.
 #[test]
 fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
@@ -270,6 +325,74 @@ fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
             vec!["bn.bias".to_string(), "bn.num_batches_tracked".to_string()]
         )
     );
+    Ok(())
+}
+
+/// The tensors of a file, the variables that are left beside others, and some that the file lacks, the last of which breaks them.
+type Halves<'a> = (&'a [(&'a str, Tensor)], &'a [&'a str], &'a [&'a str]);
+
+/// What the file lacks breaks what belongs to it as much as what does not fit.
+#[test]
+fn what_lacks_its_other_half_is_left_too() -> Result<()> {
+    let files = Files::new();
+    let (g, v) = (
+        "wn.parametrizations.weight.original0",
+        "wn.parametrizations.weight.original1",
+    );
+    let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &CPU).expect("ones");
+    let counter = || Tensor::new(7i64, &CPU).expect("a counter");
+    let (mean, var, count) = (
+        "bn.running_mean",
+        "bn.running_var",
+        "bn.num_batches_tracked",
+    );
+    let cases: [Halves; 7] = [
+        (&[(mean, ones(&[2]))], &[mean], &[count, var]),
+        (&[("bn.moving_mean", ones(&[2]))], &[mean], &[count, var]),
+        (
+            &[(var, ones(&[2])), (count, counter())],
+            &[count, var],
+            &[mean],
+        ),
+        (&[(count, counter())], &[count], &[mean, var]),
+        (&[("wn.weight_g", ones(&[2, 1]))], &[g], &[v]),
+        (&[(g, ones(&[2, 1]))], &[g], &[v]),
+        (&[("wn.weight_v", ones(&[2, 3]))], &[v], &[g]),
+    ];
+    for (i, (stored, left, missing)) in cases.into_iter().enumerate() {
+        let vars = VarMap::new();
+        let norm = batch_norm(2, 1e-5, vb(&vars).pp("bn"))?;
+        weight_norm::linear(3, 2, WeightNormOptions::default(), vb(&vars).pp("wn"))?;
+        norm.forward_t(&Tensor::new(&[[0f32, 1.], [2., 4.]], &CPU)?, true)?;
+        let before = state(&vars);
+        let alone = files.save("alone.safetensors", stored);
+        let text = refused(&vars, &[&alone], &LoadOptions::default());
+        let lacks = format!("{}, which the file lacks", missing[missing.len() - 1]);
+        says(&text, &[left[0], &lacks]);
+
+        let mut tensors = stored.to_vec();
+        tensors.push(("bn.bias", tensor(&[5., 6.])));
+        let path = files.save("model.safetensors", &tensors);
+        let report = load(&vars, &path, &LoadOptions::default())?;
+        assert_eq!(report.loaded, ["bn.bias"], "case {i}");
+        assert_eq!(names(&report.mismatched), left, "case {i}");
+        for name in missing {
+            assert!(report.missing.contains(&name.to_string()), "case {i}");
+        }
+        assert!(report.counters_reset.is_empty() && report.unexpected.is_empty());
+        says(&report.to_string(), &[&lacks]);
+        for (name, value) in before {
+            assert!(name == "bn.bias" || state(&vars)[&name] == value, "{name}");
+        }
+        let text = checkpoint::load_into_strict(&vars, &path).expect_err("a refusal");
+        says(&text.to_string(), &["missing", missing[missing.len() - 1]]);
+    }
+    // A variable of that name that belongs to nothing is loaded alone.
+    let vars = VarMap::new();
+    vb(&vars).get(2, "running_mean")?;
+    let path = files.save("model.safetensors", &[("running_mean", tensor(&[1., 2.]))]);
+    let report = checkpoint::load_into_strict(&vars, &path)?;
+    assert_eq!(report.loaded, ["running_mean"]);
     Ok(())
 }
 
@@ -709,14 +832,12 @@ fn a_norm_never_takes_a_variable_of_the_users_own_in_either_order() -> Result<()
 #[test]
 fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
     let files = Files::new();
-    let path = files.save(
-        "model.safetensors",
-        &[
-            ("gamma", tensor(&[7., 7.])),
-            ("mean", tensor(&[8., 8.])),
-            ("bias", tensor(&[9., 9.])),
-        ],
-    );
+    let mut tensors = vec![
+        ("gamma", tensor(&[7., 7.])),
+        ("mean", tensor(&[8., 8.])),
+        ("bias", tensor(&[9., 9.])),
+    ];
+    let path = files.save("model.safetensors", &tensors);
     for own_first in [true, false] {
         let vars = VarMap::new();
         let own = |vars: &VarMap| -> Result<()> {
@@ -757,8 +878,11 @@ fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
     // Without owners, they stand for what is missing.
     let vars = VarMap::new();
     batch_norm(2, 1e-5, vb(&vars))?;
+    tensors.push(("var", tensor(&[6., 6.])));
+    let path = files.save("whole.safetensors", &tensors);
     let report = load(&vars, &path, &LoadOptions::default())?;
-    assert_eq!(names(&report.renamed), ["running_mean", "weight"]);
+    let taken = ["running_mean", "running_var", "weight"];
+    assert_eq!(names(&report.renamed), taken);
     assert_eq!(values(&vars, "weight"), [7., 7.]);
     Ok(())
 }
@@ -882,6 +1006,150 @@ fn of_two_state_dicts_one_is_chosen_by_its_key() -> Result<()> {
     };
     let text = refused(&fresh()?, &[&fixture("batch_norm2d.safetensors")], &options);
     says(&text, &["key \"model\"", "a safetensors file"]);
+    Ok(())
+}
+
+/// What lies beside the state dict that was chosen is said to be left out.
+#[test]
+fn tensors_beside_a_state_dict_are_reported() -> Result<()> {
+    let mut moments: Vec<String> = vec![];
+    for parameter in ["0", "1"] {
+        for name in ["exp_avg", "exp_avg_sq", "step"] {
+            moments.push(format!("optimizer.state.{parameter}.{name}"));
+        }
+    }
+    moments.push("rng".to_string());
+    for name in ["training.pth", "training_old.pth"] {
+        let report = checkpoint::load_into_strict(&fresh()?, fixture(name))?;
+        assert_eq!(report.skipped, moments, "{name}");
+        says(
+            &report.to_string(),
+            &["left out of the file: optimizer.state.0"],
+        );
+    }
+    for name in ["two_models.pth", "two_models_old.pth"] {
+        let options = LoadOptions {
+            key: Some("model".to_string()),
+            ..Default::default()
+        };
+        let report = load(&fresh()?, &fixture(name), &options)?;
+        let ema = [
+            "ema.bias",
+            "ema.num_batches_tracked",
+            "ema.running_mean",
+            "ema.running_var",
+            "ema.weight",
+        ];
+        assert_eq!(report.skipped, ema, "{name}");
+    }
+    // What lies deeper than the tensors at the root, in a list too.
+    let deeper = [
+        &b"}(X\x04\x00\x00\x00bias"[..],
+        TENSOR,
+        b"X\x04\x00\x00\x00rest](}K\x07",
+        TENSOR,
+        b"seu",
+    ]
+    .concat();
+    let files = Files::new();
+    let path = files.write("net.pth", &with_storage(&deeper));
+    let report = checkpoint::load_into(&fresh()?, &path)?;
+    assert_eq!(
+        (report.loaded, report.key),
+        (vec!["bias".to_string()], None)
+    );
+    assert_eq!(report.skipped, ["rest.0.7"]);
+    Ok(())
+}
+
+/// A tensor of three elements of the storage "0".
+const TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00K\x03\x85K\x01\x85tR";
+
+/// A file of the older format of `object` and the storage of [`TENSOR`].
+fn with_storage(object: &[u8]) -> Vec<u8> {
+    let mut file = old(object);
+    file.truncate(file.len() - 4);
+    file.extend(b"\x80\x02]X\x01\x00\x00\x000a.");
+    file.extend(3u64.to_le_bytes());
+    file.extend([0; 12]);
+    file
+}
+
+/// torch.save takes other protocols than its own, which candle has no reader for.
+#[test]
+fn a_later_protocol_of_pickles_has_a_remedy() -> Result<()> {
+    let files = Files::new();
+    let remedy = |protocol: &str| {
+        [
+            format!("protocol {protocol}"),
+            "torch.save(.., pickle_protocol=2)".to_string(),
+        ]
+    };
+    // In an archive, framed, as Python writes {} and {"a": b""}.
+    for (protocol, pickle) in [
+        ("4", &b"\x80\x04\x95\x02\0\0\0\0\0\0\0}."[..]),
+        ("5", b"\x80\x05}."),
+        ("3", b"\x80\x03}X\x01\x00\x00\x00aC\x00s."),
+    ] {
+        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(vec![]));
+        let options = zip::write::SimpleFileOptions::default();
+        zip.start_file("net/data.pkl", options).expect("an entry");
+        std::io::Write::write_all(&mut zip, pickle)?;
+        let bytes = zip.finish().expect("an archive").into_inner();
+        let text = refused(
+            &fresh()?,
+            &[&files.write("net.pth", &bytes)],
+            &LoadOptions::default(),
+        );
+        says(&text, &remedy(protocol).each_ref().map(String::as_str));
+    }
+    // The magic number of the older format, framed and not.
+    let magic = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    let framed = [&b"\x80\x04\x95\x0d\0\0\0\0\0\0\0"[..], magic].concat();
+    for (protocol, bytes) in [("4", framed), ("3", [&b"\x80\x03"[..], magic].concat())] {
+        let text = refused(
+            &fresh()?,
+            &[&files.write("old.pth", &bytes)],
+            &LoadOptions::default(),
+        );
+        says(&text, &remedy(protocol).each_ref().map(String::as_str));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dict_without_tensors_says_what_it_has() -> Result<()> {
+    let files = Files::new();
+    // {"epoch": 3, "net": {"model": {"weight": ..}}}
+    let nested = [
+        &b"}(X\x05\x00\x00\x00epochK\x03X\x03\x00\x00\x00net}X\x05\x00\x00\x00model}X\x06\x00\x00\x00weight"[..],
+        TENSOR,
+        b"ssu",
+    ]
+    .concat();
+    let remedy = "save the state dict alone: torch.save(model.state_dict(), ..)";
+    let text = refused(
+        &fresh()?,
+        &[&files.write("net.pth", &with_storage(&nested))],
+        &LoadOptions::default(),
+    );
+    says(
+        &text,
+        &["a dict without tensors", "[\"epoch\", \"net\"]", remedy],
+    );
+    let text = refused(
+        &fresh()?,
+        &[&files.write("net.pth", &old(b"}"))],
+        &LoadOptions::default(),
+    );
+    says(&text, &["an empty dict", remedy]);
+    let options = LoadOptions {
+        key: Some("model".to_string()),
+        ..Default::default()
+    };
+    let path = files.write("net.pth", &with_storage(&nested));
+    let text = refused(&fresh()?, &[&path], &options);
+    says(&text, &["the key \"model\"", "[\"epoch\", \"net\"]"]);
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use super::report::{count, few, quoted};
 use super::source::{Entry, Source};
 use super::{LoadOptions, LoadReport, rename};
 use crate::layers::params::{
-    ALIASES, DIRECTION, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR,
+    ALIASES, DIRECTION, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, same_axes,
 };
 use crate::ops::check;
 
@@ -40,8 +40,8 @@ struct Fitted {
     reshaped: bool,
 }
 
-/// That at least one variable has a tensor in `source`.
-pub(super) fn something(vars: &VarMap, source: &Source) -> Result<()> {
+/// That at least one variable has a tensor in `source`. `other` is the remedy of a caller that has no [`LoadOptions`].
+pub(super) fn something(vars: &VarMap, source: &Source, other: Option<&str>) -> Result<()> {
     let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
     let label = &source.label;
     if vars.is_empty() {
@@ -60,9 +60,14 @@ pub(super) fn something(vars: &VarMap, source: &Source) -> Result<()> {
         bail!("{label}: expected tensors for the model, got none")
     }
     let model: Vec<&str> = sorted(&vars).iter().map(|(n, _)| n.as_str()).collect();
-    let remedy = match rename::suggestion(&model, &file) {
-        Some(rule) => format!("add {rule} to `rename` of LoadOptions"),
-        None => "rename them with Rename::with in LoadOptions".to_string(),
+    let remedy = match (other, rename::suggestion(&model, &file)) {
+        (Some(other), _) => other.to_string(),
+        (_, Some(rule)) => {
+            format!("call checkpoint::load_with with {rule} in `rename` of LoadOptions")
+        }
+        _ => {
+            "call checkpoint::load_with with a Rename::with in `rename` of LoadOptions".to_string()
+        }
     };
     bail!(
         "{label}: expected the names of the model, {}, got none of them but {}; {remedy}",
@@ -71,8 +76,13 @@ pub(super) fn something(vars: &VarMap, source: &Source) -> Result<()> {
     )
 }
 
-/// Sets the variables that have a tensor in `source`, all or none.
-pub(super) fn assign(vars: &VarMap, source: Source, options: &LoadOptions) -> Result<LoadReport> {
+/// Sets the variables that have a tensor in `source`, all or none. `other` is the remedy of a caller that has no [`LoadOptions`].
+pub(super) fn assign(
+    vars: &VarMap,
+    source: Source,
+    options: &LoadOptions,
+    other: Option<&str>,
+) -> Result<LoadReport> {
     let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
     let Source {
         label,
@@ -105,12 +115,22 @@ pub(super) fn assign(vars: &VarMap, source: Source, options: &LoadOptions) -> Re
         })
         .collect();
     if !mismatched.is_empty() && !options.skip_mismatched {
+        let remedy = other.unwrap_or(
+            "to leave such variables as they are, call checkpoint::load_with with `skip_mismatched` of LoadOptions",
+        );
         bail!(
-            "{label}: expected tensors that fit the model{}; {}; set `skip_mismatched` of LoadOptions to leave such variables as they are",
+            "{label}: expected tensors that fit the model{}; {}; {remedy}",
             count(&mismatched),
             few(&mismatched)
         )
     }
+    // What is left beside others is no misfit.
+    let misfits: Vec<String> = vars_by_name
+        .iter()
+        .zip(&fates)
+        .filter(|(_, fate)| matches!(fate, Fate::Mismatched { .. }))
+        .map(|((name, _), _)| name.to_string())
+        .collect();
     leave_together(&vars_by_name, &mut fates);
     let mut values = vec![];
     for ((name, var), fate) in vars_by_name.into_iter().zip(fates) {
@@ -137,11 +157,13 @@ pub(super) fn assign(vars: &VarMap, source: Source, options: &LoadOptions) -> Re
         }
     }
     if options.strict {
-        whole(&label, &report)?;
+        whole(&label, &report, &misfits, other)?;
     } else if report.loaded.is_empty() && !report.mismatched.is_empty() {
+        let left = report.mismatched.iter();
+        let left: Vec<String> = left.map(|(name, why)| format!("{name}: {why}")).collect();
         bail!(
             "{label}: expected a tensor that fits the model, got none; {}",
-            few(&mismatched)
+            few(&left)
         )
     }
     for (var, value) in values {
@@ -151,23 +173,24 @@ pub(super) fn assign(vars: &VarMap, source: Source, options: &LoadOptions) -> Re
 }
 
 /// That nothing was left out on either side.
-fn whole(label: &str, report: &LoadReport) -> Result<()> {
-    let mismatched: Vec<&String> = report.mismatched.iter().map(|(name, _)| name).collect();
-    let sides: Vec<String> = [
-        ("missing", report.missing.iter().collect()),
-        ("unexpected", report.unexpected.iter().collect()),
-        ("mismatched", mismatched),
-    ]
-    .into_iter()
-    .filter(|(what, names)| !names.is_empty() || *what != "mismatched")
-    .map(|(what, names)| format!("{what}{}: {}", count(&names), quoted(&names)))
-    .collect();
-    let left_out = [&report.missing, &report.unexpected];
-    if left_out.iter().all(|names| names.is_empty()) && report.mismatched.is_empty() {
+fn whole(label: &str, report: &LoadReport, misfits: &[String], other: Option<&str>) -> Result<()> {
+    let sides = [
+        ("missing", report.missing.as_slice()),
+        ("unexpected", &report.unexpected),
+        ("mismatched", misfits),
+    ];
+    if sides.iter().all(|(_, names)| names.is_empty()) {
         return Ok(());
     }
+    let sides: Vec<String> = sides
+        .into_iter()
+        .filter(|(what, names)| !names.is_empty() || *what != "mismatched")
+        .map(|(what, names)| format!("{what}{}: {}", count(names), quoted(names)))
+        .collect();
+    let remedy = other
+        .unwrap_or("to load a part, call checkpoint::load_with without `strict` of LoadOptions");
     bail!(
-        "{label}: expected exactly the tensors of the model; {}",
+        "{label}: expected exactly the tensors of the model; {}; {remedy}",
         sides.join(", ")
     )
 }
@@ -215,24 +238,31 @@ fn fate(name: &str, var: &Var, entries: &Entries, vars: &Vars) -> Result<Fate> {
     })
 }
 
-/// Tensors that have no meaning without each other: a mean of the file with a variance of the model, and a count of neither.
+/// Tensors that have no meaning without each other: a mean of the file with a variance of the model, and a count of neither. The
+/// counter alone may be absent.
 fn leave_together(vars: &[(&String, &Var)], fates: &mut [Fate]) {
     let broken: BTreeMap<String, String> = vars
         .iter()
         .zip(fates.iter())
-        .filter_map(|((name, _), fate)| match fate {
-            Fate::Mismatched { .. } => Some((group(name)?, name.to_string())),
-            _ => None,
+        .filter_map(|((name, _), fate)| {
+            let why = match fate {
+                Fate::Mismatched { .. } => format!("left beside {name}"),
+                Fate::Missing if last_part(name) != NUM_BATCHES_TRACKED => {
+                    format!("left beside {name}, which the file lacks")
+                }
+                _ => return None,
+            };
+            Some((group(name)?, why))
         })
         .collect();
     for ((name, _), fate) in vars.iter().zip(fates) {
-        let Some(other) = group(name).and_then(|group| broken.get(&group)) else {
+        let Some(why) = group(name).and_then(|group| broken.get(&group)) else {
             continue;
         };
         *fate = match std::mem::replace(fate, Fate::Missing) {
             Fate::Set { name, .. } => Fate::Mismatched {
                 name,
-                reason: format!("left beside {other}"),
+                reason: why.clone(),
             },
             Fate::Reset => Fate::Missing,
             other => other,
@@ -287,9 +317,7 @@ fn has_statistics(name: &str, entries: &Entries, vars: &Vars) -> bool {
 /// `tensor` in the shape and dtype of the variable, or why it does not fit.
 fn fit(name: &str, var: &Var, tensor: &Tensor) -> Result<std::result::Result<Fitted, String>> {
     let counter = last_part(name) == NUM_BATCHES_TRACKED;
-    let axes =
-        |t: &Tensor| -> Vec<usize> { t.dims().iter().copied().filter(|n| *n != 1).collect() };
-    if axes(tensor) != axes(var) {
+    if !same_axes(tensor.dims(), var.dims()) {
         return Ok(Err(format!(
             "expected shape {:?}, got {:?}",
             var.dims(),

@@ -115,11 +115,12 @@ use source::Source;
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
     /// Whether a variable that is not loaded, and a tensor that no variable takes, is an error. Counters of batches may be absent, and
-    /// tensors that [`rename`](Self::rename) leaves out are no error.
+    /// tensors that [`rename`](Self::rename) leaves out, or that lie beside a state dict, are no error.
     pub strict: bool,
     /// Whether a variable whose tensor has another shape or kind is left as it is, and reported as
     /// [`mismatched`](LoadReport::mismatched); otherwise it is an error. What belongs together is left together: running mean,
-    /// variance and counter, and the two parts of a weight norm.
+    /// variance and counter, and the two parts of a weight norm. Where the file lacks one of these, the
+    /// others are left and reported even without this; only the counter may be absent.
     pub skip_mismatched: bool,
     /// Rules for the names of the file, applied one after the other.
     pub rename: Vec<Rename>,
@@ -134,7 +135,8 @@ pub struct LoadOptions {
 /// - other names: `gamma`, `beta`, `scale`, `mean`, `var`, `moving_mean`, `moving_variance`, `weight_g`, `weight_v`;
 /// - other floating-point dtypes than the variables': half-precision statistics become `f32`;
 /// - tensors whose shape differs by axes of size 1 only, such as `[1, C, 1, 1]` for `[C]`;
-/// - a file that lacks variables or has more, and says so in its report.
+/// - a file that lacks variables or has more, and says so in its report. A running mean without its variance, or one part of a weight
+///   norm without the other, is left too.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -188,11 +190,7 @@ pub fn load_into(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn load_into_strict(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
-    let options = LoadOptions {
-        strict: true,
-        ..Default::default()
-    };
-    load_with(vars, [path], &options)
+    load_with(vars, [path], &whole())
 }
 
 /// Sets the variables of `vars` to the tensors of the files at `paths`, as [`load_into`] does, by `options`.
@@ -234,21 +232,41 @@ pub fn load_with<P: AsRef<Path>>(
     paths: impl IntoIterator<Item = P>,
     options: &LoadOptions,
 ) -> Result<LoadReport> {
+    load(vars, paths, options, None)
+}
+
+/// [`load_with`] for a caller that has no [`LoadOptions`], whose `remedy` messages have then.
+fn load<P: AsRef<Path>>(
+    vars: &VarMap,
+    paths: impl IntoIterator<Item = P>,
+    options: &LoadOptions,
+    remedy: Option<&str>,
+) -> Result<LoadReport> {
     let source = Source::read(paths, options.key.as_deref(), &options.rename)?;
-    assign::something(vars, &source)?;
-    assign::assign(vars, source, options)
+    assign::something(vars, &source, remedy)?;
+    assign::assign(vars, source, options, remedy)
+}
+
+/// What [`load_into_strict`] does. `remedy` is what a caller can do about a file of another model.
+pub(crate) fn load_whole(vars: &VarMap, path: &Path, remedy: &str) -> Result<()> {
+    load(vars, [path], &whole(), Some(remedy)).map(|_| ())
+}
+
+fn whole() -> LoadOptions {
+    LoadOptions {
+        strict: true,
+        ..Default::default()
+    }
 }
 
 /// Sets all variables to `tensors`, which must be all of them and nothing else, as [`load_into_strict`] does. `source` is what a message calls
-/// the tensors.
+/// the tensors, and `remedy` what a caller can do about those of another model.
 pub(crate) fn set_all(
     vars: &VarMap,
     tensors: &HashMap<String, Tensor>,
     source: &str,
+    remedy: &str,
 ) -> Result<()> {
-    let options = LoadOptions {
-        strict: true,
-        ..Default::default()
-    };
-    assign::assign(vars, Source::of(tensors, source), &options).map(|_| ())
+    let source = Source::of(tensors, source);
+    assign::assign(vars, source, &whole(), Some(remedy)).map(|_| ())
 }

@@ -12,11 +12,12 @@ use zip::ZipArchive;
 
 use super::report;
 
-/// The tensors of a file, or why one cannot be had, and the key that they were found under.
+/// The tensors of a file, or why one cannot be had, the key that they were found under, and the paths of those that lie beside them.
 #[derive(Default)]
 pub(super) struct Pickled {
     pub(super) tensors: Vec<(String, std::result::Result<Tensor, String>)>,
     pub(super) key: Option<String>,
+    pub(super) beside: Vec<String>,
 }
 
 pub(super) fn is_zip(bytes: &[u8]) -> bool {
@@ -28,6 +29,36 @@ const MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.
 
 pub(super) fn is_old(bytes: &[u8]) -> bool {
     bytes.starts_with(MAGIC)
+}
+
+/// The last protocol of pickles that can be read; torch.save writes it unless it is told otherwise.
+const PROTOCOL: u8 = 2;
+
+/// The protocol of a file of the older format, if it is a later one.
+pub(super) fn later_protocol(bytes: &[u8]) -> Option<u8> {
+    let protocol = protocol(bytes).filter(|p| *p > PROTOCOL)?;
+    // A frame may stand before it.
+    let start = bytes.get(..32).unwrap_or(bytes);
+    let number = &MAGIC[2..];
+    start
+        .windows(number.len())
+        .any(|w| w == number)
+        .then_some(protocol)
+}
+
+/// The protocol that a pickle begins with.
+fn protocol(bytes: &[u8]) -> Option<u8> {
+    match bytes {
+        [0x80, protocol, ..] => Some(*protocol),
+        _ => None,
+    }
+}
+
+/// What a file of `protocol` is, and the remedy.
+pub(super) fn other_protocol(protocol: u8) -> String {
+    format!(
+        "a pickle of protocol {protocol}; save it in protocol {PROTOCOL}, as is the default: torch.save(.., pickle_protocol={PROTOCOL})"
+    )
 }
 
 pub(super) fn read_zip(bytes: &[u8], key: Option<&str>) -> Result<Pickled> {
@@ -123,9 +154,10 @@ fn tensors(
     key: Option<&str>,
     mut storage: impl FnMut(&str) -> Result<Vec<u8>>,
 ) -> Result<Pickled> {
-    let (entries, key) = state_dict(object, key)?;
+    let (entries, key, beside) = state_dict(object, key)?;
     let mut found = Pickled {
         key,
+        beside,
         ..Default::default()
     };
     // Views of one storage mostly follow each other; more than one would hold the file in memory twice.
@@ -172,8 +204,9 @@ fn class_of(object: &Object) -> Option<&Object> {
 /// The keys and values of a dict.
 type Entries = Vec<(Object, Object)>;
 
-/// The entries of the state dict: `object` itself, what it has under `key`, or the one dict of more tensors than lie beside it.
-fn state_dict(object: Object, key: Option<&str>) -> Result<(Entries, Option<String>)> {
+/// The entries of the state dict: `object` itself, what it has under `key`, or the one dict of more tensors than lie beside it. With them,
+/// their key and the paths of all other tensors.
+fn state_dict(object: Object, key: Option<&str>) -> Result<(Entries, Option<String>, Vec<String>)> {
     let entries = match object {
         Object::Dict(entries) => entries,
         other => match class_of(&other) {
@@ -196,23 +229,103 @@ fn state_dict(object: Object, key: Option<&str>) -> Result<(Entries, Option<Stri
     parts.sort();
     let key = match (key, parts.as_slice()) {
         (Some(key), _) if parts.iter().any(|part| part == key) => key,
+        (Some(key), []) => bail!(
+            "expected a state dict under the key {key:?}, got {}",
+            without_tensors(&entries)
+        ),
         (Some(key), _) => bail!(
-            "expected a state dict under the key {key:?}, got state dicts under {}",
+            "expected a state dict under the key {key:?}, got state dicts under {}; set `key` of LoadOptions to one of them",
             report::quoted(&parts)
         ),
         (None, [part]) => part,
-        (None, []) if own > 0 => return Ok((entries, None)),
-        (None, []) => bail!("expected a state dict, got a dict without tensors"),
+        (None, []) if own > 0 => {
+            let beside = beside(&entries, None);
+            return Ok((entries, None, beside));
+        }
+        (None, []) => bail!("expected a state dict, got {}", without_tensors(&entries)),
         (None, _) => bail!(
-            "expected one state dict, got several, under {}; set `key` of LoadOptions to one of them",
+            "expected one state dict, got several, under {}; call checkpoint::load_with with `key` of LoadOptions set to one of them",
             report::quoted(&parts)
         ),
     };
     let key = key.to_string();
+    let beside = beside(&entries, Some(&key));
     let part = entries.into_iter().find(|(name, _)| *name == text(&key));
     match part {
-        Some((_, Object::Dict(part))) => Ok((part, Some(key))),
+        Some((_, Object::Dict(part))) => Ok((part, Some(key), beside)),
         _ => bail!("expected a state dict under the key {key:?}"),
+    }
+}
+
+/// A dict in which no state dict was found, and the remedy.
+fn without_tensors(entries: &[(Object, Object)]) -> String {
+    let mut keys: Vec<String> = entries.iter().map(|(key, _)| name_of(key)).collect();
+    keys.sort();
+    let dict = match keys.as_slice() {
+        [] => "an empty dict".to_string(),
+        keys => format!(
+            "a dict without tensors or state dicts, with the keys {}",
+            report::quoted(keys)
+        ),
+    };
+    format!("{dict}; save the state dict alone: torch.save(model.state_dict(), ..)")
+}
+
+/// The paths of the tensors that do not lie in the state dict itself, which is `root` or what it has under `key`.
+fn beside(root: &[(Object, Object)], key: Option<&str>) -> Vec<String> {
+    let mut found = vec![];
+    for (name, value) in root {
+        let path = name_of(name);
+        match (value, key) {
+            (Object::Dict(part), Some(key)) if *name == text(key) => {
+                below(part, &path, &mut found);
+            }
+            _ if key.is_none() && is_entry(name, value) => {}
+            _ => paths(value, path, &mut found),
+        }
+    }
+    found
+}
+
+/// The paths of the tensors in the state dict at `path` that are none of its entries.
+fn below(part: &[(Object, Object)], path: &str, found: &mut Vec<String>) {
+    for (name, value) in part.iter().filter(|(n, v)| !is_entry(n, v)) {
+        paths(value, format!("{path}.{}", name_of(name)), found);
+    }
+}
+
+/// Whether this is a tensor of a state dict.
+fn is_entry(name: &Object, value: &Object) -> bool {
+    matches!(name, Object::Unicode(_)) && Rebuild::of(value).is_some()
+}
+
+/// The paths of all tensors in `object`, which lies at `path`.
+fn paths(object: &Object, path: String, found: &mut Vec<String>) {
+    // A pickle may take the same tensor and the same long key again and again; nobody reads so many names.
+    const MOST: usize = 1 << 24;
+    match object {
+        Object::Dict(entries) => {
+            for (name, value) in entries {
+                paths(value, format!("{path}.{}", name_of(name)), found);
+            }
+        }
+        Object::List(items) | Object::Tuple(items) => {
+            for (i, item) in items.iter().enumerate() {
+                paths(item, format!("{path}.{i}"), found);
+            }
+        }
+        _ if found.len() * path.len() >= MOST || Rebuild::of(object).is_none() => {}
+        _ => found.push(path),
+    }
+}
+
+/// What a path calls the key of a dict.
+fn name_of(key: &Object) -> String {
+    match key {
+        Object::Unicode(name) => name.clone(),
+        Object::Int(i) => i.to_string(),
+        Object::Long(i) => i.to_string(),
+        _ => "?".to_string(),
     }
 }
 
@@ -450,6 +563,11 @@ impl View {
 ///
 /// candle's machine takes one operation at a time: those that would make it fail or grow without end are seen before.
 fn unpickle(bytes: &mut &[u8]) -> Result<Object> {
+    let protocol = protocol(bytes).unwrap_or_default();
+    // From the fourth on, a pickle has frames.
+    if protocol > 3 {
+        bail!("expected a state dict, got {}", other_protocol(protocol))
+    }
     let mut stack = Stack::empty();
     let mut limits = Limits::new(bytes.len());
     loop {
@@ -477,6 +595,9 @@ fn unpickle(bytes: &mut &[u8]) -> Result<Object> {
             }
             _ => match stack.read(bytes) {
                 Ok(stop) => stop,
+                Err(_) if protocol > PROTOCOL => {
+                    bail!("expected a state dict, got {}", other_protocol(protocol))
+                }
                 Err(e) => bail!(
                     "its pickle has something other than numbers, texts and tensors in it ({e}); save model.state_dict() alone, or as safetensors"
                 ),

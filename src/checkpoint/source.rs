@@ -70,6 +70,7 @@ impl Source {
             if found.key.is_some() {
                 source.key = found.key;
             }
+            source.skipped.append(&mut found.beside);
             for (name, tensor) in found.tensors {
                 let Some(new) = renamed(&name, rules) else {
                     source.skipped.push(name);
@@ -129,7 +130,7 @@ fn contents(path: &Path, key: Option<&str>) -> Result<Pickled> {
     };
     Ok(Pickled {
         tensors: file.tensors().into_iter().map(tensor).collect(),
-        key: None,
+        ..Default::default()
     })
 }
 
@@ -194,6 +195,9 @@ fn other_kind(bytes: &[u8], path: &Path) -> Option<String> {
     let damaged = "a safetensors file that is damaged or was cut off; fetch it again";
     if header {
         return Some(damaged.to_string());
+    }
+    if let Some(protocol) = pth::later_protocol(bytes) {
+        return Some(pth::other_protocol(protocol));
     }
     if let Some((_, kind)) = KINDS.iter().find(|(start, _)| bytes.starts_with(start)) {
         return Some(kind.to_string());

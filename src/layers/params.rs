@@ -125,18 +125,25 @@ fn held(vb: &VarBuilder, names: &[&str]) -> bool {
     names.iter().any(|name| vb.contains_tensor(name))
 }
 
-/// The path of a tensor of `names` that a checkpoint holds in the layer's place and shape.
+/// Whether two shapes differ by axes of size 1 alone.
+pub(crate) fn same_axes(a: &[usize], b: &[usize]) -> bool {
+    let longer = |dims: &[usize]| dims.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
+    longer(a) == longer(b)
+}
+
+/// The path of a tensor of `names` that a checkpoint holds in the layer's place and shape, axes of size 1 apart.
 ///
 /// A variable is none: a `VarMap` may have made it for another layer of the same path. Nor is what a builder holds that says yes to every
 /// name, such as `VarBuilder::zeros`.
 pub(super) fn stored(vb: &VarBuilder, shape: &Shape, names: &[&str]) -> Option<String> {
     const NO_NAME: &str = "no tensor is called this";
-    let name = names.iter().find(|name| vb.contains_tensor(name))?;
-    if vb.contains_tensor(NO_NAME) {
-        return None;
-    }
-    let value = vb.get(shape, name).ok()?;
-    (!value.is_variable()).then(|| path(vb, name))
+    let in_shape = |name: &&&str| -> bool {
+        let value = vb.get(shape, name).or_else(|_| vb.get_unchecked(name));
+        value.is_ok_and(|v| same_axes(v.dims(), shape.dims()) && !v.is_variable())
+    };
+    let mut held = names.iter().filter(|name| vb.contains_tensor(name));
+    let name = held.find(in_shape)?;
+    (!vb.contains_tensor(NO_NAME)).then(|| path(vb, name))
 }
 
 /// The affine parameters that a checkpoint holds in the layer's place.

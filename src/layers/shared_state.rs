@@ -7,7 +7,8 @@ use std::sync::{
 
 use candle_core::{TensorId, Var};
 
-/// The state of one set of variables. Whoever reads or writes these variables holds its lock.
+/// The state of one set of variables. Layers hold its lock while they write these variables, or read several of them. Whoever has the
+/// variables themselves, such as a `VarMap` that is saved or loaded or whose averages are swapped in, holds none.
 pub(super) struct Shared {
     running_mean: TensorId,
     state: RwLock<State>,

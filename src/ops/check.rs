@@ -87,7 +87,7 @@ pub(crate) fn dropped<T>(
     (affine, fitting): (String, String),
 ) -> Result<T> {
     bail!(
-        "{layer}: expected no parameters but those of affine {affine}, got {stored:?}, which would be dropped unseen; set affine to {fitting}, or give the layer a path of its own with pp"
+        "{layer}: expected no parameters but those of affine {affine}, got {stored:?}, which would be dropped unseen; set affine to {fitting}, or, if they are another layer's, give each layer its own prefix (vb.pp)"
     )
 }
 
@@ -95,7 +95,7 @@ pub(crate) fn dropped<T>(
 pub(crate) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
     match stored {
         Some(stored) => bail!(
-            "{layer}: expected a checkpoint without a bias, got {stored:?}, which would be dropped unseen; build the layer with a bias, or give it a path of its own with pp"
+            "{layer}: expected a checkpoint without a bias, got {stored:?}, which would be dropped unseen; build the layer with a bias, or, if it is another layer's, give each layer its own prefix (vb.pp)"
         ),
         None => Ok(()),
     }
@@ -110,7 +110,7 @@ pub(crate) fn stored_alone<T>(
 ) -> Result<T> {
     let names = names.join(" or ");
     bail!(
-        "{layer}: expected {names} too, since affine is {affine}, got {other:?} alone; set affine to {fitting} for a layer that was trained so"
+        "{layer}: expected {names} too, since affine is {affine}, got {other:?} alone; set affine to {fitting} for a layer that was trained so, or, if it is another layer's, give each layer its own prefix (vb.pp)"
     )
 }
 

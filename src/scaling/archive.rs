@@ -1,11 +1,9 @@
 //! Files: states of scalers beside each other and beside the variables of a model.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Result as IoResult, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::safetensors::Load;
 use candle_core::{Device, Result, Tensor};
@@ -14,6 +12,7 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
 use super::State;
+use crate::files;
 use crate::ops::check;
 
 const LAYER: &str = "Archive";
@@ -204,15 +203,7 @@ impl Archive {
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
         let bytes = safetensors::serialize(named, metadata);
         let bytes = check::scaling::written(LAYER, path, bytes)?;
-        let (mut file, unfinished) = check::scaling::written(LAYER, path, unfinished(path))?;
-        // On the disk before it has the name: after a crash there is the old file or the new one.
-        let written = (file.write_all(&bytes))
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&unfinished, path));
-        if written.is_err() {
-            let _ = fs::remove_file(&unfinished);
-        }
-        check::scaling::written(LAYER, path, written)
+        check::scaling::written(LAYER, path, files::write(path, &bytes))
     }
 
     /// [`write`](Self::write), unless the file that is there holds anything that this has not.
@@ -232,13 +223,7 @@ impl Archive {
 /// The names of the tensors, and the prefixes of the states, in a safetensors file, by its header alone; none of another file, or where there is
 /// none.
 fn contents(path: &Path) -> Option<(Vec<String>, Vec<String>)> {
-    let mut file = File::open(path).ok()?;
-    let mut len = [0; 8];
-    file.read_exact(&mut len).ok()?;
-    let mut header = vec![];
-    file.take(u64::from_le_bytes(len))
-        .read_to_end(&mut header)
-        .ok()?;
+    let header = files::header(path).ok()?;
     let mut names: Map<String, Value> = serde_json::from_slice(&header).ok()?;
     let metadata = names.remove("__metadata__").unwrap_or_default();
     let keys = metadata.as_object().into_iter().flat_map(Map::keys);
@@ -250,21 +235,4 @@ fn contents(path: &Path) -> Option<(Vec<String>, Vec<String>)> {
 /// Whether `name` is that of a tensor of a state.
 fn belongs(name: &str, starts: &[String]) -> bool {
     starts.iter().any(|start| name.starts_with(start))
-}
-
-/// A new file beside `path`, which becomes it once it is whole. Threads and processes that write the same file have one each.
-fn unfinished(path: &Path) -> IoResult<(File, PathBuf)> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let mut name = path.file_name().unwrap_or_default().to_os_string();
-        name.push(format!(".{}.{count}.unfinished", std::process::id()));
-        let beside = path.with_file_name(name);
-        match File::create_new(&beside) {
-            Ok(file) => return Ok((file, beside)),
-            // Left by a process of the same id that did not come to its end.
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
-            Err(e) => return Err(e),
-        }
-    }
 }

@@ -254,7 +254,8 @@ impl<M> Pipeline<M> {
         let targets = scaler("targets", TARGETS)?.map(TargetScaler::from_boxed);
         let vars = VarMap::new();
         let model = build(VarBuilder::from_varmap(&vars, dtype, device))?;
-        checkpoint::set_all(&vars, &archive.others(), KIND)?;
+        let remedy = "let `build` make the model that was saved";
+        checkpoint::set_all(&vars, &archive.others(), KIND, remedy)?;
         Ok(Self {
             model,
             vars: Variables(vars),

@@ -13,6 +13,16 @@ pub(crate) fn decay(layer: &str, name: &str, decay: f64) -> Result<()> {
     Ok(())
 }
 
+/// The least decay of a warm-up, which ends at `decay`.
+pub(crate) fn min_decay(layer: &str, min_decay: f64, decay: f64) -> Result<()> {
+    if min_decay > decay {
+        bail!(
+            "{layer}: expected min_decay of at most decay, {decay}, got {min_decay}; lower min_decay or raise decay"
+        )
+    }
+    Ok(())
+}
+
 pub(crate) fn positive(layer: &str, name: &str, value: f64) -> Result<()> {
     if !(value.is_finite() && value > 0.) {
         bail!("{layer}: expected {name} of the warm-up to be finite and above 0, got {value}")
