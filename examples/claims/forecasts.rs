@@ -121,7 +121,7 @@ pub(crate) fn claims() -> Vec<Claim> {
         Claim {
             id: 9,
             title: "Drift and refitting a scaler",
-            version: 1,
+            version: 2,
             text: "Drift of mean and variance should be watched, and trigger an update of the scaler.",
             varied: "the scaler: fitted once, or fitted anew whenever the monitor fires",
             fixed: "the four stock closes and the experiment of claim 6",

@@ -23,8 +23,8 @@ const VERSION: u32 = 1;
 pub enum OnDrift {
     /// The recent rows.
     Refit,
-    /// Recent rows, and rows of what it was fitted to before: as many, evenly spaced, as leave the recent ones this share of all, between
-    /// 0 and 1.
+    /// Of each feature recent values, and values of what it was fitted to before: as many, evenly spaced, as leave the recent ones this
+    /// share of all, between 0 and 1.
     Blend(f64),
 }
 
@@ -152,17 +152,26 @@ impl AdaptiveScaler {
 
     /// Takes in rows `[N, features...]` in their order; where metrics cross their thresholds, returns the events and fits the scaler anew.
     ///
-    /// Rows that come in one call give what they give one by one.
+    /// Rows that come in one call give what they give one by one. A feature with fewer than two values since the last event, as that of a
+    /// sensor that has gone silent, is fitted to what it was fitted to before, and the others to their recent values.
     ///
     /// # Errors
     /// - A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
-    /// - After an event, recent rows that the scaler cannot be fitted to, such as those of a sensor that has gone silent. All rows count then,
-    ///   scaler and reference stay as they were, and the next event tries again. The message has the first event that it befell.
+    /// - After an event, recent rows that the scaler refuses to be fitted to. All rows count then, scaler and reference stay as they were, and
+    ///   the next event tries again. The message has the first event that it befell; the next call that succeeds returns all events of
+    ///   this one before its own. A [`state`](Scaler::state) does not have them.
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
         self.observe_by(&mut self.lock(), x)
     }
 
     fn observe_by(&self, watch: &mut Watch, x: &Tensor) -> Result<Vec<DriftEvent>> {
+        let (events, done) = self.take_in(watch, x)?;
+        watch.untold.extend(events);
+        done.map(|()| std::mem::take(&mut watch.untold))
+    }
+
+    /// Takes rows in; returns their events, and whether the scaler could be fitted to all that it should have been.
+    fn take_in(&self, watch: &mut Watch, x: &Tensor) -> Result<(Vec<DriftEvent>, Result<()>)> {
         let rows = watch.rows(x)?;
         let (mut events, mut done, mut fitted) = (vec![], Ok(()), None);
         for row in rows.each() {
@@ -179,14 +188,18 @@ impl AdaptiveScaler {
         }
         // Whoever transforms meanwhile sees the scaler before this call or after it, and none that was fitted in between.
         if let Some(rows) = fitted {
-            self.scaler.fit(&rows)?;
+            done = done.and(self.scaler.fit(&rows));
         }
-        done.map(|()| events)
+        Ok((events, done))
     }
 
     /// Gives the monitor a new reference after an event, which it returns; changes nothing where the scaler cannot be fitted to it.
     fn answer(&self, watch: &mut Watch) -> Result<Tensor> {
-        let reference = watch.referring(&watch.features, self.next_reference(watch))?;
+        let values = watch.next_reference(|before, recent| match self.on_drift {
+            OnDrift::Refit => recent.to_vec(),
+            OnDrift::Blend(share) => blended(before, recent, share),
+        });
+        let reference = watch.referring(&watch.features, values)?;
         let rows = watch.tensor(&reference.values)?;
         self.scaler.snapshot().fit(&rows)?;
         watch.refer_to(reference);
@@ -197,46 +210,33 @@ impl AdaptiveScaler {
         let mut watch = Watch::new(current.options)?;
         watch.step = current.step;
         watch.features = current.features.without_axes();
-        watch.fit(x)?;
+        watch.fit_to(x, current.options.bins)?;
         self.scaler.fit(x)?;
         *current = watch;
         Ok(())
     }
-
-    /// The rows that the scaler is fitted to after an event.
-    fn next_reference(&self, watch: &Watch) -> Vec<f64> {
-        let recent = watch.recent();
-        let OnDrift::Blend(share) = self.on_drift else {
-            return recent;
-        };
-        let features = watch.features.count().max(1);
-        let before = watch.reference.as_ref().map_or(&[][..], |r| &r.values);
-        let (rows, all) = (recent.len() / features, before.len() / features);
-        let wanted = rows as f64 * (1. - share) / share;
-        // Where there are too few rows of before, all of them, and less of the recent ones.
-        let (new, old) = match wanted <= all as f64 {
-            true => (rows, wanted.round() as usize),
-            false => (
-                (all as f64 * share / (1. - share)).round().max(1.) as usize,
-                all,
-            ),
-        };
-        let mut blended = evenly(before, features, old);
-        blended.extend(evenly(&recent, features, new.min(rows)));
-        blended
-    }
 }
 
-/// `count` rows of `values`, evenly spaced, the last of them included.
-fn evenly(values: &[f64], features: usize, count: usize) -> Vec<f64> {
-    let rows = values.len() / features;
-    (1..=count)
-        .flat_map(|i| {
-            let row = (i * rows / count.max(1)).max(1) - 1;
-            &values[row * features..(row + 1) * features]
-        })
-        .copied()
-        .collect()
+/// Values of before and recent ones, the recent ones with this share of all.
+fn blended(before: &[f64], recent: &[f64], share: f64) -> Vec<f64> {
+    let wanted = recent.len() as f64 * (1. - share) / share;
+    // Where there are too few values of before, all of them, and less of the recent ones.
+    let (new, old) = match wanted <= before.len() as f64 {
+        true => (recent.len(), wanted.round() as usize),
+        false => {
+            let new = (before.len() as f64 * share / (1. - share)).round().max(1.);
+            (new as usize, before.len())
+        }
+    };
+    let mut blended = evenly(before, old);
+    blended.extend(evenly(recent, new.min(recent.len())));
+    blended
+}
+
+/// `count` of `values`, evenly spaced, the last of them included.
+fn evenly(values: &[f64], count: usize) -> Vec<f64> {
+    let place = |i: usize| (i * values.len() / count).max(1) - 1;
+    (1..=count).map(|i| values[place(i)]).collect()
 }
 
 super::files!(AdaptiveScaler);
@@ -258,16 +258,30 @@ impl Scaler for AdaptiveScaler {
         self.scaler.seen()
     }
 
+    /// Fits the scaler to `x`, which becomes the reference of the monitor; forgets recent rows, cool-downs, and events that were not returned.
+    ///
+    /// # Errors
+    /// As [`Scaler::fit`]; also fewer values of a feature than [`bins`](DriftOptions::bins), as [`DriftMonitor::fit`](super::DriftMonitor::fit).
     fn fit(&self, x: &Tensor) -> Result<()> {
         self.fit_by(&mut self.lock(), x)
     }
 
-    /// [`observe`](AdaptiveScaler::observe) without its events; before any data, [`fit`](Scaler::fit). Rows change the scaler when there is
+    /// Always an error: the monitor compares rows as they come.
+    fn fit_weighted(&self, _: &Tensor, _: &Tensor) -> Result<()> {
+        check::scaling::no_weights(LAYER, "leave out rows that should not count")
+    }
+
+    /// Always an error, as that of [`fit_weighted`](Scaler::fit_weighted).
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fit_weighted(x, sample_weight)
+    }
+
+    /// [`observe`](AdaptiveScaler::observe) without its events; before any data, `fit`. Rows change the scaler when there is
     /// an event, and not before.
     fn partial_fit(&self, x: &Tensor) -> Result<()> {
         let mut watch = self.lock();
         match watch.reference.is_some() {
-            true => self.observe_by(&mut watch, x).map(|_| ()),
+            true => self.take_in(&mut watch, x)?.1,
             false => self.fit_by(&mut watch, x),
         }
     }

@@ -122,7 +122,11 @@ pub struct EwmScaler {
     following: Following<Weighted>,
 }
 
-scaler_of_series!(EwmScaler, EwmScalerOptions);
+scaler_of_series!(
+    EwmScaler,
+    EwmScalerOptions,
+    "it weighs rows by their age alone, which alpha, span and halflife set"
+);
 
 impl EwmScaler {
     /// The number of equally weighted rows that the mean of each feature is as certain as now: `W² / Σ wᵢ²`.

@@ -27,7 +27,7 @@ pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
 
     /// Takes values that count `weights` times, all above 0.
     fn take_weighted(_: &mut Self::Statistic, _: &[f64], _: &[f64]) -> Result<()> {
-        check::scaling::no_weights(Self::KIND)
+        check::scaling::no_weights(Self::KIND, "repeat the samples by their weight")
     }
 
     fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;

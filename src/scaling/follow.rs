@@ -508,9 +508,9 @@ impl SeriesStats {
     }
 }
 
-/// The public face of a scaler with a field `following`, of a memory.
+/// The public face of a scaler with a field `following`, of a memory. `$weights` says what to do in place of weighing samples.
 macro_rules! scaler_of_series {
-    ($name:ident, $options:ident) => {
+    ($name:ident, $options:ident, $weights:literal) => {
         impl $name {
             /// A scaler without data.
             ///
@@ -609,6 +609,22 @@ macro_rules! scaler_of_series {
             }
             fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
                 self.following.fit(x)
+            }
+            /// Always an error: a row that is there twice would be two steps of the series.
+            fn fit_weighted(
+                &self,
+                _: &candle_core::Tensor,
+                _: &candle_core::Tensor,
+            ) -> candle_core::Result<()> {
+                $crate::ops::check::scaling::no_weights(self.kind(), $weights)
+            }
+            /// Always an error, as that of `fit_weighted`.
+            fn partial_fit_weighted(
+                &self,
+                x: &candle_core::Tensor,
+                sample_weight: &candle_core::Tensor,
+            ) -> candle_core::Result<()> {
+                self.fit_weighted(x, sample_weight)
             }
             fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
                 self.following.partial_fit(x)

@@ -141,7 +141,7 @@ pub trait Scaler: Send + Sync + Debug {
     /// those of series and [`RobustScaler`].
     fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
-        check::scaling::no_weights(self.kind())
+        check::scaling::no_weights(self.kind(), "fit it without weights")
     }
 
     /// Takes in more data: the result is that of [`fit`](Self::fit) to all of them.
@@ -156,7 +156,7 @@ pub trait Scaler: Send + Sync + Debug {
     /// As [`partial_fit`](Self::partial_fit) and [`fit_weighted`](Self::fit_weighted).
     fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
-        check::scaling::no_weights(self.kind())
+        check::scaling::no_weights(self.kind(), "fit it without weights")
     }
 
     /// Takes in all that another scaler of the same kind has seen.

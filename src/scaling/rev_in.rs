@@ -18,7 +18,7 @@ const BIAS: &str = "affine_bias";
 pub struct RevInOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Learn a scale and a shift of each series. Default: true.
+    /// Learn a scale and a shift of each series: both or neither. Default: true.
     pub affine: bool,
     /// Subtract the last value of a window in place of its mean. Default: false.
     pub subtract_last: bool,

@@ -72,7 +72,11 @@ pub struct SlidingScaler {
     following: Following<Window>,
 }
 
-scaler_of_series!(SlidingScaler, SlidingScalerOptions);
+scaler_of_series!(
+    SlidingScaler,
+    SlidingScalerOptions,
+    "take EwmScaler, which weighs rows by their age"
+);
 
 impl Memory for Window {
     const KIND: &'static str = "SlidingScaler";

@@ -101,6 +101,22 @@ impl TargetScaler {
         self.scaler.partial_fit(targets)
     }
 
+    /// [`fit`](Self::fit) to targets that count by their weight, `[N]`.
+    ///
+    /// # Errors
+    /// As [`Scaler::fit_weighted`].
+    pub fn fit_weighted(&self, targets: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.scaler.fit_weighted(targets, sample_weight)
+    }
+
+    /// [`partial_fit`](Self::partial_fit) to targets that count by their weight, `[N]`.
+    ///
+    /// # Errors
+    /// As [`Scaler::partial_fit_weighted`].
+    pub fn partial_fit_weighted(&self, targets: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.scaler.partial_fit_weighted(targets, sample_weight)
+    }
+
     /// Targets as the loss should see them.
     ///
     /// # Errors

@@ -49,19 +49,23 @@ fn exact_p_value(statistic: f64, m: usize, n: usize) -> f64 {
     if limit <= 0 {
         return 1.;
     }
-    let mut outside = 0.;
+    let (mut outside, mut first) = (0., 0);
     // Of being at (i, j) without having left the band, for one i and all j.
     let mut here = vec![0.; n + 1];
     here[0] = 1.;
     for i in 0..=m {
         let mut next = vec![0.; n + 1];
-        for j in 0..=n {
+        // No walk comes from below the band or gets beyond the first place above it.
+        let start = first;
+        for j in start..=n {
             let chance = here[j];
-            if chance == 0. {
-                continue;
-            }
-            if (i as i64 * n as i64 - j as i64 * m as i64).abs() >= limit {
+            let ahead = i as i64 * n as i64 - j as i64 * m as i64;
+            if ahead.abs() >= limit {
                 outside += chance;
+                if ahead < 0 {
+                    break;
+                }
+                first = j + 1;
                 continue;
             }
             let (of_first, of_second) = ((m - i) as f64, (n - j) as f64);

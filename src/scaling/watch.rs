@@ -23,6 +23,9 @@ const MOST_BINS: usize = 10_000;
 /// A mean or a variance that differs by fewer standard errors than this may do so by chance.
 const STANDARD_ERRORS: f64 = 5.;
 
+/// Of one value there is no variance.
+const LEAST_VALUES: usize = 2;
+
 /// One feature of the reference.
 #[derive(Debug)]
 struct Column {
@@ -39,6 +42,20 @@ fn ascending(values: &[f64], feature: usize, features: usize) -> Vec<f64> {
     let mut numbers: Vec<f64> = column.copied().filter(|v| !v.is_nan()).collect();
     numbers.sort_by(f64::total_cmp);
     numbers
+}
+
+/// Columns as rows, one after the other, the last value of each in the last. A column with fewer values than another has NaN before them.
+fn aligned(columns: &[Vec<f64>]) -> Vec<f64> {
+    let features = columns.len();
+    let rows = columns.iter().map(Vec::len).max().unwrap_or(0);
+    let mut values = vec![f64::NAN; rows * features];
+    for (feature, column) in columns.iter().enumerate() {
+        let first = rows - column.len();
+        for (row, value) in column.iter().enumerate() {
+            values[(first + row) * features + feature] = *value;
+        }
+    }
+    values
 }
 
 fn counts(edges: &[f64], values: &[f64]) -> Vec<u64> {
@@ -171,6 +188,8 @@ pub(super) struct Watch {
     pub(super) step: u64,
     /// Of each feature, the step up to which there is no event.
     quiet: Vec<u64>,
+    /// Events of calls that returned an error in their place.
+    pub(super) untold: Vec<DriftEvent>,
 }
 
 impl Watch {
@@ -207,6 +226,7 @@ impl Watch {
             fresh: vec![],
             step: 0,
             quiet: vec![],
+            untold: vec![],
         })
     }
 
@@ -216,6 +236,7 @@ impl Watch {
         self.reference = None;
         self.forget_recent();
         self.quiet.clear();
+        self.untold.clear();
         self.step = 0;
     }
 
@@ -247,7 +268,7 @@ impl Watch {
         let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
         for (feature, seen) in rows.seen.iter().enumerate() {
             let (label, values) = (features.label(feature), seen.values as usize);
-            check::series::enough_values(LAYER, &label, values, least.min(2))?;
+            check::series::enough_values(LAYER, &label, values, least.min(LEAST_VALUES))?;
             check::series::enough_values(LAYER, &label, values, least)?;
         }
         self.fit(x)
@@ -272,8 +293,7 @@ impl Watch {
         for feature in 0..count {
             let numbers = ascending(&values, feature, count);
             let label = features.label(feature);
-            // Of one value there is no variance.
-            check::series::enough_values(LAYER, &label, numbers.len(), 2)?;
+            check::series::enough_values(LAYER, &label, numbers.len(), LEAST_VALUES)?;
             seen.push(Seen {
                 values: numbers.len() as u64,
                 nan: rows - numbers.len() as u64,
@@ -287,32 +307,53 @@ impl Watch {
         })
     }
 
-    /// Takes a reference, instead of the one that there was, from now on.
+    /// Takes a reference, instead of the one that there was, from now on. A feature whose values it kept goes on as it was.
     pub(super) fn refer_to(&mut self, reference: Reference) {
         self.reference = Some(Arc::new(reference));
-        self.forget_recent();
         let quiet = self.step.saturating_add(self.options.cool_down as u64);
-        self.quiet.fill(quiet);
-    }
-
-    /// The recent values as rows, one after the other, the newest of each feature in the last. A feature with fewer than another has NaN
-    /// before them.
-    pub(super) fn recent(&self) -> Vec<f64> {
-        let features = self.recent.len();
-        let rows = self.recent.iter().map(VecDeque::len).max().unwrap_or(0);
-        let mut values = vec![f64::NAN; rows * features];
-        for (feature, column) in self.recent.iter().enumerate() {
-            let first = rows - column.len();
-            for (row, value) in column.iter().enumerate() {
-                values[(first + row) * features + feature] = *value;
+        for feature in 0..self.recent.len() {
+            if self.has_new(feature) {
+                self.recent[feature].clear();
+                self.fresh[feature] = false;
+                self.quiet[feature] = quiet;
             }
         }
-        values
+    }
+
+    /// Whether a feature has recent values enough for a reference of its own.
+    fn has_new(&self, feature: usize) -> bool {
+        self.recent[feature].len() >= LEAST_VALUES
+    }
+
+    /// Rows that could be the next reference: of each feature what `choose` takes of the values of the reference and the recent ones. A
+    /// feature without new values, whose sensor is silent, keeps those of the reference, so that the others need not wait for it.
+    pub(super) fn next_reference(&self, choose: impl Fn(&[f64], &[f64]) -> Vec<f64>) -> Vec<f64> {
+        let features = self.recent.len();
+        let reference = self.reference.as_ref().map_or(&[][..], |r| &r.values);
+        let column = |feature: usize| {
+            let column = reference.iter().skip(feature).step_by(features);
+            let before: Vec<f64> = column.copied().filter(|v| !v.is_nan()).collect();
+            match self.has_new(feature) {
+                true => choose(&before, &self.recent_values(feature)),
+                false => before,
+            }
+        };
+        aligned(&(0..features).map(column).collect::<Vec<_>>())
+    }
+
+    fn recent_values(&self, feature: usize) -> Vec<f64> {
+        self.recent[feature].iter().copied().collect()
+    }
+
+    /// The recent values as rows.
+    fn recent(&self) -> Vec<f64> {
+        let features = 0..self.recent.len();
+        aligned(&features.map(|f| self.recent_values(f)).collect::<Vec<_>>())
     }
 
     /// The recent values of a feature, ascending.
     fn recent_of(&self, feature: usize) -> Vec<f64> {
-        let mut values: Vec<f64> = self.recent[feature].iter().copied().collect();
+        let mut values = self.recent_values(feature);
         values.sort_by(f64::total_cmp);
         values
     }

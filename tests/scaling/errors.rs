@@ -294,15 +294,25 @@ fn weights_of_samples_are_checked() {
             assert_eq!(everything(scaler).unwrap(), before, "{kind}: {expected}");
         }
     });
-    for (kind, build) in OF_SERIES {
-        let message = format!(
-            "{:?}",
-            build(Nan::Refuse).fit_weighted(&x, &weights(&[1.; 3]))
-        );
-        assert!(
-            message.contains(&format!("{kind}: expected samples that count alike")),
-            "{message}"
-        );
+    // A row of a series that is there twice is two steps of it, so that repeating it is no remedy.
+    let remedies = [
+        "take EwmScaler, which weighs rows by their age",
+        "it weighs rows by their age alone",
+        "leave out rows that should not count",
+    ];
+    for ((kind, build), remedy) in OF_SERIES.into_iter().zip(remedies) {
+        let (scaler, weights) = (build(Nan::Refuse), weights(&[1.; 3]));
+        for told in [
+            scaler.fit_weighted(&x, &weights),
+            scaler.partial_fit_weighted(&x, &weights),
+        ] {
+            let told = told.unwrap_err().to_string();
+            let start = format!("{kind}: expected samples that count alike, got sample_weight; ");
+            assert!(
+                told.starts_with(&(start + remedy)) && !told.contains("repeat"),
+                "{told}"
+            );
+        }
     }
     // A sample without weight is none, whatever it is.
     each_built(|kind, build| {

@@ -126,7 +126,7 @@ fn a_damaged_file_does_not_panic() {
     let (_folder, file) = scratch();
     each_of_all(|_, build| {
         let scaler = build(Nan::Refuse);
-        scaler.fit(&rows(&[1., 2., 3., 4.], 2)).unwrap();
+        scaler.fit(&rows(&[1., 2., 3., 4., 2., 9.], 2)).unwrap();
         scaler.partial_fit(&rows(&[5., 1.], 2)).unwrap();
         scaler.save(&file).unwrap();
         let whole = fs::read(&file).unwrap();

@@ -35,6 +35,7 @@ pub(crate) const OF_SERIES: [(&str, Build); 3] = [
             min_count: 4,
             check_every: 1,
             cool_down: 4,
+            bins: 3,
             nan,
             ..Default::default()
         };

@@ -1,7 +1,7 @@
 //! Targets in two units.
 
 use candle_core::DType;
-use candle_norm::scaling::{MinMaxScaler, Nan, StandardScaler, TargetScaler};
+use candle_norm::scaling::{MinMaxScaler, Nan, RobustScaler, StandardScaler, TargetScaler};
 
 use super::kinds::{each_built, rows};
 use crate::common::data::{tensor, values};
@@ -68,6 +68,36 @@ fn any_scaler_serves_and_predictions_come_back() {
             assert!((got - want).abs() < 1e-5, "{kind}: {got}");
         }
     });
+}
+
+/// 3 once, 5 three times and 11 not at all; then 3 twice more.
+#[test]
+fn targets_count_by_their_weight() {
+    let targets = TargetScaler::new(StandardScaler::default());
+    let column = |y: &[f64]| rows(y, 1);
+    let weight = |w: &[f64]| tensor(w, &[w.len()], DType::F64).unwrap();
+    let check = |mean: f64, std: f64| {
+        let back = values(&targets.invert(&column(&[0., 1.])).unwrap()).unwrap();
+        assert!(
+            (back[0] - mean).abs() < 1e-12 && (back[1] - mean - std).abs() < 1e-12,
+            "{back:?}"
+        );
+    };
+    targets
+        .fit_weighted(&column(&[3., 5., 11.]), &weight(&[1., 3., 0.]))
+        .unwrap();
+    check(4.5, 0.75f64.sqrt());
+    targets
+        .partial_fit_weighted(&column(&[3.]), &weight(&[2.]))
+        .unwrap();
+    check(4., 1.);
+    let robust = TargetScaler::new(RobustScaler::default());
+    for told in [
+        robust.fit_weighted(&column(&[1., 2.]), &weight(&[1., 1.])),
+        robust.partial_fit_weighted(&column(&[1., 2.]), &weight(&[1., 1.])),
+    ] {
+        assert!(told.unwrap_err().to_string().contains("got sample_weight"));
+    }
 }
 
 /// `[N, 1]` against `[N]` would be broadcast to `[N, N]`.

@@ -161,9 +161,9 @@ pub(crate) fn some_weight(layer: &str, sum: f64) -> Result<()> {
 }
 
 /// Weights of samples, where a scaler has no use for them.
-pub(crate) fn no_weights<T>(layer: &str) -> Result<T> {
+pub(crate) fn no_weights<T>(layer: &str, remedy: &str) -> Result<T> {
     bail!(
-        "{layer}: expected samples that count alike, got sample_weight; repeat the samples by their weight, or take StandardScaler, which knows weights"
+        "{layer}: expected samples that count alike, got sample_weight; {remedy}, or take StandardScaler, which knows weights"
     )
 }
 
