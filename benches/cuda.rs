@@ -5,8 +5,10 @@
 //! cargo bench --features cuda --bench cuda -- layer bf16   # rows that contain all of these words
 //! ```
 //!
-//! A step is forward, a product with a fixed cotangent, and candle's backward to input and parameters. candle-nn's fused
-//! LayerNorm and RmsNorm pass no gradients on, so that its steps go through its `layer_norm_slow` and `rms_norm_slow`.
+//! A step is forward, a product with a fixed cotangent, and candle's backward to input and
+//! parameters. candle-nn's fused
+//! LayerNorm and RmsNorm pass no gradients on, so that its steps go through its `layer_norm_slow`
+//! and `rms_norm_slow`.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, Var};

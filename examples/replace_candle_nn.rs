@@ -2,7 +2,8 @@
 //!
 //! The same model, written once, is compiled over the norms of `candle_nn` and over those of `candle_norm`. Both start from the
 //! same values and give the same outputs. But candle-nn's `LayerNorm` and `RmsNorm` pass no gradient on, without an error:
-//! they and all that lies below them stay as they were drawn, and the head learns alone. It prints the table of the README.
+//! they and all that lies below them stay as they were drawn, and the head learns alone. It prints
+//! the table of the README.
 //!
 //! ```text
 //! cargo run --release --example replace_candle_nn
@@ -60,7 +61,8 @@ models!(after, after_residual, candle_norm);
 
 pub(crate) type Model = fn(VarBuilder) -> Result<Sequential>;
 
-/// The largest difference of a gradient in the first step of two models, by the length of the second, in percent.
+/// The largest difference of a gradient in the first step of two models, by the length of the
+/// second, in percent.
 pub(crate) fn error(old: Model, new: Model) -> Result<f32> {
     let (digits, _) = Digits::load()?;
     let gradients = |new: Model| {

@@ -18,13 +18,15 @@ const NUM_UPDATES: &str = "candle_norm.num_updates";
 
 /// How the weights of the past count in an [`AveragedModel`].
 ///
-/// At the n-th update the average a takes in the weights w by a ← d · a + (1 − d) · w; the first copies them (d = 0).
+/// At the n-th update the average a takes in the weights w by a ← d · a + (1 − d) · w; the first
+/// copies them (d = 0).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Average {
     /// All updates alike: d = 1 − 1/n. Stochastic weight averaging (Izmailov et al., 2018,
-    /// [arXiv:1803.05407](https://arxiv.org/abs/1803.05407)): update once an epoch, at a high learning rate, near the end.
+    /// [arXiv:1803.05407](https://arxiv.org/abs/1803.05407)): update once an epoch, at a high
+    /// learning rate, near the end.
     Equal,
     /// Exponentially: d by the schedule. Update after every step.
     Exponential(Decay),
@@ -46,7 +48,8 @@ pub enum Average {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Decay {
-    /// What d becomes, between 0 and 1. Default 0.999, PyTorch's; 0.9999 is usual for long trainings of images.
+    /// What d becomes, between 0 and 1. Default 0.999, PyTorch's; 0.9999 is usual for long
+    /// trainings of images.
     pub decay: f64,
     /// A rise of d from 0, for early weights are far from good. Default none.
     pub warmup: Option<Warmup>,
@@ -56,7 +59,8 @@ pub struct Decay {
     pub update_after: u64,
 }
 
-/// d = 1 − (1 + n / γ)^−p after n updates, as in timm's `ModelEmaV3`. With γ = 1, a power of 2/3 reaches 0.999 at 31 600 updates and
+/// d = 1 − (1 + n / γ)^−p after n updates, as in timm's `ModelEmaV3`. With γ = 1, a power of 2/3
+/// reaches 0.999 at 31 600 updates and
 /// 0.9999 at 1 000 000; 3/4 reaches 0.999 at 10 000 and 0.9999 at 215 400.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -113,7 +117,8 @@ impl Average {
     }
 }
 
-/// How an [`AveragedModel`] averages. A number converts into the exponential average of that decay, a [`Decay`] into that of the
+/// How an [`AveragedModel`] averages. A number converts into the exponential average of that decay,
+/// a [`Decay`] into that of the
 /// schedule, an [`Average`] into itself.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -121,7 +126,8 @@ impl Average {
 pub struct AveragedModelOptions {
     /// How the past counts. Default exponential, with a decay of 0.999.
     pub average: Average,
-    /// Whether running means and variances are averaged too, as in timm; otherwise they are copied, as in PyTorch. Default `false`.
+    /// Whether running means and variances are averaged too, as in timm; otherwise they are copied,
+    /// as in PyTorch. Default `false`.
     pub average_statistics: bool,
 }
 
@@ -156,12 +162,16 @@ impl From<Decay> for AveragedModelOptions {
     }
 }
 
-/// An average of the weights of a model in training, which often predicts better than the last of them.
+/// An average of the weights of a model in training, which often predicts better than the last of
+/// them.
 ///
-/// Parameters are averaged, in `f32` where the model is of half precision. Running means and variances are copied, or averaged too
-/// ([`average_statistics`](AveragedModelOptions::average_statistics)); counters of batches and other integers are copied.
+/// Parameters are averaged, in `f32` where the model is of half precision. Running means and
+/// variances are copied, or averaged too
+/// ([`average_statistics`](AveragedModelOptions::average_statistics)); counters of batches and
+/// other integers are copied.
 ///
-/// The averages have variables of their own. [`evaluate`](Self::evaluate) puts them into the model for as long as a function runs.
+/// The averages have variables of their own. [`evaluate`](Self::evaluate) puts them into the model
+/// for as long as a function runs.
 ///
 /// ```
 /// use candle_core::{DType, Device, ModuleT, Tensor};
@@ -193,8 +203,10 @@ impl From<Decay> for AveragedModelOptions {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// Statistics that are copied are those of the last weights. With equal weights, and wherever they matter, compute them anew for the
-/// averaged ones: the averages keep what [`recalibrate`](crate::recalibrate) finds while they are in the model.
+/// Statistics that are copied are those of the last weights. With equal weights, and wherever they
+/// matter, compute them anew for the
+/// averaged ones: the averages keep what [`recalibrate`](crate::recalibrate) finds while they are
+/// in the model.
 ///
 /// ```
 /// use candle_core::{DType, Device, ModuleT, Tensor};
@@ -216,7 +228,8 @@ impl From<Decay> for AveragedModelOptions {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// Nothing else may use the model while a method runs, not even for inference: it goes from one variable to the next, and a forward
+/// Nothing else may use the model while a method runs, not even for inference: it goes from one
+/// variable to the next, and a forward
 /// would see some of the old values and some of the new ones.
 pub struct AveragedModel {
     model: VarMap,
@@ -235,11 +248,13 @@ fn lock(vars: &VarMap) -> Vars<'_> {
 }
 
 impl AveragedModel {
-    /// An average of the variables that `vars` has now. Build the model first; the values that it has are the average until the first
+    /// An average of the variables that `vars` has now. Build the model first; the values that it
+    /// has are the average until the first
     /// [`update`](Self::update).
     ///
     /// # Errors
-    /// No variables; a decay outside of 0 to 1, a least decay above it, a warm-up without a positive gamma and power.
+    /// No variables; a decay outside of 0 to 1, a least decay above it, a warm-up without a
+    /// positive gamma and power.
     pub fn new(vars: &VarMap, options: impl Into<AveragedModelOptions>) -> Result<Self> {
         let options = options.into();
         if let Average::Exponential(Decay {
@@ -289,7 +304,8 @@ impl AveragedModel {
         self.update_with(self.options.average.decay_at(next))
     }
 
-    /// [`update`](Self::update) by a decay of your own schedule: the average keeps `decay` of itself.
+    /// [`update`](Self::update) by a decay of your own schedule: the average keeps `decay` of
+    /// itself.
     ///
     /// # Errors
     /// As [`update`](Self::update); a decay outside of 0 to 1.
@@ -323,13 +339,15 @@ impl AveragedModel {
         self.num_updates
     }
 
-    /// The averages, under the names of the model: for a second model, built by `VarBuilder::from_varmap`, that is always the averaged
+    /// The averages, under the names of the model: for a second model, built by
+    /// `VarBuilder::from_varmap`, that is always the averaged
     /// one.
     pub fn vars(&self) -> &VarMap {
         &self.averages
     }
 
-    /// Runs `f` with the averages in the model, and puts the model's own values back, also when `f` fails or panics.
+    /// Runs `f` with the averages in the model, and puts the model's own values back, also when `f`
+    /// fails or panics.
     ///
     /// # Errors
     /// What `f` returns; as [`swap_in`](Self::swap_in).
@@ -341,8 +359,10 @@ impl AveragedModel {
         outcome
     }
 
-    /// Puts the averages into the variables of the model, in their dtype, and keeps the model's own values for
-    /// [`swap_out`](Self::swap_out). To end a training with the averages, swap them in and save the model.
+    /// Puts the averages into the variables of the model, in their dtype, and keeps the model's own
+    /// values for
+    /// [`swap_out`](Self::swap_out). To end a training with the averages, swap them in and save the
+    /// model.
     ///
     /// # Errors
     /// They are in it already; the model has other variables than before. Nothing is changed then.
@@ -368,10 +388,12 @@ impl AveragedModel {
         set
     }
 
-    /// Puts the model's own values back. Statistics that were computed in the meantime stay with the averages.
+    /// Puts the model's own values back. Statistics that were computed in the meantime stay with
+    /// the averages.
     ///
     /// # Errors
-    /// The averages are not in the model; a variable has another shape or dtype than before. Nothing is changed then.
+    /// The averages are not in the model; a variable has another shape or dtype than before.
+    /// Nothing is changed then.
     pub fn swap_out(&mut self) -> Result<()> {
         let own = check::averages::not_swapped(LAYER, self.own.as_ref())?;
         {
@@ -414,7 +436,8 @@ impl AveragedModel {
         Ok(())
     }
 
-    /// Writes the averages and the number of updates to a safetensors file, which appears whole or not at all. The names are the
+    /// Writes the averages and the number of updates to a safetensors file, which appears whole or
+    /// not at all. The names are the
     /// model's: [`checkpoint::load_into`] loads it as a model.
     ///
     /// # Errors
@@ -433,10 +456,12 @@ impl AveragedModel {
         check::scaling::written(LAYER, path, files::write(path, &bytes))
     }
 
-    /// Goes on from a file that [`save`](Self::save) wrote. The options are those of [`new`](Self::new).
+    /// Goes on from a file that [`save`](Self::save) wrote. The options are those of
+    /// [`new`](Self::new).
     ///
     /// # Errors
-    /// The averages are in the model; a file that cannot be read, is not of an `AveragedModel`, or is of another model. Nothing is
+    /// The averages are in the model; a file that cannot be read, is not of an `AveragedModel`, or
+    /// is of another model. Nothing is
     /// changed then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<()> {
         check::averages::swapped(LAYER, "load", self.own.is_some())?;

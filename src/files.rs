@@ -5,7 +5,8 @@ use std::io::{ErrorKind, Read, Result, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Writes the file, which appears whole or not at all: after an error, what was there before is as it was.
+/// Writes the file, which appears whole or not at all: after an error, what was there before is as
+/// it was.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let (mut file, unfinished) = unfinished(path)?;
     // On the disk before it has the name: after a crash there is the old file or the new one.
@@ -18,7 +19,8 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     written
 }
 
-/// A new file beside `path`, which becomes it once it is whole. Threads and processes that write the same file have one each.
+/// A new file beside `path`, which becomes it once it is whole. Threads and processes that write
+/// the same file have one each.
 fn unfinished(path: &Path) -> Result<(File, PathBuf)> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     loop {

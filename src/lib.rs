@@ -24,8 +24,10 @@
 //!
 //! # Two paths
 //!
-//! On the CPU every layer has fused kernels, forward and backward: multithreaded, for AVX-512, AVX2 or portable, with bit-identical
-//! results. On other devices a layer is composed of candle's tensor operations. [`Path`] has the choice, which is made for each call;
+//! On the CPU every layer has fused kernels, forward and backward: multithreaded, for AVX-512, AVX2
+//! or portable, with bit-identical
+//! results. On other devices a layer is composed of candle's tensor operations. [`Path`] has the
+//! choice, which is made for each call;
 //! both paths keep one numeric contract.
 //!
 //! # Example
@@ -70,14 +72,18 @@
 //! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a [`Box<dyn Norm>`](Norm), or a
 //!   [`NormedLayer`]: a linear layer or convolution together with its norm.
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
-//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them; [`without_updates`] and [`pool_updates`] say which
+//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them;
+//!   [`without_updates`] and [`pool_updates`] say which
 //!   forwards go into them.
 //! - Averaged weights: [`AveragedModel`], exponentially (EMA) or equally (SWA).
-//! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several shards, a model with another head.
-//! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`], [`WeightNorm::bake`].
+//! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several
+//!   shards, a model with another head.
+//! - Inference: [`BatchNorm::frozen`], [`BatchNorm::fold_into`], [`fold`], [`NormedLayer::fold`],
+//!   [`WeightNorm::bake`].
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
-//! - candle-nn's names: [`nn`] is candle-nn with these layers in it, so that a rename serves; [`Conv1d`] and [`ConvTranspose1d`] have
+//! - candle-nn's names: [`nn`] is candle-nn with these layers in it, so that a rename serves;
+//!   [`Conv1d`] and [`ConvTranspose1d`] have
 //!   right gradients where candle's have not.
 //! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
 //!
@@ -89,7 +95,8 @@
 //! - [`guide::scaling`]: which scaler for which data
 //! - [`guide::math`]: how the gradients come about; [`guide::performance`]: what the layers cost
 //!
-//! The README lists the limits of this version, and bugs of candle on the CPU that can affect your model.
+//! The README lists the limits of this version, and bugs of candle on the CPU that can affect your
+//! model.
 //!
 //! [`Module`]: candle_nn::Module
 //! [`ModuleT`]: candle_nn::ModuleT
@@ -100,7 +107,8 @@ mod averaged;
 pub mod checkpoint;
 mod files;
 pub mod gradcheck;
-// The pages of `docs`; their examples are tests. Brackets there are citations and shapes; `tests/readme.rs` follows the links.
+// The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
+// `tests/readme.rs` follows the links.
 #[allow(rustdoc::broken_intra_doc_links)]
 #[cfg(doc)]
 pub mod guide;

@@ -71,7 +71,8 @@ pub fn trainable_vars(vars: &VarMap) -> Vec<Var> {
 
 /// The variables of `vars` in three groups, each in the order of their names.
 ///
-/// Told by name and shape: running statistics and biases by their names; norms by having at most one axis, or a weight and a bias of
+/// Told by name and shape: running statistics and biases by their names; norms by having at most
+/// one axis, or a weight and a bias of
 /// the same shape, or by being the magnitude of a weight norm. The direction `v` of a weight norm decays as the
 /// weight would, which leaves the function as it is and keeps `v` from growing. A norm's weight of two axes or more without a
 /// bias looks like a linear layer: see [`ParamGroups::exempt`].
@@ -134,7 +135,8 @@ fn named(vars: &VarMap) -> Vec<(String, Var)> {
     named
 }
 
-/// Whether a variable is a running mean, a running variance or a counter of batches, told by its name.
+/// Whether a variable is a running mean, a running variance or a counter of batches, told by its
+/// name.
 pub(crate) fn is_statistic(name: &str) -> bool {
     [RUNNING_MEAN[0], RUNNING_VAR[0], NUM_BATCHES_TRACKED]
         .iter()

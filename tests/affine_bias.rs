@@ -358,7 +358,8 @@ fn a_residual_is_added_before_a_bias_alone() -> Result<()> {
     Ok(())
 }
 
-/// What a layer would leave out of a checkpoint changes what it computes: it says so, and its remedy is one.
+/// What a layer would leave out of a checkpoint changes what it computes: it says so, and its
+/// remedy is one.
 #[test]
 fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
     let cases: [(Affine, &[&str], Affine); 8] = [
@@ -394,7 +395,8 @@ fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
                 "pp",
             ];
             let said = |part: &&str| text.contains(*part);
-            // The layer has the last name where it is of its own kind: then it is the first that is dropped.
+            // The layer has the last name where it is of its own kind: then it is the first that is
+            // dropped.
             let all = match affine {
                 Affine::Bias if names.len() == 2 => text.contains("\"net.norm.gamma\""),
                 _ => parts.iter().all(said),

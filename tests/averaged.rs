@@ -1,4 +1,5 @@
-//! Averages of weights are those of PyTorch's `AveragedModel` and of timm's warm-up, go into the model and out of it, and into files.
+//! Averages of weights are those of PyTorch's `AveragedModel` and of timm's warm-up, go into the
+//! model and out of it, and into files.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -122,7 +123,8 @@ fn averages_are_those_of_pytorch_and_timm() -> Result<()> {
                 set(&vars, |name| fixture.get("model", step, name));
                 averaged.update()?;
                 assert_eq!(averaged.num_updates(), step as u64);
-                // PyTorch cuts counters that it averages down to whole numbers; here they are copied.
+                // PyTorch cuts counters that it averages down to whole numbers; here they are
+                // copied.
                 let counter = "1.num_batches_tracked";
                 assert_eq!(state(averaged.vars())[counter].1, [step as f64]);
                 let but = if kind == "ema_statistics" {

@@ -1,4 +1,5 @@
-//! What is set between forward and backward: the gradient is that of the values that the forward saw, or the call fails.
+//! What is set between forward and backward: the gradient is that of the values that the forward
+//! saw, or the call fails.
 
 mod common;
 
@@ -161,7 +162,8 @@ fn an_input_that_is_set_does_not_reach_into_a_pending_gradient_of_the_composed_p
     Ok(())
 }
 
-/// The name of the layer is in the message, also where the input is a part of a variable, or is written by `slice_set`.
+/// The name of the layer is in the message, also where the input is a part of a variable, or is
+/// written by `slice_set`.
 #[test]
 fn views_and_slices_are_told_too() -> Result<()> {
     let base = var(&[3, 40], 1, DType::F32)?;
@@ -219,7 +221,8 @@ fn a_step_of_an_optimizer_is_told_in_large_inputs() -> Result<()> {
     Ok(())
 }
 
-/// The direction of a weight norm is a parameter, and large: it is told, not copied. The magnitude is copied.
+/// The direction of a weight norm is a parameter, and large: it is told, not copied. The magnitude
+/// is copied.
 #[test]
 fn weight_norm() -> Result<()> {
     for dim in [Some(0), Some(1), None] {

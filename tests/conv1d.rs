@@ -1,4 +1,5 @@
-//! Convolutions along one axis without a norm: the right results and gradients at every batch size, and candle's face.
+//! Convolutions along one axis without a norm: the right results and gradients at every batch size,
+//! and candle's face.
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -43,7 +44,8 @@ fn by_definition(x: &Maps, w: &Maps, bias: &[f64], c: &Conv1dConfig) -> Maps {
     x.iter().map(channels).collect()
 }
 
-/// The transposed convolution by its definition: every input is spread over the outputs under the kernel.
+/// The transposed convolution by its definition: every input is spread over the outputs under the
+/// kernel.
 fn transposed_by_definition(x: &Maps, w: &Maps, bias: &[f64], c: &ConvTranspose1dConfig) -> Maps {
     let (length, kernel, per_group) = (x[0][0].len(), w[0][0].len(), w[0].len());
     let size =

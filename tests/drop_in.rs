@@ -1,4 +1,5 @@
-//! Code written for candle-nn's norms compiles with this crate's names instead, and computes the same. `scripts/convert_candle_transformers.sh` does it
+//! Code written for candle-nn's norms compiles with this crate's names instead, and computes the
+//! same. `scripts/convert_candle_transformers.sh` does it
 //! with a hundred models.
 mod common;
 

@@ -510,7 +510,8 @@ fn groups_that_divide_the_channels_are_named() -> Result<()> {
     Ok(())
 }
 
-/// A half-precision layer on wider input: both what to do with the input, and how to hold the parameters.
+/// A half-precision layer on wider input: both what to do with the input, and how to hold the
+/// parameters.
 #[test]
 fn parameters_of_another_dtype_say_how_to_hold_them() -> Result<()> {
     let vars = VarMap::new();

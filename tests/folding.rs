@@ -1,4 +1,5 @@
-//! A layer and the norms after it as one layer: what it computes, in f64, and what cannot be folded.
+//! A layer and the norms after it as one layer: what it computes, in f64, and what cannot be
+//! folded.
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::{

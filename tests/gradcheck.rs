@@ -319,7 +319,8 @@ fn nan_is_never_a_pass() -> Result<()> {
 #[test]
 fn a_kink_is_named_and_the_remedy_with_it() -> Result<()> {
     let line = |values: &[f64]| Tensor::new(values, &Device::Cpu);
-    // At 0, and nearer to it than the step: once to the right, once to the left, where candle's gradient is 0.
+    // At 0, and nearer to it than the step: once to the right, once to the left, where candle's
+    // gradient is 0.
     let relu = |v: &[Tensor]| v[0].relu();
     for (at, kinks) in [(&[0.0, 1.0][..], 1), (&[3e-7, 0.0, -1.0], 2), (&[-3e-7], 1)] {
         let report = GradCheck::default().check(relu, &[line(at)?])?;

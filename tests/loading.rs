@@ -1,4 +1,5 @@
-//! Files that do not fit as they are: another head, other names, shards, PyTorch's own format, and what is no checkpoint.
+//! Files that do not fit as they are: another head, other names, shards, PyTorch's own format, and
+//! what is no checkpoint.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -271,7 +272,8 @@ fn remedies_are_those_of_the_function_that_was_called() -> Result<()> {
     Ok(())
 }
 
-/// A mean of the file with a variance of the model would normalize by neither, and the count of the file would weigh both.
+/// A mean of the file with a variance of the model would normalize by neither, and the count of the
+/// file would weigh both.
 #[test]
 fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
     let files = Files::new();
@@ -328,7 +330,8 @@ fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
     Ok(())
 }
 
-/// The tensors of a file, the variables that are left beside others, and some that the file lacks, the last of which breaks them.
+/// The tensors of a file, the variables that are left beside others, and some that the file lacks,
+/// the last of which breaks them.
 type Halves<'a> = (&'a [(&'a str, Tensor)], &'a [&'a str], &'a [&'a str]);
 
 /// What the file lacks breaks what belongs to it as much as what does not fit.
@@ -656,7 +659,8 @@ fn a_long_report_has_counts_and_the_first_names() -> Result<()> {
 #[test]
 fn shards_are_one_file_in_any_order() -> Result<()> {
     let files = Files::new();
-    // What belongs together lies apart: the counter in another shard than its statistics, and other names beside a missing one.
+    // What belongs together lies apart: the counter in another shard than its statistics, and other
+    // names beside a missing one.
     let shards = [
         files.save(
             "1.safetensors",

@@ -212,7 +212,8 @@ const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N grou
 #[test]
 fn a_bad_name_is_quoted_next_to_the_good_ones() {
     let long = "layer".repeat(1000);
-    // `sn` is spectral norm, or switchable norm; the others are no norm of this crate, or no name of anything.
+    // `sn` is spectral norm, or switchable norm; the others are no norm of this crate, or no name
+    // of anything.
     for name in [
         "",
         " ",

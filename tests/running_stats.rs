@@ -1,4 +1,5 @@
-//! Running statistics: forwards that leave them alone, batches in pieces, statistics put back, and what layers of the same variables share.
+//! Running statistics: forwards that leave them alone, batches in pieces, statistics put back, and
+//! what layers of the same variables share.
 
 mod common;
 
@@ -257,7 +258,8 @@ fn threads_that_pool_lose_no_update() -> Result<()> {
     Ok(())
 }
 
-/// 1, 2, 4, …, 128 in pairs: the variances are 0.5 to 2048, their mean 546.125. Of all eight it is 13716.875 / 7.
+/// 1, 2, 4, …, 128 in pairs: the variances are 0.5 to 2048, their mean 546.125. Of all eight it
+/// is 13716.875 / 7.
 #[test]
 fn micro_batches_are_pooled_to_the_whole_batch() -> Result<()> {
     let powers: Vec<f64> = (0..8).map(|k| f64::from(1 << k)).collect();
@@ -289,7 +291,8 @@ fn micro_batches_are_pooled_to_the_whole_batch() -> Result<()> {
     Ok(())
 }
 
-/// Of whatever sizes, in every layer, in the momentum of the layer and by the average, and before and after other batches.
+/// Of whatever sizes, in every layer, in the momentum of the layer and by the average, and before
+/// and after other batches.
 #[test]
 fn any_pieces_of_a_batch_are_pooled_to_it() -> Result<()> {
     for which in TRACKED {
@@ -641,7 +644,8 @@ fn refusal_of_what_is_not_finite_holds_for_all_layers_of_the_variables() -> Resu
     Ok(())
 }
 
-/// Layers of given variables count together, though no model holds a counter; one that does takes its place.
+/// Layers of given variables count together, though no model holds a counter; one that does takes
+/// its place.
 #[test]
 fn layers_of_given_variables_share_a_counter() -> Result<()> {
     let mean = Var::zeros(3, DType::F64, &CPU)?;

@@ -62,7 +62,8 @@ fn no_layer_has_more_parameters_than_memory_has_addresses() {
     }
 }
 
-/// A tensor without elements has neighbors that have some: magnitudes, biases, outputs. They are counted too.
+/// A tensor without elements has neighbors that have some: magnitudes, biases, outputs. They are
+/// counted too.
 #[test]
 fn sizes_beside_an_axis_without_elements_are_counted() -> Result<()> {
     let shapes = [vec![0], vec![0, 0]];

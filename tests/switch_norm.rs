@@ -303,7 +303,8 @@ fn what_is_not_finite_stays_in_its_sample_in_inference_and_without_batches() -> 
     Ok(())
 }
 
-/// Running means that have not come near the data yet cost no digits, nor do channels that are far from each other.
+/// Running means that have not come near the data yet cost no digits, nor do channels that are far
+/// from each other.
 #[test]
 fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
     const BOUND: f64 = 2e-6;
@@ -354,7 +355,8 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
             let want = run(DType::F64, Path::Composed)?;
             for path in PATHS {
                 for (i, (got, want)) in run(DType::F32, path)?.iter().zip(&want).enumerate() {
-                    // Weights of shares near 0 and 1 get gradients that are differences of equal sums.
+                    // Weights of shares near 0 and 1 get gradients that are differences of equal
+                    // sums.
                     if shares[0] == 30. && [4, 5].contains(&i) {
                         continue;
                     }

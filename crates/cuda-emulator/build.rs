@@ -1,4 +1,5 @@
-//! Compiles every `.cu` file of `cuda-kernels` as C++ behind `cuda_host.h`, each into a library of its own, and again only
+//! Compiles every `.cu` file of `cuda-kernels` as C++ behind `cuda_host.h`, each into a library of
+//! its own, and again only
 //! when it or what it includes has changed.
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;

@@ -77,7 +77,8 @@ impl Judgement {
         }
     }
 
-    /// The same where the claim has `parts` that stand by themselves, each a statement that its label makes.
+    /// The same where the claim has `parts` that stand by themselves, each a statement that its
+    /// label makes.
     pub(crate) fn parts<const N: usize>(
         labels: [&'static str; N],
         parts: [bool; N],

@@ -3,7 +3,8 @@
 //!     cargo run --release --example claims                  # all, into docs/claims.md, docs/claims.html and docs/claims/
 //!     cargo run --release --example claims -- --claim 14    # one of them, into target/claims
 //!     cargo run --release --example claims -- --quick       # all of them, roughly, into target/claims
-//!     cargo run --release --example claims -- --redraw      # none of them: the figures from the tables in docs/claims.md
+//!     cargo run --release --example claims -- --redraw      # none of them: the figures from the
+//!     tables in docs/claims.md
 //!
 //! A claim is a value: what is varied, what is held fixed, the experiment, and the rule that its verdict follows by. What was measured is kept in
 //! `target/claims/cache`, so that an interrupted run goes on where it was, and pages are written anew without measuring anew.

@@ -189,7 +189,8 @@ fn html_section(
     Ok(text)
 }
 
-/// Draws the figures of `claims.md` and `claims.html` in `folder` anew from the tables that stand there, whose values have three digits.
+/// Draws the figures of `claims.md` and `claims.html` in `folder` anew from the tables that stand
+/// there, whose values have three digits.
 pub(crate) fn redraw(folder: &Path, claims: &[Claim]) -> Result<(), Box<dyn Error>> {
     let markdown = fs::read_to_string(folder.join("claims.md"))?;
     let mut html = fs::read_to_string(folder.join("claims.html"))?;
@@ -216,7 +217,8 @@ fn between<'a>(text: &'a str, start: &str, end: &str) -> Result<&'a str, String>
         .ok_or(format!("expected {start:?} and then {end:?}"))
 }
 
-/// The measurements in the table of a section: the reverse of [`rows`], where the lowest, the median and the highest stand for all seeds.
+/// The measurements in the table of a section: the reverse of [`rows`], where the lowest, the
+/// median and the highest stand for all seeds.
 fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
     let number = |text: &str| match text {
         "" => Ok(0.),

@@ -279,7 +279,8 @@ pub(crate) fn warn_if_quick(quick: bool) {
     }
 }
 
-/// Runs an example in [single-threaded candle](in_single_threaded_candle), says what went wrong, and warns that the figures of a
+/// Runs an example in [single-threaded candle](in_single_threaded_candle), says what went wrong,
+/// and warns that the figures of a
 /// `quick` run are rough.
 pub(crate) fn run<E: Display>(
     quick: bool,

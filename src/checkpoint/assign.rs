@@ -40,7 +40,8 @@ struct Fitted {
     reshaped: bool,
 }
 
-/// That at least one variable has a tensor in `source`. `other` is the remedy of a caller that has no [`LoadOptions`].
+/// That at least one variable has a tensor in `source`. `other` is the remedy of a caller that has
+/// no [`LoadOptions`].
 pub(super) fn something(vars: &VarMap, source: &Source, other: Option<&str>) -> Result<()> {
     let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
     let label = &source.label;
@@ -76,7 +77,8 @@ pub(super) fn something(vars: &VarMap, source: &Source, other: Option<&str>) -> 
     )
 }
 
-/// Sets the variables that have a tensor in `source`, all or none. `other` is the remedy of a caller that has no [`LoadOptions`].
+/// Sets the variables that have a tensor in `source`, all or none. `other` is the remedy of a
+/// caller that has no [`LoadOptions`].
 pub(super) fn assign(
     vars: &VarMap,
     source: Source,
@@ -195,7 +197,8 @@ fn whole(label: &str, report: &LoadReport, misfits: &[String], other: Option<&st
     )
 }
 
-/// The variables in the order of their names, so that reports and messages do not depend on the map.
+/// The variables in the order of their names, so that reports and messages do not depend on the
+/// map.
 fn sorted(vars: &Vars) -> Vec<(&String, &Var)> {
     let mut sorted: Vec<_> = vars.iter().collect();
     sorted.sort_by_key(|(name, _)| *name);
@@ -238,7 +241,8 @@ fn fate(name: &str, var: &Var, entries: &Entries, vars: &Vars) -> Result<Fate> {
     })
 }
 
-/// Tensors that have no meaning without each other: a mean of the file with a variance of the model, and a count of neither. The
+/// Tensors that have no meaning without each other: a mean of the file with a variance of the
+/// model, and a count of neither. The
 /// counter alone may be absent.
 fn leave_together(vars: &[(&String, &Var)], fates: &mut [Fate]) {
     let broken: BTreeMap<String, String> = vars
@@ -291,7 +295,8 @@ fn last_part(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
-/// The tensor for the variable `name`: under that name, or under another name of its last part in the same place, if that is no
+/// The tensor for the variable `name`: under that name, or under another name of its last part in
+/// the same place, if that is no
 /// variable's own.
 fn find<'a>(name: &str, entries: &'a Entries, vars: &Vars) -> Option<&'a Entry> {
     if let Some(exact) = entries.get(name) {
@@ -306,7 +311,8 @@ fn find<'a>(name: &str, entries: &'a Entries, vars: &Vars) -> Option<&'a Entry> 
     })
 }
 
-/// Whether the file has the statistics that the counter `name` belongs to: without them it says nothing about its batches.
+/// Whether the file has the statistics that the counter `name` belongs to: without them it says
+/// nothing about its batches.
 fn has_statistics(name: &str, entries: &Entries, vars: &Vars) -> bool {
     let prefix = name.strip_suffix(NUM_BATCHES_TRACKED).unwrap_or(name);
     [RUNNING_MEAN[0], RUNNING_VAR[0]]

@@ -1,12 +1,16 @@
-//! Loading what `VarMap::load` cannot: files of other frameworks, parts of a model, names that differ, several files.
+//! Loading what `VarMap::load` cannot: files of other frameworks, parts of a model, names that
+//! differ, several files.
 //!
-//! [`load_into`] takes a file as it is, [`load_into_strict`] only one that has the whole model and nothing else, and [`load_with`] one or
-//! several by [`LoadOptions`]. All of them read safetensors and the files of `torch.save`, change all or nothing, and return a
+//! [`load_into`] takes a file as it is, [`load_into_strict`] only one that has the whole model and
+//! nothing else, and [`load_with`] one or
+//! several by [`LoadOptions`]. All of them read safetensors and the files of `torch.save`, change
+//! all or nothing, and return a
 //! [`LoadReport`], which is the place to look.
 //!
 //! # Fine-tuning with another head
 //!
-//! The checkpoint has 1000 classes, the new model 3. What fits is loaded, the head starts anew, and the report says so:
+//! The checkpoint has 1000 classes, the new model 3. What fits is loaded, the head starts anew, and
+//! the report says so:
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
@@ -70,17 +74,22 @@
 //!
 //! # Files of PyTorch
 //!
-//! What `torch.save` wrote is known by its bytes, in the zip format and in the one before PyTorch 1.6. Nothing in it is run. The state
-//! dict may be the whole file or lie in it under a key, `"model"` or `"state_dict"` say; if there are several, set
+//! What `torch.save` wrote is known by its bytes, in the zip format and in the one before
+//! PyTorch 1.6. Nothing in it is run. The state
+//! dict may be the whole file or lie in it under a key, `"model"` or `"state_dict"` say; if there
+//! are several, set
 //! [`LoadOptions::key`]. A pickled module is an error: save its `state_dict()`.
 //!
 //! # Who owns a name
 //!
-//! A norm takes its tensors also under other names than PyTorch's: `gamma`, `beta`, `scale`, `mean`, `var`, `moving_mean`,
+//! A norm takes its tensors also under other names than PyTorch's: `gamma`, `beta`, `scale`,
+//! `mean`, `var`, `moving_mean`,
 //! `moving_variance`, `weight_g`, `weight_v`. These are names of files:
-//! - a tensor of the file belongs to the variable of the same name, if there is one; only what nobody owns may stand for a tensor that
+//! - a tensor of the file belongs to the variable of the same name, if there is one; only what
+//!   nobody owns may stand for a tensor that
 //!   the file lacks;
-//! - a layer built from a `VarMap` has its variables under PyTorch's names, whatever else is there: a variable `gamma` of your own is
+//! - a layer built from a `VarMap` has its variables under PyTorch's names, whatever else is there:
+//!   a variable `gamma` of your own is
 //!   never a norm's weight, in either order of construction.
 
 mod assign;
@@ -114,12 +123,16 @@ use source::Source;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Whether a variable that is not loaded, and a tensor that no variable takes, is an error. Counters of batches may be absent, and
-    /// tensors that [`rename`](Self::rename) leaves out, or that lie beside a state dict, are no error.
+    /// Whether a variable that is not loaded, and a tensor that no variable takes, is an error.
+    /// Counters of batches may be absent, and
+    /// tensors that [`rename`](Self::rename) leaves out, or that lie beside a state dict, are no
+    /// error.
     pub strict: bool,
     /// Whether a variable whose tensor has another shape or kind is left as it is, and reported as
-    /// [`mismatched`](LoadReport::mismatched); otherwise it is an error. What belongs together is left together: running mean,
-    /// variance and counter, and the two parts of a weight norm. Where the file lacks one of these, the
+    /// [`mismatched`](LoadReport::mismatched); otherwise it is an error. What belongs together is
+    /// left together: running mean,
+    /// variance and counter, and the two parts of a weight norm. Where the file lacks one of these,
+    /// the
     /// others are left and reported even without this; only the counter may be absent.
     pub skip_mismatched: bool,
     /// Rules for the names of the file, applied one after the other.
@@ -131,11 +144,14 @@ pub struct LoadOptions {
 /// Sets the variables of `vars` to the tensors of the file at `path`, safetensors or PyTorch's.
 ///
 /// Unlike `VarMap::load`, it takes
-/// - a file without `num_batches_tracked`, such as one of candle-nn's BatchNorm: the counter is then 0;
-/// - other names: `gamma`, `beta`, `scale`, `mean`, `var`, `moving_mean`, `moving_variance`, `weight_g`, `weight_v`;
+/// - a file without `num_batches_tracked`, such as one of candle-nn's BatchNorm: the counter is
+///   then 0;
+/// - other names: `gamma`, `beta`, `scale`, `mean`, `var`, `moving_mean`, `moving_variance`,
+///   `weight_g`, `weight_v`;
 /// - other floating-point dtypes than the variables': half-precision statistics become `f32`;
 /// - tensors whose shape differs by axes of size 1 only, such as `[1, C, 1, 1]` for `[C]`;
-/// - a file that lacks variables or has more, and says so in its report. A running mean without its variance, or one part of a weight
+/// - a file that lacks variables or has more, and says so in its report. A running mean without its
+///   variance, or one part of a weight
 ///   norm without the other, is left too.
 ///
 /// ```
@@ -161,8 +177,10 @@ pub struct LoadOptions {
 /// ```
 ///
 /// # Errors
-/// A file that cannot be read, and what it is instead; not one variable that it has a tensor for; a tensor of another shape or kind, a
-/// running variance that is negative, a statistic that is not finite: the message names the tensor, and no variable is changed.
+/// A file that cannot be read, and what it is instead; not one variable that it has a tensor for; a
+/// tensor of another shape or kind, a
+/// running variance that is negative, a statistic that is not finite: the message names the tensor,
+/// and no variable is changed.
 pub fn load_into(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
     load_with(vars, [path], &LoadOptions::default())
 }
@@ -170,7 +188,8 @@ pub fn load_into(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadReport> {
 /// [`load_into`] that takes only a file with all variables, counters apart, and nothing else.
 ///
 /// # Errors
-/// As [`load_into`]; also variables that the file lacks and tensors that no variable takes: how many, and the first of them. No
+/// As [`load_into`]; also variables that the file lacks and tensors that no variable takes: how
+/// many, and the first of them. No
 /// variable is changed then.
 ///
 /// ```
@@ -193,9 +212,11 @@ pub fn load_into_strict(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadRep
     load_with(vars, [path], &whole())
 }
 
-/// Sets the variables of `vars` to the tensors of the files at `paths`, as [`load_into`] does, by `options`.
+/// Sets the variables of `vars` to the tensors of the files at `paths`, as [`load_into`] does, by
+/// `options`.
 ///
-/// Several files count as one, in any order: the shards of a large model. The [module](self) has the example of another head.
+/// Several files count as one, in any order: the shards of a large model. The [module](self) has
+/// the example of another head.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -226,7 +247,8 @@ pub fn load_into_strict(vars: &VarMap, path: impl AsRef<Path>) -> Result<LoadRep
 /// ```
 ///
 /// # Errors
-/// As [`load_into`]; also two tensors of one name, in two files or by `rename`. No variable is changed then.
+/// As [`load_into`]; also two tensors of one name, in two files or by `rename`. No variable is
+/// changed then.
 pub fn load_with<P: AsRef<Path>>(
     vars: &VarMap,
     paths: impl IntoIterator<Item = P>,
@@ -259,7 +281,8 @@ fn whole() -> LoadOptions {
     }
 }
 
-/// Sets all variables to `tensors`, which must be all of them and nothing else, as [`load_into_strict`] does. `source` is what a message calls
+/// Sets all variables to `tensors`, which must be all of them and nothing else, as
+/// [`load_into_strict`] does. `source` is what a message calls
 /// the tensors, and `remedy` what a caller can do about those of another model.
 pub(crate) fn set_all(
     vars: &VarMap,

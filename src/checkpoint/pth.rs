@@ -1,6 +1,7 @@
 //! Files of `torch.save`: a state dict, read without running what a pickle asks for.
 //!
-//! Since PyTorch 1.6 such a file is a zip archive: a pickle, and beside it the storages of the tensors. Before, the same pickle lies
+//! Since PyTorch 1.6 such a file is a zip archive: a pickle, and beside it the storages of the
+//! tensors. Before, the same pickle lies
 //! between others, and the storages follow it.
 
 use std::collections::HashMap;
@@ -12,7 +13,8 @@ use zip::ZipArchive;
 
 use super::report;
 
-/// The tensors of a file, or why one cannot be had, the key that they were found under, and the paths of those that lie beside them.
+/// The tensors of a file, or why one cannot be had, the key that they were found under, and the
+/// paths of those that lie beside them.
 #[derive(Default)]
 pub(super) struct Pickled {
     pub(super) tensors: Vec<(String, std::result::Result<Tensor, String>)>,
@@ -160,7 +162,8 @@ fn tensors(
         beside,
         ..Default::default()
     };
-    // Views of one storage mostly follow each other; more than one would hold the file in memory twice.
+    // Views of one storage mostly follow each other; more than one would hold the file in memory
+    // twice.
     let mut last: Option<(String, Vec<u8>)> = None;
     for (name, value) in entries {
         let (Object::Unicode(name), Some(rebuild)) = (name, Rebuild::of(&value)) else {
@@ -204,7 +207,8 @@ fn class_of(object: &Object) -> Option<&Object> {
 /// The keys and values of a dict.
 type Entries = Vec<(Object, Object)>;
 
-/// The entries of the state dict: `object` itself, what it has under `key`, or the one dict of more tensors than lie beside it. With them,
+/// The entries of the state dict: `object` itself, what it has under `key`, or the one dict of more
+/// tensors than lie beside it. With them,
 /// their key and the paths of all other tensors.
 fn state_dict(object: Object, key: Option<&str>) -> Result<(Entries, Option<String>, Vec<String>)> {
     let entries = match object {
@@ -271,7 +275,8 @@ fn without_tensors(entries: &[(Object, Object)]) -> String {
     format!("{dict}; save the state dict alone: torch.save(model.state_dict(), ..)")
 }
 
-/// The paths of the tensors that do not lie in the state dict itself, which is `root` or what it has under `key`.
+/// The paths of the tensors that do not lie in the state dict itself, which is `root` or what it
+/// has under `key`.
 fn beside(root: &[(Object, Object)], key: Option<&str>) -> Vec<String> {
     let mut found = vec![];
     for (name, value) in root {
@@ -301,7 +306,8 @@ fn is_entry(name: &Object, value: &Object) -> bool {
 
 /// The paths of all tensors in `object`, which lies at `path`.
 fn paths(object: &Object, path: String, found: &mut Vec<String>) {
-    // A pickle may take the same tensor and the same long key again and again; nobody reads so many names.
+    // A pickle may take the same tensor and the same long key again and again; nobody reads so many
+    // names.
     const MOST: usize = 1 << 24;
     match object {
         Object::Dict(entries) => {
@@ -561,7 +567,8 @@ impl View {
 
 /// The object of a pickle, which `bytes` then lies behind.
 ///
-/// candle's machine takes one operation at a time: those that would make it fail or grow without end are seen before.
+/// candle's machine takes one operation at a time: those that would make it fail or grow without
+/// end are seen before.
 fn unpickle(bytes: &mut &[u8]) -> Result<Object> {
     let protocol = protocol(bytes).unwrap_or_default();
     // From the fourth on, a pickle has frames.
@@ -610,7 +617,8 @@ fn unpickle(bytes: &mut &[u8]) -> Result<Object> {
     }
 }
 
-/// How large and how nested objects become. A pickle may take the same object again and again, so that a short one has no limit of
+/// How large and how nested objects become. A pickle may take the same object again and again, so
+/// that a short one has no limit of
 /// its own, and what is nested without end overflows the stack when it is dropped.
 struct Limits {
     most: u64,

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// A rule that turns the name of a tensor in a file into the name of a variable. See [`LoadOptions::rename`](super::LoadOptions::rename).
+/// A rule that turns the name of a tensor in a file into the name of a variable. See
+/// [`LoadOptions::rename`](super::LoadOptions::rename).
 ///
 /// ```
 /// use candle_norm::checkpoint::Rename;
@@ -33,7 +34,8 @@ enum Kind {
 type Renamer = dyn Fn(&str) -> Option<String> + Send + Sync;
 
 impl Rename {
-    /// Takes `prefix` off the names that begin with it, and leaves the others: `module.` of `DataParallel`, `_orig_mod.` of
+    /// Takes `prefix` off the names that begin with it, and leaves the others: `module.` of
+    /// `DataParallel`, `_orig_mod.` of
     /// `torch.compile`, `model.` of a trainer.
     pub fn strip_prefix(prefix: impl Into<String>) -> Self {
         Self(Kind::Strip(prefix.into()))

@@ -16,15 +16,19 @@ pub struct LoadReport {
     pub reshaped: Vec<String>,
     /// Counters of batches that the file lacks beside its statistics, set to 0.
     pub counters_reset: Vec<String>,
-    /// Variables that were left as they were because the file's tensor does not fit, and why: only with
-    /// [`skip_mismatched`](super::LoadOptions::skip_mismatched). Also those that mean nothing without a variable that was left, or that the
-    /// file lacks: a running mean without its variance, a counter without both, one part of a weight norm without the other.
+    /// Variables that were left as they were because the file's tensor does not fit, and why: only
+    /// with
+    /// [`skip_mismatched`](super::LoadOptions::skip_mismatched). Also those that mean nothing
+    /// without a variable that was left, or that the
+    /// file lacks: a running mean without its variance, a counter without both, one part of a
+    /// weight norm without the other.
     pub mismatched: Vec<(String, String)>,
     /// Variables that the file lacks, left as they were.
     pub missing: Vec<String>,
     /// Tensors of the file that no variable took.
     pub unexpected: Vec<String>,
-    /// Tensors of the file that a [`Rename`](super::Rename) left out, and, of a PyTorch file, those that lie beside the state dict: of
+    /// Tensors of the file that a [`Rename`](super::Rename) left out, and, of a PyTorch file, those
+    /// that lie beside the state dict: of
     /// another one, of an optimizer. These have the keys that lead to them, joined by dots.
     pub skipped: Vec<String>,
     /// The key of a PyTorch file that the tensors were found under.

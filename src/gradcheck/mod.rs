@@ -16,7 +16,8 @@
 //! (the full Jacobian) or a few random vectors ([`GradCheck::projections`]). A loss of `y.sum_all()` is never used: the
 //! gradient of a normalization's sum is zero, and a backward that is wrong in any way that sums to zero would pass.
 //!
-//! Choose a point where the function is smooth: at the kink of relu at 0 or of a maximum of equal values there is no derivative, and the two
+//! Choose a point where the function is smooth: at the kink of relu at 0 or of a maximum of equal
+//! values there is no derivative, and the two
 //! disagree. A report says where that is what it looks like ([`Suspicion`]).
 //!
 //! An analytic value `a` agrees with the numeric value `n` when `|a − n| ≤ atol + rtol · |n|`, and NaN or infinity agree
@@ -46,7 +47,8 @@
 //! ```
 //!
 //! # A layer, a model
-//! Tensors that the function captures are not checked, so it builds the layer from its arguments; a model of many parameters by
+//! Tensors that the function captures are not checked, so it builds the layer from its arguments; a
+//! model of many parameters by
 //! `VarBuilder::from_tensors`:
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};
@@ -211,7 +213,8 @@ impl GradCheck {
         Ok(report)
     }
 
-    /// The output with one input element moved by `eps` to either side. `point` holds the inputs, and does so again afterwards.
+    /// The output with one input element moved by `eps` to either side. `point` holds the inputs,
+    /// and does so again afterwards.
     fn sides<F>(
         &self,
         f: &F,
@@ -293,7 +296,8 @@ struct Sides {
 }
 
 impl Sides {
-    /// The derivative of every output element by central differences, and the slopes to the left and to the right alone. `values` is the output
+    /// The derivative of every output element by central differences, and the slopes to the left
+    /// and to the right alone. `values` is the output
     /// at the point itself.
     fn slopes(&self, values: &[f64]) -> [Vec<f64>; 3] {
         let slope = |upper: &[f64], lower: &[f64], distance: f64| {

@@ -51,7 +51,8 @@ impl Comparison {
         }
     }
 
-    /// Whether the two sides have slopes of their own, and `backward` gives one of them or something between, as candle does where a function
+    /// Whether the two sides have slopes of their own, and `backward` gives one of them or
+    /// something between, as candle does where a function
     /// has a kink. A smooth function that bends may look the same: [`stays`](Self::stays) tells.
     pub(super) fn may_be_kink(&self, atol: f64, rtol: f64) -> bool {
         let (low, high) = (self.left.min(self.right), self.left.max(self.right));
@@ -61,8 +62,10 @@ impl Comparison {
         jump.is_finite() && jump > tolerance && self.analytic.is_some_and(between)
     }
 
-    /// Whether `closer`, the same with a step that is many times as small, shows a kink too: the slopes are still as far apart, or the kink is
-    /// now outside and `backward` is right. In a smooth function the slopes have come together, and a wrong backward is as wrong as before.
+    /// Whether `closer`, the same with a step that is many times as small, shows a kink too: the
+    /// slopes are still as far apart, or the kink is
+    /// now outside and `backward` is right. In a smooth function the slopes have come together, and
+    /// a wrong backward is as wrong as before.
     pub(super) fn stays(&self, closer: &Self, atol: f64, rtol: f64) -> bool {
         let jump = |c: &Self| (c.right - c.left).abs();
         jump(closer) > jump(self) / 2.0 || closer.error(atol, rtol) <= 1.0
@@ -78,13 +81,16 @@ impl Comparison {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Suspicion {
-    /// So many disagreements lie where the slope to the left is not that to the right, and `backward` is between the two: a kink, or a jump.
+    /// So many disagreements lie where the slope to the left is not that to the right, and
+    /// `backward` is between the two: a kink, or a jump.
     Kink(usize),
     /// So many disagreements lie where the function is not finite a step away.
     Edge(usize),
-    /// Every output is a number of `f32`, also where an input was moved by a step that `f32` does not hold.
+    /// Every output is a number of `f32`, also where an input was moved by a step that `f32` does
+    /// not hold.
     SinglePrecision,
-    /// The worst disagreement is no larger than what rounding does to the difference of values as large as these: the error of a derivative by it.
+    /// The worst disagreement is no larger than what rounding does to the difference of values as
+    /// large as these: the error of a derivative by it.
     Rounding(f64),
 }
 

@@ -50,7 +50,8 @@ impl Default for BatchNormOptions {
     }
 }
 
-/// From all that candle-nn's functions take for a [`BatchNormConfig`]: that itself, a number as `eps`, and every type that converts
+/// From all that candle-nn's functions take for a [`BatchNormConfig`]: that itself, a number as
+/// `eps`, and every type that converts
 /// into it.
 impl<C: Into<BatchNormConfig>> From<C> for BatchNormOptions {
     fn from(config: C) -> Self {
@@ -97,7 +98,8 @@ pub struct BatchNorm {
 /// `running_mean` (`mean`, `moving_mean`), `running_var` (`var`, `moving_variance`), `num_batches_tracked` (0 if missing).
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite; a checkpoint with a scale or
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is
+/// not finite; a checkpoint with a scale or
 /// shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
@@ -274,7 +276,8 @@ impl BatchNorm {
         self.stats.next_momentum()
     }
 
-    /// The configuration that the layer was built with. [`RunningStats::momentum`] has the momentum in force.
+    /// The configuration that the layer was built with. [`RunningStats::momentum`] has the momentum
+    /// in force.
     pub fn options(&self) -> &BatchNormOptions {
         &self.options
     }
@@ -291,7 +294,8 @@ impl BatchNorm {
 
     /// Normalizes by the statistics of this batch and adds them to the running ones: `forward_t` in training.
     ///
-    /// For a batch in several pieces, see [`pool_updates`](crate::pool_updates); for a forward that adds nothing,
+    /// For a batch in several pieces, see [`pool_updates`](crate::pool_updates); for a forward that
+    /// adds nothing,
     /// [`without_updates`](crate::without_updates).
     ///
     /// # Errors

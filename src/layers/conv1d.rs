@@ -12,15 +12,20 @@ use crate::ops::linear_map::LinearMap;
 /// `y = weight ⋆ x + bias`
 ///
 /// Where:
-/// - `⋆` is the cross-correlation along the last axis of `[N, C, L]`, with the stride, padding, dilation and groups of
+/// - `⋆` is the cross-correlation along the last axis of `[N, C, L]`, with the stride, padding,
+///   dilation and groups of
 ///   [`Conv1dConfig`];
-/// - `weight` is `[out_channels, in_channels / groups, kernel_size]`, and `bias`, if there is one, `[out_channels]`.
+/// - `weight` is `[out_channels, in_channels / groups, kernel_size]`, and `bias`, if there is one,
+///   `[out_channels]`.
 ///
-/// candle-nn 0.11 has a wrong weight gradient at batch 2 and more, and a wrong input gradient without padding. Here the convolution runs
-/// through candle's in two dimensions, and every gradient is right. Constructors and accessors are candle's. The dtype is `f16`, `bf16`, `f32` or
+/// candle-nn 0.11 has a wrong weight gradient at batch 2 and more, and a wrong input gradient
+/// without padding. Here the convolution runs
+/// through candle's in two dimensions, and every gradient is right. Constructors and accessors are
+/// candle's. The dtype is `f16`, `bf16`, `f32` or
 /// `f64`; half precision is computed in `f32` and rounded once.
 ///
-/// [`WeightNorm`](crate::WeightNorm), [`fold`](crate::fold) and [`fold_into`](crate::BatchNorm::fold_into) take it as they take candle's.
+/// [`WeightNorm`](crate::WeightNorm), [`fold`](crate::fold) and
+/// [`fold_into`](crate::BatchNorm::fold_into) take it as they take candle's.
 /// [`inner`](Self::inner) is candle's layer of the same parameters, and [`From`] brings one here.
 ///
 /// ```
@@ -43,12 +48,16 @@ pub struct Conv1d(candle_nn::Conv1d);
 /// `y = weight ⋆ᵀ x + bias`
 ///
 /// Where:
-/// - `⋆ᵀ` is the transpose of a convolution along the last axis of `[N, C, L]`, with the stride, padding, output padding, dilation and
+/// - `⋆ᵀ` is the transpose of a convolution along the last axis of `[N, C, L]`, with the stride,
+///   padding, output padding, dilation and
 ///   groups of [`ConvTranspose1dConfig`];
-/// - `weight` is `[in_channels, out_channels / groups, kernel_size]`, and `bias`, if there is one, `[out_channels]`.
+/// - `weight` is `[in_channels, out_channels / groups, kernel_size]`, and `bias`, if there is one,
+///   `[out_channels]`.
 ///
-/// candle-nn 0.11 has no backward for it, and a wrong result without padding at batch 2 and more. Here it runs through candle's in two
-/// dimensions, and result and gradients are right. Constructors and accessors are candle's; dtypes are those of [`Conv1d`].
+/// candle-nn 0.11 has no backward for it, and a wrong result without padding at batch 2 and more.
+/// Here it runs through candle's in two
+/// dimensions, and result and gradients are right. Constructors and accessors are candle's; dtypes
+/// are those of [`Conv1d`].
 #[derive(Debug, Clone)]
 pub struct ConvTranspose1d(candle_nn::ConvTranspose1d);
 
@@ -134,7 +143,8 @@ macro_rules! convolution {
             /// `[N, in_channels, L]` to `[N, out_channels, L']`, contiguous.
             ///
             /// # Errors
-            /// An input of another rank, number of channels, dtype or device; one that the kernel does not fit; a stride, dilation or number of
+            /// An input of another rank, number of channels, dtype or device; one that the kernel
+            /// does not fit; a stride, dilation or number of
             /// groups that is out of range.
             fn forward(&self, xs: &Tensor) -> Result<Tensor> {
                 Self::map(self.config()).apply(
@@ -151,7 +161,8 @@ macro_rules! convolution {
         /// Parameters: `weight` and `bias`, their initial values drawn as candle-nn draws them.
         ///
         /// # Errors
-        /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape.
+        /// A stride or dilation of zero, groups that do not divide the channels, parameters of
+        /// another shape.
         ///
         /// ```
         /// use candle_core::{DType, Device, Tensor};

@@ -20,14 +20,16 @@ use crate::ops::linear_map::LinearMap;
 
 const LAYER: &str = "fold";
 
-/// Layers that a normalization of their output channels can be folded into: candle-nn's [`Linear`], [`Conv1d`], [`Conv2d`],
+/// Layers that a normalization of their output channels can be folded into: candle-nn's [`Linear`],
+/// [`Conv1d`], [`Conv2d`],
 /// [`ConvTranspose1d`], [`ConvTranspose2d`], and the one-dimensional convolutions of this crate.
 #[diagnostic::on_unimplemented(
     message = "a norm folds into the linear layer or convolution right before it, and `{Self}` is none",
     note = "with an activation between the two, or another layer, they are no single layer: keep the norm, as `frozen()` for a `Module`"
 )]
 pub trait Foldable: sealed::Mapped {
-    /// The weight, output channels first; in transposed convolutions `[inputs, outputs / groups, ..]`.
+    /// The weight, output channels first; in transposed convolutions
+    /// `[inputs, outputs / groups, ..]`.
     fn weight(&self) -> &Tensor;
     /// The bias, if there is one.
     fn bias(&self) -> Option<&Tensor>;
@@ -35,7 +37,9 @@ pub trait Foldable: sealed::Mapped {
     fn with(&self, weight: Tensor, bias: Tensor) -> Self;
 }
 
-/// What may follow a layer in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations may too, so
+/// What may follow a layer in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a
+/// `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations
+/// may too, so
 /// that a sequence can be given as it is; they are answered by an error.
 pub trait Follower: sealed::Follows {}
 
@@ -75,12 +79,15 @@ use sealed::Stage;
 
 /// `layer` and the norms after it as one layer, for inference.
 ///
-/// With `s = weight / √(var + ε)` of a norm, the folded weight is `s · W` and the folded bias `s · (b − mean) + bias`: computed in `f32` (`f64` for an
-/// `f64` layer) and rounded once for each norm. The new layer holds plain values: no gradient leads back. A norm folds where nothing stands between it and the
+/// With `s = weight / √(var + ε)` of a norm, the folded weight is `s · W` and the folded bias
+/// `s · (b − mean) + bias`: computed in `f32` (`f64` for an
+/// `f64` layer) and rounded once for each norm. The new layer holds plain values: no gradient leads
+/// back. A norm folds where nothing stands between it and the
 /// layer; what can be told of a sequence is checked, so give all of it.
 ///
 /// # Errors
-/// An activation before a norm, or at the end, which no linear layer or convolution computes; a norm without running statistics, or
+/// An activation before a norm, or at the end, which no linear layer or convolution computes; a
+/// norm without running statistics, or
 /// for another number of channels, dtype or device.
 ///
 /// ```

@@ -78,7 +78,8 @@ impl FrozenNorm {
         self.eps
     }
 
-    /// `layer` followed by this normalization, as one layer; [`fold`](crate::fold) does it for a whole sequence.
+    /// `layer` followed by this normalization, as one layer; [`fold`](crate::fold) does it for a
+    /// whole sequence.
     ///
     /// With `s = weight / √(var + ε)`, the folded weight is `s · W` and the folded bias `s · (b − mean) + bias`: computed in `f32`
     /// (`f64` for an `f64` layer) and rounded once. The new layer holds plain values, for inference: no gradient leads back.
@@ -136,7 +137,8 @@ impl Module for FrozenNorm {
     /// Normalizes each channel of `xs` by the fixed statistics.
     ///
     /// # Shapes
-    /// `[N, C, *]`, or `[*, C]` of a norm that was built for features; the output is contiguous, of the same shape and dtype.
+    /// `[N, C, *]`, or `[*, C]` of a norm that was built for features; the output is contiguous, of
+    /// the same shape and dtype.
     ///
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.

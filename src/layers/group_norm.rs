@@ -60,7 +60,8 @@ pub struct GroupNorm {
 /// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
 ///
 /// # Errors
-/// `num_groups` that does not divide `num_channels`, options out of range, parameters of another shape; a checkpoint with a scale or shift that
+/// `num_groups` that does not divide `num_channels`, options out of range, parameters of another
+/// shape; a checkpoint with a scale or shift that
 /// `affine` lacks, which would be dropped unseen.
 ///
 /// ```

@@ -76,7 +76,8 @@ pub struct InstanceNorm {
 /// Names as for [`batch_norm`](crate::batch_norm()).
 ///
 /// # Errors
-/// Options out of range, tensors of another shape, a negative running variance, a statistic that is not finite; a checkpoint with a scale or
+/// Options out of range, tensors of another shape, a negative running variance, a statistic that is
+/// not finite; a checkpoint with a scale or
 /// shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```

@@ -36,7 +36,8 @@ impl Default for LayerNormOptions {
     }
 }
 
-/// From all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as `eps`, and every type that converts
+/// From all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as
+/// `eps`, and every type that converts
 /// into it. candle's `affine` stands for the bias alone: its layer always has a weight.
 impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
     fn from(config: C) -> Self {
@@ -78,7 +79,8 @@ pub struct LayerNorm {
 /// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
 ///
 /// # Errors
-/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
+/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that
+/// `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

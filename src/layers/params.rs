@@ -7,7 +7,8 @@ use crate::ops::check;
 
 /// Which affine parameters a layer learns.
 ///
-/// A checkpoint must hold the same: a stored scale or shift that a layer does not take is an error, since what it computes would be another thing.
+/// A checkpoint must hold the same: a stored scale or shift that a layer does not take is an error,
+/// since what it computes would be another thing.
 ///
 /// ```
 /// use std::collections::HashMap;
@@ -37,7 +38,8 @@ pub enum Affine {
     None,
     /// A scale.
     Weight,
-    /// A shift, as in models of Keras and Flax that were trained without a scale (`scale=False`, `use_scale=False`), such as InceptionV3.
+    /// A shift, as in models of Keras and Flax that were trained without a scale
+    /// (`scale=False`, `use_scale=False`), such as InceptionV3.
     Bias,
     /// A scale and a shift.
     WeightAndBias,
@@ -88,7 +90,8 @@ pub(crate) const ALIASES: [&[&str]; 6] = [
 
 /// The name of `names` under which the file behind `vb` has a tensor, else the one that is written.
 ///
-/// Names but the first are those of files. Variables of a `VarMap` are made under any name for any purpose: a `gamma` beside a norm is
+/// Names but the first are those of files. Variables of a `VarMap` are made under any name for any
+/// purpose: a `gamma` beside a norm is
 /// no weight of it.
 pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {
     let found = names.iter().find(|name| vb.contains_tensor(name));
@@ -98,7 +101,8 @@ pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {
     }
 }
 
-/// Whether `vb` reads the tensor `name`, which it has, from a file or from memory. candle tells a `VarMap` by this alone: it makes what
+/// Whether `vb` reads the tensor `name`, which it has, from a file or from memory. candle tells a
+/// `VarMap` by this alone: it makes what
 /// it lacks, and so hands out no tensor without being told a shape.
 fn is_of_a_file(vb: &VarBuilder, name: &str) -> bool {
     vb.get_unchecked_dtype(name, vb.dtype()).is_ok()
@@ -131,9 +135,11 @@ pub(crate) fn same_axes(a: &[usize], b: &[usize]) -> bool {
     longer(a) == longer(b)
 }
 
-/// The path of a tensor of `names` that a checkpoint holds in the layer's place and shape, axes of size 1 apart.
+/// The path of a tensor of `names` that a checkpoint holds in the layer's place and shape, axes of
+/// size 1 apart.
 ///
-/// A variable is none: a `VarMap` may have made it for another layer of the same path. Nor is what a builder holds that says yes to every
+/// A variable is none: a `VarMap` may have made it for another layer of the same path. Nor is what
+/// a builder holds that says yes to every
 /// name, such as `VarBuilder::zeros`.
 pub(super) fn stored(vb: &VarBuilder, shape: &Shape, names: &[&str]) -> Option<String> {
     const NO_NAME: &str = "no tensor is called this";
@@ -165,7 +171,8 @@ impl AffineParams {
         bias: None,
     };
 
-    /// The parameters of `layer` that `affine` has. A checkpoint that holds others is refused: to drop one would change what the layer
+    /// The parameters of `layer` that `affine` has. A checkpoint that holds others is refused: to
+    /// drop one would change what the layer
     /// computes, and nobody would see it.
     pub(crate) fn new(
         layer: &str,

@@ -72,7 +72,8 @@ pub struct RmsNorm(LayerNorm);
 /// Parameters: `weight` (also found as `gamma` or `scale`), and `bias` if `affine` says so.
 ///
 /// # Errors
-/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
+/// Options out of range, parameters of another shape; a checkpoint with a scale or shift that
+/// `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

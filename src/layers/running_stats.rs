@@ -17,14 +17,20 @@ use crate::ops::check;
 /// (`f64` in an `f64` model), whatever the dtype of the model: in half precision they would stall or overflow.
 ///
 /// They are variables of the model's `VarMap`, so that they are saved and loaded with it, but they are never part of a
-/// graph: no optimizer changes them. Threads that train them lose no update, and [`snapshot`](Self::snapshot) and inference
-/// never see half of one. Saving or loading the `VarMap` goes from one variable to the next: do it between steps.
+/// graph: no optimizer changes them. Threads that train them lose no update, and
+/// [`snapshot`](Self::snapshot) and inference
+/// never see half of one. Saving or loading the `VarMap` goes from one variable to the next: do it
+/// between steps.
 ///
-/// Clones of a layer, and layers built twice from the same variables, share them, and all that is kept beside them: the lock, the
-/// counter, a momentum that was [set](Self::set_momentum), a [recalibration](recalibrate) in progress, and `refuse_non_finite`,
-/// which holds for all of them once one was built with it. Only the momentum that each was built with is its own.
+/// Clones of a layer, and layers built twice from the same variables, share them, and all that is
+/// kept beside them: the lock, the
+/// counter, a momentum that was [set](Self::set_momentum), a [recalibration](recalibrate) in
+/// progress, and `refuse_non_finite`,
+/// which holds for all of them once one was built with it. Only the momentum that each was built
+/// with is its own.
 ///
-/// [`without_updates`](crate::without_updates) leaves them alone for some forwards; [`pool_updates`](crate::pool_updates) takes in several
+/// [`without_updates`](crate::without_updates) leaves them alone for some forwards;
+/// [`pool_updates`](crate::pool_updates) takes in several
 /// micro-batches as one batch.
 ///
 /// ```
@@ -210,7 +216,8 @@ impl RunningStats {
 
     /// Sets the weight of a new batch from now on; `None` is the cumulative average.
     ///
-    /// For schedules of momentum. It holds for every layer of these variables, built before or after, in place of what their options say, as long as
+    /// For schedules of momentum. It holds for every layer of these variables, built before or
+    /// after, in place of what their options say, as long as
     /// there is one.
     ///
     /// # Errors
@@ -284,7 +291,8 @@ impl RunningStats {
         self.0.next(&state).map_or(1., |(momentum, _)| momentum)
     }
 
-    /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread say.
+    /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread
+    /// say.
     pub(crate) fn observe(&self, x: &Tensor, batch: Batch) -> Result<()> {
         let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
         match updates::offer(self, batch)? {
@@ -293,7 +301,8 @@ impl RunningStats {
         }
     }
 
-    /// `batch` in the shape and dtype of the statistics, refused if it would poison them. `of` is what a message calls it.
+    /// `batch` in the shape and dtype of the statistics, refused if it would poison them. `of` is
+    /// what a message calls it.
     pub(super) fn fitted(&self, mut batch: Batch, of: impl Fn() -> String) -> Result<Batch> {
         let fit = |t: &Tensor, to: &Var| t.detach().to_dtype(to.dtype())?.reshape(to.shape());
         let mean = batch.mean.as_ref().map(|m| fit(m, &self.0.mean));
@@ -323,10 +332,12 @@ impl RunningStats {
         inner.set(&state, &mean, &var, tracked)
     }
 
-    /// Puts back what [`snapshot`](Self::snapshot) copied: mean, variance and the number of batches.
+    /// Puts back what [`snapshot`](Self::snapshot) copied: mean, variance and the number of
+    /// batches.
     ///
     /// # Errors
-    /// A snapshot of another shape, with a statistic that is not finite, a negative variance or a negative number of batches; nothing is changed
+    /// A snapshot of another shape, with a statistic that is not finite, a negative variance or a
+    /// negative number of batches; nothing is changed
     /// then.
     ///
     /// ```
@@ -393,12 +404,16 @@ fn dtype_in(model: DType) -> DType {
 /// Recomputes running statistics as the plain average over `batches`, as PyTorch's `update_bn` does.
 ///
 /// For networks whose statistics no longer fit their weights: averaged weights, a changed data set, training at small
-/// batches. `forward` runs the model in training mode; every batch should be equally large. It may run other layers than those of
-/// `norms`, if they were built from the same variables. The momentum is back in force afterwards. Returns the number of batches.
+/// batches. `forward` runs the model in training mode; every batch should be equally large. It may
+/// run other layers than those of
+/// `norms`, if they were built from the same variables. The momentum is back in force afterwards.
+/// Returns the number of batches.
 ///
 /// # Errors
-/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode, or ran in
-/// [`without_updates`](crate::without_updates); no statistics in `norms`. The statistics are then what they were before.
+/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode, or
+/// ran in
+/// [`without_updates`](crate::without_updates); no statistics in `norms`. The statistics are then
+/// what they were before.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -134,7 +134,8 @@ pub struct SwitchNorm {
 /// A layer that was never trained has a running variance of 0 there, and of 1 here.
 ///
 /// # Errors
-/// Options out of range, `last_gamma` without a scale, tensors of another shape, a negative running variance, a statistic that is not finite;
+/// Options out of range, `last_gamma` without a scale, tensors of another shape, a negative running
+/// variance, a statistic that is not finite;
 /// a checkpoint with a scale or shift that `affine` lacks.
 ///
 /// ```

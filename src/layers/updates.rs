@@ -1,4 +1,5 @@
-//! When training batches go into running statistics: at once, all together at the end of a scope, or not at all.
+//! When training batches go into running statistics: at once, all together at the end of a scope,
+//! or not at all.
 
 use std::cell::RefCell;
 
@@ -170,7 +171,8 @@ pub(super) fn offer(stats: &RunningStats, batch: Batch) -> Result<Option<Batch>>
     if !pools {
         return Ok(Some(batch));
     }
-    // Operations on tensors are left out of the borrow: what runs on this thread meanwhile may be a layer too.
+    // Operations on tensors are left out of the borrow: what runs on this thread meanwhile may be a
+    // layer too.
     let mut batch = batch.wide()?;
     let find = |frames: &mut Vec<Frame>| pooled_in(frames, stats, batch.kind).cloned();
     if let Some(before) = FRAMES.with_borrow_mut(find) {
@@ -188,12 +190,17 @@ pub(super) fn offer(stats: &RunningStats, batch: Batch) -> Result<Option<Batch>>
 
 /// Runs `f`, in which no forward in training changes running statistics or their counters.
 ///
-/// For forwards beside the one that counts: activations that are computed again for the backward (activation checkpointing), the second
-/// step of sharpness-aware minimization, gradient penalties. The layers normalize by their batch as ever, and return the same errors.
+/// For forwards beside the one that counts: activations that are computed again for the backward
+/// (activation checkpointing), the second
+/// step of sharpness-aware minimization, gradient penalties. The layers normalize by their batch as
+/// ever, and return the same errors.
 ///
-/// The scope is one of this thread, as [`with_path`](crate::with_path) is: other threads that train the layer go on updating it, and a forward that
-/// `f` hands to another thread is not in it. On a thread of rayon's pool that waits, rayon may run another task of the pool, which is then in the scope
-/// too: do not train other layers in tasks of the same pool meanwhile. Scopes nest, and a panic in `f` ends the scope. [`RunningStats::reset`],
+/// The scope is one of this thread, as [`with_path`](crate::with_path) is: other threads that train
+/// the layer go on updating it, and a forward that
+/// `f` hands to another thread is not in it. On a thread of rayon's pool that waits, rayon may run
+/// another task of the pool, which is then in the scope
+/// too: do not train other layers in tasks of the same pool meanwhile. Scopes nest, and a panic in
+/// `f` ends the scope. [`RunningStats::reset`],
 /// [`RunningStats::restore`] and [`RunningStats::set_momentum`] act in it as they do outside.
 ///
 /// ```
@@ -215,24 +222,34 @@ pub fn without_updates<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
-/// Runs `f`, and then updates the running statistics of each layer that trained in it once, as by one batch.
+/// Runs `f`, and then updates the running statistics of each layer that trained in it once, as by
+/// one batch.
 ///
-/// For gradients that are accumulated over micro-batches. BatchNorm's running mean and variance are then what one batch of all of them had
-/// left, `(Σ (nₖ − 1) vₖ + Σ nₖ (mₖ − m)²) / (n − 1)`, where an update for each micro-batch would leave out how far their means mₖ are from the
-/// mean m of all n values. SwitchNorm's are pooled likewise, InstanceNorm's averaged over all samples. Micro-batches may differ in size. The
+/// For gradients that are accumulated over micro-batches. BatchNorm's running mean and variance are
+/// then what one batch of all of them had
+/// left, `(Σ (nₖ − 1) vₖ + Σ nₖ (mₖ − m)²) / (n − 1)`, where an update for each micro-batch would
+/// leave out how far their means mₖ are from the
+/// mean m of all n values. SwitchNorm's are pooled likewise, InstanceNorm's averaged over all
+/// samples. Micro-batches may differ in size. The
 /// update has the weight of one batch, and counts as one.
 ///
-/// Only the statistics for inference are pooled. **Each micro-batch is still normalized by its own statistics**: output and gradients are
-/// those of small batches, and training is not the same as with one large batch. Where that matters, take a norm that does not depend on the batch,
-/// such as [`GroupNorm`](crate::GroupNorm), or [`frozen`](crate::BatchNorm::frozen) statistics. On the composed path the means that are pooled are rounded to
+/// Only the statistics for inference are pooled. **Each micro-batch is still normalized by its own
+/// statistics**: output and gradients are
+/// those of small batches, and training is not the same as with one large batch. Where that
+/// matters, take a norm that does not depend on the batch,
+/// such as [`GroupNorm`](crate::GroupNorm), or [`frozen`](crate::BatchNorm::frozen) statistics. On
+/// the composed path the means that are pooled are rounded to
 /// `f32` first, in a model that is not `f64`.
 ///
-/// The scope is one of this thread, with the same limits as [`without_updates`]: forwards on other threads update at once. In a scope within a scope, the outer one gets what the inner one
-/// pooled; within [`without_updates`] nothing is pooled. Layers built from the same variables pool together. [`recalibrate`](crate::recalibrate)
+/// The scope is one of this thread, with the same limits as [`without_updates`]: forwards on other
+/// threads update at once. In a scope within a scope, the outer one gets what the inner one
+/// pooled; within [`without_updates`] nothing is pooled. Layers built from the same variables pool
+/// together. [`recalibrate`](crate::recalibrate)
 /// takes its own batches one by one.
 ///
 /// # Errors
-/// What `f` returns. Then no statistics change, also those of the micro-batches before; the same if `f` panics.
+/// What `f` returns. Then no statistics change, also those of the micro-batches before; the same if
+/// `f` panics.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -211,7 +211,8 @@ impl<L: Weighted> WeightNorm<L> {
     /// The plain candle-nn layer with the weight of now, for inference.
     ///
     /// What comes back runs candle's own code: on the CPU a [`Conv1d`] has a wrong weight gradient, and a [`ConvTranspose1d`] has
-    /// none and is wrong without padding at batch 2 and more. This crate's [`Conv1d`](crate::Conv1d) and
+    /// none and is wrong without padding at batch 2 and more. This crate's
+    /// [`Conv1d`](crate::Conv1d) and
     /// [`ConvTranspose1d`](crate::ConvTranspose1d) are made of them by `from`, and are right.
     ///
     /// # Errors
@@ -379,7 +380,8 @@ macro_rules! convolution {
         /// Names as for [`linear`]; the initial values of `v` and the bias are drawn as candle-nn draws them.
         ///
         /// # Errors
-        /// A stride or dilation of zero, groups that do not divide the channels, parameters of another shape; without a bias, a checkpoint that holds one.
+        /// A stride or dilation of zero, groups that do not divide the channels, parameters of
+        /// another shape; without a bias, a checkpoint that holds one.
         ///
         /// ```
         /// use candle_core::{DType, Device, Tensor};

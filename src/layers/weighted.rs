@@ -10,7 +10,8 @@ use super::frozen::FrozenNorm;
 use super::params::{BIAS, name_in, stored};
 use crate::ops::linear_map::{Geometry, LinearMap};
 
-/// A layer that [`WeightNorm`](crate::WeightNorm) can go around: candle-nn's [`Linear`], [`Conv1d`], [`Conv2d`],
+/// A layer that [`WeightNorm`](crate::WeightNorm) can go around: candle-nn's [`Linear`],
+/// [`Conv1d`], [`Conv2d`],
 /// [`ConvTranspose1d`], [`ConvTranspose2d`], and the one-dimensional convolutions of this crate.
 pub trait Weighted: sealed::Layer {}
 

@@ -1,6 +1,8 @@
-//! candle-nn with the layers of this crate in it: every public name of `candle_nn`, under its path there.
+//! candle-nn with the layers of this crate in it: every public name of `candle_nn`, under its path
+//! there.
 //!
-//! Where candle's own drops gradients or has them wrong, the name stands for this crate's, with candle's signature; every other name is
+//! Where candle's own drops gradients or has them wrong, the name stands for this crate's, with
+//! candle's signature; every other name is
 //! candle's itself. So a rename serves: `candle_nn::` becomes `candle_norm::nn::`, or a file takes
 //! `use candle_norm::nn as candle_nn;` and stays as it is.
 //!
@@ -12,8 +14,10 @@
 //! | `rotary_emb::{rope, rope_i, rope_thd}` | functions of [`rotary_emb`] with every gradient |
 //! | all else: `VarBuilder`, `VarMap`, `Linear`, `Conv2d`, `AdamW`, `loss`, … | candle-nn's own |
 //!
-//! The functions here take what candle's take and nothing more, so that types are inferred as there; those at the root of this crate also take
-//! its options. `Conv2d::absorb_bn` is the one method that takes candle's own norm: [`BatchNorm::fold_into`] is in its place. `ops::sdpa`, which exists on
+//! The functions here take what candle's take and nothing more, so that types are inferred as
+//! there; those at the root of this crate also take
+//! its options. `Conv2d::absorb_bn` is the one method that takes candle's own norm:
+//! [`BatchNorm::fold_into`] is in its place. `ops::sdpa`, which exists on
 //! Metal alone, is candle's own and passes no gradients on.
 //!
 //! ```

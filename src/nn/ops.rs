@@ -1,6 +1,7 @@
 //! `candle_nn::ops`, with every gradient.
 //!
-//! candle's `layer_norm`, `rms_norm` and `softmax_last_dim` drop the gradients of all that comes before them. Those here have candle's
+//! candle's `layer_norm`, `rms_norm` and `softmax_last_dim` drop the gradients of all that comes
+//! before them. Those here have candle's
 //! signatures and keep them; every other name is candle's own. [`ops`] has norms with more options.
 //!
 //! ```
@@ -42,7 +43,8 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
     layer_norm(x, alpha, beta, eps)
 }
 
-/// Root-mean-square normalization over the trailing axes, which are those of `alpha`: [`ops::rms_norm`] with candle's
+/// Root-mean-square normalization over the trailing axes, which are those of `alpha`:
+/// [`ops::rms_norm`] with candle's
 /// signature.
 ///
 /// `y = xs / √(mean(xs²) + eps) · alpha`
@@ -57,7 +59,8 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     ops::rms_norm(xs, alpha.shape(), Some(alpha), eps, 0., Cast::AfterWeight)
 }
 
-/// [`rms_norm`] that rounds half precision where candle's does: before it multiplies by `alpha`, and after. In `f32` and `f64` both are the
+/// [`rms_norm`] that rounds half precision where candle's does: before it multiplies by `alpha`,
+/// and after. In `f32` and `f64` both are the
 /// same.
 ///
 /// # Errors
@@ -69,8 +72,10 @@ pub fn rms_norm_slow(x: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 
 /// Softmax along the last axis.
 ///
-/// `y = exp(xs − max) / Σ exp(xs − max)`, for each row by itself. It is composed of candle's tensor operations and differentiable to any
-/// order; half precision is computed in `f32` and rounded once. A row of −∞ alone gives NaN, as in PyTorch.
+/// `y = exp(xs − max) / Σ exp(xs − max)`, for each row by itself. It is composed of candle's tensor
+/// operations and differentiable to any
+/// order; half precision is computed in `f32` and rounded once. A row of −∞ alone gives NaN, as in
+/// PyTorch.
 ///
 /// # Shapes
 /// `xs`: `[*, N]`; the result as `xs`, contiguous.

@@ -1,6 +1,7 @@
 //! `candle_nn::rotary_emb`, with every gradient.
 //!
-//! candle's `rope`, `rope_i` and `rope_thd` drop the gradients of all that comes before them, so that queries and keys stay
+//! candle's `rope`, `rope_i` and `rope_thd` drop the gradients of all that comes before them, so
+//! that queries and keys stay
 //! untrained. Those here have candle's signatures and keep them; every other name is candle's own.
 //!
 //! ```
@@ -33,11 +34,14 @@ struct Pairs {
 
 /// Rotary position embedding over the halves of the last axis.
 ///
-/// `y = [a · cos − b · sin, a · sin + b · cos]` for the halves `a` and `b` of the last axis of `xs`. Where a gradient may follow, it is composed of
-/// candle's tensor operations, and half precision is computed in `f32` and rounded once; where nothing tracks, it is candle's own kernel.
+/// `y = [a · cos − b · sin, a · sin + b · cos]` for the halves `a` and `b` of the last axis of
+/// `xs`. Where a gradient may follow, it is composed of
+/// candle's tensor operations, and half precision is computed in `f32` and rounded once; where
+/// nothing tracks, it is candle's own kernel.
 ///
 /// # Shapes
-/// `xs`: `[B, H, T, D]` with an even D; `cos`, `sin`: `[T', D / 2]` or `[B, T', D / 2]` with `T' ≥ T`; the result as `xs`, contiguous.
+/// `xs`: `[B, H, T, D]` with an even D; `cos`, `sin`: `[T', D / 2]` or `[B, T', D / 2]` with
+/// `T' ≥ T`; the result as `xs`, contiguous.
 ///
 /// # Errors
 /// Other shapes.

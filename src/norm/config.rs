@@ -18,8 +18,10 @@ use crate::{
 /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups), `"instance"`, `"rms"`, `"switch"` or `"weight"`, with
 /// default options; with the feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
 ///
-/// Read are also the names of the classes in PyTorch and of papers, in any case, with blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`,
-/// `"layer_norm"`, `"RMSNorm"`, `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d` says nothing here: every layer serves every rank.
+/// Read are also the names of the classes in PyTorch and of papers, in any case, with blanks, `-`
+/// or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`,
+/// `"layer_norm"`, `"RMSNorm"`, `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d`
+/// says nothing here: every layer serves every rank.
 ///
 /// Which axes a layer runs along depends on the data, so it is never guessed: [`channels`](Self::channels) builds the layer for
 /// `[N, C, *]`, [`features`](Self::features) the one for `[*, F]`.

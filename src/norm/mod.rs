@@ -49,11 +49,13 @@ pub trait Norm: ModuleT + Send + Sync + std::fmt::Debug {
             .unwrap_or_default()
     }
 
-    /// This layer with the running statistics of now and for good, its affine parameters still trainable: see
+    /// This layer with the running statistics of now and for good, its affine parameters still
+    /// trainable: see
     /// [`BatchNorm::frozen`](crate::BatchNorm::frozen).
     ///
     /// # Errors
-    /// A layer that normalizes each input by its own statistics, as all do but BatchNorm, and InstanceNorm that tracks them.
+    /// A layer that normalizes each input by its own statistics, as all do but BatchNorm, and
+    /// InstanceNorm that tracks them.
     fn frozen(&self) -> Result<FrozenNorm> {
         check::fixed_statistics(self.kind())
     }

@@ -1,6 +1,7 @@
 //! The names that a norm is called by, and which of them someone meant.
 
-/// A norm: the name that is written, the words that `norm` or `normalization` may follow, the names that stand alone, and whether there is a class
+/// A norm: the name that is written, the words that `norm` or `normalization` may follow, the names
+/// that stand alone, and whether there is a class
 /// for each number of axes somewhere (`BatchNorm2d`, ConvNeXt's `LayerNorm2d`).
 struct Kind {
     name: &'static str,
@@ -64,7 +65,8 @@ pub(super) fn kind(name: &str) -> Option<&'static str> {
     KINDS.iter().find(stands).map(|kind| kind.name)
 }
 
-/// What `name` may have been meant for, as it is written: the nearest name, if two thirds of it are right.
+/// What `name` may have been meant for, as it is written: the nearest name, if two thirds of it are
+/// right.
 pub(super) fn nearest(name: &str) -> Option<String> {
     let word = plain(name);
     let word = without_axes(&word).unwrap_or(&word);
@@ -92,7 +94,8 @@ pub(super) fn nearest(name: &str) -> Option<String> {
     })
 }
 
-/// How many letters must be added, left out, replaced, or swapped with their neighbor to make one of the other.
+/// How many letters must be added, left out, replaced, or swapped with their neighbor to make one
+/// of the other.
 fn distance(from: &[char], to: &[char]) -> usize {
     let mut rows = vec![(0..=to.len()).collect::<Vec<_>>()];
     for i in 1..=from.len() {

@@ -71,8 +71,10 @@ impl NormedLayer {
         self.layer().and_then(Plain::bias)
     }
 
-    /// The layer and its norm as one layer, for inference: a batch norm, or an instance norm that tracks statistics, goes into the weight and the bias as
-    /// [`fold`](crate::fold) does it, and the weight of weight normalization is formed once. What comes back has the norm `none`, and plain values.
+    /// The layer and its norm as one layer, for inference: a batch norm, or an instance norm that
+    /// tracks statistics, goes into the weight and the bias as
+    /// [`fold`](crate::fold) does it, and the weight of weight normalization is formed once. What
+    /// comes back has the norm `none`, and plain values.
     ///
     /// # Errors
     /// A norm that normalizes each input by its own statistics.
@@ -139,7 +141,8 @@ impl NormConfig {
             )?;
             return Ok(NormedLayer(Parts::Around(Box::new(norm))));
         }
-        // A checkpoint whose statistics were taken with a bias needs it, though the norm has one too.
+        // A checkpoint whose statistics were taken with a bias needs it, though the norm has one
+        // too.
         let with_bias = !self.has_bias() || Plain::has_stored_bias(outputs, &layer_vb);
         let map = L::map(&config);
         let layer = Plain::new(map, inputs, outputs, kernel_size, with_bias, &layer_vb)?;
@@ -150,7 +153,8 @@ impl NormConfig {
         Ok(NormedLayer(Parts::After { layer, norm }))
     }
 
-    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has none, or where a
+    /// A linear layer with this norm. Parameters: `layer.weight`, `layer.bias` where the norm has
+    /// none, or where a
     /// checkpoint holds one all the same, and the norm's under `norm`.
     ///
     /// # Errors

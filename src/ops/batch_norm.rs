@@ -80,7 +80,8 @@ pub fn batch_norm(
     Ok((y, statistics))
 }
 
-/// [`batch_norm`], or, without `center`, division by the root of the mean square. The statistics are `f64` on the fused path, so that those of several
+/// [`batch_norm`], or, without `center`, division by the root of the mean square. The statistics
+/// are `f64` on the fused path, so that those of several
 /// batches can be pooled.
 pub(crate) fn batch_norm_with(
     x: &Tensor,

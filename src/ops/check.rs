@@ -67,8 +67,10 @@ pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize])
     Ok(())
 }
 
-/// A tensor to be made: no more elements than memory has addresses for. An axis without elements counts as one of size 1: others that are made
-/// beside the tensor, such as a bias, do not have it, and steps between elements are products of the other axes.
+/// A tensor to be made: no more elements than memory has addresses for. An axis without elements
+/// counts as one of size 1: others that are made
+/// beside the tensor, such as a bias, do not have it, and steps between elements are products of
+/// the other axes.
 pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     let most = isize::MAX as usize / size_of::<f64>();
     let count = dims
@@ -80,7 +82,8 @@ pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// A checkpoint that holds parameters which a layer would not take. `affines` are its own `affine`, and the one that takes them.
+/// A checkpoint that holds parameters which a layer would not take. `affines` are its own `affine`,
+/// and the one that takes them.
 pub(crate) fn dropped<T>(
     layer: &str,
     stored: &[String],
@@ -214,7 +217,8 @@ pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     Ok(())
 }
 
-/// The input and the factors of a rotary embedding, with the positions along axis `positions` of the input.
+/// The input and the factors of a rotary embedding, with the positions along axis `positions` of
+/// the input.
 pub(crate) fn rotation(
     layer: &str,
     x: &Tensor,
@@ -382,7 +386,8 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     Ok(())
 }
 
-/// A channel of one sample has no variance where it has one position. No batch is large enough to change that.
+/// A channel of one sample has no variance where it has one position. No batch is large enough to
+/// change that.
 pub(crate) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
     if positions == 1 {
         bail!(
@@ -579,7 +584,8 @@ pub(crate) fn output_channels(
     Ok(())
 }
 
-/// A norm that follows a layer with nothing between; `between` is what bends the layer's outputs before the norm has them.
+/// A norm that follows a layer with nothing between; `between` is what bends the layer's outputs
+/// before the norm has them.
 pub(crate) fn nothing_between(layer: &str, between: Option<&str>) -> Result<()> {
     match between {
         Some(between) => bail!(

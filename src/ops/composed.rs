@@ -285,7 +285,8 @@ pub(crate) fn scale_shift(
 
 /// The softmax of each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype.
 pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
-    // What is taken off from every element of a row changes nothing, so that no gradient goes through it.
+    // What is taken off from every element of a row changes nothing, so that no gradient goes
+    // through it.
     let highest = x.detach().max(1)?;
     let exp = Rows::new(x)?.minus(&highest)?.map(Tensor::exp)?;
     exp.times(&exp.sum()?.recip()?)?.join()
@@ -339,7 +340,8 @@ pub(crate) fn parameters(
     Ok([prepare(weight)?, prepare(bias)?])
 }
 
-/// The input `x`, contiguous, in memory that it does not share with a variable that may be set before the backward.
+/// The input `x`, contiguous, in memory that it does not share with a variable that may be set
+/// before the backward.
 pub(crate) fn unshared(x: &Tensor) -> Result<Tensor> {
     match x.is_variable() {
         true => x.force_contiguous(),
@@ -347,7 +349,8 @@ pub(crate) fn unshared(x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// A parameter, contiguous, as the backward is to find it: a step of an optimizer, in this thread or another, may come before.
+/// A parameter, contiguous, as the backward is to find it: a step of an optimizer, in this thread
+/// or another, may come before.
 pub(crate) fn kept(param: &Tensor) -> Result<Tensor> {
     match param.track_op() {
         true => param.force_contiguous(),

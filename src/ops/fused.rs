@@ -288,8 +288,10 @@ impl<F> Clone for Node<F> {
     }
 }
 
-/// A digest of some elements, by which the backward sees that its input is that of the forward: the statistics that it goes with were
-/// formed of that. All elements of a small tensor, and of a large one as many as cost nothing beside the rest.
+/// A digest of some elements, by which the backward sees that its input is that of the forward: the
+/// statistics that it goes with were
+/// formed of that. All elements of a small tensor, and of a large one as many as cost nothing
+/// beside the rest.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Fingerprint(u64);
 

@@ -56,7 +56,8 @@ impl LinearMap {
         };
         shape.extend(std::iter::repeat_n(kernel_size, g.axes));
         check::countable(layer, "weight", &shape)?;
-        // Where all outputs are groups of their own, the weight of a transposed convolution does not have their axis.
+        // Where all outputs are groups of their own, the weight of a transposed convolution does
+        // not have their axis.
         check::countable(layer, "bias", &[outputs])?;
         Ok(shape)
     }
@@ -69,7 +70,8 @@ impl LinearMap {
         }
     }
 
-    /// How many outputs there are, of a weight that anyone may have made. `name` is what a message calls it.
+    /// How many outputs there are, of a weight that anyone may have made. `name` is what a message
+    /// calls it.
     pub(crate) fn checked_outputs(self, layer: &str, name: &str, weight: &Tensor) -> Result<usize> {
         let Self::Convolution(g) = self else {
             check::rank(layer, name, weight, 2)?;
@@ -84,7 +86,8 @@ impl LinearMap {
         Ok(outputs)
     }
 
-    /// The weight, whose [outputs are checked](Self::checked_outputs), with the part of each output multiplied by its element of `scale` `[outputs]`.
+    /// The weight, whose [outputs are checked](Self::checked_outputs), with the part of each output
+    /// multiplied by its element of `scale` `[outputs]`.
     pub(crate) fn scaled(self, weight: &Tensor, scale: &Tensor) -> Result<Tensor> {
         let dims = weight.dims();
         let mut line = vec![1; dims.len()];

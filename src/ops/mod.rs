@@ -45,9 +45,12 @@ pub(crate) use weight_norm::{magnitude_shape, norms};
 ///
 /// All paths keep one numeric contract; they differ in speed and in the devices that they serve.
 ///
-/// Values may be set between forward and backward, by `Var::set` or an optimizer. Parameters are copied where a backward may follow. On
-/// the fused path, an input that has changed is an error in the backward, as in PyTorch; it is told by up to 64 of its elements, so that a change of a
-/// few elements of a large input may go unseen. On the composed path the input is copied if it is a variable; for parts of variables the
+/// Values may be set between forward and backward, by `Var::set` or an optimizer. Parameters are
+/// copied where a backward may follow. On
+/// the fused path, an input that has changed is an error in the backward, as in PyTorch; it is told
+/// by up to 64 of its elements, so that a change of a
+/// few elements of a large input may go unseen. On the composed path the input is copied if it is a
+/// variable; for parts of variables the
 /// rule is candle's own: the backward of each operation reads what is there when it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Path {

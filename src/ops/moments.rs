@@ -68,7 +68,8 @@ impl Moments {
 /// `x`: `[N, *]`; the result has one entry for each element of the trailing axes, in their order.
 ///
 /// # Errors
-/// An input of rank 0, or of a dtype that is not one of floating point; more features than memory has addresses for.
+/// An input of rank 0, or of a dtype that is not one of floating point; more features than memory
+/// has addresses for.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

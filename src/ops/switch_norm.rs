@@ -81,7 +81,8 @@ pub fn switch_norm(
     Ok((y, statistics))
 }
 
-/// [`switch_norm`], whose statistics are `f64` on the fused path, so that those of several batches can be pooled.
+/// [`switch_norm`], whose statistics are `f64` on the fused path, so that those of several batches
+/// can be pooled.
 pub(crate) fn switch_norm_with(
     x: &Tensor,
     weight: Option<&Tensor>,
@@ -196,7 +197,8 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 struct Planes {
     /// `[N, C, space]`; on the composed path each plane less a value of its own.
     values: Tensor,
-    /// What was subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]` or `[1, 1]`.
+    /// What was subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]`
+    /// or `[1, 1]`.
     offsets: Vec<Tensor>,
     /// The mean of each plane less `offsets`, `[N, C]`; `f64` on the fused path.
     mean: Tensor,
@@ -237,7 +239,8 @@ impl Planes {
 
     fn composed(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
-        // Each plane by itself, so that one whose values are far from those of others keeps its digits.
+        // Each plane by itself, so that one whose values are far from those of others keeps its
+        // digits.
         let first = finite(x.detach().narrow(2, 0, 1)?)?;
         let values = x.broadcast_sub(&first)?;
         let first = first.reshape((n, c))?;
@@ -313,8 +316,10 @@ impl Planes {
     }
 }
 
-/// A value near the means of the data, whose differences then have all their digits: that of equal means is zero. It comes from nothing that the
-/// result does not depend on anyway: the first of `values` `[N, …]`, or of each sample where samples do not see each other.
+/// A value near the means of the data, whose differences then have all their digits: that of equal
+/// means is zero. It comes from nothing that the
+/// result does not depend on anyway: the first of `values` `[N, …]`, or of each sample where
+/// samples do not see each other.
 fn offset(values: &Tensor, sources: &SwitchSources) -> Result<Tensor> {
     let first = values.detach().narrow(1, 0, 1)?;
     let offset = match sources.batch {

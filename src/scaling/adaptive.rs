@@ -23,7 +23,8 @@ const VERSION: u32 = 1;
 pub enum OnDrift {
     /// The recent rows.
     Refit,
-    /// Of each feature recent values, and values of what it was fitted to before: as many, evenly spaced, as leave the recent ones this
+    /// Of each feature recent values, and values of what it was fitted to before: as many, evenly
+    /// spaced, as leave the recent ones this
     /// share of all, between 0 and 1.
     Blend(f64),
 }
@@ -152,13 +153,17 @@ impl AdaptiveScaler {
 
     /// Takes in rows `[N, features...]` in their order; where metrics cross their thresholds, returns the events and fits the scaler anew.
     ///
-    /// Rows that come in one call give what they give one by one. A feature with fewer than two values since the last event, as that of a
-    /// sensor that has gone silent, is fitted to what it was fitted to before, and the others to their recent values.
+    /// Rows that come in one call give what they give one by one. A feature with fewer than two
+    /// values since the last event, as that of a
+    /// sensor that has gone silent, is fitted to what it was fitted to before, and the others to
+    /// their recent values.
     ///
     /// # Errors
     /// - A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
-    /// - After an event, recent rows that the scaler refuses to be fitted to. All rows count then, scaler and reference stay as they were, and
-    ///   the next event tries again. The message has the first event that it befell; the next call that succeeds returns all events of
+    /// - After an event, recent rows that the scaler refuses to be fitted to. All rows count then,
+    ///   scaler and reference stay as they were, and
+    ///   the next event tries again. The message has the first event that it befell; the next call
+    ///   that succeeds returns all events of
     ///   this one before its own. A [`state`](Scaler::state) does not have them.
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
         self.observe_by(&mut self.lock(), x)
@@ -170,7 +175,8 @@ impl AdaptiveScaler {
         done.map(|()| std::mem::take(&mut watch.untold))
     }
 
-    /// Takes rows in; returns their events, and whether the scaler could be fitted to all that it should have been.
+    /// Takes rows in; returns their events, and whether the scaler could be fitted to all that it
+    /// should have been.
     fn take_in(&self, watch: &mut Watch, x: &Tensor) -> Result<(Vec<DriftEvent>, Result<()>)> {
         let rows = watch.rows(x)?;
         let (mut events, mut done, mut fitted) = (vec![], Ok(()), None);
@@ -258,10 +264,12 @@ impl Scaler for AdaptiveScaler {
         self.scaler.seen()
     }
 
-    /// Fits the scaler to `x`, which becomes the reference of the monitor; forgets recent rows, cool-downs, and events that were not returned.
+    /// Fits the scaler to `x`, which becomes the reference of the monitor; forgets recent rows,
+    /// cool-downs, and events that were not returned.
     ///
     /// # Errors
-    /// As [`Scaler::fit`]; also fewer values of a feature than [`bins`](DriftOptions::bins), as [`DriftMonitor::fit`](super::DriftMonitor::fit).
+    /// As [`Scaler::fit`]; also fewer values of a feature than [`bins`](DriftOptions::bins), as
+    /// [`DriftMonitor::fit`](super::DriftMonitor::fit).
     fn fit(&self, x: &Tensor) -> Result<()> {
         self.fit_by(&mut self.lock(), x)
     }
@@ -276,7 +284,8 @@ impl Scaler for AdaptiveScaler {
         self.fit_weighted(x, sample_weight)
     }
 
-    /// [`observe`](AdaptiveScaler::observe) without its events; before any data, `fit`. Rows change the scaler when there is
+    /// [`observe`](AdaptiveScaler::observe) without its events; before any data, `fit`. Rows change
+    /// the scaler when there is
     /// an event, and not before.
     fn partial_fit(&self, x: &Tensor) -> Result<()> {
         let mut watch = self.lock();

@@ -27,7 +27,8 @@ impl Map {
     }
 }
 
-/// The standard deviation of a variance; 1 where it is below the resolution of an `f64` at the mean. A variance that is not a number stays
+/// The standard deviation of a variance; 1 where it is below the resolution of an `f64` at the
+/// mean. A variance that is not a number stays
 /// that, and is refused.
 pub(super) fn scale_of(mean: f64, var: f64) -> f64 {
     let std = var.sqrt();

@@ -59,7 +59,8 @@ impl Archive {
     /// Adds a state under a prefix.
     ///
     /// # Errors
-    /// The prefix is in use, or a tensor is of a dtype that cannot be written; nothing is added then.
+    /// The prefix is in use, or a tensor is of a dtype that cannot be written; nothing is added
+    /// then.
     pub fn put(&mut self, prefix: &str, state: &State) -> Result<()> {
         let key = format!("{KEY}{prefix}");
         let start = format!("{prefix}.");
@@ -104,7 +105,8 @@ impl Archive {
     /// Adds the variables of a model under their own names, with the values that they have now.
     ///
     /// # Errors
-    /// A name is in use, or begins with the prefix of a state and a dot, or a variable is of a dtype that cannot be written; nothing is added
+    /// A name is in use, or begins with the prefix of a state and a dot, or a variable is of a
+    /// dtype that cannot be written; nothing is added
     /// then.
     pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
         let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,7 +194,8 @@ impl Archive {
     /// Writes the file, which appears whole or not at all.
     ///
     /// # Errors
-    /// A tensor of a dtype that cannot be written; those of the file system and of devices; a file that was there before is then as it was.
+    /// A tensor of a dtype that cannot be written; those of the file system and of devices; a file
+    /// that was there before is then as it was.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let mut named = vec![];

@@ -64,7 +64,8 @@ pub(super) fn sample_weights(layer: &str, x: &Tensor, weights: &Tensor) -> Resul
     Ok(weights)
 }
 
-/// The moments of values that count by their weights, in the unit of which the count is. Blocks are short, so that sums lose nothing.
+/// The moments of values that count by their weights, in the unit of which the count is. Blocks are
+/// short, so that sums lose nothing.
 pub(super) fn weighted_moments(values: &[f64], weights: &[f64]) -> Moments {
     const BLOCK: usize = 256;
     let blocks = values.chunks(BLOCK).zip(weights.chunks(BLOCK));
@@ -83,8 +84,10 @@ pub(super) fn weighted_moments(values: &[f64], weights: &[f64]) -> Moments {
     })
 }
 
-/// Calls `take(feature, values, weights)` with the values of each feature of `x` that are numbers, in blocks of samples, and with the weights
-/// of their samples if there are weights; returns what was seen. A sample without weight counts as none.
+/// Calls `take(feature, values, weights)` with the values of each feature of `x` that are numbers,
+/// in blocks of samples, and with the weights
+/// of their samples if there are weights; returns what was seen. A sample without weight counts as
+/// none.
 pub(super) fn each_feature(
     layer: &str,
     features: &Features,

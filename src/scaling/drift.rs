@@ -96,8 +96,10 @@ pub struct DriftReport {
 /// Options of a [`DriftMonitor`]. A threshold of `None` leaves its metric out of the events; reports have all.
 ///
 /// Metrics are looked at again and again, and values of a series are not independent: so the thresholds are far from what one look at
-/// independent values would need. Mean and variance must also have moved by more than five standard errors, so that neither a heavy tail nor a
-/// short window or reference is taken for a change. The threshold of the population stability index is for windows as long as the default:
+/// independent values would need. Mean and variance must also have moved by more than five standard
+/// errors, so that neither a heavy tail nor a
+/// short window or reference is taken for a change. The threshold of the population stability index
+/// is for windows as long as the default:
 /// where nothing changes, the index is about `(bins − 1) · (1/n + 1/m)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -111,7 +113,8 @@ pub struct DriftOptions {
     pub check_every: usize,
     /// Rows after an event in which there is none of the same feature. Default 200.
     pub cool_down: usize,
-    /// The number of bins of the population stability index, from 2 to 10 000, and the fewest values that `fit` takes. Default 10.
+    /// The number of bins of the population stability index, from 2 to 10 000, and the fewest
+    /// values that `fit` takes. Default 10.
     pub bins: usize,
     /// Of the absolute value. Default 0.5.
     pub mean_shift: Option<f64>,
@@ -121,7 +124,8 @@ pub struct DriftOptions {
     pub population_stability: Option<f64>,
     /// Of the p-value. Default 1e-6.
     pub ks_p_value: Option<f64>,
-    /// What becomes of NaN: refused, or left out, so that it takes no place in the window. Default: refused.
+    /// What becomes of NaN: refused, or left out, so that it takes no place in the window. Default:
+    /// refused.
     pub nan: Nan,
 }
 
@@ -142,14 +146,21 @@ impl Default for DriftOptions {
     }
 }
 
-/// Compares the recent values of each feature of a series with a reference, and says when they differ.
+/// Compares the recent values of each feature of a series with a reference, and says when they
+/// differ.
 ///
-/// - *Mean shift*: `(m − μ) / σ`, with the mean `m` of the recent values, and μ and σ of the reference. There is an event where it is also
-///   more than five standard errors `√(v · (1/n + 1/m))` for `n` and `m` values, by their pooled variance `v`.
-/// - *Variance ratio*: `s² / σ²`, both biased. There is an event where `s² − σ²` is also more than five standard errors `√(k · (1/n + 1/m))`,
-///   by the pooled variance `k` of the squared distances from the mean: `(κ − 1) σ⁴` for a kurtosis κ. A value far out raises the
-///   variance and its error alike, so that this holds for heavy tails too, even for those that have no kurtosis (Layard, 1973,
-///   "Robust large-sample tests for homogeneity of variances", <https://doi.org/10.1080/01621459.1973.10481363>).
+/// - *Mean shift*: `(m − μ) / σ`, with the mean `m` of the recent values, and μ and σ of the
+///   reference. There is an event where it is also
+///   more than five standard errors `√(v · (1/n + 1/m))` for `n` and `m` values, by their pooled
+///   variance `v`.
+/// - *Variance ratio*: `s² / σ²`, both biased. There is an event where `s² − σ²` is also more than
+///   five standard errors `√(k · (1/n + 1/m))`,
+///   by the pooled variance `k` of the squared distances from the mean: `(κ − 1) σ⁴` for a kurtosis
+///   κ. A value far out raises the
+///   variance and its error alike, so that this holds for heavy tails too, even for those that have
+///   no kurtosis (Layard, 1973,
+///   "Robust large-sample tests for homogeneity of variances",
+///   <https://doi.org/10.1080/01621459.1973.10481363>).
 /// - *Population stability index*: `Σ (pᵢ − qᵢ) · ln(pᵢ / qᵢ)` over bins, of which the reference has the shares `pᵢ` and the recent values
 ///   `qᵢ`. The edges are the quantiles of the reference at `k / bins`, by linear interpolation; the outer bins are open, an edge belongs to the
 ///   bin above it, and equal edges are one. A share of 0 counts as 10⁻⁴. Evidently has this formula, and the same 10⁻⁴, over bins of
@@ -157,8 +168,10 @@ impl Default for DriftOptions {
 /// - *Kolmogorov–Smirnov*: the greatest distance of the two distribution functions, and its p-value: exact up to 2²⁰ pairs of values, as
 ///   SciPy's `ks_2samp` with `method="exact"`, and Kolmogorov's limit beyond. With ties the p-value is too high.
 ///
-/// Metrics are formed each [`check_every`](DriftOptions::check_every) rows, of the features that had a value since. Missing values take no place
-/// in a window: a feature with gaps is compared by as many values as one without. Methods take `&self`, so that threads can share a monitor; an error
+/// Metrics are formed each [`check_every`](DriftOptions::check_every) rows, of the features that
+/// had a value since. Missing values take no place
+/// in a window: a feature with gaps is compared by as many values as one without. Methods take
+/// `&self`, so that threads can share a monitor; an error
 /// changes nothing. The rows of the reference and the values of the windows are kept.
 ///
 /// ```
@@ -223,7 +236,8 @@ impl DriftMonitor {
     /// Takes `x`, `[N, features...]`, as the reference, and forgets recent rows and cool-downs.
     ///
     /// # Errors
-    /// Data that are empty, not of floating point, infinite, NaN where that is refused, of other features than the names say, or fewer
+    /// Data that are empty, not of floating point, infinite, NaN where that is refused, of other
+    /// features than the names say, or fewer
     /// values of a feature than [`bins`](DriftOptions::bins).
     pub fn fit(&self, x: &Tensor) -> Result<()> {
         let mut watch = self.lock();

@@ -103,7 +103,8 @@ impl EwmScalerOptions {
 ///   two values of it, or where `α` is 1 and the newest has all the weight.
 ///
 /// The statistics are moments whose count is a weight: each row scales it down, and is merged to them. So a mean of 10⁹ standard deviations
-/// leaves the variance as it is, which a difference of mean squares does not. Weights are relative to the newest: however long the gap
+/// leaves the variance as it is, which a difference of mean squares does not. Weights are relative
+/// to the newest: however long the gap
 /// between two values, nothing of their variance is lost.
 ///
 /// ```
@@ -143,8 +144,10 @@ impl EwmScaler {
 
 /// The weighted past of one feature, its weights in units of that of the newest value.
 ///
-/// The past does not get lighter while values are missing: weights are relative, and what the next value makes of them is known when it comes.
-/// Nor is anything taken off a sum: `W² − Σ wᵢ²` is `2 Σ wᵢ wⱼ` over pairs, which is what is kept of it.
+/// The past does not get lighter while values are missing: weights are relative, and what the next
+/// value makes of them is known when it comes.
+/// Nor is anything taken off a sum: `W² − Σ wᵢ²` is `2 Σ wᵢ wⱼ` over pairs, which is what is kept
+/// of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Weight {
     /// Their count is the sum of the weights.
@@ -153,7 +156,8 @@ struct Weight {
     squares: f64,
     /// `1 − Σ wᵢ² / W²`, the factor by which the biased variance is too small.
     pairs: f64,
-    /// The variance that is not; none of one value. It outlives the two numbers that it is the ratio of, which a long gap takes to zero.
+    /// The variance that is not; none of one value. It outlives the two numbers that it is the
+    /// ratio of, which a long gap takes to zero.
     var: Option<f64>,
     /// How many rows without a value came since the newest one.
     gap: f64,

@@ -70,7 +70,8 @@ pub(super) trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
         done
     }
 
-    /// The mean, as moments, and the variance of a feature, which too few values have none of. A count of 0 says that nothing is known.
+    /// The mean, as moments, and the variance of a feature, which too few values have none of. A
+    /// count of 0 says that nothing is known.
     fn statistics(&self, options: &Self::Options, feature: usize) -> (Moments, Option<f64>);
 
     /// Whether [`check_saved`](Self::check_saved) finds anything.
@@ -212,7 +213,8 @@ const LARGEST: f64 = f64::from_bits((1023 + 484) << 52);
 /// No variance of such values is larger.
 pub(super) const LARGEST_VAR: f64 = 16. * LARGEST * LARGEST;
 
-/// Saved moments, if they are those of values that a series may have. Their mean square is an average of squares, and so stays where it is
+/// Saved moments, if they are those of values that a series may have. Their mean square is an
+/// average of squares, and so stays where it is
 /// allowed to be whatever is merged to them.
 pub(super) fn of_series(state: &State, feature: usize, moments: Moments) -> Result<Moments> {
     let label = state.features().label(feature);
@@ -508,7 +510,8 @@ impl SeriesStats {
     }
 }
 
-/// The public face of a scaler with a field `following`, of a memory. `$weights` says what to do in place of weighing samples.
+/// The public face of a scaler with a field `following`, of a memory. `$weights` says what to do in
+/// place of weighing samples.
 macro_rules! scaler_of_series {
     ($name:ident, $options:ident, $weights:literal) => {
         impl $name {

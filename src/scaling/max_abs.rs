@@ -12,7 +12,8 @@ use super::{Nan, State};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
-    /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted. What is cut gets no gradient. Default
+    /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted.
+    /// What is cut gets no gradient. Default
     /// `false`.
     pub clip: bool,
     /// What becomes of NaN in the data that are fitted. Default: refused.

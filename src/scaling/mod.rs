@@ -47,7 +47,8 @@
 //! # Edges
 //!
 //! As scikit-learn has them: a feature that does not vary is divided by 1; NaN is refused or, by [`Nan::Ignore`], left out and counted, and stays NaN
-//! in what is transformed. A feature that is NaN throughout becomes NaN, and the others are scaled. Infinite data, no samples, other features or
+//! in what is transformed. A feature that is NaN throughout becomes NaN, and the others are scaled.
+//! Infinite data, no samples, other features or
 //! names are an error that names the feature, and change nothing.
 //!
 //! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
@@ -132,12 +133,16 @@ pub trait Scaler: Send + Sync + Debug {
     /// Data that are empty, not of floating point, infinite, NaN where that is refused, or of other features than the names say.
     fn fit(&self, x: &Tensor) -> Result<()>;
 
-    /// [`fit`](Self::fit) to samples that count by their weight, as scikit-learn's `sample_weight`: a sample of weight 2 is one that is there
-    /// twice, and one of weight 0 is none. `sample_weight` is `[N]`; the count, the mean and the variance of
-    /// [`StandardScaler`] are those of the weights, and the ranges of [`MinMaxScaler`] and [`MaxAbsScaler`] those of the samples that count.
+    /// [`fit`](Self::fit) to samples that count by their weight, as scikit-learn's `sample_weight`:
+    /// a sample of weight 2 is one that is there
+    /// twice, and one of weight 0 is none. `sample_weight` is `[N]`; the count, the mean and the
+    /// variance of
+    /// [`StandardScaler`] are those of the weights, and the ranges of [`MinMaxScaler`] and
+    /// [`MaxAbsScaler`] those of the samples that count.
     ///
     /// # Errors
-    /// As [`fit`](Self::fit); weights that are negative or not finite, of other samples, or all 0; a scaler that has no use for weights, such as
+    /// As [`fit`](Self::fit); weights that are negative or not finite, of other samples, or all 0;
+    /// a scaler that has no use for weights, such as
     /// those of series and [`RobustScaler`].
     fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
@@ -150,7 +155,8 @@ pub trait Scaler: Send + Sync + Debug {
     /// As [`fit`](Self::fit); also other features than before.
     fn partial_fit(&self, x: &Tensor) -> Result<()>;
 
-    /// [`partial_fit`](Self::partial_fit) to samples that count by their weight. Those of `partial_fit` count 1.
+    /// [`partial_fit`](Self::partial_fit) to samples that count by their weight. Those of
+    /// `partial_fit` count 1.
     ///
     /// # Errors
     /// As [`partial_fit`](Self::partial_fit) and [`fit_weighted`](Self::fit_weighted).
@@ -235,17 +241,20 @@ impl<'a> dyn Scaler + 'a {
 macro_rules! files {
     ($name:ident) => {
         impl $name {
-            /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`](crate::scaling::Archive) puts it into a file
+            /// Writes this scaler to a file of its own, over the one that it wrote before.
+            /// [`Archive`](crate::scaling::Archive) puts it into a file
             /// with others, and with a model.
             ///
             /// # Errors
-            /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
+            /// A file that holds anything else, such as the variables of a model, which is then as
+            /// it was; those of the file system.
             pub fn save(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
                 let scaler: &dyn $crate::scaling::Scaler = self;
                 scaler.save(path)
             }
 
-            /// [`restore`](crate::scaling::Scaler::restore)s this scaler from a file that [`save`](Self::save) wrote.
+            /// [`restore`](crate::scaling::Scaler::restore)s this scaler from a file that
+            /// [`save`](Self::save) wrote.
             ///
             /// # Errors
             /// A file that is not whole, or of another kind, version or set of features.

@@ -53,8 +53,10 @@ const TARGETS: &str = "pipeline_targets";
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 ///
-/// A model with batch norm has two modes, and is a [`ModuleT`]. It trains by [`predict_scaled`](Self::predict_scaled) with `true`;
-/// [`predict`](Self::predict) is inference. The running statistics are saved and loaded with the other variables:
+/// A model with batch norm has two modes, and is a [`ModuleT`]. It trains by
+/// [`predict_scaled`](Self::predict_scaled) with `true`;
+/// [`predict`](Self::predict) is inference. The running statistics are saved and loaded with the
+/// other variables:
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
@@ -188,7 +190,8 @@ impl<M> Pipeline<M> {
     /// The contents of the file, to which more can be added before it is written.
     ///
     /// # Errors
-    /// Inputs or targets that were never fitted; a variable whose name begins with that of a part: `pipeline.`, `pipeline_inputs.` or
+    /// Inputs or targets that were never fitted; a variable whose name begins with that of a part:
+    /// `pipeline.`, `pipeline_inputs.` or
     /// `pipeline_targets.`.
     pub fn archive(&self) -> Result<Archive> {
         let targets = self.targets.as_ref().map(TargetScaler::scaler);

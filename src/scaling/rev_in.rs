@@ -22,8 +22,10 @@ pub struct RevInOptions {
     pub affine: bool,
     /// Subtract the last value of a window in place of its mean. Default: false.
     pub subtract_last: bool,
-    /// Take NaN for values that are missing, as [`normalize_masked`](RevIn::normalize_masked) takes a mask: they are no part of the
-    /// statistics, and come out as the center. Without, NaN makes the whole window of its series NaN. Default: false.
+    /// Take NaN for values that are missing, as [`normalize_masked`](RevIn::normalize_masked) takes
+    /// a mask: they are no part of the
+    /// statistics, and come out as the center. Without, NaN makes the whole window of its series
+    /// NaN. Default: false.
     pub ignore_nan: bool,
 }
 
@@ -189,11 +191,15 @@ impl RevIn {
         self.normalize_whole(xs)
     }
 
-    /// [`normalize`](Self::normalize) of windows with values that are missing: where `observed` is 0.
+    /// [`normalize`](Self::normalize) of windows with values that are missing: where `observed`
+    /// is 0.
     ///
-    /// The statistics are those of the values that are there, with [`subtract_last`](RevInOptions::subtract_last) of the last of them. A
-    /// value that is missing, whatever `xs` has in its place, comes out as the center does, as the shift `b`, and gets no gradient. A series
-    /// of which a window has no value at all is `b` throughout; its statistics are NaN, and so is its forecast.
+    /// The statistics are those of the values that are there, with
+    /// [`subtract_last`](RevInOptions::subtract_last) of the last of them. A
+    /// value that is missing, whatever `xs` has in its place, comes out as the center does, as the
+    /// shift `b`, and gets no gradient. A series
+    /// of which a window has no value at all is `b` throughout; its statistics are NaN, and so is
+    /// its forecast.
     ///
     /// # Shapes
     /// `observed`: `[N, T, num_features]`, or `[N, T, 1]` for all series alike; of any dtype.
@@ -255,7 +261,8 @@ impl RevIn {
         let divisor = count.maximum(&count.ones_like()?)?;
         let mean = |t: &Tensor| t.sum_keepdim(1)?.div(&divisor);
         let about = |center: &Tensor| x.broadcast_sub(center)?.mul(&there);
-        // In two steps, as a mean of one number would leave what it was rounded by in every distance.
+        // In two steps, as a mean of one number would leave what it was rounded by in every
+        // distance.
         let high = mean(&x)?;
         let about_high = about(&high)?;
         let low = mean(&about_high)?;
@@ -357,7 +364,8 @@ impl RevIn {
     }
 }
 
-/// 1 at the last step of each window and series where `observed`, `[N, T, C]`, is 1, and 0 elsewhere.
+/// 1 at the last step of each window and series where `observed`, `[N, T, C]`, is 1, and 0
+/// elsewhere.
 fn last_of(observed: &Tensor) -> Result<Tensor> {
     let (_, steps, series) = observed.dims3()?;
     let mut flags = observed.flatten_all()?.to_vec1::<u8>()?;

@@ -45,7 +45,8 @@ impl From<usize> for SlidingScalerOptions {
 /// Where:
 /// - the sums are over the values in the window: the last `window` rows up to the row itself, or before it;
 /// - `n` is how many of them are numbers;
-/// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the resolution of an `f64` at its mean; and where
+/// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the
+///   resolution of an `f64` at its mean; and where
 ///   there are no more than `ddof` values, which have no variance.
 ///
 /// A row costs the same whatever the window, and nothing is ever subtracted from a sum: after millions of rows the statistics are those of

@@ -44,7 +44,8 @@ fn ascending(values: &[f64], feature: usize, features: usize) -> Vec<f64> {
     numbers
 }
 
-/// Columns as rows, one after the other, the last value of each in the last. A column with fewer values than another has NaN before them.
+/// Columns as rows, one after the other, the last value of each in the last. A column with fewer
+/// values than another has NaN before them.
 fn aligned(columns: &[Vec<f64>]) -> Vec<f64> {
     let features = columns.len();
     let rows = columns.iter().map(Vec::len).max().unwrap_or(0);
@@ -74,13 +75,15 @@ fn ratio(a: f64, b: f64, same: f64) -> f64 {
     }
 }
 
-/// The mean and the variance of values, and how much their squared distances from the mean differ among themselves.
+/// The mean and the variance of values, and how much their squared distances from the mean differ
+/// among themselves.
 #[derive(Debug, Clone, Copy)]
 struct Spread {
     moments: Moments,
     /// 0 where it is below the resolution of an `f64` at the mean.
     var: f64,
-    /// The kurtosis less 1: the variance of the squared distances in units of the squared variance. 0 where nothing varies.
+    /// The kurtosis less 1: the variance of the squared distances in units of the squared variance.
+    /// 0 where nothing varies.
     excess: f64,
 }
 
@@ -102,7 +105,8 @@ impl Spread {
         }
     }
 
-    /// By how much the mean of `now` is above this one; 0 where both are constants that rounding alone tells apart.
+    /// By how much the mean of `now` is above this one; 0 where both are constants that rounding
+    /// alone tells apart.
     fn shift(&self, now: &Self) -> f64 {
         let (a, b) = (now.moments, self.moments);
         let shift = (a.mean() - b.mean()) + (a.mean_error() - b.mean_error());
@@ -113,7 +117,8 @@ impl Spread {
         }
     }
 
-    /// The distance of the means, and that of the variances, to `now`: each in its standard error, by what both sets of values have
+    /// The distance of the means, and that of the variances, to `now`: each in its standard error,
+    /// by what both sets of values have
     /// of it together.
     fn distances(&self, now: &Self) -> [f64; 2] {
         let scale = self.var.max(now.var).sqrt();
@@ -181,9 +186,11 @@ pub(super) struct Watch {
     pub(super) options: DriftOptions,
     pub(super) features: Features,
     pub(super) reference: Option<Arc<Reference>>,
-    /// Of each feature its last values. What is missing takes no place, so that a feature with gaps has as many as one without.
+    /// Of each feature its last values. What is missing takes no place, so that a feature with gaps
+    /// has as many as one without.
     recent: Vec<VecDeque<f64>>,
-    /// Of each feature, whether a value came since it was last looked at: the same values are not told twice.
+    /// Of each feature, whether a value came since it was last looked at: the same values are not
+    /// told twice.
     fresh: Vec<bool>,
     pub(super) step: u64,
     /// Of each feature, the step up to which there is no event.
@@ -307,7 +314,8 @@ impl Watch {
         })
     }
 
-    /// Takes a reference, instead of the one that there was, from now on. A feature whose values it kept goes on as it was.
+    /// Takes a reference, instead of the one that there was, from now on. A feature whose values it
+    /// kept goes on as it was.
     pub(super) fn refer_to(&mut self, reference: Reference) {
         self.reference = Some(Arc::new(reference));
         let quiet = self.step.saturating_add(self.options.cool_down as u64);
@@ -325,8 +333,10 @@ impl Watch {
         self.recent[feature].len() >= LEAST_VALUES
     }
 
-    /// Rows that could be the next reference: of each feature what `choose` takes of the values of the reference and the recent ones. A
-    /// feature without new values, whose sensor is silent, keeps those of the reference, so that the others need not wait for it.
+    /// Rows that could be the next reference: of each feature what `choose` takes of the values of
+    /// the reference and the recent ones. A
+    /// feature without new values, whose sensor is silent, keeps those of the reference, so that
+    /// the others need not wait for it.
     pub(super) fn next_reference(&self, choose: impl Fn(&[f64], &[f64]) -> Vec<f64>) -> Vec<f64> {
         let features = self.recent.len();
         let reference = self.reference.as_ref().map_or(&[][..], |r| &r.values);

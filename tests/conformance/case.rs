@@ -32,7 +32,8 @@ pub(crate) fn one_line(error: impl Display) -> String {
     text.lines().next().unwrap_or_default().trim().to_string()
 }
 
-/// The device that layers run on: that of `CANDLE_NORM_DEVICE` (`cpu`, or `cuda` with the feature of that
+/// The device that layers run on: that of `CANDLE_NORM_DEVICE`
+/// (`cpu`, or `cuda` with the feature of that
 /// name), else the CPU.
 pub(crate) fn device() -> Outcome<&'static Device> {
     static DEVICE: OnceLock<Outcome<Device>> = OnceLock::new();

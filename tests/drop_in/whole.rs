@@ -1,4 +1,5 @@
-// A file of a model as it is written for candle-nn: it names no other crate of layers, and it stays as it is when that name stands for
+// A file of a model as it is written for candle-nn: it names no other crate of layers, and it stays
+// as it is when that name stands for
 // `candle_norm::nn`. It is compiled both ways.
 
 use candle_core::{DType, Result, Tensor};

@@ -166,7 +166,8 @@ fn nan_is_ignored_and_counted_where_that_is_chosen() {
     });
 }
 
-/// As in scikit-learn: what nothing is known of becomes NaN, in every dtype and both ways, and the others are scaled.
+/// As in scikit-learn: what nothing is known of becomes NaN, in every dtype and both ways, and the
+/// others are scaled.
 #[test]
 fn a_feature_of_only_nan_is_nan_and_the_others_are_scaled() {
     let nan = f64::NAN;

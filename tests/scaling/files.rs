@@ -545,7 +545,8 @@ fn file_of(dtype: &str, bytes: usize, elements: usize) -> Vec<u8> {
     file
 }
 
-/// What candle reads and cannot bring back out: the scales of quantized models, and floats of less than a byte.
+/// What candle reads and cannot bring back out: the scales of quantized models, and floats of less
+/// than a byte.
 #[test]
 fn a_dtype_that_cannot_be_written_is_an_error() {
     let (_folder, file) = scratch();
@@ -561,7 +562,8 @@ fn a_dtype_that_cannot_be_written_is_an_error() {
     ] {
         let whole = file_of(dtype, bytes, elements);
         fs::write(&file, &whole).unwrap();
-        // Read, replace, write, as the message says that is seen by who saves a scaler over a model.
+        // Read, replace, write, as the message says that is seen by who saves a scaler over a
+        // model.
         let written = Archive::read(&file).and_then(|mut archive| {
             archive.replace("scaler", &state)?;
             archive.write(&file)

@@ -1,4 +1,5 @@
-//! States at the limits of numbers: refused, or what they become is accepted; never saved and then refused.
+//! States at the limits of numbers: refused, or what they become is accepted; never saved and then
+//! refused.
 
 use candle_core::Result;
 use candle_norm::scaling::{
@@ -169,7 +170,8 @@ fn numbers_at_their_limits_are_refused_or_go_on() {
     });
 }
 
-/// The words of the issue: a mean that no sum of squares can be taken about, and the infinite variance that would follow.
+/// The words of the issue: a mean that no sum of squares can be taken about, and the infinite
+/// variance that would follow.
 #[test]
 fn a_mean_whose_squares_no_number_holds_is_refused() {
     each_of_all(|kind, build| {

@@ -1,4 +1,5 @@
-//! When a drift monitor is silent, and when it is not: distributions that do not change, and series with values that are missing.
+//! When a drift monitor is silent, and when it is not: distributions that do not change, and series
+//! with values that are missing.
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{
@@ -69,7 +70,8 @@ fn what_does_not_change_gives_no_alarm() -> Result<()> {
     Ok(())
 }
 
-/// What a heavy tail is let off for, a change is not: each distribution at twice its size is another.
+/// What a heavy tail is let off for, a change is not: each distribution at twice its size is
+/// another.
 #[test]
 fn every_distribution_at_another_size_is_seen() -> Result<()> {
     println!("rows to the first event once values are doubled, for each of three seeds:");

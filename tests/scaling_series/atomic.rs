@@ -159,7 +159,8 @@ fn center_and_scale(scaler: &dyn Scaler) -> Result<[f64; 4]> {
     Ok([back[0], back[1], back[2] - back[0], back[3] - back[1]])
 }
 
-/// The sensor of one feature dies, and the other drifts twice: that is followed, and the silent one stays at what it was fitted to, to the
+/// The sensor of one feature dies, and the other drifts twice: that is followed, and the silent one
+/// stays at what it was fitted to, to the
 /// bit, until it is back.
 #[test]
 fn a_sensor_that_dies_does_not_stop_the_others() -> Result<()> {
@@ -201,7 +202,8 @@ fn a_sensor_that_dies_does_not_stop_the_others() -> Result<()> {
                 assert_eq!([second_center, second_scale], [before[1], before[3]]);
                 assert_eq!(values(&scaler.transform(&probe)?)?[1], second);
             }
-            // What it said is the first of its recent values; a file has it, and the reference that was kept.
+            // What it said is the first of its recent values; a file has it, and the reference that
+            // was kept.
             let restored = AdaptiveScaler::from_state(&scaler.state()?)?;
             let back = two(&noise(600, 6, 20.), &noise(600, 7, 30.));
             let events = scaler.observe(&back)?;
@@ -220,7 +222,8 @@ fn a_sensor_that_dies_does_not_stop_the_others() -> Result<()> {
     Ok(())
 }
 
-/// The scaler inside wants more values than a window has. What that call found is returned by the next that succeeds, before its own.
+/// The scaler inside wants more values than a window has. What that call found is returned by the
+/// next that succeeds, before its own.
 #[test]
 fn events_of_a_call_that_fails_are_not_lost() -> Result<()> {
     let wants = DriftOptions {

@@ -1,7 +1,8 @@
 //! Runs the CUDA kernels of `candle-norm-cuda-kernels` on the CPU, for tests.
 //!
 //! The same `.cu` sources are compiled as C++. The threads of a block are fibers that a barrier or
-//! a shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of threads
+//! a shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of
+//! threads
 //! and blocks: what lacks a barrier gives other bits under another order.
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;

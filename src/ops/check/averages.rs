@@ -50,7 +50,8 @@ pub(crate) fn not_swapped<T>(layer: &str, own: Option<T>) -> Result<T> {
     }
 }
 
-/// `differs` is the first variable that the model or its averages lack, or that has another shape in one of them.
+/// `differs` is the first variable that the model or its averages lack, or that has another shape
+/// in one of them.
 pub(crate) fn same_variables(layer: &str, differs: Option<&str>) -> Result<()> {
     match differs {
         Some(name) => bail!(

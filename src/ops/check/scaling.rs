@@ -380,7 +380,8 @@ pub(crate) fn no_part<T>(
     )
 }
 
-/// A dtype that safetensors files are written of: candle holds others, which it cannot bring back out.
+/// A dtype that safetensors files are written of: candle holds others, which it cannot bring back
+/// out.
 pub(crate) fn writable(layer: &str, name: &str, dtype: DType) -> Result<()> {
     match dtype {
         DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0 => bail!(
