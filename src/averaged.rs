@@ -13,7 +13,7 @@ use crate::{checkpoint, files};
 
 const LAYER: &str = "AveragedModel";
 
-/// What the number of updates is called in the metadata of a file.
+/// Metadata key of the number of updates in a file.
 const NUM_UPDATES: &str = "candle_norm.num_updates";
 
 /// How the weights of the past count in an [`AveragedModel`].
@@ -48,7 +48,7 @@ pub enum Average {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct Decay {
-    /// What d becomes, between 0 and 1. Default 0.999, PyTorch's; 0.9999 is usual for long
+    /// Limit of d, between 0 and 1. Default 0.999, PyTorch's; 0.9999 is usual for long
     /// trainings of images.
     pub decay: f64,
     /// A rise of d from 0, for early weights are far from good. Default none.
@@ -350,7 +350,7 @@ impl AveragedModel {
     /// fails or panics.
     ///
     /// # Errors
-    /// What `f` returns; as [`swap_in`](Self::swap_in).
+    /// Errors of `f`, and those of [`swap_in`](Self::swap_in).
     pub fn evaluate<T>(&mut self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         self.swap_in()?;
         let back = Back(self);

@@ -1,4 +1,4 @@
-//! Which tensor a variable takes, and whether it fits.
+//! Assignment of the tensors of a file to variables.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::PoisonError;
@@ -17,7 +17,7 @@ use crate::ops::check;
 type Vars = HashMap<String, Var>;
 type Entries = BTreeMap<String, Entry>;
 
-/// What becomes of a variable.
+/// Outcome of a load for one variable.
 enum Fate {
     /// It takes the tensor that the file has under this name.
     Set {
@@ -274,7 +274,7 @@ fn leave_together(vars: &[(&String, &Var)], fates: &mut [Fate]) {
     }
 }
 
-/// What the variable `name` belongs to, if to more than itself.
+/// Group of variables that `name` is loaded with, if it has no meaning by itself.
 fn group(name: &str) -> Option<String> {
     let statistics = [RUNNING_MEAN[0], RUNNING_VAR[0], NUM_BATCHES_TRACKED];
     [&statistics[..], &[MAGNITUDE[0], DIRECTION[0]]]
@@ -285,7 +285,7 @@ fn group(name: &str) -> Option<String> {
         })
 }
 
-/// What stands before the last parts `end` of `name`.
+/// Prefix of `name` before its last parts `end`.
 fn before<'a>(name: &'a str, end: &str) -> Option<&'a str> {
     let prefix = name.strip_suffix(end)?;
     (prefix.is_empty() || prefix.ends_with('.')).then_some(prefix)

@@ -269,7 +269,7 @@ fn load<P: AsRef<Path>>(
     assign::assign(vars, source, options, remedy)
 }
 
-/// What [`load_into_strict`] does. `remedy` is what a caller can do about a file of another model.
+/// Body of [`load_into_strict`]. `remedy` is what a caller can do about a file of another model.
 pub(crate) fn load_whole(vars: &VarMap, path: &Path, remedy: &str) -> Result<()> {
     load(vars, [path], &whole(), Some(remedy)).map(|_| ())
 }

@@ -56,7 +56,7 @@ fn protocol(bytes: &[u8]) -> Option<u8> {
     }
 }
 
-/// What a file of `protocol` is, and the remedy.
+/// Description of a file of pickle protocol `protocol`, with the remedy.
 pub(super) fn other_protocol(protocol: u8) -> String {
     format!(
         "a pickle of protocol {protocol}; save it in protocol {PROTOCOL}, as is the default: torch.save(.., pickle_protocol={PROTOCOL})"
@@ -325,7 +325,7 @@ fn paths(object: &Object, path: String, found: &mut Vec<String>) {
     }
 }
 
-/// What a path calls the key of a dict.
+/// Key of a dict as a part of a path.
 fn name_of(key: &Object) -> String {
     match key {
         Object::Unicode(name) => name.clone(),

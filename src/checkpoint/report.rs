@@ -1,8 +1,8 @@
-//! What loading did, in full and in short.
+//! Report of a load, in full and in short.
 
 use std::fmt;
 
-/// What was loaded, and what was not: the place to look after a load.
+/// Report of a load: names that were loaded, and names that were not, with the reason.
 ///
 /// Its `Display` has the counts and the first names of each list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

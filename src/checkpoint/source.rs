@@ -22,7 +22,7 @@ pub(super) struct Entry {
 /// The tensors of one or several files, by the names that the model has for them.
 #[derive(Default)]
 pub(super) struct Source {
-    /// What a message calls it.
+    /// Name in messages.
     pub(super) label: String,
     pub(super) entries: BTreeMap<String, Entry>,
     /// The names of tensors that a rule left out.
@@ -100,7 +100,7 @@ impl Source {
     }
 }
 
-/// What the file at `path` holds, told by its bytes, never by its name.
+/// Tensors of the file at `path`, whose kind is told by its bytes, never by its name.
 fn contents(path: &Path, key: Option<&str>) -> Result<Pickled> {
     let bytes = match path.is_dir() {
         true => bail!("it is a folder; pass the files in it"),
@@ -181,7 +181,8 @@ const KINDS: [(&[u8], &str); 13] = [
     (b"\x89PNG", "a PNG picture; it holds no tensors"),
 ];
 
-/// What a file is that is neither safetensors nor of PyTorch; `None` if it may be safetensors.
+/// Description of a file that is neither safetensors nor of PyTorch; `None` if it may be
+/// safetensors.
 fn other_kind(bytes: &[u8], path: &Path) -> Option<String> {
     // A header of safetensors follows its length.
     let header = bytes.get(8) == Some(&b'{');
@@ -221,7 +222,7 @@ fn other_kind(bytes: &[u8], path: &Path) -> Option<String> {
     Some(kind.to_string())
 }
 
-/// What a JSON file is: the index beside shards, or nothing with tensors.
+/// Description of a JSON file: the index beside shards, or nothing with tensors.
 fn json(bytes: &[u8]) -> Option<String> {
     if !bytes.starts_with(b"{") {
         return None;

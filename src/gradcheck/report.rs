@@ -77,7 +77,7 @@ impl Comparison {
     }
 }
 
-/// What may be behind a disagreement beside a wrong backward, told by its signs.
+/// Cause of a disagreement other than a wrong backward, told by its signs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Suspicion {
@@ -128,7 +128,7 @@ pub struct Unreached {
     pub numeric: f64,
 }
 
-/// What the values of the function at the moved inputs have in common.
+/// Properties that the values of the function at the moved inputs share.
 pub(super) struct Outputs {
     /// All are numbers of `f32`.
     single: bool,
@@ -170,7 +170,7 @@ pub struct Report {
     pub worst: Option<Comparison>,
     /// The inputs that no gradient reached.
     pub unreached: Vec<Unreached>,
-    /// What may be behind the disagreements, if not the backward; empty where all agree.
+    /// Possible causes of the disagreements, if not the backward; empty where all agree.
     pub suspicions: Vec<Suspicion>,
     /// Absolute tolerance of the check.
     pub atol: f64,
@@ -237,7 +237,7 @@ impl Report {
         }
     }
 
-    /// What all outputs together say of the disagreements, after the last comparison.
+    /// Causes that all outputs together point to, after the last comparison.
     pub(super) fn judge(&mut self, outputs: &Outputs, eps: f64) {
         let Some(worst) = self.worst.as_ref().filter(|_| self.failed > 0) else {
             return;

@@ -37,7 +37,7 @@ pub trait Foldable: sealed::Mapped {
     fn with(&self, weight: Tensor, bias: Tensor) -> Self;
 }
 
-/// What may follow a layer in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a
+/// Layers that may follow another in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a
 /// `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations
 /// may too, so
 /// that a sequence can be given as it is; they are answered by an error.
@@ -66,7 +66,7 @@ mod sealed {
         fn stage(&self) -> Result<Stage>;
     }
 
-    /// What a follower does to the outputs of a layer.
+    /// Effect of a follower on the outputs of a layer.
     pub enum Stage {
         Nothing,
         Norm(FrozenNorm),

@@ -51,7 +51,7 @@ struct Inner {
     layer: &'static str,
     mean: Var,
     var: Var,
-    /// What this layer was built with.
+    /// Momentum that this layer was built with.
     momentum: Option<f64>,
     shared: Arc<Shared>,
 }
@@ -410,7 +410,7 @@ fn dtype_in(model: DType) -> DType {
 /// Returns the number of batches.
 ///
 /// # Errors
-/// What `forward` returns; no batches, or a layer that `forward` did not run in training mode, or
+/// Errors of `forward`; no batches, or a layer that `forward` did not run in training mode, or
 /// ran in
 /// [`without_updates`](crate::without_updates); no statistics in `norms`. The statistics are then
 /// what they were before.

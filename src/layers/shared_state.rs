@@ -1,4 +1,4 @@
-//! What all layers of the same running statistics have in common, beside the statistics themselves.
+//! State that all layers of the same running statistics share, beside the statistics themselves.
 
 use std::collections::HashMap;
 use std::sync::{
@@ -20,7 +20,7 @@ pub(super) struct State {
     pub(super) num_batches_tracked: Var,
     /// Whether a model saves that counter: then no other takes its place.
     counter_of_model: bool,
-    /// What `set_momentum` set, in place of the momentum of each layer.
+    /// Momentum of `set_momentum`, in place of the momentum of each layer.
     pub(super) momentum: Option<Option<f64>>,
     /// While statistics are recalibrated, the cumulative average stands in for any momentum.
     pub(super) recalibrations: usize,

@@ -27,7 +27,7 @@ pub struct SwitchNormOptions {
     /// The reference implementation names the weight of the old value: its 0.9 is 0.1 here, its 0.997 is 0.003. With
     /// `using_moving_average=False` it adds batches up instead; [`switch_norm`] says how such a checkpoint is read.
     pub momentum: Option<f64>,
-    /// Which of `weight` and `bias` are learned. Default: both.
+    /// Affine parameters that are learned. Default: both.
     pub affine: Affine,
     /// Mix in the statistics of the batch; without, training and inference are the same. Default: true.
     pub using_bn: bool,
@@ -77,7 +77,7 @@ impl SwitchNormOptions {
         }
     }
 
-    /// What the variance of a batch of n values was divided by, n less this.
+    /// Correction of the variance: that of n values is divided by n less this.
     fn batch_correction(&self) -> usize {
         usize::from(self.unbiased && self.spatial_dims == 0)
     }

@@ -94,7 +94,7 @@ impl Batch {
     }
 }
 
-/// What becomes of the batches that layers train on in a scope.
+/// Treatment of the batches that layers train on in a scope.
 enum Frame {
     Ignore,
     Apply,
@@ -146,7 +146,7 @@ impl Drop for Scope {
     }
 }
 
-/// What the innermost scope has pooled for the variables of `stats`, to batches of this `kind`.
+/// Batch of this `kind` that the innermost scope has pooled for the variables of `stats`.
 fn pooled_in<'a>(
     frames: &'a mut [Frame],
     stats: &RunningStats,
@@ -248,7 +248,7 @@ pub fn without_updates<T>(f: impl FnOnce() -> T) -> T {
 /// takes its own batches one by one.
 ///
 /// # Errors
-/// What `f` returns. Then no statistics change, also those of the micro-batches before; the same if
+/// Errors of `f`. Then no statistics change, also those of the micro-batches before; the same if
 /// `f` panics.
 ///
 /// ```

@@ -65,7 +65,8 @@ pub(super) fn kind(name: &str) -> Option<&'static str> {
     KINDS.iter().find(stands).map(|kind| kind.name)
 }
 
-/// What `name` may have been meant for, as it is written: the nearest name, if two thirds of it are
+/// Norm that `name` may have been meant for, as it is written: the nearest name, if two thirds of
+/// it are
 /// right.
 pub(super) fn nearest(name: &str) -> Option<String> {
     let word = plain(name);

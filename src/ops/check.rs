@@ -147,7 +147,7 @@ pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()>
     same_device(layer, "residual", residual, x.device())
 }
 
-/// What a message says where one axis is missing.
+/// Hint where one axis is missing.
 const NO_BATCH_AXIS: &str = "; if the batch axis is missing, add it with unsqueeze(0)";
 
 pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
@@ -323,7 +323,7 @@ pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
     }
 }
 
-/// What sets the start of a scale.
+/// Source of the start of a scale.
 pub(crate) fn has_scale(layer: &str, option: &str, scale: bool) -> Result<()> {
     if !scale {
         bail!(
@@ -708,7 +708,7 @@ pub(crate) fn served(layer: &str, x: &Tensor, served: bool) -> Result<()> {
     Ok(())
 }
 
-/// What the backward finds in place of the input of the forward.
+/// Check that the backward finds the input of the forward.
 pub(crate) fn unchanged(layer: &str, unchanged: bool) -> Result<()> {
     if !unchanged {
         bail!(

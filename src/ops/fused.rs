@@ -319,7 +319,8 @@ impl Fingerprint {
     }
 }
 
-/// Whether the argument has the fingerprint.
+/// Comparison of the argument with a fingerprint. It applies to detached tensors, so that no
+/// gradient is lost.
 struct Look(Fingerprint);
 
 impl CustomOp1 for Look {
@@ -382,7 +383,9 @@ pub(super) fn gradients<F: FusedOp>(
     args: &[&Tensor],
     dy: &Tensor,
 ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
-    // Of the parameters, only the first can be a factor of the gradients: a bias is left out.
+    // Detached, so that the inner op may do without a backward of its own. Of the parameters, only
+    // the
+    // first can be a factor of the gradients: a bias is left out.
     let mut inputs = vec![args[0].detach(), dy.detach().contiguous()?];
     inputs.extend(args.get(1).map(|weight| weight.detach()));
     let wanted: Vec<bool> = args.iter().map(|t| t.track_op()).collect();

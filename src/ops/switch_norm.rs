@@ -197,7 +197,7 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 struct Planes {
     /// `[N, C, space]`; on the composed path each plane less a value of its own.
     values: Tensor,
-    /// What was subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]`
+    /// Values subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]`
     /// or `[1, 1]`.
     offsets: Vec<Tensor>,
     /// The mean of each plane less `offsets`, `[N, C]`; `f64` on the fused path.

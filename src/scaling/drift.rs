@@ -124,7 +124,7 @@ pub struct DriftOptions {
     pub population_stability: Option<f64>,
     /// Of the p-value. Default 1e-6.
     pub ks_p_value: Option<f64>,
-    /// What becomes of NaN: refused, or left out, so that it takes no place in the window. Default:
+    /// Treatment of NaN: refused, or left out, so that it takes no place in the window. Default:
     /// refused.
     pub nan: Nan,
 }

@@ -29,7 +29,7 @@ pub struct EwmScalerOptions {
     /// Whether a row counts among those that it is scaled by. Default: it does.
     #[cfg_attr(feature = "serde", serde(default))]
     pub causal: Causal,
-    /// What becomes of NaN: refused, or left out and counted. Default: refused.
+    /// Treatment of NaN: refused, or left out and counted. Default: refused.
     #[cfg_attr(feature = "serde", serde(default))]
     pub nan: Nan,
 }

@@ -20,7 +20,8 @@ pub struct SlidingScalerOptions {
     /// Whether a row counts among those that it is scaled by. Default: it does.
     #[cfg_attr(feature = "serde", serde(default))]
     pub causal: Causal,
-    /// What becomes of NaN: refused, or left out and counted. It takes a place in the window either way. Default: refused.
+    /// Treatment of NaN: refused, or left out and counted. It takes a place in the window either
+    /// way. Default: refused.
     #[cfg_attr(feature = "serde", serde(default))]
     pub nan: Nan,
 }

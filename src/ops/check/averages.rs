@@ -30,7 +30,7 @@ pub(crate) fn positive(layer: &str, name: &str, value: f64) -> Result<()> {
     Ok(())
 }
 
-/// What only works while the model has its own values.
+/// Check that the model has its own values.
 pub(crate) fn swapped(layer: &str, call: &str, swapped: bool) -> Result<()> {
     if swapped {
         bail!(
@@ -40,7 +40,7 @@ pub(crate) fn swapped(layer: &str, call: &str, swapped: bool) -> Result<()> {
     Ok(())
 }
 
-/// What only works while the averages are in the model.
+/// Check that the averages are in the model.
 pub(crate) fn not_swapped<T>(layer: &str, own: Option<T>) -> Result<T> {
     match own {
         Some(own) => Ok(own),

@@ -14,7 +14,7 @@ pub(crate) fn windows(layer: &str, x: &Tensor, series: usize) -> Result<()> {
     }
 }
 
-/// What says which values of windows are there.
+/// Mask of the values of windows that are there.
 pub(crate) fn mask(layer: &str, mask: &Tensor, windows: &Tensor) -> Result<()> {
     let (n, t, c) = windows.dims3()?;
     match mask.dims() {
