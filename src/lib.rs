@@ -104,14 +104,20 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod averaged;
+mod backend;
 pub mod checkpoint;
+mod computations;
 mod files;
 pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
 // `tests/readme.rs` follows the links.
+mod graph;
 #[allow(rustdoc::broken_intra_doc_links)]
 #[cfg(doc)]
 pub mod guide;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
 mod kernels;
 mod layers;

@@ -7,7 +7,7 @@ mod common;
 use std::sync::LazyLock;
 
 use candle_core::{DType, Result, Tensor};
-use candle_norm::ops::hook::Level;
+use candle_norm::internals::Level;
 use candle_norm::ops::{self, Cast};
 use candle_norm::{Path, with_path};
 use rayon::{ThreadPool, ThreadPoolBuilder};

@@ -18,7 +18,7 @@ mod long;
 mod weight_norm;
 
 use candle_core::{DType, Result};
-use candle_norm::ops::hook::Level;
+use candle_norm::internals::Level;
 use candle_norm::{Path, with_path};
 use libtest_mimic::{Arguments, Trial};
 

@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Module, ModuleT};
-use candle_norm::ops::{self, SwitchBatch, SwitchSources, hook};
+use candle_norm::internals;
+use candle_norm::ops::{self, SwitchBatch, SwitchSources};
 use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
 use super::case::{Case, EPS, GROUPS, Inputs, Op};
@@ -63,22 +64,22 @@ pub(crate) fn composed(case: &Case, inputs: &Inputs) -> Result<Layer> {
 /// The backward of the layer by itself.
 pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
     let op = match case.op {
-        Op::LayerNorm => hook::Op::LayerNorm,
-        Op::RmsNorm => hook::Op::RmsNorm,
-        Op::BatchNorm => hook::Op::BatchNorm,
-        Op::BatchNormInference => hook::Op::BatchNormInference {
+        Op::LayerNorm => internals::Op::LayerNorm,
+        Op::RmsNorm => internals::Op::RmsNorm,
+        Op::BatchNorm => internals::Op::BatchNorm,
+        Op::BatchNormInference => internals::Op::BatchNormInference {
             mean: inputs.mean.clone(),
             var: inputs.var.clone(),
         },
-        Op::GroupNorm => hook::Op::GroupNorm { num_groups: GROUPS },
-        Op::InstanceNorm => hook::Op::InstanceNorm,
+        Op::GroupNorm => internals::Op::GroupNorm { num_groups: GROUPS },
+        Op::InstanceNorm => internals::Op::InstanceNorm,
         Op::SwitchNorm => bail!("switch_norm has no backward without the engine"),
-        Op::WeightNorm => hook::Op::WeightNorm { dim: Some(0) },
+        Op::WeightNorm => internals::Op::WeightNorm { dim: Some(0) },
     };
     // An op computes the gradients that somebody tracks, and here that is all of them.
     let inputs = inputs.tracked()?;
     let (weight, bias) = (Some(&inputs.weight), inputs.bias.as_ref());
-    let saved = hook::saved(op, &inputs.x, weight, bias, EPS)?;
+    let saved = internals::saved(op, &inputs.x, weight, bias, EPS)?;
     let dy = inputs.dy.clone();
     Ok(Box::new(move || {
         let (dx, dweight, dbias) = saved.backward(&dy)?;

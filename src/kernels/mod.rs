@@ -18,6 +18,7 @@ pub(crate) mod planes;
 mod readers;
 pub(crate) mod rows;
 mod shared;
+#[cfg_attr(not(feature = "internals"), allow(dead_code, unreachable_pub))]
 pub(crate) mod simd;
 pub(crate) mod slices;
 mod span;

@@ -6,8 +6,9 @@ use candle_nn::Module;
 use super::fold::Foldable;
 use super::params::AffineParams;
 use super::running_stats::Snapshot;
+use crate::computations::composed;
 use crate::ops::linear_map::LinearMap;
-use crate::ops::{self, check, composed};
+use crate::ops::{self, check};
 
 /// A [`BatchNorm`](crate::BatchNorm) or [`InstanceNorm`](crate::InstanceNorm) whose statistics no longer change.
 ///

@@ -20,7 +20,8 @@ use candle_core::{Result, Tensor};
 
 pub use candle_nn::rotary_emb::*;
 
-use crate::ops::{check, composed};
+use crate::computations::composed;
+use crate::ops::check;
 
 /// How the pairs of elements that are rotated together lie in a tensor.
 #[derive(Clone, Copy)]

@@ -1,11 +1,11 @@
 //! Normalization of each channel of each sample by its own statistics.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
-use super::group_norm::Groups;
-use super::{Route, check, composed, fused, route};
-use crate::kernels::rows;
+use super::check;
+use crate::computations::{Groups, composed};
+use crate::graph::{self, Statistics};
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
@@ -36,42 +36,25 @@ pub fn instance_norm(
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
     let layer = "InstanceNorm";
-    let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
-        return Ok((composed::empty(x, &[weight, bias])?, None));
+    let Some(groups) = checked(layer, x, weight, bias, eps)? else {
+        return Ok((graph::empty(layer, x, &[weight, bias])?, None));
     };
-    let Planes {
-        n, c, space, acc, ..
-    } = planes;
-    let unbiased = space as f64 / (space - 1) as f64;
-    if planes.route == Route::Fused {
-        let op = Groups::new(layer, x, c, weight, bias, eps);
-        let (y, op) = fused::apply(op, x, &[weight, bias])?;
-        let mut means = vec![(0., 0.); c];
-        for sample in op.stats()?.chunks(c) {
-            for (mean, stats) in means.iter_mut().zip(sample) {
-                mean.0 += stats.mean.high / n as f64;
-                mean.1 += stats.var / n as f64;
-            }
-        }
-        let channels = means.into_iter().map(|(mean, var)| (mean, var * unbiased));
-        let statistics = BatchStatistics::from_channels(channels, acc, x.device())?;
-        return Ok((y, Some(statistics)));
-    }
-    let standardized = composed::standardize(&planes.rows(x)?, true, eps)?;
-    let y = planes.affine(x, &standardized.y, weight, bias)?;
-    let mean_over_samples = |s: &Tensor| {
-        let by_channel = s.detach().reshape((n, c))?.t()?.contiguous()?;
-        composed::Rows::new(&by_channel)?.mean()
-    };
+    let (channels, space) = (groups.axes.channels, groups.axes.inner);
+    let (y, statistics) = graph::apply_with_statistics(groups, x, weight, bias)?;
+    let [mean, var] = statistics.over_samples(channels)?;
     let statistics = BatchStatistics {
-        mean: mean_over_samples(&standardized.mean)?,
-        var: (mean_over_samples(&standardized.var)? * unbiased)?,
+        mean,
+        var: (var * (space as f64 / (space - 1) as f64))?,
     };
-    Ok((y, Some(statistics)))
+    Ok((
+        y,
+        Some(statistics.to_dtype(composed::accumulator(x.dtype()))?),
+    ))
 }
 
-/// [`instance_norm`] in the name of `layer`, and the mean and `√(var + eps)` that each channel of each sample was normalized by, `[N, C]`
-/// in the accumulator's dtype: they are part of the graph, so that what is restored by them has its whole gradient.
+/// [`instance_norm`] in the name of `layer`, and the mean and `√(var + eps)` that each channel of
+/// each sample was normalized by, `[N, C]` in the accumulator's dtype: they are part of the graph,
+/// so that what is restored by them has its whole gradient.
 pub(crate) fn instance_norm_by(
     layer: &'static str,
     x: &Tensor,
@@ -79,93 +62,41 @@ pub(crate) fn instance_norm_by(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, [Tensor; 2])> {
-    let Some(planes) = Planes::checked(layer, x, weight, bias, eps)? else {
-        check::countable(layer, "statistics", &x.dims()[..2])?;
-        let none = Tensor::zeros(
-            (x.dims()[0], x.dims()[1]),
-            composed::accumulator(x.dtype()),
-            x.device(),
-        )?;
-        return Ok((composed::empty(x, &[weight, bias])?, [none.clone(), none]));
+    let acc = composed::accumulator(x.dtype());
+    let Some(groups) = checked(layer, x, weight, bias, eps)? else {
+        let dims = (x.dims()[0], x.dims()[1]);
+        check::countable(layer, "statistics", &[dims.0, dims.1])?;
+        let none = Tensor::zeros(dims, acc, x.device())?;
+        let y = graph::empty(layer, x, &[weight, bias])?;
+        return Ok((y, [none.clone(), none]));
     };
-    let Planes { n, c, acc, .. } = planes;
-    let by_channel =
-        |mean: Tensor, std: Tensor| Result::Ok([mean.reshape((n, c))?, std.reshape((n, c))?]);
-    if planes.route == Route::Fused {
-        let op = Groups::new(layer, x, c, weight, bias, eps);
-        let (y, op) = fused::apply(op, x, &[weight, bias])?;
-        if x.track_op() {
-            let (mean, std) = composed::mean_and_std(&planes.rows(x)?, eps)?;
-            return Ok((y, by_channel(mean, std)?));
-        }
-        let saved = |of: fn(&rows::Stats) -> f64| {
-            let values: Vec<f64> = op.stats()?.iter().map(of).collect();
-            Tensor::from_vec(values, (n, c), x.device())?.to_dtype(acc)
-        };
-        return Ok((y, [saved(|s| s.mean.high)?, saved(|s| s.inv_std.recip())?]));
-    }
-    let standardized = composed::standardize(&planes.rows(x)?, true, eps)?;
-    let y = planes.affine(x, &standardized.y, weight, bias)?;
-    Ok((y, by_channel(standardized.mean, standardized.std)?))
+    let (y, statistics) = graph::apply_with_statistics(groups, x, weight, bias)?;
+    let [mean, std] = match statistics {
+        Statistics::Connected(s) => [s.mean, s.std],
+        Statistics::Saved(_) if x.track_op() => groups.mean_and_std(x)?,
+        Statistics::Saved(s) => s.mean_and_std()?,
+    };
+    let dims = (groups.axes.outer, groups.axes.channels);
+    let by_channel = |t: Tensor| t.reshape(dims)?.to_dtype(acc);
+    Ok((y, [by_channel(mean)?, by_channel(std)?]))
 }
 
-/// The channels of samples as rows of numbers.
-struct Planes {
-    n: usize,
-    c: usize,
-    space: usize,
-    acc: DType,
-    route: Route,
-}
-
-impl Planes {
-    /// Those of `x`, which meets every rule; none where it is empty.
-    fn checked(
-        layer: &'static str,
-        x: &Tensor,
-        weight: Option<&Tensor>,
-        bias: Option<&Tensor>,
-        eps: f64,
-    ) -> Result<Option<Self>> {
-        check::eps(layer, eps)?;
-        check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
-        let (n, c) = (x.dims()[0], x.dims()[1]);
-        check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-        let route = route(layer, x)?;
-        if x.elem_count() == 0 {
-            return Ok(None);
-        }
-        let space = x.elem_count() / (n * c);
-        check::more_than_one_position(layer, space, x)?;
-        let acc = composed::accumulator(x.dtype());
-        Ok(Some(Self {
-            n,
-            c,
-            space,
-            acc,
-            route,
-        }))
+/// Each channel of a sample as a group of its own, of an `x` that meets every rule; none where it
+/// is empty.
+fn checked(
+    layer: &'static str,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Option<Groups>> {
+    check::eps(layer, eps)?;
+    check::rank_at_least(layer, x, 3, "[N, C, ...]")?;
+    let (n, c) = (x.dims()[0], x.dims()[1]);
+    check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
+    if x.elem_count() == 0 {
+        return Ok(None);
     }
-
-    fn rows(&self, x: &Tensor) -> Result<Tensor> {
-        let x = composed::unshared(x)?.to_dtype(self.acc)?;
-        x.reshape((self.n * self.c, self.space))
-    }
-
-    /// Normalized rows, scaled and shifted, in the shape and dtype of `x`.
-    fn affine(
-        &self,
-        x: &Tensor,
-        rows: &Tensor,
-        weight: Option<&Tensor>,
-        bias: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let [weight, bias] = composed::parameters(weight, bias, self.acc)?;
-        let y = composed::scale_shift(
-            &rows.reshape((self.n, self.c, self.space))?,
-            weight.as_ref(),
-            bias.as_ref(),
-        )?;
-        y.to_dtype(x.dtype())?.reshape(x.shape())
-    }
+    check::more_than_one_position(layer, x.elem_count() / (n * c), x)?;
+    Ok(Some(Groups::of(layer, x, c, eps)))
 }

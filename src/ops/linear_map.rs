@@ -7,7 +7,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{check, composed};
+use super::check;
+use crate::computations::composed;
 
 /// What a weight and a bias do to an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

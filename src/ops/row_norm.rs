@@ -1,27 +1,10 @@
 //! Normalization of each row by its own statistics: layer norm and RMS norm.
 
-use std::borrow::Cow;
-use std::sync::OnceLock;
+use candle_core::{DType, Result, Shape, Tensor};
 
-use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
-
-use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
-use super::turn::swapped;
-use super::{Route, check, composed, route};
-use crate::kernels::rows;
-use crate::kernels::simd::Elem;
-
-/// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-pub enum Cast {
-    /// Multiply by the weight in `f32`, then round once: PyTorch's `RMSNorm`, Gemma.
-    #[default]
-    AfterWeight,
-    /// Round the normalized value to the input's dtype, then multiply and round again: Llama and its kin.
-    BeforeWeight,
-}
+use super::check;
+use crate::computations::{Cast, Rows, composed};
+use crate::graph::{self, transposed};
 
 /// What layer norm and RMS norm are special cases of.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,6 +54,19 @@ impl RowNorm {
             _ => f32::EPSILON as f64,
         })
     }
+
+    /// The normalization of rows of `len` elements, with a result of dtype `dtype`.
+    pub(super) fn computation(&self, len: usize, dtype: DType) -> Rows {
+        Rows {
+            layer: self.layer,
+            len,
+            center: self.center,
+            eps: composed::eps_in(composed::accumulator(dtype), self.eps_for(dtype)),
+            offset: self.offset,
+            cast: self.cast,
+            output: dtype,
+        }
+    }
 }
 
 /// Normalizes the rows of `x` as `norm` says.
@@ -81,29 +77,24 @@ pub(crate) fn row_norm(
     bias: Option<&Tensor>,
     norm: &RowNorm,
 ) -> Result<Tensor> {
-    let route = checked(x, normalized_shape, weight, bias, norm)?;
+    checked(x, normalized_shape, weight, bias, norm)?;
     if x.elem_count() == 0 {
-        return composed::empty(x, &[weight, bias]);
+        return graph::empty(norm.layer, x, &[weight, bias]);
     }
-    let rows = RowsOf::new(x, normalized_shape, norm);
-    let y = match route {
-        Route::Fused => fused_rows(&rows.of(x)?, rows.len, weight, bias, norm)?,
-        Route::Composed => {
-            let own = rows.of(&composed::unshared(x)?)?;
-            normalize_rows(&own, (rows.len, x.dtype()), weight, bias, norm)?
-        }
-    };
-    rows.back(&y)
+    let layout = RowLayout::new(x, normalized_shape, norm);
+    let rows = layout.rows(x)?;
+    let y = graph::apply(norm.computation(layout.len, x.dtype()), &rows, weight, bias)?;
+    layout.restored(&y)
 }
 
-/// Whether everything fits, and the route to take.
+/// Checks that everything fits.
 pub(super) fn checked(
     x: &Tensor,
     normalized_shape: &[usize],
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     norm: &RowNorm,
-) -> Result<Route> {
+) -> Result<()> {
     let layer = norm.layer;
     let eps = norm.eps_for(x.dtype());
     check::eps(layer, eps)?;
@@ -119,18 +110,17 @@ pub(super) fn checked(
         layer,
         x,
         &check::Param::affine(weight, bias, normalized_shape),
-    )?;
-    route(layer, x)
+    )
 }
 
-/// A tensor as the rows that are normalized.
-pub(super) struct RowsOf<'a> {
+/// How the rows that are normalized lie in a tensor.
+pub(super) struct RowLayout<'a> {
     dims: &'a [usize],
     pub(super) len: usize,
     channels_first: bool,
 }
 
-impl<'a> RowsOf<'a> {
+impl<'a> RowLayout<'a> {
     pub(super) fn new(x: &'a Tensor, normalized_shape: &[usize], norm: &RowNorm) -> Self {
         Self {
             dims: x.dims(),
@@ -139,180 +129,22 @@ impl<'a> RowsOf<'a> {
         }
     }
 
-    /// `x` with its rows one after the other in memory: every position of a map is one, if the channels come first.
-    pub(super) fn of(&self, x: &Tensor) -> Result<Tensor> {
+    /// `x` with its rows one after the other in memory: every position of a map is one, if the
+    /// channels come first.
+    pub(super) fn rows(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.contiguous()?;
         if !self.channels_first {
             return Ok(x);
         }
-        swapped(&x.reshape((self.dims[0], self.len, ()))?)?.reshape(((), self.len))
+        transposed(&x.reshape((self.dims[0], self.len, ()))?)?.reshape(((), self.len))
     }
 
     /// The tensor of these rows.
-    pub(super) fn back(&self, rows: &Tensor) -> Result<Tensor> {
+    pub(super) fn restored(&self, rows: &Tensor) -> Result<Tensor> {
         if !self.channels_first {
             return Ok(rows.clone());
         }
-        swapped(&rows.reshape((self.dims[0], (), self.len))?)?.reshape(self.dims)
-    }
-}
-
-/// The rows of `len` elements of `x`, which is contiguous and not empty; the result has the dtype `dtype`.
-pub(super) fn normalize_rows(
-    x: &Tensor,
-    (len, dtype): (usize, DType),
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    norm: &RowNorm,
-) -> Result<Tensor> {
-    let rows = x.elem_count() / len;
-    let acc = composed::accumulator(dtype);
-    let [weight, bias] = composed::parameters(weight, bias, acc)?;
-    let weight = weight.map(|w| w.reshape(len)? + norm.offset).transpose()?;
-    let bias = bias.map(|b| b.reshape(len)).transpose()?;
-
-    let x_rows = x.reshape((rows, len))?.to_dtype(acc)?;
-    let y = composed::standardize(&x_rows, norm.center, norm.eps_for(dtype))?.y;
-    let y = match norm.cast {
-        Cast::AfterWeight => y,
-        // The rounded values, with a gradient that is not rounded on its way back.
-        Cast::BeforeWeight => {
-            let detached = y.detach();
-            let rounded = detached.to_dtype(dtype)?.to_dtype(acc)?;
-            (y + (rounded - detached)?)?
-        }
-    };
-    composed::scale_shift(&y.reshape((rows, len, 1))?, weight.as_ref(), bias.as_ref())?
-        .to_dtype(dtype)?
-        .reshape(x.shape())
-}
-
-/// `x` has rows of `len` elements and is not empty.
-fn fused_rows(
-    x: &Tensor,
-    len: usize,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    norm: &RowNorm,
-) -> Result<Tensor> {
-    let op = Rows::new(norm, x.dtype(), len, Params::of(weight, bias));
-    Ok(fused::apply(op, x, &[weight, bias])?.0)
-}
-
-/// Layer norm or RMS norm as a node of the graph.
-pub(super) struct Rows {
-    norm: RowNorm,
-    pub(super) spec: rows::Spec,
-    params: Params,
-    /// The dtype of the output, to which the input is not rounded before.
-    output: DType,
-    stats: OnceLock<Vec<rows::Stats>>,
-    /// The output, where it was computed before.
-    ready: Slot<CpuStorage>,
-}
-
-impl Rows {
-    pub(super) fn new(norm: &RowNorm, dtype: DType, len: usize, params: Params) -> Self {
-        Self {
-            norm: *norm,
-            spec: rows::Spec {
-                len,
-                center: norm.center,
-                eps: composed::eps_in(composed::accumulator(dtype), norm.eps_for(dtype)),
-                round_first: norm.cast == Cast::BeforeWeight,
-            },
-            params,
-            output: dtype,
-            stats: OnceLock::new(),
-            ready: Slot::new(None),
-        }
-    }
-
-    /// The same, with what its forward would compute.
-    pub(super) fn ready(self, y: CpuStorage, stats: Vec<rows::Stats>) -> Self {
-        Self {
-            stats: OnceLock::from(stats),
-            ready: Slot::new(Some(y)),
-            ..self
-        }
-    }
-
-    /// The factor of each column.
-    fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
-        let mut weight = self.params.weight::<A>(params)?;
-        if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
-            let offset = A::from_wide(self.norm.offset);
-            for w in weight.to_mut() {
-                *w += offset;
-            }
-        }
-        Ok(weight)
-    }
-
-    fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
-        let weight = self.weight(&args[1..])?;
-        let bias = self.params.bias(&args[1..])?;
-        let affine = rows::Affine {
-            weight: weight.as_deref(),
-            bias: bias.as_deref(),
-        };
-        let (y, stats) = rows::forward::<T>(elements(args[0])?, affine, self.spec);
-        let _ = self.stats.set(stats);
-        Ok(T::to_cpu_storage_owned(y))
-    }
-
-    fn backward_of<X: Native, T: Native<Acc = X::Acc>>(
-        &self,
-        args: &[Arg],
-        wanted: bool,
-    ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        let weight = self.weight(&args[2..])?;
-        let (x, dy) = (elements::<X>(args[0])?, elements::<T>(args[1])?);
-        let stats = fused::saved(self.norm.layer, &self.stats)?;
-        let grads = rows::backward(x, dy, weight.as_deref(), stats, self.spec, wanted);
-        let dparams = self.params.pick(grads.dweight, grads.dbias);
-        Ok((X::to_cpu_storage_owned(grads.dx), dparams))
-    }
-}
-
-impl FusedOp for Rows {
-    fn name(&self) -> &'static str {
-        self.norm.layer
-    }
-
-    fn output(&self, _: DType) -> DType {
-        self.output
-    }
-
-    fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
-        if let Some(y) = self.ready.take() {
-            return Ok(y);
-        }
-        with_native!(fused::dtype(&args[0]), self.norm.layer, T => self.forward_of::<T>(args))
-    }
-
-    fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        let params = wanted[1..].contains(&true);
-        let rounded = fused::dtype(&args[0]) == self.output;
-        with_native!(self.output, self.norm.layer, T => match rounded {
-            true => self.backward_of::<T, T>(args, params),
-            false => self.backward_of::<<T as Elem>::Acc, T>(args, params),
-        })
-    }
-
-    fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {
-        let (x, len) = (args[0], self.spec.len);
-        let acc = composed::accumulator(x.dtype());
-        let weight = args.get(1).filter(|_| self.params.weight);
-        let weight = weight.map(|w| w.to_dtype(acc)?.reshape(len)? + self.norm.offset);
-        let grads = composed::backward(
-            &x.to_dtype(acc)?.reshape(((), len))?,
-            &dy.to_dtype(acc)?.contiguous()?.reshape(((), len, 1))?,
-            weight.transpose()?.as_ref(),
-            self.norm.center,
-            self.spec.eps,
-        )?;
-        fused::shaped(args, self.params, grads)
+        transposed(&rows.reshape((self.dims[0], (), self.len))?)?.reshape(self.dims)
     }
 }
 

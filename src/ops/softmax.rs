@@ -2,7 +2,8 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{check, composed};
+use super::check;
+use crate::computations::composed;
 
 const LAYER: &str = "softmax_last_dim";
 

@@ -1,13 +1,11 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
-use std::sync::OnceLock;
-
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::batch_norm::{BatchStatistics, normalize_with};
-use super::fused::{self, Native, elements, with_native};
-use super::{Route, check, composed, route};
-use crate::kernels::slices;
+use super::check;
+use crate::computations::{PlaneMoments, composed};
+use crate::graph::{self, Route, route};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -102,17 +100,17 @@ pub(crate) fn switch_norm_with(
     check_counts(x, &sources, space)?;
     let acc = composed::accumulator(x.dtype());
     let rows = match route {
-        Route::Fused => x.contiguous()?,
+        Route::Fused(_) => x.contiguous()?,
         Route::Composed => composed::unshared(x)?,
     };
     let rows = rows.reshape((n, c, space))?;
     let rows = match route {
-        Route::Fused if !x.track_op() => rows,
+        Route::Fused(_) if !x.track_op() => rows,
         // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
         _ => rows.to_dtype(acc)?,
     };
     let planes = match route {
-        Route::Fused => Planes::fused(&rows, &sources)?,
+        Route::Fused(_) => Planes::fused(&rows, &sources)?,
         Route::Composed => Planes::composed(&rows, &sources)?,
     };
     let mixed = planes.mix([mean_weight, var_weight], &sources)?;
@@ -223,7 +221,11 @@ impl Planes {
     /// The moments are a node of the graph of their own; all that follows of them is `f64`.
     fn fused(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
         let (n, c, space) = x.dims3()?;
-        let both = x.apply_op1(PlaneMoments::default())?;
+        let moments = PlaneMoments {
+            layer: LAYER,
+            len: space,
+        };
+        let both = graph::apply(moments, x, None, None)?;
         let [mean, var] = [0, 1].map(|i| both.narrow(0, i, 1)?.reshape((n, c)));
         let mean = mean?;
         let offset = offset(&mean, sources)?;
@@ -354,68 +356,4 @@ fn weighted_sum(terms: &[Tensor], shares: &Tensor, dims: (usize, usize)) -> Resu
         sum = sum.broadcast_add(&term.broadcast_mul(&share)?)?;
     }
     Ok(sum)
-}
-
-/// The means and biased variances of the rows of a contiguous `[.., len]`, `[2, rows]` in `f64`, as a node of the graph.
-#[derive(Default)]
-struct PlaneMoments {
-    means: OnceLock<Vec<f64>>,
-}
-
-impl PlaneMoments {
-    fn of<T: Native>(&self, x: fused::Arg, len: usize) -> Result<Vec<f64>> {
-        let moments = slices::moments_of_rows::<T>(elements(x)?, len);
-        let means: Vec<f64> = moments.iter().map(|m| m.mean()).collect();
-        let vars = moments.iter().map(|m| m.var());
-        let values = means.iter().copied().chain(vars).collect();
-        let _ = self.means.set(means);
-        Ok(values)
-    }
-}
-
-impl CustomOp1 for PlaneMoments {
-    fn name(&self) -> &'static str {
-        LAYER
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = (storage, layout);
-        let len = layout.shape().dims().last().copied().unwrap_or(1);
-        let both = with_native!(fused::dtype(&x), LAYER, T => self.of::<T>(x, len))?;
-        let shape = Shape::from((2, both.len() / 2));
-        Ok((CpuStorage::F64(both), shape))
-    }
-
-    /// With n values in a plane, `dx = (x − mean) · 2 dvar / n + dmean / n`.
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let means = fused::saved(LAYER, &self.means)?;
-        let planes = means.len();
-        let rows = x.reshape((planes, ()))?;
-        let space = rows.dims()[1];
-        let of = |i: usize, factor: f64| {
-            let grad = (grad.narrow(0, i, 1)? * (factor / space as f64))?;
-            grad.to_dtype(x.dtype())?.reshape(planes)
-        };
-        let (shift, scale) = (of(0, 1.)?, of(1, 2.)?);
-        let dx = if fused::higher_order() {
-            let (mean, _) = composed::mean_and_var(&rows)?;
-            rows.broadcast_sub(&mean.unsqueeze(1)?)?
-                .broadcast_mul(&scale.unsqueeze(1)?)?
-                .broadcast_add(&shift.unsqueeze(1)?)?
-        } else {
-            let mean = Tensor::from_slice(means, planes, x.device())?;
-            let one_row = rows.detach().unsqueeze(0)?;
-            let statistics = (&mean, &mean.zeros_like()?);
-            normalize_with(
-                LAYER,
-                3,
-                &one_row,
-                statistics,
-                Some(&scale),
-                Some(&shift),
-                1.,
-            )?
-        };
-        Ok(Some(dx.reshape(x.shape())?))
-    }
 }

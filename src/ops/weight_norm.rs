@@ -1,12 +1,10 @@
 //! A weight as a magnitude times a direction.
 
-use std::sync::OnceLock;
+use candle_core::{Result, Tensor};
 
-use candle_core::{CpuStorage, DType, Result, Tensor};
-
-use super::fused::{self, Arg, FusedOp, Native, elements, widened, with_native};
-use super::{Route, check, composed, route};
-use crate::kernels::weight;
+use super::check;
+use crate::computations::{WeightRows, composed, norms_of_rows};
+use crate::graph;
 
 /// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for `dim: None`.
 ///
@@ -40,9 +38,8 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         shape: &g_shape,
     };
     check::input(layer, v, &[magnitude])?;
-    let route = route(layer, v)?;
     if v.elem_count() == 0 {
-        return composed::empty(v, &[Some(g)]);
+        return graph::empty(layer, v, &[Some(g)]);
     }
     let dim = dim.unwrap_or(0);
     let num_rows = g.elem_count();
@@ -51,23 +48,8 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         1 => v.contiguous()?,
         _ => v.transpose(0, dim)?.contiguous()?,
     };
-    let w = match route {
-        Route::Fused => {
-            let op = Rows {
-                len: v.elem_count() / num_rows,
-                lengths: OnceLock::new(),
-            };
-            fused::apply(op, &by_row, &[Some(g)])?.0
-        }
-        Route::Composed => {
-            let acc = composed::accumulator(v.dtype());
-            let rows = composed::kept(&by_row)?.to_dtype(acc)?;
-            let rows = rows.reshape((num_rows, ()))?;
-            let g = composed::kept(g)?.to_dtype(acc)?.reshape(num_rows)?;
-            let w = scaled_rows(&rows, &g)?.to_dtype(v.dtype())?;
-            w.reshape(by_row.shape())?
-        }
-    };
+    let len = v.elem_count() / num_rows;
+    let w = graph::apply(WeightRows { len }, &by_row, Some(g), None)?;
     match num_rows {
         1 => Ok(w),
         _ => w.transpose(0, dim)?.contiguous(),
@@ -100,96 +82,5 @@ pub(crate) fn norms(v: &Tensor, dim: Option<usize>) -> Result<Tensor> {
         .contiguous()?
         .to_dtype(acc)?
         .reshape((num_rows, ()))?;
-    let scale = row_scale(&rows)?;
-    let unit = rows.broadcast_div(&scale)?;
-    let norm = composed::Rows::new(&unit)?.sqr()?.sum()?.sqrt()?;
-    (norm * scale.flatten_all()?)?
-        .to_dtype(v.dtype())?
-        .reshape(shape)
-}
-
-/// Each row of `v` `[rows, len]` at length `g` `[rows]`.
-fn scaled_rows(v: &Tensor, g: &Tensor) -> Result<Tensor> {
-    let v = v.broadcast_div(&row_scale(v)?)?;
-    let rows = composed::Rows::new(&v)?;
-    let squares = rows.sqr()?.sum()?;
-    // A zero row has no direction: it divides by one instead of zero, and is cut off from weight and gradient.
-    let zero = squares.detach().eq(0.)?.to_dtype(squares.dtype())?;
-    let kept = (1. - &zero)?;
-    let inv_norm = ((squares + zero)?.sqrt()?.recip()? * kept)?;
-    rows.times(&(inv_norm * g)?)?.join()
-}
-
-/// A detached divisor `[rows, 1]` that brings the largest value of each row to 1, so that squares neither over- nor
-/// underflow; 1 for rows that are zero or not finite.
-fn row_scale(v: &Tensor) -> Result<Tensor> {
-    let largest = v.detach().abs()?.max_keepdim(1)?;
-    let bound = match v.dtype() {
-        DType::F64 => f64::MAX,
-        _ => f32::MAX as f64,
-    };
-    let usable = (largest.gt(0.)? * largest.le(bound)?)?;
-    usable.where_cond(&largest, &largest.ones_like()?)
-}
-
-/// Weight norm of the rows of a contiguous tensor as a node of the graph.
-struct Rows {
-    len: usize,
-    lengths: OnceLock<Vec<weight::Length>>,
-}
-
-impl Rows {
-    fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
-        let (v, g) = (elements::<T>(args[0])?, widened::<T::Acc>(args[1])?);
-        let (w, lengths) = weight::forward(v, &g, self.len);
-        let _ = self.lengths.set(lengths);
-        Ok(T::to_cpu_storage_owned(w))
-    }
-
-    fn backward_of<T: Native>(&self, args: &[Arg]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        let (v, dw) = (elements::<T>(args[0])?, elements(args[1])?);
-        let g = widened::<T::Acc>(args[2])?;
-        let lengths = fused::saved(self.name(), &self.lengths)?;
-        let (dv, dg) = weight::backward(v, dw, &g, lengths, self.len);
-        Ok((T::to_cpu_storage_owned(dv), vec![dg]))
-    }
-}
-
-impl FusedOp for Rows {
-    fn name(&self) -> &'static str {
-        "WeightNorm"
-    }
-
-    fn forward(&self, args: &[Arg]) -> Result<CpuStorage> {
-        with_native!(fused::dtype(&args[0]), self.name(), T => self.forward_of::<T>(args))
-    }
-
-    fn backward(&self, args: &[Arg], _: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
-        with_native!(fused::dtype(&args[0]), self.name(), T => self.backward_of::<T>(args))
-    }
-
-    fn backward_composed(&self, args: &[&Tensor], dw: &Tensor) -> Result<Vec<Tensor>> {
-        let (v, g) = (args[0], args[1]);
-        let acc = composed::accumulator(v.dtype());
-        let by_row = |t: &Tensor| t.to_dtype(acc)?.contiguous()?.reshape(((), self.len));
-        let (rows, dw) = (by_row(v)?, by_row(dw)?);
-        let num_rows = rows.dims()[0];
-        // The direction of each row, whose derivative by itself is that of `scaled_rows` at length one.
-        let ones = Tensor::ones(num_rows, acc, v.device())?;
-        let direction = scaled_rows(&rows, &ones)?;
-        let dg = (&dw * &direction)?.sum_keepdim(1)?;
-        let across = (dw - direction.broadcast_mul(&dg)?)?;
-        let scale = row_scale(&rows)?;
-        let scaled = rows.broadcast_div(&scale)?;
-        let squares = scaled.sqr()?.sum_keepdim(1)?;
-        let zero = squares.detach().eq(0.)?.to_dtype(acc)?;
-        let inv_norm =
-            ((squares + &zero)?.sqrt()?.recip()? * (1. - zero)?)?.broadcast_div(&scale)?;
-        let factor = (inv_norm * g.to_dtype(acc)?.reshape((num_rows, 1))?)?;
-        let dv = across.broadcast_mul(&factor)?;
-        Ok(vec![
-            dv.reshape(v.shape())?.to_dtype(v.dtype())?,
-            dg.reshape(g.shape())?.to_dtype(g.dtype())?,
-        ])
-    }
+    norms_of_rows(&rows)?.to_dtype(v.dtype())?.reshape(shape)
 }

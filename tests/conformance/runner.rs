@@ -77,6 +77,8 @@ fn path_name(path: Path) -> &'static str {
         Path::Auto => "auto",
         Path::Fused => "fused",
         Path::Composed => "composed",
+        Path::Reference => "reference",
+        _ => "another",
     }
 }
 
@@ -112,7 +114,7 @@ impl fmt::Display for Report {
                 "{op} {dtype} {path}: at most {error:.1e} of the tolerance, {place}"
             )?;
         }
-        for path in [Path::Fused, Path::Composed].map(path_name) {
+        for path in [Path::Fused, Path::Composed, Path::Reference].map(path_name) {
             let runs = self.runs.iter().filter(|((p, _), _)| *p == path);
             let counts: Vec<String> = runs
                 .map(|((_, layout), n)| format!("{n} {layout}"))
@@ -194,7 +196,7 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     let mut short = vec![];
     let mut paths = vec![Path::Composed];
     if op.fused && device()?.is_cpu() {
-        paths.push(Path::Fused);
+        paths.extend([Path::Fused, Path::Reference]);
     } else {
         // Should the forced path run all the same, then either it fell back quietly or the table is behind.
         let leaves = Leaves::new(case, op, Layout::Contiguous)?;

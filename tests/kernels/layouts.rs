@@ -1,7 +1,7 @@
 //! Inputs and cotangents that lie in memory in other ways: channels-last, sliced, transposed, broadcast.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_norm::ops::{self, hook};
+use candle_norm::{internals, ops};
 
 use crate::common::compare::{assert_close, assert_gradient};
 use crate::common::data::{Draw, tensor, values, variable};
@@ -193,7 +193,7 @@ fn cotangent(
     let x = variable(&params.numbers.x, dims, dtypes.input)?;
     let (_, dy) = view.draw(dims, dtypes.input, &mut Draw::new(case as u64))?;
     let (dx, dweight, dbias) = stamp.run(|| {
-        let saved = hook::recorded(|| subject.forward(&x, &params.tensors))?;
+        let saved = internals::recorded(|| subject.forward(&x, &params.tensors))?;
         saved.backward(&dy)
     });
     // By position: a bias alone comes first.

@@ -1,7 +1,8 @@
 //! Rows, groups and channels so long that they are cut, and so few that there is not one for each thread.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_norm::ops::{self, Cast, hook};
+use candle_norm::internals;
+use candle_norm::ops::{self, Cast};
 
 use crate::Stamp;
 use crate::common::compare::{assert_close, tolerance};
@@ -126,7 +127,7 @@ impl Row {
         let w = variable(weights, &[channels], DType::F32)?;
         let b = variable(weights, &[channels], DType::F32)?;
         let (y, (dx, dweight, dbias)) = stamp.run(|| {
-            let saved = hook::recorded(|| op(&x, &w, &b))?;
+            let saved = internals::recorded(|| op(&x, &w, &b))?;
             Ok((saved.output().clone(), saved.backward(&dy)?))
         });
         let affine = dweight.is_some();

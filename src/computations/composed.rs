@@ -10,6 +10,8 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::Gradients;
+
 /// The longest chain of additions, on axes of up to `BLOCK³`.
 const BLOCK: usize = 32;
 
@@ -186,16 +188,22 @@ impl Rows {
     }
 }
 
-/// Rows of mean 0 and variance 1, and the statistics they were brought there by, all connected to the graph.
+/// The statistics of rows, connected to the graph, `[rows]` each.
+#[derive(Debug, Clone)]
+pub(crate) struct Statistics {
+    /// Zero where rows are not centered.
+    pub(crate) mean: Tensor,
+    /// Biased; the mean square where rows are not centered.
+    pub(crate) var: Tensor,
+    /// `√(var + eps)`.
+    pub(crate) std: Tensor,
+}
+
+/// Rows of mean 0 and variance 1, and the statistics that they were divided by.
 pub(crate) struct Standardized {
     /// `[rows, len]`.
     pub(crate) y: Tensor,
-    /// `[rows]`; zero where rows are not centered.
-    pub(crate) mean: Tensor,
-    /// `[rows]`, biased; the mean square where rows are not centered.
-    pub(crate) var: Tensor,
-    /// `[rows]`: `√(var + eps)`.
-    pub(crate) std: Tensor,
+    pub(crate) statistics: Statistics,
     /// `[rows]`
     inv_std: Tensor,
 }
@@ -225,9 +233,9 @@ pub(crate) fn mean_and_var(x: &Tensor) -> Result<(Tensor, Tensor)> {
 }
 
 /// μ and `√(σ² + ε)` of each row of `x`, as [`standardize`] has them, connected to the graph: `[rows]` each.
-pub(crate) fn mean_and_std(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+pub(crate) fn mean_and_std(x: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
     let (_, mean, var) = moments(x, true)?;
-    Ok((mean, std(&var, eps)?))
+    Ok([mean, std(&var, eps)?])
 }
 
 /// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
@@ -238,9 +246,7 @@ pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standard
     let inv_std = std.recip()?;
     Ok(Standardized {
         y: centered.times(&inv_std)?.join()?,
-        mean,
-        var,
-        std,
+        statistics: Statistics { mean, var, std },
         inv_std,
     })
 }
@@ -292,25 +298,16 @@ pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
     exp.times(&exp.sum()?.recip()?)?.join()
 }
 
-/// The gradients of [`standardize`] and [`scale_shift`] together, by tensor operations.
-pub(crate) struct Gradients {
-    /// `[rows, len]`.
-    pub(crate) dx: Tensor,
-    /// `[channels]`.
-    pub(crate) dweight: Tensor,
-    /// `[channels]`.
-    pub(crate) dbias: Tensor,
-}
-
-/// What flows back to the rows of `x` `[rows, len]` from `dy` `[outer, channels, inner]`, the same elements in the same order, with one
-/// factor `weight` `[channels]` per channel.
+/// The gradients of [`standardize`] and [`scale_shift`] together: of the rows `x` `[rows, len]`, and
+/// of one weight and bias for each channel of `dy` `[outer, channels, inner]`, the same elements in
+/// the same order.
 pub(crate) fn backward(
     x: &Tensor,
     dy: &Tensor,
     weight: Option<&Tensor>,
     center: bool,
     eps: f64,
-) -> Result<Gradients> {
+) -> Result<Gradients<Tensor>> {
     let x = x.contiguous()?;
     let Standardized { y, inv_std, .. } = standardize(&x, center, eps)?;
     let per_channel = |t: Tensor| t.sum(2)?.sum(0);
@@ -325,8 +322,8 @@ pub(crate) fn backward(
     }
     Ok(Gradients {
         dx: dx.times(&inv_std)?.join()?,
-        dweight,
-        dbias,
+        dweight: Some(dweight),
+        dbias: Some(dbias),
     })
 }
 

@@ -1,12 +1,13 @@
-//! For the tests and benches of this crate only: the backward of an op without candle's engine around it, and the instruction set of the
-//! kernels.
+//! For the tests and benches of this crate only: the backward of an op without candle's engine
+//! around it, and the instruction set of the kernels.
 
 use candle_core::{Result, Tensor};
 
-use super::fused::Handle;
+use crate::graph::recorder::{self, Handle};
 pub use crate::kernels::simd::Level;
+use crate::ops::{self, check};
 
-/// An op of this module with default options.
+/// An op of [`ops`](crate::ops) with default options.
 #[derive(Debug, Clone)]
 pub enum Op {
     /// Over the last axis.
@@ -55,20 +56,20 @@ pub fn saved(
     eps: f64,
 ) -> Result<Saved> {
     recorded(|| match &op {
-        Op::LayerNorm => super::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
+        Op::LayerNorm => ops::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
         Op::RmsNorm => {
             let len = x.dims()[x.rank() - 1];
-            super::rms_norm(x, len, weight, Some(eps), 0., super::Cast::AfterWeight)
+            ops::rms_norm(x, len, weight, Some(eps), 0., ops::Cast::AfterWeight)
         }
-        Op::GroupNorm { num_groups } => super::group_norm(x, *num_groups, weight, bias, eps),
-        Op::InstanceNorm => Ok(super::instance_norm(x, weight, bias, eps)?.0),
-        Op::BatchNorm => Ok(super::batch_norm(x, weight, bias, eps)?.0),
+        Op::GroupNorm { num_groups } => ops::group_norm(x, *num_groups, weight, bias, eps),
+        Op::InstanceNorm => Ok(ops::instance_norm(x, weight, bias, eps)?.0),
+        Op::BatchNorm => Ok(ops::batch_norm(x, weight, bias, eps)?.0),
         Op::BatchNormInference { mean, var } => {
-            super::batch_norm_inference(x, mean, var, weight, bias, eps)
+            ops::batch_norm_inference(x, mean, var, weight, bias, eps)
         }
         Op::WeightNorm { dim } => match weight {
-            Some(g) => super::weight_norm(x, g, *dim),
-            None => super::check::internal("WeightNorm", "a magnitude"),
+            Some(g) => ops::weight_norm(x, g, *dim),
+            None => check::internal("WeightNorm", "a magnitude"),
         },
     })
 }
@@ -78,7 +79,7 @@ pub fn saved(
 /// # Errors
 /// Those of `f`.
 pub fn recorded(f: impl FnOnce() -> Result<Tensor>) -> Result<Saved> {
-    let (output, handle) = super::fused::recording(|| super::with_path(super::Path::Fused, f))?;
+    let (output, handle) = recorder::recording(|| crate::with_path(crate::Path::Fused, f))?;
     Ok(Saved { output, handle })
 }
 
@@ -96,7 +97,7 @@ impl Saved {
         let mut grads = (self.handle)(dy)?.into_iter();
         match grads.next().flatten() {
             Some(dx) => Ok((dx, grads.next().flatten(), grads.next().flatten())),
-            None => super::check::internal("hook", "a gradient of the input"),
+            None => check::internal("internals", "a gradient of the input"),
         }
     }
 }

@@ -1,0 +1,119 @@
+//! Batch norm, by the statistics of the batch or by given ones.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
+
+use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
+use crate::backend::{Backward, Forward, On, Statistics};
+use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source};
+use crate::kernels::planes::{self, Order, Shape};
+use crate::kernels::rows::{Affine, Stats};
+
+impl From<ChannelAxes> for Shape {
+    fn from(axes: ChannelAxes) -> Self {
+        Self {
+            outer: axes.outer,
+            channels: axes.channels,
+            inner: axes.inner,
+        }
+    }
+}
+
+/// Whether `[N, C, *]` lies in memory as `[N, *, C]`, and not as it is written.
+fn is_channels_last(layout: &Layout) -> bool {
+    let rank = layout.dims().len();
+    if rank < 3 || layout.is_contiguous() {
+        return false;
+    }
+    let mut step = 1;
+    let inward = [1].into_iter().chain((2..rank).rev()).chain([0]);
+    for axis in inward {
+        let size = layout.dims()[axis];
+        if size != 1 && layout.stride()[axis] != step {
+            return false;
+        }
+        step *= size;
+    }
+    true
+}
+
+/// The elements of the input, and how they lie in memory.
+fn input<T: Native>(x: Arg<'_>) -> Result<(&[T], Order)> {
+    if !is_channels_last(x.layout) {
+        return Ok((elements(x)?, Order::ChannelsFirst));
+    }
+    let (start, len) = (x.layout.start_offset(), x.layout.shape().elem_count());
+    let all = T::cpu_storage_as_slice(x.storage)?;
+    Ok((&all[start..start + len], Order::ChannelsLast))
+}
+
+fn values(t: &Tensor) -> Result<Vec<f64>> {
+    t.to_dtype(DType::F64)?.to_vec1()
+}
+
+impl Channels {
+    fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
+        let affine = Affine {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
+        let given: Vec<Stats>;
+        let statistics = match &self.source {
+            Source::Own { center } => planes::Statistics::Own {
+                center: *center,
+                eps: self.eps,
+            },
+            Source::Given { mean, var } => {
+                let channels = values(mean)?.into_iter().zip(values(var)?);
+                given = channels
+                    .map(|(mean, var)| Stats::new(mean.into(), var, self.eps))
+                    .collect();
+                planes::Statistics::Given(&given)
+            }
+        };
+        let (x, order) = input::<T>(args.x)?;
+        let (y, saved) = planes::forward(x, order, self.axes.into(), affine, statistics);
+        Ok(Forward {
+            y: T::to_cpu_storage_owned(y),
+            saved,
+        })
+    }
+
+    fn backward_of<T: Native>(
+        &self,
+        from: Backward<CpuStorage, Vec<Stats>>,
+    ) -> Result<Gradients<CpuStorage>> {
+        let weight = parameter(from.weight)?;
+        let (x, dy) = (input::<T>(from.x)?, elements(from.dy)?);
+        let wanted = planes::Wanted {
+            own: match self.source {
+                Source::Own { center } => Some(center),
+                Source::Given { .. } => None,
+            },
+            params: from.params,
+        };
+        let shape = self.axes.into();
+        let grads = planes::backward(x, dy, shape, weight.as_deref(), from.saved, wanted);
+        Ok(stored(grads, from.params))
+    }
+}
+
+impl On<Cpu> for Channels {
+    type Saved = Vec<Stats>;
+
+    fn takes(&self, x: &Layout) -> bool {
+        x.is_contiguous() || Shape::from(self.axes).has_planes() && is_channels_last(x)
+    }
+
+    fn statistics(saved: &Vec<Stats>) -> Option<&dyn Statistics> {
+        Some(saved)
+    }
+
+    fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        with_native!(args.x.dtype(), self.layer, T => self.forward_of::<T>(args))
+    }
+
+    fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
+        with_native!(from.x.dtype(), self.layer, T => self.backward_of::<T>(from))
+    }
+}

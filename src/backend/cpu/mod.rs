@@ -1,0 +1,112 @@
+//! The CPU: candle's storages as slices for the kernels, which are multithreaded and vectorized.
+
+mod channels;
+mod groups;
+mod plane_moments;
+mod rows;
+mod statistics;
+mod transpose;
+mod weight_rows;
+
+use std::borrow::Cow;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Result, WithDType};
+
+use super::{Backend, View};
+use crate::kernels::simd::{Elem, Real};
+use crate::ops::check;
+
+/// The fused kernels of the CPU.
+pub(crate) struct Cpu;
+
+impl Backend for Cpu {
+    type Storage = CpuStorage;
+}
+
+type Arg<'a> = View<'a, CpuStorage>;
+
+impl Arg<'_> {
+    fn dtype(&self) -> DType {
+        self.storage.dtype()
+    }
+}
+
+/// An element type that both candle and the kernels know.
+trait Native: WithDType + Elem<Acc: Accumulator> {}
+impl<T: WithDType + Elem<Acc: Accumulator>> Native for T {}
+
+/// The type that the kernels compute in.
+trait Accumulator: Real + WithDType + Elem<Acc = Self> {}
+impl<T: Real + WithDType + Elem<Acc = T>> Accumulator for T {}
+
+/// Runs `$body` with `$t` as the element type of dtype `$dtype`.
+macro_rules! with_native {
+    ($dtype:expr, $layer:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $t = f64;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $t = half::bf16;
+                $body
+            }
+            _ => crate::ops::check::internal($layer, "a dtype that kernels know"),
+        }
+    };
+}
+use with_native;
+
+/// The elements of a contiguous argument.
+fn elements<'a, T: WithDType>(arg: Arg<'a>) -> Result<&'a [T]> {
+    match arg.layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&T::cpu_storage_as_slice(arg.storage)?[start..end]),
+        None => check::internal("kernel", "a contiguous tensor"),
+    }
+}
+
+/// The elements of a parameter in the precision that it is multiplied in.
+fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> {
+    Ok(match arg.storage {
+        CpuStorage::F16(_) => elements::<half::f16>(arg)?
+            .iter()
+            .map(|v| A::from_wide(v.to_f64()))
+            .collect(),
+        CpuStorage::BF16(_) => elements::<half::bf16>(arg)?
+            .iter()
+            .map(|v| A::from_wide(v.to_f64()))
+            .collect(),
+        CpuStorage::F32(_) if A::DTYPE == DType::F64 => elements::<f32>(arg)?
+            .iter()
+            .map(|v| A::from_wide(f64::from(*v)))
+            .collect(),
+        _ => Cow::Borrowed(elements::<A>(arg)?),
+    })
+}
+
+/// [`widened`], of a parameter that there may be.
+fn parameter<'a, A: Accumulator>(arg: Option<Arg<'a>>) -> Result<Option<Cow<'a, [A]>>> {
+    arg.map(widened).transpose()
+}
+
+/// Gradients of the kernels as storages; those of parameters only where they were asked for.
+fn stored<T: WithDType>(
+    grads: crate::kernels::rows::Gradients<T>,
+    params: bool,
+) -> crate::computations::Gradients<CpuStorage> {
+    let stored = |grad| params.then_some(CpuStorage::F64(grad));
+    crate::computations::Gradients {
+        dx: T::to_cpu_storage_owned(grads.dx),
+        dweight: stored(grads.dweight),
+        dbias: stored(grads.dbias),
+    }
+}

@@ -1,0 +1,69 @@
+//! Batch norm, by the statistics of the batch or by given ones.
+
+use candle_core::{CpuStorage, DType, Layout, Result};
+
+use super::normalization::{Normalization, Stats, gradients};
+use super::{Arg, Reference, dtype, parameter, stored, values};
+use crate::backend::{Backward, Forward, On, Statistics};
+use crate::computations::{Args, Channels, Gradients, Source};
+
+impl Channels {
+    /// A channel is a group, and has a weight and a bias.
+    fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
+        let axes = self.axes;
+        let channel = move |i| i / axes.inner % axes.channels;
+        Normalization {
+            num_groups: axes.channels,
+            group: channel,
+            num_params: axes.channels,
+            param: channel,
+        }
+    }
+}
+
+impl On<Reference> for Channels {
+    type Saved = Vec<Stats>;
+
+    fn takes(&self, _: &Layout) -> bool {
+        true
+    }
+
+    fn statistics(saved: &Vec<Stats>) -> Option<&dyn Statistics> {
+        Some(saved)
+    }
+
+    fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        let x = values(args.x)?;
+        let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
+        let saved = match &self.source {
+            Source::Own { center } => self.plain().stats(&x, *center, self.eps),
+            Source::Given { mean, var } => {
+                let [mean, var] = [mean, var].map(|s| s.to_dtype(DType::F64)?.to_vec1::<f64>());
+                let channels = mean?.into_iter().zip(var?);
+                channels
+                    .map(|(mean, var)| Stats::new(mean, 0., var, self.eps))
+                    .collect()
+            }
+        };
+        let affine = [weight.as_deref(), bias.as_deref()];
+        let y = self.plain().forward(&x, &saved, affine, None);
+        Ok(Forward {
+            y: stored(y, dtype(args.x))?,
+            saved,
+        })
+    }
+
+    fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
+        let (x, dy) = (values(from.x)?, values(from.dy)?);
+        let weight = parameter(from.weight)?;
+        let own = match self.source {
+            Source::Own { center } => Some(center),
+            Source::Given { .. } => None,
+        };
+        let weight = weight.as_deref();
+        let grads = self
+            .plain()
+            .backward([&x, &dy], from.saved, weight, own, None);
+        gradients(grads, dtype(from.x))
+    }
+}

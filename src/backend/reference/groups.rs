@@ -1,0 +1,56 @@
+//! Group and instance norm.
+
+use candle_core::{CpuStorage, Layout, Result};
+
+use super::normalization::{Normalization, Stats, gradients};
+use super::{Arg, Reference, dtype, parameter, stored, values};
+use crate::backend::{Backward, Forward, On, Statistics};
+use crate::computations::{Args, Gradients, Groups};
+
+impl Groups {
+    /// Neighboring channels of a sample are a group, and a channel has a weight and a bias.
+    fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
+        let (axes, num_groups) = (self.axes, self.num_groups);
+        let len = axes.channels / num_groups * axes.inner;
+        Normalization {
+            num_groups: axes.outer * num_groups,
+            group: move |i| i / len,
+            num_params: axes.channels,
+            param: move |i| i / axes.inner % axes.channels,
+        }
+    }
+}
+
+impl On<Reference> for Groups {
+    type Saved = Vec<Stats>;
+
+    fn takes(&self, _: &Layout) -> bool {
+        true
+    }
+
+    fn statistics(saved: &Vec<Stats>) -> Option<&dyn Statistics> {
+        Some(saved)
+    }
+
+    fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        let x = values(args.x)?;
+        let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
+        let saved = self.plain().stats(&x, true, self.eps);
+        let affine = [weight.as_deref(), bias.as_deref()];
+        let y = self.plain().forward(&x, &saved, affine, None);
+        Ok(Forward {
+            y: stored(y, dtype(args.x))?,
+            saved,
+        })
+    }
+
+    fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
+        let (x, dy) = (values(from.x)?, values(from.dy)?);
+        let weight = parameter(from.weight)?;
+        let weight = weight.as_deref();
+        let grads = self
+            .plain()
+            .backward([&x, &dy], from.saved, weight, Some(true), None);
+        gradients(grads, dtype(from.x))
+    }
+}

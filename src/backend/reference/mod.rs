@@ -1,0 +1,108 @@
+//! The reference: every computation as plain loops over `f64`, on one thread and without vectors.
+//!
+//! It is written to be read beside the formulas, and the other backends are tested against it. Sums
+//! are compensated, so that their own rounding does not count.
+
+mod channels;
+mod groups;
+mod normalization;
+mod plane_moments;
+mod rows;
+mod transpose;
+mod weight_rows;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Layout, Result};
+use half::{bf16, f16};
+
+use super::{Backend, View};
+use crate::ops::check;
+
+/// Plain loops on the CPU.
+pub(crate) struct Reference;
+
+impl Backend for Reference {
+    type Storage = CpuStorage;
+}
+
+type Arg<'a> = View<'a, CpuStorage>;
+
+/// The places of the elements in the storage, in the order of the tensor, whatever its strides.
+fn places(layout: &Layout) -> Vec<usize> {
+    let mut places = vec![layout.start_offset()];
+    for (&size, &stride) in layout.dims().iter().zip(layout.stride()) {
+        places = places
+            .into_iter()
+            .flat_map(|start| (0..size).map(move |i| start + i * stride))
+            .collect();
+    }
+    places
+}
+
+/// The elements of an argument.
+fn values(arg: Arg) -> Result<Vec<f64>> {
+    let places = places(arg.layout).into_iter();
+    Ok(match arg.storage {
+        CpuStorage::F16(v) => places.map(|i| v[i].to_f64()).collect(),
+        CpuStorage::BF16(v) => places.map(|i| v[i].to_f64()).collect(),
+        CpuStorage::F32(v) => places.map(|i| f64::from(v[i])).collect(),
+        CpuStorage::F64(v) => places.map(|i| v[i]).collect(),
+        _ => check::internal("reference", "a dtype of floating point")?,
+    })
+}
+
+/// The elements of a parameter that there may be.
+fn parameter(arg: Option<Arg>) -> Result<Option<Vec<f64>>> {
+    arg.map(values).transpose()
+}
+
+/// The values, each rounded once to `dtype`.
+fn stored(values: Vec<f64>, dtype: DType) -> Result<CpuStorage> {
+    Ok(match dtype {
+        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::from_f64).collect()),
+        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f64).collect()),
+        DType::F32 => CpuStorage::F32(values.into_iter().map(|v| v as f32).collect()),
+        DType::F64 => CpuStorage::F64(values),
+        _ => check::internal("reference", "a dtype of floating point")?,
+    })
+}
+
+/// `v` rounded to `dtype`.
+fn rounded(v: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::from_f64(v).to_f64(),
+        DType::BF16 => bf16::from_f64(v).to_f64(),
+        DType::F32 => f64::from(v as f32),
+        _ => v,
+    }
+}
+
+fn dtype(arg: Arg) -> DType {
+    arg.storage.dtype()
+}
+
+/// A compensated sum (Neumaier, 1974).
+#[derive(Debug, Clone, Copy, Default)]
+struct Sum {
+    total: f64,
+    lost: f64,
+}
+
+impl Sum {
+    fn add(&mut self, v: f64) {
+        let total = self.total + v;
+        self.lost += if self.total.abs() >= v.abs() {
+            (self.total - total) + v
+        } else {
+            (v - total) + self.total
+        };
+        self.total = total;
+    }
+
+    fn value(self) -> f64 {
+        match self.total.is_finite() {
+            true => self.total + self.lost,
+            false => self.total,
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Layer norm and RMS norm.
+
+use candle_core::{CpuStorage, DType, Layout, Result};
+
+use super::normalization::{Normalization, Stats, gradients};
+use super::{Arg, Reference, dtype, parameter, stored, values};
+use crate::backend::{AddOn, Added, Backward, Forward, On};
+use crate::computations::{Args, Cast, Gradients, Rows, composed};
+
+impl Rows {
+    /// A row is a group, and a column has a weight and a bias.
+    fn plain(
+        &self,
+        elements: usize,
+    ) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
+        let len = self.len;
+        Normalization {
+            num_groups: elements / len,
+            group: move |i| i / len,
+            num_params: len,
+            param: move |i| i % len,
+        }
+    }
+
+    fn plain_weight(&self, weight: Option<Arg>) -> Result<Option<Vec<f64>>> {
+        let weight = parameter(weight)?;
+        Ok(weight.map(|w| w.into_iter().map(|w| self.offset + w).collect()))
+    }
+
+    fn rounded_first(&self) -> Option<DType> {
+        (self.cast == Cast::BeforeWeight).then_some(self.output)
+    }
+
+    fn plain_forward(
+        &self,
+        x: &[f64],
+        weight: Option<Arg>,
+        bias: Option<Arg>,
+    ) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        let (weight, bias) = (self.plain_weight(weight)?, parameter(bias)?);
+        let plain = self.plain(x.len());
+        let saved = plain.stats(x, self.center, self.eps);
+        let affine = [weight.as_deref(), bias.as_deref()];
+        let y = plain.forward(x, &saved, affine, self.rounded_first());
+        Ok(Forward {
+            y: stored(y, self.output)?,
+            saved,
+        })
+    }
+}
+
+impl On<Reference> for Rows {
+    type Saved = Vec<Stats>;
+
+    fn takes(&self, _: &Layout) -> bool {
+        true
+    }
+
+    fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        self.plain_forward(&values(args.x)?, args.weight, args.bias)
+    }
+
+    fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
+        let (x, dy) = (values(from.x)?, values(from.dy)?);
+        let weight = self.plain_weight(from.weight)?;
+        let grads = self.plain(x.len()).backward(
+            [&x, &dy],
+            from.saved,
+            weight.as_deref(),
+            Some(self.center),
+            self.rounded_first(),
+        );
+        gradients(grads, dtype(from.x))
+    }
+}
+
+impl AddOn<Reference> for Rows {
+    fn add_forward(&self, args: Args<Arg>, residual: Arg) -> Result<Added<CpuStorage, Vec<Stats>>> {
+        let input = dtype(args.x);
+        let pairs = values(args.x)?.into_iter().zip(values(residual)?);
+        let sum: Vec<f64> = pairs.map(|(x, residual)| x + residual).collect();
+        // Rounded to the accumulator, in which the graph keeps it.
+        let acc = composed::accumulator(input);
+        let sum: Vec<f64> = sum.into_iter().map(|v| super::rounded(v, acc)).collect();
+        Ok(Added {
+            normalized: self.plain_forward(&sum, args.weight, args.bias)?,
+            rounded: match acc == input {
+                true => None,
+                false => Some(stored(sum.clone(), input)?),
+            },
+            sum: stored(sum, acc)?,
+        })
+    }
+}

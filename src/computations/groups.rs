@@ -1,0 +1,75 @@
+//! Groups of channels of a sample normalized by their own statistics: group and instance norm.
+
+use candle_core::{Result, Tensor};
+
+use super::composed;
+use super::{Args, ChannelAxes, Composed, Computation, Gradients};
+
+/// `y = (x − mean) / √(var + eps) · weight + bias` for each of `num_groups` groups of neighboring
+/// channels of each sample, with one weight and bias for each channel.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Groups {
+    pub(crate) layer: &'static str,
+    pub(crate) axes: ChannelAxes,
+    pub(crate) num_groups: usize,
+    /// As the accumulator holds it.
+    pub(crate) eps: f64,
+}
+
+impl Groups {
+    /// `x` is `[N, C, *]`, and not empty.
+    pub(crate) fn of(layer: &'static str, x: &Tensor, num_groups: usize, eps: f64) -> Self {
+        Self {
+            layer,
+            axes: ChannelAxes::of(x),
+            num_groups,
+            eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+        }
+    }
+
+    /// The mean and `√(var + eps)` of each group of `x`, connected to the graph.
+    pub(crate) fn mean_and_std(&self, x: &Tensor) -> Result<[Tensor; 2]> {
+        composed::mean_and_std(&self.by_group(&composed::unshared(x)?)?, self.eps)
+    }
+
+    /// One group of a sample in each row, in the accumulator's dtype.
+    fn by_group(&self, x: &Tensor) -> Result<Tensor> {
+        x.to_dtype(composed::accumulator(x.dtype()))?
+            .reshape((self.axes.outer * self.num_groups, ()))
+    }
+}
+
+impl Computation for Groups {
+    fn layer(&self) -> &'static str {
+        self.layer
+    }
+
+    fn composed(&self, args: Args<&Tensor>) -> Result<Composed> {
+        let (x, axes) = (args.x, self.axes);
+        let groups = self.by_group(&composed::unshared(x)?)?;
+        let standardized = composed::standardize(&groups, true, self.eps)?;
+        let [weight, bias] = composed::parameters(args.weight, args.bias, groups.dtype())?;
+        let y = standardized.y.reshape((axes.outer, axes.channels, ()))?;
+        let y = composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?;
+        Ok(Composed {
+            y: y.to_dtype(x.dtype())?.reshape(x.shape())?,
+            statistics: Some(standardized.statistics),
+        })
+    }
+
+    fn composed_gradients(&self, args: Args<&Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
+        let ChannelAxes {
+            outer, channels, ..
+        } = self.axes;
+        let acc = composed::accumulator(args.x.dtype());
+        let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
+        let dy = dy.to_dtype(acc)?.contiguous()?;
+        composed::backward(
+            &self.by_group(args.x)?,
+            &dy.reshape((outer, channels, ()))?,
+            weight.as_ref(),
+            true,
+            self.eps,
+        )
+    }
+}

@@ -1,0 +1,116 @@
+//! The choice between the fused kernels of a device and the composed form.
+
+use std::cell::Cell;
+
+use candle_core::{Result, Tensor};
+
+use crate::ops::check;
+
+/// Which implementation computes a layer.
+///
+/// All paths keep one numeric contract; they differ in speed and in the devices that they serve.
+///
+/// Values may be set between forward and backward, by `Var::set` or an optimizer. Parameters are
+/// copied where a backward may follow. On the fused path, an input that has changed is an error in
+/// the backward, as in PyTorch; it is told by up to 64 of its elements, so that a change of a few
+/// elements of a large input may go unseen. On the composed path the input is copied if it is a
+/// variable; for parts of variables the rule is candle's own: the backward of each operation reads
+/// the values that are there when it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Path {
+    /// The fastest path that serves the device and dtype of the input.
+    #[default]
+    Auto,
+    /// The fused CPU kernels, forward and backward: `f16`, `bf16`, `f32`, `f64`.
+    Fused,
+    /// candle's tensor operations: every device, every dtype, differentiable to any order.
+    Composed,
+    /// Plain loops over `f64` on the CPU, one thread, no vectors: what the other paths are tested
+    /// against.
+    #[cfg(feature = "internals")]
+    Reference,
+}
+
+thread_local! {
+    static PATH: Cell<Path> = const { Cell::new(Path::Auto) };
+}
+
+/// Runs `f` with every layer that it calls on this thread forced to `path`.
+///
+/// A path that cannot serve an input is then an error, never a quiet fallback. The path of the
+/// caller is restored afterwards, also when `f` panics.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::{Path, ops, with_path};
+///
+/// let x = Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu)?;
+/// let y = with_path(Path::Composed, || ops::layer_norm(&x, 3, None, None, 1e-5))?;
+/// assert_eq!(y.dims(), [1, 3]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn with_path<T>(path: Path, f: impl FnOnce() -> T) -> T {
+    struct Restore(Path);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            PATH.set(self.0);
+        }
+    }
+    let _restore = Restore(PATH.replace(path));
+    f()
+}
+
+/// How a call is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// By the kernels of a backend.
+    Fused(Kernels),
+    /// By tensor operations.
+    Composed,
+}
+
+/// The backends that have kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernels {
+    Cpu,
+    #[cfg(feature = "internals")]
+    Reference,
+}
+
+/// The route by which `layer` computes `x`, whose dtype is one of floating point.
+pub(crate) fn route(layer: &str, x: &Tensor) -> Result<Route> {
+    let served = x.device().is_cpu();
+    #[cfg(feature = "internals")]
+    let forced = by_environment(PATH.get())?;
+    #[cfg(not(feature = "internals"))]
+    let forced = PATH.get();
+    match forced {
+        Path::Composed => return Ok(Route::Composed),
+        Path::Auto if !served => return Ok(Route::Composed),
+        #[cfg(feature = "internals")]
+        Path::Reference => {
+            check::served(layer, x, served)?;
+            return Ok(Route::Fused(Kernels::Reference));
+        }
+        Path::Auto | Path::Fused => {}
+    }
+    check::served(layer, x, served)?;
+    Ok(Route::Fused(Kernels::Cpu))
+}
+
+/// `path`, or in place of [`Path::Auto`] the path that the environment variable `CANDLE_NORM_PATH`
+/// names: whole test programs run on a path by it.
+#[cfg(feature = "internals")]
+fn by_environment(path: Path) -> Result<Path> {
+    use std::sync::OnceLock;
+
+    static NAME: OnceLock<String> = OnceLock::new();
+    let name = NAME.get_or_init(|| std::env::var("CANDLE_NORM_PATH").unwrap_or_default());
+    match (path, name.as_str()) {
+        (Path::Auto, "reference") => Ok(Path::Reference),
+        (Path::Auto, "composed") => Ok(Path::Composed),
+        (Path::Auto, "") | (Path::Fused | Path::Composed | Path::Reference, _) => Ok(path),
+        (Path::Auto, _) => check::internal("CANDLE_NORM_PATH", "reference or composed"),
+    }
+}
