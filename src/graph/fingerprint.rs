@@ -12,6 +12,7 @@ pub(super) struct Fingerprint(u64);
 impl Fingerprint {
     const MOST: usize = 64;
 
+    /// Of an input that fills its part of the storage, in whatever order.
     pub(super) fn of(x: View<CpuStorage>) -> Self {
         let (start, len) = (x.layout.start_offset(), x.layout.shape().elem_count());
         let count = len.min(Self::MOST);

@@ -1,6 +1,6 @@
 //! Batch norm, by the statistics of the batch or by given ones.
 
-use candle_core::{CpuStorage, DType, Layout, Result};
+use candle_core::{CpuStorage, DType, Result};
 
 use super::normalization::{Normalization, Stats, gradients};
 use super::{Arg, Reference, dtype, parameter, stored, values};
@@ -23,10 +23,6 @@ impl Channels {
 
 impl On<Reference> for Channels {
     type Saved = Vec<Stats>;
-
-    fn takes(&self, _: &Layout) -> bool {
-        true
-    }
 
     fn statistics(saved: &Vec<Stats>) -> Option<&dyn Statistics> {
         Some(saved)

@@ -1,6 +1,6 @@
 //! Group and instance norm.
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Result};
 
 use super::normalization::{Normalization, Stats, gradients};
 use super::{Arg, Reference, dtype, parameter, stored, values};
@@ -23,10 +23,6 @@ impl Groups {
 
 impl On<Reference> for Groups {
     type Saved = Vec<Stats>;
-
-    fn takes(&self, _: &Layout) -> bool {
-        true
-    }
 
     fn statistics(saved: &Vec<Stats>) -> Option<&dyn Statistics> {
         Some(saved)

@@ -12,7 +12,7 @@ mod transpose;
 mod weight_rows;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout, Result};
+use candle_core::{CpuStorage, DType, Result};
 use half::{bf16, f16};
 
 use super::{Backend, View};
@@ -27,26 +27,17 @@ impl Backend for Reference {
 
 type Arg<'a> = View<'a, CpuStorage>;
 
-/// The places of the elements in the storage, in the order of the tensor, whatever its strides.
-fn places(layout: &Layout) -> Vec<usize> {
-    let mut places = vec![layout.start_offset()];
-    for (&size, &stride) in layout.dims().iter().zip(layout.stride()) {
-        places = places
-            .into_iter()
-            .flat_map(|start| (0..size).map(move |i| start + i * stride))
-            .collect();
-    }
-    places
-}
-
-/// The elements of an argument.
+/// The elements of a contiguous argument.
 fn values(arg: Arg) -> Result<Vec<f64>> {
-    let places = places(arg.layout).into_iter();
+    let Some((start, end)) = arg.layout.contiguous_offsets() else {
+        return check::internal("reference", "a contiguous tensor");
+    };
+    let places = start..end;
     Ok(match arg.storage {
-        CpuStorage::F16(v) => places.map(|i| v[i].to_f64()).collect(),
-        CpuStorage::BF16(v) => places.map(|i| v[i].to_f64()).collect(),
-        CpuStorage::F32(v) => places.map(|i| f64::from(v[i])).collect(),
-        CpuStorage::F64(v) => places.map(|i| v[i]).collect(),
+        CpuStorage::F16(v) => v[places].iter().map(|v| v.to_f64()).collect(),
+        CpuStorage::BF16(v) => v[places].iter().map(|v| v.to_f64()).collect(),
+        CpuStorage::F32(v) => v[places].iter().map(|v| f64::from(*v)).collect(),
+        CpuStorage::F64(v) => v[places].to_vec(),
         _ => check::internal("reference", "a dtype of floating point")?,
     })
 }

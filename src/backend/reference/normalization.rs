@@ -61,6 +61,11 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
         if center {
             mean = self.means(x.iter().copied());
             error = self.means(indexed().map(|(i, x)| x - mean[(self.group)(i)]));
+            for (mean, error) in mean.iter_mut().zip(&mut error) {
+                let nearest = *mean + *error;
+                *error += *mean - nearest;
+                *mean = nearest;
+            }
         }
         let squares = indexed().map(|(i, x)| {
             let group = (self.group)(i);

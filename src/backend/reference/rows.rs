@@ -1,6 +1,6 @@
 //! Layer norm and RMS norm.
 
-use candle_core::{CpuStorage, DType, Layout, Result};
+use candle_core::{CpuStorage, DType, Result};
 
 use super::normalization::{Normalization, Stats, gradients};
 use super::{Arg, Reference, dtype, parameter, stored, values};
@@ -51,10 +51,6 @@ impl Rows {
 
 impl On<Reference> for Rows {
     type Saved = Vec<Stats>;
-
-    fn takes(&self, _: &Layout) -> bool {
-        true
-    }
 
     fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         self.plain_forward(&values(args.x)?, args.weight, args.bias)

@@ -1,6 +1,6 @@
 //! Weight norm.
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Result};
 
 use super::{Arg, Reference, Sum, dtype, stored, values};
 use crate::backend::{Backward, Forward, On};
@@ -36,10 +36,6 @@ fn direction(v: &[f64]) -> (Vec<f64>, f64) {
 
 impl On<Reference> for WeightRows {
     type Saved = ();
-
-    fn takes(&self, _: &Layout) -> bool {
-        true
-    }
 
     fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, ()>> {
         let (v, g) = (values(args.x)?, values(argument(self, args.weight)?)?);
