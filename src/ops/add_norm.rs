@@ -13,7 +13,10 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape
 use super::fused::{self, Accumulator, Native, Params, Slot, elements, with_native};
 use super::row_norm::{Cast, RowNorm, Rows, RowsOf, checked, normalize_rows};
 use super::{Route, check, composed};
-use crate::kernels::rows;
+use crate::kernels::affine::Affine;
+use crate::kernels::rows::{self, RowSpec};
+use crate::kernels::simd::Real;
+use crate::kernels::stats::Stats;
 
 /// The rows of `x + residual`, normalized as `norm` says, and the sum.
 pub(crate) fn add_row_norm(
@@ -86,7 +89,7 @@ fn copied<A: Accumulator>(param: &Tensor, offset: f64) -> Result<Vec<A>> {
     let wide = param.detach().to_dtype(A::DTYPE)?.flatten_all()?;
     let mut values = wide.to_vec1::<A>()?;
     if offset != 0. {
-        let offset = A::from_wide(offset);
+        let offset = Real::from_f64(offset);
         for v in &mut values {
             *v += offset;
         }
@@ -98,13 +101,13 @@ fn copied<A: Accumulator>(param: &Tensor, offset: f64) -> Result<Vec<A>> {
 struct Rest<T> {
     rounded: Vec<T>,
     y: Vec<T>,
-    stats: Vec<rows::Stats>,
+    stats: Vec<Stats>,
 }
 
 /// `x + residual` as a node of the graph, in the precision of the accumulator, which normalizes the sum while it is at it.
 struct Add<T: Native> {
     layer: &'static str,
-    spec: rows::Spec,
+    spec: RowSpec,
     weight: Option<Vec<T::Acc>>,
     bias: Option<Vec<T::Acc>>,
     rest: Arc<Slot<Rest<T>>>,
@@ -122,7 +125,7 @@ impl<T: Native> CustomOp2 for Add<T> {
         residual: &CpuStorage,
         residual_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: self.weight.as_deref(),
             bias: self.bias.as_deref(),
         };

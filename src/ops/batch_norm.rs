@@ -7,8 +7,11 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::group_norm::shape_of;
 use super::{Route, check, composed, route};
-use crate::kernels::planes::{self, Order, Shape, Statistics};
-use crate::kernels::rows;
+use crate::kernels::affine::Affine;
+use crate::kernels::channels;
+use crate::kernels::grads::Wanted;
+use crate::kernels::shape::{Order, Shape};
+use crate::kernels::stats::{Statistics, Stats};
 
 /// What a batch contributes to running statistics.
 #[derive(Debug, Clone)]
@@ -199,7 +202,7 @@ pub(crate) fn normalize_with(
         let wide = |s: &Tensor| s.detach().to_dtype(DType::F64)?.to_vec1::<f64>();
         let eps = composed::eps_in(acc, eps);
         let channels = wide(mean)?.into_iter().zip(wide(var)?);
-        let given = channels.map(|(mean, var)| rows::Stats::new(mean.into(), var, eps));
+        let given = channels.map(|(mean, var)| Stats::new(mean.into(), var, eps));
         let op = Channels::new(layer, x, Source::Given(given.collect()), weight, bias);
         return Ok(fused::apply(op, x, &[weight, bias])?.0);
     }
@@ -224,7 +227,7 @@ enum Source {
     /// The batch, about the means of the channels or about zero.
     Own { center: bool, eps: f64 },
     /// The caller, one for each channel: copies, which no later update of running statistics reaches.
-    Given(Vec<rows::Stats>),
+    Given(Vec<Stats>),
 }
 
 /// Batch norm as a node of the graph.
@@ -233,7 +236,7 @@ struct Channels {
     shape: Shape,
     source: Source,
     params: Params,
-    stats: OnceLock<Vec<rows::Stats>>,
+    stats: OnceLock<Vec<Stats>>,
 }
 
 impl Channels {
@@ -259,7 +262,7 @@ impl Channels {
             self.params.weight(&args[1..])?,
             self.params.bias(&args[1..])?,
         );
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
@@ -271,7 +274,7 @@ impl Channels {
             Source::Given(stats) => Statistics::Given(stats),
         };
         let (x, order) = input::<T>(args[0])?;
-        let (y, stats) = planes::forward(x, order, self.shape, affine, statistics);
+        let (y, stats) = channels::forward(x, order, self.shape, affine, statistics);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
@@ -289,8 +292,8 @@ impl Channels {
             Source::Own { center, .. } => Some(center),
             Source::Given(_) => None,
         };
-        let wanted = planes::Wanted { own, params };
-        let grads = planes::backward(x, dy, self.shape, weight, stats, wanted);
+        let wanted = Wanted { own, params };
+        let grads = channels::backward(x, dy, self.shape, weight, stats, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }
@@ -344,7 +347,7 @@ impl FusedOp for Channels {
                 composed::backward(&to_rows(x)?, &dy_rows, weight.as_ref(), *center, *eps)?
             }
             Source::Given(stats) => {
-                let column = |f: fn(&rows::Stats) -> f64| {
+                let column = |f: fn(&Stats) -> f64| {
                     let values: Vec<f64> = stats.iter().map(f).collect();
                     Tensor::from_vec(values, (channels, 1), x.device())?.to_dtype(acc)
                 };

@@ -21,8 +21,8 @@ pub(super) trait Native: WithDType + Elem<Acc: Accumulator> {}
 impl<T: WithDType + Elem<Acc: Accumulator>> Native for T {}
 
 /// What the kernels compute in.
-pub(super) trait Accumulator: Real + WithDType + Elem<Acc = Self> {}
-impl<T: Real + WithDType + Elem<Acc = T>> Accumulator for T {}
+pub(super) trait Accumulator: Real + WithDType {}
+impl<T: Real + WithDType> Accumulator for T {}
 
 /// Runs `$body` with `$t` as the element type of dtype `$dtype`.
 macro_rules! with_native {
@@ -67,7 +67,7 @@ pub(super) fn elements<'a, T: WithDType>((storage, layout): Arg<'a>) -> Result<&
 
 /// The elements of a parameter in the precision that it is multiplied in.
 pub(super) fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> {
-    let wide = |v: f64| A::from_wide(v);
+    let wide = |v: f64| Real::from_f64(v);
     Ok(match arg.0 {
         CpuStorage::F16(_) => elements::<half::f16>(arg)?
             .iter()

@@ -6,8 +6,10 @@ use candle_core::{CpuStorage, Result, Tensor};
 
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::{Route, check, composed, route};
-use crate::kernels::planes::Shape;
-use crate::kernels::{groups, rows};
+use crate::kernels::affine::Affine;
+use crate::kernels::groups::{self, GroupSpec};
+use crate::kernels::shape::Shape;
+use crate::kernels::stats::Stats;
 
 /// Group normalization of `x` over `num_groups` groups of channels on axis 1.
 ///
@@ -65,9 +67,9 @@ pub fn group_norm(
 /// Group or instance norm as a node of the graph.
 pub(super) struct Groups {
     layer: &'static str,
-    spec: groups::Spec,
+    spec: GroupSpec,
     params: Params,
-    stats: OnceLock<Vec<rows::Stats>>,
+    stats: OnceLock<Vec<Stats>>,
 }
 
 impl Groups {
@@ -82,7 +84,7 @@ impl Groups {
     ) -> Self {
         Self {
             layer,
-            spec: groups::Spec {
+            spec: GroupSpec {
                 shape: shape_of(x),
                 num_groups,
                 eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
@@ -93,7 +95,7 @@ impl Groups {
     }
 
     /// What each group was normalized by, sample by sample.
-    pub(super) fn stats(&self) -> Result<&[rows::Stats]> {
+    pub(super) fn stats(&self) -> Result<&[Stats]> {
         fused::saved(self.layer, &self.stats).map(Vec::as_slice)
     }
 
@@ -102,7 +104,7 @@ impl Groups {
             self.params.weight(&args[1..])?,
             self.params.bias(&args[1..])?,
         );
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::batch_norm::BatchStatistics;
 use super::group_norm::Groups;
 use super::{Route, check, composed, fused, route};
-use crate::kernels::rows;
+use crate::kernels::stats::Stats;
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
@@ -98,7 +98,7 @@ pub(crate) fn instance_norm_by(
             let (mean, std) = composed::mean_and_std(&planes.rows(x)?, eps)?;
             return Ok((y, by_channel(mean, std)?));
         }
-        let saved = |of: fn(&rows::Stats) -> f64| {
+        let saved = |of: fn(&Stats) -> f64| {
             let values: Vec<f64> = op.stats()?.iter().map(of).collect();
             Tensor::from_vec(values, (n, c), x.device())?.to_dtype(acc)
         };

@@ -8,8 +8,10 @@ use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
 use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
 use super::turn::swapped;
 use super::{Route, check, composed, route};
-use crate::kernels::rows;
-use crate::kernels::simd::Elem;
+use crate::kernels::affine::Affine;
+use crate::kernels::rows::{self, RowSpec};
+use crate::kernels::simd::{Elem, Real};
+use crate::kernels::stats::Stats;
 
 /// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -202,11 +204,11 @@ fn fused_rows(
 /// Layer norm or RMS norm as a node of the graph.
 pub(super) struct Rows {
     norm: RowNorm,
-    pub(super) spec: rows::Spec,
+    pub(super) spec: RowSpec,
     params: Params,
     /// The dtype of the output, to which the input is not rounded before.
     output: DType,
-    stats: OnceLock<Vec<rows::Stats>>,
+    stats: OnceLock<Vec<Stats>>,
     /// The output, where it was computed before.
     ready: Slot<CpuStorage>,
 }
@@ -215,7 +217,7 @@ impl Rows {
     pub(super) fn new(norm: &RowNorm, dtype: DType, len: usize, params: Params) -> Self {
         Self {
             norm: *norm,
-            spec: rows::Spec {
+            spec: RowSpec {
                 len,
                 center: norm.center,
                 eps: composed::eps_in(composed::accumulator(dtype), norm.eps_for(dtype)),
@@ -229,7 +231,7 @@ impl Rows {
     }
 
     /// The same, with what its forward would compute.
-    pub(super) fn ready(self, y: CpuStorage, stats: Vec<rows::Stats>) -> Self {
+    pub(super) fn ready(self, y: CpuStorage, stats: Vec<Stats>) -> Self {
         Self {
             stats: OnceLock::from(stats),
             ready: Slot::new(Some(y)),
@@ -241,7 +243,7 @@ impl Rows {
     fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
         let mut weight = self.params.weight::<A>(params)?;
         if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
-            let offset = A::from_wide(self.norm.offset);
+            let offset = Real::from_f64(self.norm.offset);
             for w in weight.to_mut() {
                 *w += offset;
             }
@@ -252,7 +254,7 @@ impl Rows {
     fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
         let weight = self.weight(&args[1..])?;
         let bias = self.params.bias(&args[1..])?;
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
