@@ -1,26 +1,28 @@
-//! Group and instance norm of `[outer, channels, inner]`: each group of neighboring channels of a sample, which lie together in memory, by its own
-//! statistics, each channel with its own weight and bias.
+//! Group and instance norm of `[outer, channels, inner]`: each group of neighboring channels of a
+//! sample, which lie together in memory, by its own statistics, each channel with its own weight
+//! and bias.
 //!
-//! Planes too short for lanes take the weight and bias of every column of a group from an array instead.
+//! Planes too short for lanes take the weight and bias of every column of a group from an array
+//! instead.
 
-use std::mem::MaybeUninit;
-
-use super::buffer::filled;
+use super::affine::{Affine, Normal, ScaledNormal};
+use super::buffer::{Part, fill};
+use super::grads::{Gradients, InputGrad};
+use super::loops::{ColumnValues, map, map2, sums2};
 use super::par;
-use super::planes::{Affined, Shape};
-use super::rows::{self, Affine, Gradients, Stats, row_stats};
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat};
-use super::span::{Columns, map, map2, sums2};
+use super::shape::Shape;
+use super::simd::{Elem, Isa, Kernel, LANES, Real, splat};
+use super::stats::Stats;
 
-/// What is normalized by what.
+/// What is normalized by its own statistics.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Spec {
+pub(crate) struct GroupSpec {
     pub(crate) shape: Shape,
     pub(crate) num_groups: usize,
     pub(crate) eps: f64,
 }
 
-impl Spec {
+impl GroupSpec {
     fn channels_per_group(self) -> usize {
         self.shape.channels / self.num_groups
     }
@@ -36,7 +38,8 @@ impl Spec {
         row % self.num_groups * self.channels_per_group()
     }
 
-    /// One number a channel, repeated for each of its columns, where planes are too short for lanes; else nothing.
+    /// One number a channel, repeated for each of its columns, where planes are too short for
+    /// lanes; else nothing.
     fn spread<T: Real>(self, values: Option<&[T]>) -> Vec<T> {
         match values {
             Some(values) if self.shape.inner < LANES => values
@@ -49,117 +52,114 @@ impl Spec {
 
     /// The columns of group `row` in what [`spread`](Self::spread) made.
     #[inline(always)]
-    fn columns<'a, T: Elem<Acc = T> + Real, I: Isa>(
+    fn columns<'a, T: Real, I: Isa>(
         self,
         isa: I,
         spread: &'a [T],
         row: usize,
-    ) -> Option<Columns<'a, I, T>> {
+    ) -> Option<ColumnValues<'a, I, T>> {
         let start = self.first_channel(row) * self.shape.inner;
         let columns = spread.get(start..start + self.len())?;
-        Some(Columns::new(isa, columns))
+        Some(ColumnValues::new(isa, columns))
     }
 }
 
-pub(crate) fn forward<E: Elem>(x: &[E], affine: Affine<E::Acc>, spec: Spec) -> (Vec<E>, Vec<Stats>)
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+/// `y`, and what each group was normalized by.
+pub(crate) fn forward<E: Elem>(
+    x: &[E],
+    affine: Affine<E::Acc>,
+    spec: GroupSpec,
+) -> (Vec<E>, Vec<Stats>) {
     let len = spec.len();
     assert_eq!(x.len(), spec.shape.elements());
     assert!(affine.fits(spec.shape.channels));
     let rows = x.len() / len;
     let per_block = par::items_per_block(rows, len);
-    let level = Level::current();
+    let size = per_block * len;
     let mut stats = vec![Stats::NONE; rows];
-    let (weight, bias) = (spec.spread(affine.weight), spec.spread(affine.bias));
-    // SAFETY: the blocks cover all groups, and a block writes every element of its groups.
-    let y = unsafe {
-        filled(x.len(), |y| {
-            let blocks = x
-                .chunks(per_block * len)
-                .zip(y.chunks_mut(per_block * len))
-                .zip(stats.chunks_mut(per_block))
-                .enumerate()
-                .map(|(block, ((x, y), stats))| Forward {
-                    x,
-                    y,
-                    stats,
-                    first: block * per_block,
-                    affine,
-                    weight: &weight,
-                    bias: &bias,
-                    spec,
-                })
-                .collect();
-            par::run(blocks, x.len(), |block| level.run(block));
-        })
-    };
+    let weight = &spec.spread(affine.weight);
+    let bias = &spec.spread(affine.bias);
+    let y = fill(x.len(), size, |y| {
+        let blocks = x.chunks(size).zip(y).zip(stats.chunks_mut(per_block));
+        let blocks = blocks
+            .enumerate()
+            .map(|(block, ((x, y), stats))| GroupsForward {
+                x,
+                y,
+                stats,
+                first: block * per_block,
+                affine,
+                weight,
+                bias,
+                spec,
+            });
+        par::run(x.len(), blocks);
+    });
     (y, stats)
 }
 
-struct Forward<'a, E: Elem> {
+struct GroupsForward<'a, E: Elem> {
     x: &'a [E],
-    y: &'a mut [MaybeUninit<E>],
+    y: Part<'a, E>,
     stats: &'a mut [Stats],
+    /// The first group.
     first: usize,
     affine: Affine<'a, E::Acc>,
     weight: &'a [E::Acc],
     bias: &'a [E::Acc],
-    spec: Spec,
+    spec: GroupSpec,
 }
 
-impl<E: Elem> Kernel for Forward<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem> Kernel for GroupsForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
-        let len = spec.len();
-        let groups = self.x.chunks_exact(len).zip(self.y.chunks_exact_mut(len));
-        for (i, ((x, y), stats)) in groups.zip(self.stats).enumerate() {
+        let groups = self.x.chunks_exact(spec.len());
+        for (i, (x, stats)) in groups.zip(self.stats).enumerate() {
             let row = self.first + i;
-            *stats = row_stats(isa, x, true, spec.eps);
+            *stats = Stats::of_row(isa, x, true, spec.eps);
             if inner >= LANES {
-                let planes = x.chunks_exact(inner).zip(y.chunks_exact_mut(inner));
-                for (c, (x, y)) in planes.enumerate() {
-                    let affined = Affined::<I, E::Acc>::new(
-                        isa,
-                        *stats,
-                        self.affine,
-                        spec.first_channel(row) + c,
-                    );
-                    map(
-                        isa,
-                        x,
-                        y,
+                for (c, x) in x.chunks_exact(inner).enumerate() {
+                    let channel = spec.first_channel(row) + c;
+                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+                    self.y.write(
+                        inner,
                         #[inline(always)]
-                        |_, v| affined.of(v),
+                        |y| {
+                            map(
+                                isa,
+                                x,
+                                y,
+                                #[inline(always)]
+                                |_, x| normal.of(x),
+                            )
+                        },
                     );
                 }
                 continue;
             }
             let weight = spec.columns(isa, self.weight, row);
             let bias = spec.columns(isa, self.bias, row);
-            rows::Normal::<I, E::Acc>::new(isa, *stats).write(isa, x, y, false, weight, bias);
+            let normal = Normal::<I, E::Acc>::new(isa, *stats);
+            self.y.write(
+                x.len(),
+                #[inline(always)]
+                |y| normal.write(isa, x, y, false, weight, bias),
+            );
         }
     }
 }
 
-/// What flows back into `x` from `dy`.
+/// The gradients of `x`, weight and bias from `dy`.
 pub(crate) fn backward<E: Elem>(
     x: &[E],
     dy: &[E],
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
-    spec: Spec,
-) -> Gradients<E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+    spec: GroupSpec,
+) -> Gradients<E> {
     let (len, channels) = (spec.len(), spec.shape.channels);
     let rows = x.len() / len;
     assert_eq!(x.len(), spec.shape.elements());
@@ -167,34 +167,30 @@ where
     assert_eq!(stats.len(), rows);
     assert!(weight.is_none_or(|w| w.len() == channels));
     let per_block = par::items_per_block(rows, len);
-    let level = Level::current();
-    let spread = spec.spread(weight);
+    let size = per_block * len;
+    let spread = &spec.spread(weight);
     let mut partial = vec![0f64; 2 * channels * rows.div_ceil(per_block)];
-    // SAFETY: the blocks cover all groups, and a block writes every element of its groups.
-    let dx = unsafe {
-        filled(x.len(), |dx| {
-            let blocks = x
-                .chunks(per_block * len)
-                .zip(dy.chunks(per_block * len))
-                .zip(dx.chunks_mut(per_block * len))
-                .zip(stats.chunks(per_block))
-                .zip(partial.chunks_mut(2 * channels))
-                .enumerate()
-                .map(|(block, ((((x, dy), dx), stats), partial))| Backward {
-                    x,
-                    dy,
-                    dx,
-                    stats,
-                    first: block * per_block,
-                    weight,
-                    spread: &spread,
-                    spec,
-                    partial,
-                })
-                .collect();
-            par::run(blocks, x.len(), |block| level.run(block));
-        })
-    };
+    let dx = fill(x.len(), size, |dx| {
+        let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx);
+        let sums = stats
+            .chunks(per_block)
+            .zip(partial.chunks_mut(2 * channels));
+        let blocks = blocks.zip(sums).enumerate();
+        let blocks = blocks.map(
+            |(block, (((x, dy), dx), (stats, partial)))| GroupsBackward {
+                x,
+                dy,
+                dx,
+                stats,
+                first: block * per_block,
+                weight,
+                spread,
+                spec,
+                partial,
+            },
+        );
+        par::run(x.len(), blocks);
+    });
     let mut dweight = vec![0f64; 2 * channels];
     for partial in partial.chunks(2 * channels) {
         for (t, p) in dweight.iter_mut().zip(partial) {
@@ -205,37 +201,34 @@ where
     Gradients { dx, dweight, dbias }
 }
 
-struct Backward<'a, E: Elem> {
+struct GroupsBackward<'a, E: Elem> {
     x: &'a [E],
     dy: &'a [E],
-    dx: &'a mut [MaybeUninit<E>],
+    dx: Part<'a, E>,
     stats: &'a [Stats],
+    /// The first group.
     first: usize,
     weight: Option<&'a [E::Acc]>,
     spread: &'a [E::Acc],
-    spec: Spec,
+    spec: GroupSpec,
     /// The sums of `dy · x̂` of each channel, then those of `dy`.
     partial: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for Backward<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem> Kernel for GroupsBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
         let len = spec.len();
         let (dweight, dbias) = self.partial.split_at_mut(spec.shape.channels);
         let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
-        let groups = groups.zip(self.dx.chunks_exact_mut(len)).zip(self.stats);
-        for (i, (((x, dy), dx), stats)) in groups.enumerate() {
+        for (i, ((x, dy), stats)) in groups.zip(self.stats).enumerate() {
             let row = self.first + i;
             let first = spec.first_channel(row);
-            let normal = rows::Normal::<I, E::Acc>::new(isa, *stats);
-            let weight = |c: usize| self.weight.map_or(1., |w| w[c].wide());
+            let normal = Normal::<I, E::Acc>::new(isa, *stats);
+            let weight = |c: usize| self.weight.map_or(1., |w| w[c].to_f64());
             let (mut along, mut mean) = (0., 0.);
             for (c, (x, dy)) in x
                 .chunks_exact(inner)
@@ -256,61 +249,55 @@ where
                 mean += s * weight(first + c);
             }
             let n = len as f64;
-            let back = Back::<I, E::Acc> {
-                normal,
-                mean: splat::<I, _>(isa, E::Acc::from_wide(mean / n)),
-                along: splat::<I, _>(isa, E::Acc::from_wide(along / n)),
-                inv_std: splat::<I, _>(isa, E::Acc::from_wide(stats.inv_std)),
+            let grad = InputGrad {
+                mean: splat::<I, _>(isa, E::Acc::from_f64(mean / n)),
+                along: splat::<I, _>(isa, E::Acc::from_f64(along / n)),
+                scale: normal.inv_std,
             };
             if inner >= LANES {
                 let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
-                for (c, ((x, dy), dx)) in planes.zip(dx.chunks_exact_mut(inner)).enumerate() {
-                    let w = splat::<I, _>(isa, E::Acc::from_wide(weight(first + c)));
-                    map2(
+                for (c, (x, dy)) in planes.enumerate() {
+                    let w = splat::<I, _>(isa, E::Acc::from_f64(weight(first + c)));
+                    self.dx.write(
+                        inner,
+                        #[inline(always)]
+                        |dx| {
+                            map2(
+                                isa,
+                                x,
+                                dy,
+                                dx,
+                                #[inline(always)]
+                                |_, x, dy| grad.of(normal.of(x), dy * w),
+                            )
+                        },
+                    );
+                }
+                continue;
+            }
+            let w = spec.columns(isa, self.spread, row);
+            self.dx.write(
+                len,
+                #[inline(always)]
+                |dx| match w {
+                    None => map2(
                         isa,
                         x,
                         dy,
                         dx,
                         #[inline(always)]
-                        |_, x, dy| back.of(x, dy * w),
-                    );
-                }
-                continue;
-            }
-            match spec.columns(isa, self.spread, row) {
-                None => map2(
-                    isa,
-                    x,
-                    dy,
-                    dx,
-                    #[inline(always)]
-                    |_, x, dy| back.of(x, dy),
-                ),
-                Some(w) => map2(
-                    isa,
-                    x,
-                    dy,
-                    dx,
-                    #[inline(always)]
-                    |k, x, dy| back.of(x, dy * w.at(k)),
-                ),
-            }
+                        |_, x, dy| grad.of(normal.of(x), dy),
+                    ),
+                    Some(w) => map2(
+                        isa,
+                        x,
+                        dy,
+                        dx,
+                        #[inline(always)]
+                        |k, x, dy| grad.of(normal.of(x), dy * w.at(k)),
+                    ),
+                },
+            );
         }
-    }
-}
-
-/// A group on its way back: `dx = inv_std · (g − mean(g) − x̂ · mean(g · x̂))`, with `g` the gradient of `x̂`.
-#[derive(Clone, Copy)]
-struct Back<I: Isa, T: Real> {
-    normal: rows::Normal<I, T>,
-    mean: Lanes<I, T>,
-    along: Lanes<I, T>,
-    inv_std: Lanes<I, T>,
-}
-
-impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
-    #[inline(always)]
-    fn of(&self, x: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
-        ((g - self.mean) - self.normal.of(x) * self.along) * self.inv_std
     }
 }

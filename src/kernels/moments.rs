@@ -1,10 +1,11 @@
-//! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub and LeVeque do.
+//! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub
+//! and LeVeque do.
 
+use super::loops::{RUN, run_sums};
 use super::simd::{Elem, Isa, Lanes, Real, splat};
-use super::span::{RUN, run_sums};
 
-/// A mean in two numbers, of which the second is what the first was rounded by: twice the precision of `f64`, and so of every
-/// accumulator.
+/// A mean in two numbers, of which the second is what the first was rounded by: twice the precision
+/// of `f64`, and so of every accumulator.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Mean {
     pub(crate) high: f64,
@@ -62,8 +63,8 @@ impl Moments {
 
     /// The moments of slices of together `count` elements, about [`RUN`] of them.
     ///
-    /// Their mean is first rounded to the accumulator: distances from a number of that precision are exact where it matters, and what
-    /// they leave of the mean is added in `f64`.
+    /// Their mean is first rounded to the accumulator: distances from a number of that precision
+    /// are exact where it matters, and what they leave of the mean is added in `f64`.
     #[inline(always)]
     pub(crate) fn of_run<'a, E: Elem, I: Isa, S: Iterator<Item = &'a [E]>>(
         isa: I,
@@ -87,7 +88,7 @@ impl Moments {
             #[inline(always)]
             |v| [v],
         );
-        E::Acc::from_wide(sum / count as f64)
+        E::Acc::from_f64(sum / count as f64)
     }
 
     /// The moments of a run whose mean is near `shift`.
@@ -112,7 +113,7 @@ impl Moments {
         let rest = first / count;
         Self {
             count,
-            mean: Mean::sum(shift.wide(), rest),
+            mean: Mean::sum(shift.to_f64(), rest),
             m2: second - first * rest,
         }
     }
@@ -185,21 +186,22 @@ pub(crate) struct Joint {
 /// A mean as two numbers of the accumulator.
 #[inline(always)]
 pub(crate) fn parts<T: Real>(mean: Mean) -> (T, T) {
-    let high = T::from_wide(mean.high);
-    (high, T::from_wide(rest(mean, high)))
+    let high = T::from_f64(mean.high);
+    (high, T::from_f64(rest(mean, high)))
 }
 
 /// What `high` leaves of a mean.
 #[inline(always)]
 fn rest<T: Real>(mean: Mean, high: T) -> f64 {
-    (mean.high - high.wide()) + mean.low
+    (mean.high - high.to_f64()) + mean.low
 }
 
-/// `Σ w · (x − mean)` from `Σ w · (x − high)`, whose distances are exact near the mean, and `Σ w`. Taken off each distance, the rest of the mean
-/// would be rounded alike for many `x`, and in a long sum that adds up.
+/// `Σ w · (x − mean)` from `Σ w · (x − high)`, whose distances are exact near the mean, and `Σ w`.
+/// Taken off each distance, the rest of the mean would be rounded alike for many `x`, and in a long
+/// sum that adds up.
 #[inline(always)]
 pub(crate) fn about_mean<T: Real>(mean: Mean, about_high: f64, sum: f64) -> f64 {
-    let rest = rest(mean, T::from_wide(mean.high));
+    let rest = rest(mean, T::from_f64(mean.high));
     // Not where it is zero and the sum infinite.
     if rest == 0. {
         about_high
@@ -208,7 +210,8 @@ pub(crate) fn about_mean<T: Real>(mean: Mean, about_high: f64, sum: f64) -> f64 
     }
 }
 
-/// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is exact for values near it.
+/// A mean to twice the precision of the accumulator, to be taken off in two steps: the first is
+/// exact for values near it.
 #[derive(Clone, Copy)]
 pub(crate) struct Center<I: Isa, T: Real> {
     high: Lanes<I, T>,

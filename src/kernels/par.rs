@@ -1,9 +1,11 @@
 //! The one place where work goes to threads.
 //!
-//! Work is cut into blocks whose size depends on the shape alone, and what blocks leave is combined in the order of the blocks: the
-//! number of threads changes neither.
+//! Work is cut into blocks whose size depends on the shape alone, and what blocks leave is combined
+//! in the order of the blocks: the number of threads changes neither.
 
 use rayon::prelude::*;
+
+use super::simd::{Kernel, Level};
 
 /// Below this many elements the calling thread is done before another would have begun.
 const SERIAL: usize = 1 << 14;
@@ -22,11 +24,21 @@ pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
         .max(1)
 }
 
-/// Runs `f` on every job, in parallel where `elements`, what all of them touch, are worth it.
-pub(crate) fn run<J: Send>(jobs: Vec<J>, elements: usize, f: impl Fn(J) + Sync + Send) {
+/// Calls `f` with every job, in parallel where `elements`, what all of them touch, are worth it.
+pub(crate) fn for_each<J: Send>(jobs: Vec<J>, elements: usize, f: impl Fn(J) + Sync + Send) {
     if jobs.len() == 1 || elements <= SERIAL || rayon::current_num_threads() == 1 {
         jobs.into_iter().for_each(f);
     } else {
         jobs.into_par_iter().with_max_len(1).for_each(f);
     }
+}
+
+/// Runs every kernel with the instruction set of the calling thread, in parallel as
+/// [`for_each`] does.
+pub(crate) fn run<K: Kernel<Output = ()> + Send>(
+    elements: usize,
+    kernels: impl Iterator<Item = K>,
+) {
+    let level = Level::current();
+    for_each(kernels.collect(), elements, |kernel| level.run(kernel));
 }

@@ -1,135 +1,59 @@
-//! Batch norm of `[outer, channels, inner]`, where a channel is a plane of `inner` elements in each sample.
+//! Batch norm of `[outer, channels, inner]`, where a channel is a plane of `inner` elements in each
+//! sample.
 //!
-//! A channel is taken from its first sample to its last, by a thread that then still has it in cache for the next pass. What the channels are
-//! read from, [`readers`](super::readers) know. Planes too short for lanes go through [`columns`](super::columns).
+//! A channel is taken from its first sample to its last, by a thread that then still has it in
+//! cache for the next pass. A [`Reader`] finds its elements.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::buffer::filled;
-use super::columns;
+use super::affine::{Affine, ScaledNormal};
+use super::buffer::fill_interleaved;
+use super::grads::{Gradients, InputGrad, Wanted};
+use super::loops::{map, map2, run_sums2};
 use super::moments::{Center, Moments};
 use super::par;
-use super::readers::{InPlace, MOST_CHANNELS, Reader, Run, Turned};
-use super::rows::{Affine, Gradients, Stats};
+use super::readers::{MOST_CHANNELS, Reader};
+use super::shape::{Run, Shape};
 use super::shared::Shared;
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat, zero};
-use super::span::{map, map2, run_sums2};
+use super::simd::{Elem, Isa, Kernel, Real, splat};
+use super::stats::{Statistics, Stats};
 
-/// The three axes of a contiguous tensor with channels.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Shape {
-    pub(crate) outer: usize,
-    pub(crate) channels: usize,
-    pub(crate) inner: usize,
+/// How many neighboring channels a job takes, of which a reader takes so many together.
+fn channels_per_job(shape: Shape, together: usize) -> usize {
+    par::items_per_block(shape.channels, shape.outer * shape.inner).next_multiple_of(together)
 }
 
-impl Shape {
-    pub(crate) fn elements(self) -> usize {
-        self.outer * self.channels * self.inner
-    }
-
-    /// How many elements a channel has.
-    pub(crate) fn per_channel(self) -> f64 {
-        (self.outer * self.inner) as f64
-    }
-
-    #[inline(always)]
-    pub(crate) fn plane(self, sample: usize, channel: usize) -> Range<usize> {
-        let start = (sample * self.channels + channel) * self.inner;
-        start..start + self.inner
-    }
-}
-
-/// What a batch is normalized by.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Statistics<'a> {
-    /// Its own, those of each channel, about their means or about zero.
-    Own { center: bool, eps: f64 },
-    /// These, one for each channel.
-    Given(&'a [Stats]),
-}
-
-/// How the elements of a batch lie in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Order {
-    /// `[outer, channels, inner]`.
-    ChannelsFirst,
-    /// `[outer, inner, channels]`; for [planes](Shape::has_planes) only.
-    ChannelsLast,
-}
-
-impl Shape {
-    /// Whether a channel has as many neighbors in memory as there are lanes.
-    pub(crate) fn has_planes(self) -> bool {
-        self.inner >= LANES
-    }
-
-    /// How many neighboring channels a job takes, of which a reader takes so many together.
-    fn channels_per_job(self, together: usize) -> usize {
-        par::items_per_block(self.channels, self.outer * self.inner).next_multiple_of(together)
-    }
-}
-
-/// The result has its channels first, whatever the order of `x`.
-pub(crate) fn forward<E: Elem>(
-    x: &[E],
-    order: Order,
-    shape: Shape,
-    affine: Affine<E::Acc>,
-    statistics: Statistics,
-) -> (Vec<E>, Vec<Stats>)
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    assert_eq!(x.len(), shape.elements());
-    assert!(affine.fits(shape.channels));
-    assert!(order == Order::ChannelsFirst || shape.has_planes());
-    match order {
-        Order::ChannelsLast => forward_from(|| Turned::new(x, shape), shape, affine, statistics),
-        Order::ChannelsFirst if shape.has_planes() => {
-            forward_from(|| InPlace { x, shape }, shape, affine, statistics)
-        }
-        Order::ChannelsFirst => columns::forward(x, shape, affine, statistics),
-    }
-}
-
-fn forward_from<E: Elem, R: Reader<E> + Send>(
+/// `y`, with its channels first, and what each channel was normalized by.
+pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     reader: impl Fn() -> R,
     shape: Shape,
     affine: Affine<E::Acc>,
     statistics: Statistics,
-) -> (Vec<E>, Vec<Stats>)
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    let level = Level::current();
-    let per_job = shape.channels_per_job(R::CHANNELS);
+) -> (Vec<E>, Vec<Stats>) {
+    let per_job = channels_per_job(shape, R::CHANNELS);
     let mut stats = vec![Stats::NONE; shape.channels];
-    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in every sample.
+    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
+    // every sample.
     let y = unsafe {
-        filled(shape.elements(), |y| {
-            let y = Shared::new(y);
-            let jobs = stats
-                .chunks_mut(per_job)
-                .enumerate()
-                .map(|(job, stats)| Forward {
-                    reader: reader(),
-                    y,
-                    shape,
-                    first: job * per_job,
-                    affine,
-                    statistics,
-                    stats,
-                })
-                .collect();
-            par::run(jobs, shape.elements(), |job| level.run(job));
+        fill_interleaved(shape.elements(), |y| {
+            let jobs = stats.chunks_mut(per_job).enumerate();
+            let jobs = jobs.map(|(job, stats)| PlanesForward {
+                reader: reader(),
+                y,
+                shape,
+                first: job * per_job,
+                affine,
+                statistics,
+                stats,
+            });
+            par::run(shape.elements(), jobs);
         })
     };
     (y, stats)
 }
 
-struct Forward<'a, E: Elem, R> {
+struct PlanesForward<'a, E: Elem, R> {
     reader: R,
     y: Shared<'a, E>,
     shape: Shape,
@@ -139,10 +63,7 @@ struct Forward<'a, E: Elem, R> {
     stats: &'a mut [Stats],
 }
 
-impl<E: Elem, R: Reader<E>> Kernel for Forward<'_, E, R>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
@@ -164,7 +85,7 @@ where
             for run in shape.runs() {
                 self.reader.read(channels.clone(), &run);
                 for (channel, stats) in channels.clone().zip(&*stats) {
-                    let normal = Affined::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
                     let slices = self.reader.slices(channel, &run);
                     // SAFETY: this job alone has the channel, and takes each of its runs once.
                     let parts = unsafe { parts(self.y, shape, channel, &run) };
@@ -174,7 +95,7 @@ where
                             x,
                             y,
                             #[inline(always)]
-                            |_, v| normal.of(v),
+                            |_, x| normal.of(x),
                         );
                     }
                 }
@@ -229,119 +150,50 @@ fn moments<E: Elem, I: Isa>(
     all
 }
 
-/// `(v − mean) · inv_std · weight + bias` with one value of each.
+/// The batch that a backward goes through.
 #[derive(Clone, Copy)]
-pub(crate) struct Affined<I: Isa, T: Real> {
-    center: Center<I, T>,
-    scale: Lanes<I, T>,
-    bias: Lanes<I, T>,
+pub(crate) struct Batch<'a, E: Elem> {
+    pub(crate) dy: &'a [E],
+    pub(crate) shape: Shape,
+    pub(crate) weight: Option<&'a [E::Acc]>,
+    pub(crate) stats: &'a [Stats],
+    pub(crate) wanted: Wanted,
 }
 
-impl<I: Isa, T: Real> Affined<I, T> {
-    #[inline(always)]
-    pub(crate) fn new(isa: I, stats: Stats, affine: Affine<T>, channel: usize) -> Self {
-        let weight = affine.weight.map_or(1., |w| w[channel].wide());
-        Self {
-            center: Center::new(isa, stats.mean),
-            scale: splat::<I, _>(isa, T::from_wide(stats.inv_std * weight)),
-            bias: affine
-                .bias
-                .map_or(zero::<I, T>(isa), |b| splat::<I, _>(isa, b[channel])),
-        }
-    }
-
-    #[inline(always)]
-    pub(crate) fn of(self, v: Lanes<I, T>) -> Lanes<I, T> {
-        self.center.distance(v) * self.scale + self.bias
-    }
-}
-
-/// What a backward is to account for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
-    /// Whether the statistics are the batch's own, which move with `x`, and then whether the mean is among them.
-    pub(crate) own: Option<bool>,
-    /// Whether anybody wants the gradients of weight or bias; statistics of the batch need these sums anyway.
-    pub(crate) params: bool,
-}
-
-/// What flows back into `x`, whatever its order, from `dy`: both gradients have their channels first.
-pub(crate) fn backward<E: Elem>(
-    (x, order): (&[E], Order),
-    dy: &[E],
-    shape: Shape,
-    weight: Option<&[E::Acc]>,
-    stats: &[Stats],
-    wanted: Wanted,
-) -> Gradients<E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    assert_eq!(x.len(), shape.elements());
-    assert_eq!(x.len(), dy.len());
-    assert_eq!(stats.len(), shape.channels);
-    assert!(weight.is_none_or(|w| w.len() == shape.channels));
-    assert!(order == Order::ChannelsFirst || shape.has_planes());
-    let back = Channels {
-        dy,
-        shape,
-        weight,
-        stats,
-        wanted,
+/// The gradients of what `reader` gives, with the channels of `dx` first, and of weight and bias.
+pub(crate) fn backward<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    batch: Batch<E>,
+) -> Gradients<E> {
+    let shape = batch.shape;
+    let per_job = channels_per_job(shape, R::CHANNELS);
+    let mut dweight = vec![0f64; shape.channels];
+    let mut dbias = vec![0f64; shape.channels];
+    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
+    // every sample.
+    let dx = unsafe {
+        fill_interleaved(shape.elements(), |dx| {
+            let sums = dweight.chunks_mut(per_job).zip(dbias.chunks_mut(per_job));
+            let jobs = sums
+                .enumerate()
+                .map(|(job, (dweight, dbias))| PlanesBackward {
+                    batch,
+                    reader: reader(),
+                    dx,
+                    first: job * per_job,
+                    dweight,
+                    dbias,
+                });
+            par::run(shape.elements(), jobs);
+        })
     };
-    match order {
-        Order::ChannelsLast => back.run(|| Turned::new(x, shape)),
-        Order::ChannelsFirst if shape.has_planes() => back.run(|| InPlace { x, shape }),
-        Order::ChannelsFirst => columns::backward(x, dy, shape, weight, stats, wanted),
-    }
+    Gradients { dx, dweight, dbias }
 }
 
-/// What all jobs of a backward share.
-#[derive(Clone, Copy)]
-struct Channels<'a, E: Elem> {
-    dy: &'a [E],
-    shape: Shape,
-    weight: Option<&'a [E::Acc]>,
-    stats: &'a [Stats],
-    wanted: Wanted,
-}
-
-impl<E: Elem> Channels<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    fn run<R: Reader<E> + Send>(self, reader: impl Fn() -> R) -> Gradients<E> {
-        let shape = self.shape;
-        let level = Level::current();
-        let per_job = shape.channels_per_job(R::CHANNELS);
-        let mut dweight = vec![0f64; shape.channels];
-        let mut dbias = vec![0f64; shape.channels];
-        // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in every sample.
-        let dx = unsafe {
-            filled(shape.elements(), |dx| {
-                let dx = Shared::new(dx);
-                let jobs = dweight
-                    .chunks_mut(per_job)
-                    .zip(dbias.chunks_mut(per_job))
-                    .enumerate()
-                    .map(|(job, (dweight, dbias))| Backward {
-                        all: self,
-                        reader: reader(),
-                        dx,
-                        first: job * per_job,
-                        dweight,
-                        dbias,
-                    })
-                    .collect();
-                par::run(jobs, shape.elements(), |job| level.run(job));
-            })
-        };
-        Gradients { dx, dweight, dbias }
-    }
-
+impl<E: Elem> Batch<'_, E> {
     #[inline(always)]
     fn weight_of(&self, channel: usize) -> f64 {
-        self.weight.map_or(1., |w| w[channel].wide())
+        self.weight.map_or(1., |w| w[channel].to_f64())
     }
 
     /// The sums of `dy · x̂` and of `dy` over a run.
@@ -361,8 +213,8 @@ where
     }
 }
 
-struct Backward<'a, E: Elem, R> {
-    all: Channels<'a, E>,
+struct PlanesBackward<'a, E: Elem, R> {
+    batch: Batch<'a, E>,
     reader: R,
     dx: Shared<'a, E>,
     first: usize,
@@ -370,17 +222,14 @@ struct Backward<'a, E: Elem, R> {
     dbias: &'a mut [f64],
 }
 
-impl<E: Elem, R: Reader<E>> Kernel for Backward<'_, E, R>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem, R: Reader<E>> Kernel for PlanesBackward<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         for i in (0..self.dweight.len()).step_by(R::CHANNELS) {
             let mine = i..(i + R::CHANNELS).min(self.dweight.len());
-            match self.all.wanted {
+            match self.batch.wanted {
                 Wanted {
                     own: Some(center), ..
                 } => self.through_own(isa, mine, center),
@@ -390,14 +239,12 @@ where
     }
 }
 
-impl<E: Elem, R: Reader<E>> Backward<'_, E, R>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
-    /// The channels `mine` of this job, whose statistics move with `x`: first the sums, then the gradient.
+impl<E: Elem, R: Reader<E>> PlanesBackward<'_, E, R> {
+    /// The channels `mine` of this job, whose statistics move with `x`: first the sums, then the
+    /// gradient.
     #[inline(always)]
     fn through_own<I: Isa>(&mut self, isa: I, mine: Range<usize>, centered: bool) {
-        let shape = self.all.shape;
+        let shape = self.batch.shape;
         for run in shape.runs() {
             self.read(mine.clone(), &run);
             for i in mine.clone() {
@@ -408,15 +255,19 @@ where
             self.read(mine.clone(), &run);
             for i in mine.clone() {
                 let channel = self.first + i;
-                let back = Back::<I, E::Acc>::new(
-                    isa,
-                    self.all.stats[channel],
-                    self.all.weight_of(channel),
-                    [self.dweight[i], if centered { self.dbias[i] } else { 0. }],
-                    shape.per_channel(),
-                );
+                let stats = self.batch.stats[channel];
+                let center = Center::<I, E::Acc>::new(isa, stats.mean);
+                let count = shape.per_channel();
+                let mean = if centered { self.dbias[i] / count } else { 0. };
+                let along = self.dweight[i] / count * stats.inv_std;
+                let scale = stats.inv_std * self.batch.weight_of(channel);
+                let grad = InputGrad {
+                    mean: splat::<I, _>(isa, E::Acc::from_f64(mean)),
+                    along: splat::<I, _>(isa, E::Acc::from_f64(along)),
+                    scale: splat::<I, _>(isa, E::Acc::from_f64(scale)),
+                };
                 let pairs = self.reader.slices(channel, &run);
-                let pairs = pairs.zip(shape.slices(self.all.dy, channel, &run));
+                let pairs = pairs.zip(shape.slices(self.batch.dy, channel, &run));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(self.dx, shape, channel, &run) };
                 for ((x, dy), dx) in pairs.zip(parts) {
@@ -426,7 +277,7 @@ where
                         dy,
                         dx,
                         #[inline(always)]
-                        |_, x, dy| back.of(x, dy),
+                        |_, x, dy| grad.of(center.distance(x), dy),
                     );
                 }
             }
@@ -436,7 +287,7 @@ where
     /// The channels `mine` of this job, whose statistics stay: all in one sweep.
     #[inline(always)]
     fn through_given<I: Isa>(&mut self, isa: I, mine: Range<usize>, params: bool) {
-        let shape = self.all.shape;
+        let shape = self.batch.shape;
         for run in shape.runs() {
             if params {
                 self.read(mine.clone(), &run);
@@ -446,11 +297,11 @@ where
                     self.add_sums(isa, i, &run);
                 }
                 let channel = self.first + i;
-                let scale = self.all.stats[channel].inv_std * self.all.weight_of(channel);
-                let scale = splat::<I, _>(isa, E::Acc::from_wide(scale));
+                let scale = self.batch.stats[channel].inv_std * self.batch.weight_of(channel);
+                let scale = splat::<I, _>(isa, E::Acc::from_f64(scale));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(self.dx, shape, channel, &run) };
-                for (dy, dx) in shape.slices(self.all.dy, channel, &run).zip(parts) {
+                for (dy, dx) in shape.slices(self.batch.dy, channel, &run).zip(parts) {
                     map(
                         isa,
                         dy,
@@ -471,34 +322,8 @@ where
 
     #[inline(always)]
     fn add_sums<I: Isa>(&mut self, isa: I, i: usize, run: &Run) {
-        let [along, sum] = self.all.sums(isa, &self.reader, self.first + i, run);
+        let [along, sum] = self.batch.sums(isa, &self.reader, self.first + i, run);
         self.dweight[i] += along;
         self.dbias[i] += sum;
-    }
-}
-
-/// `dx = inv_std · weight · (dy − mean(dy) − x̂ · mean(dy · x̂))` with one value of each statistic.
-#[derive(Clone, Copy)]
-pub(crate) struct Back<I: Isa, T: Real> {
-    center: Center<I, T>,
-    scale: Lanes<I, T>,
-    mean: Lanes<I, T>,
-    along: Lanes<I, T>,
-}
-
-impl<I: Isa, T: Real> Back<I, T> {
-    #[inline(always)]
-    fn new(isa: I, stats: Stats, weight: f64, [along, sum]: [f64; 2], count: f64) -> Self {
-        Self {
-            center: Center::new(isa, stats.mean),
-            scale: splat::<I, _>(isa, T::from_wide(stats.inv_std * weight)),
-            mean: splat::<I, _>(isa, T::from_wide(sum / count)),
-            along: splat::<I, _>(isa, T::from_wide(along / count * stats.inv_std)),
-        }
-    }
-
-    #[inline(always)]
-    fn of(self, x: Lanes<I, T>, dy: Lanes<I, T>) -> Lanes<I, T> {
-        ((dy - self.mean) - self.center.distance(x) * self.along) * self.scale
     }
 }

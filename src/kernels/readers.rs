@@ -1,56 +1,12 @@
-//! Where batch norm finds the elements of a channel: in planes, or between those of all other channels.
+//! Where batch norm finds the elements of a channel: in planes, or between those of all other
+//! channels.
 
-use std::array::from_fn;
 use std::iter::repeat_with;
 use std::ops::Range;
 
-use super::planes::Shape;
-use super::simd::{LANES, prefetch, turn};
-use super::span::{RUN, slices_per_run};
-
-/// A part of a channel that is added up in one go: some samples, and of each the same part of its plane.
-#[derive(Debug, Clone)]
-pub(crate) struct Run {
-    pub(crate) samples: Range<usize>,
-    pub(crate) part: Range<usize>,
-}
-
-impl Run {
-    /// How many elements of a channel it has.
-    #[inline(always)]
-    pub(crate) fn count(&self) -> usize {
-        self.samples.len() * self.part.len()
-    }
-}
-
-impl Shape {
-    /// All of a channel, by runs of at most [`RUN`] elements.
-    #[inline(always)]
-    pub(crate) fn runs(self) -> impl Iterator<Item = Run> {
-        let samples = slices_per_run(self.inner);
-        (0..self.outer).step_by(samples).flat_map(move |first| {
-            let samples = first..(first + samples).min(self.outer);
-            (0..self.inner).step_by(RUN).map(move |from| Run {
-                samples: samples.clone(),
-                part: from..(from + RUN).min(self.inner),
-            })
-        })
-    }
-
-    /// The slices of a run in a tensor whose channels are planes.
-    #[inline(always)]
-    pub(crate) fn slices<'a, E>(
-        self,
-        x: &'a [E],
-        channel: usize,
-        run: &Run,
-    ) -> impl Iterator<Item = &'a [E]> + use<'a, E> {
-        let part = run.part.clone();
-        run.samples
-            .clone()
-            .map(move |sample| &x[self.plane(sample, channel)][part.clone()])
-    }
-}
+use super::loops::RUN;
+use super::shape::{Run, Shape};
+use super::simd::{LANES, Plain, prefetch, tile, transpose_tile};
 
 /// Gives the elements of some neighboring channels, run by run.
 pub(crate) trait Reader<E: 'static> {
@@ -64,8 +20,8 @@ pub(crate) trait Reader<E: 'static> {
     fn slices(&self, channel: usize, run: &Run) -> impl Iterator<Item = &[E]>;
 }
 
-/// So many positions before its turn, a row is called for: processors do not see by themselves what comes next.
-const AHEAD: usize = 3 * LANES;
+/// Prefetch distance, in positions: processors do not foresee the next row by themselves.
+const PREFETCH_DISTANCE: usize = 3 * LANES;
 
 /// The most channels that any reader is asked for together.
 pub(crate) const MOST_CHANNELS: usize = 2 * LANES;
@@ -88,9 +44,11 @@ impl<E: 'static> Reader<E> for InPlace<'_, E> {
     }
 }
 
-/// A tensor whose channels are last, `[outer, inner, channels]` in memory: a run of as many channels as a cache line has is turned into a
-/// buffer, from where every sum is formed in the same order as from planes.
-pub(crate) struct Turned<'a, E> {
+/// A tensor whose channels are last, `[outer, inner, channels]` in memory.
+///
+/// A run of as many channels as a cache line has is transposed into a buffer, from where every sum
+/// is formed in the same order as from planes.
+pub(crate) struct Transposed<'a, E> {
     x: &'a [E],
     shape: Shape,
     /// The run of one channel after the other.
@@ -99,8 +57,9 @@ pub(crate) struct Turned<'a, E> {
     first: usize,
 }
 
-impl<'a, E: Copy + Default> Turned<'a, E> {
-    /// From one channel of the buffer to the next: not a power of two, which would send them all to the same place in the cache.
+impl<'a, E: Plain + Default> Transposed<'a, E> {
+    /// From one channel of the buffer to the next: not a power of two, which would send them all
+    /// to the same place in the cache.
     const STRIDE: usize = RUN + LANES;
 
     pub(crate) fn new(x: &'a [E], shape: Shape) -> Self {
@@ -112,9 +71,10 @@ impl<'a, E: Copy + Default> Turned<'a, E> {
         }
     }
 
-    /// Turns the positions `part` of a sample, `width` channels each, to `at` in the runs of these channels.
+    /// Transposes the positions `part` of a sample, `width` channels each, to `at` in the runs of
+    /// these channels.
     #[inline(always)]
-    fn turn(&mut self, sample: usize, part: Range<usize>, width: usize, at: usize) {
+    fn transpose(&mut self, sample: usize, part: Range<usize>, width: usize, at: usize) {
         let (shape, first) = (self.shape, self.first);
         let start = (sample * shape.inner + part.start) * shape.channels;
         let rows = &self.x[start..][..part.len() * shape.channels];
@@ -124,25 +84,20 @@ impl<'a, E: Copy + Default> Turned<'a, E> {
         };
         for from in (0..whole).step_by(LANES) {
             for p in from..from + LANES {
+                let ahead = start + (p + PREFETCH_DISTANCE) * shape.channels + first;
                 for lane in (0..width).step_by(LANES) {
-                    if let Some(v) = self
-                        .x
-                        .get(start + (p + AHEAD) * shape.channels + first + lane)
-                    {
+                    if let Some(v) = self.x.get(ahead + lane) {
                         prefetch(v);
                     }
                 }
             }
             for lane in (0..width).step_by(LANES) {
-                let tile =
-                    from_fn(|p| rows[(from + p) * shape.channels + first + lane..].first_chunk());
-                if let Some(tile) = all(tile) {
-                    turn(
-                        tile,
-                        &mut self.buffer[lane * Self::STRIDE + at + from..],
-                        Self::STRIDE,
-                    );
-                }
+                let tile = tile(
+                    #[inline(always)]
+                    |p| &rows[(from + p) * shape.channels + first + lane..],
+                );
+                let out = &mut self.buffer[lane * Self::STRIDE + at + from..];
+                transpose_tile(tile, out, Self::STRIDE);
             }
         }
         for (p, row) in rows.chunks_exact(shape.channels).enumerate().skip(whole) {
@@ -153,18 +108,7 @@ impl<'a, E: Copy + Default> Turned<'a, E> {
     }
 }
 
-/// What all of these are, if there is one that is not none.
-#[inline(always)]
-pub(crate) fn all<T: Copy, const N: usize>(items: [Option<T>; N]) -> Option<[T; N]> {
-    let first = items[0]?;
-    let mut all = [first; N];
-    for i in 0..N {
-        all[i] = items[i]?;
-    }
-    Some(all)
-}
-
-impl<E: Copy + Default + 'static> Reader<E> for Turned<'_, E> {
+impl<E: Plain + Default + 'static> Reader<E> for Transposed<'_, E> {
     const CHANNELS: usize = if size_of::<E>() < 4 { 2 * LANES } else { LANES };
 
     #[inline(always)]
@@ -176,7 +120,7 @@ impl<E: Copy + Default + 'static> Reader<E> for Turned<'_, E> {
         // The last channels are read with their neighbors before them, so that a tile is full.
         self.first = channels.start.min(self.shape.channels - width);
         for (i, sample) in run.samples.clone().enumerate() {
-            self.turn(sample, run.part.clone(), width, i * run.part.len());
+            self.transpose(sample, run.part.clone(), width, i * run.part.len());
         }
     }
 

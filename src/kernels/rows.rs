@@ -1,51 +1,21 @@
-//! Layer norm and RMS norm: each row by its own statistics, each column with its own weight and bias.
+//! Layer norm and RMS norm: each row by its own statistics, each column with its own weight and
+//! bias.
 
 use std::mem::MaybeUninit;
 
-use super::buffer::{filled, written};
-use super::moments::{Center, Mean, Moments, about_mean};
+use super::affine::{Affine, Normal};
+use super::buffer::{Part, fill};
+use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
+use super::grads::{Gradients, InputGrad};
+use super::loops::{ColumnValues, map, map2, store_tail, sums2, tail};
+use super::moments::Moments;
 use super::par;
-use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Level, Real, splat, zero};
-use super::span::{Columns, map, map2, store_tail, sums, sums2, tail};
-use super::totals::{ColumnSums, combined, rows_per_block, whole_chunks};
-
-/// What a row is normalized by.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Stats {
-    pub(crate) mean: Mean,
-    /// Biased; the mean square where the mean is not subtracted.
-    pub(crate) var: f64,
-    pub(crate) inv_std: f64,
-}
-
-impl Stats {
-    pub(crate) const NONE: Self = Self {
-        mean: Mean { high: 0., low: 0. },
-        var: 0.,
-        inv_std: 0.,
-    };
-
-    #[inline(always)]
-    pub(crate) fn new(mean: Mean, var: f64, eps: f64) -> Self {
-        Self {
-            mean,
-            var,
-            inv_std: 1. / (var + eps).sqrt(),
-        }
-    }
-}
-
-impl Stats {
-    /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
-    #[inline(always)]
-    pub(crate) fn along<T: Real>(self, [about_high, sum]: [f64; 2]) -> f64 {
-        about_mean::<T>(self.mean, about_high, sum) * self.inv_std
-    }
-}
+use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Real, splat, zero};
+use super::stats::Stats;
 
 /// What layer norm and RMS norm differ in.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Spec {
+pub(crate) struct RowSpec {
     /// The length of a row.
     pub(crate) len: usize,
     /// Subtract the mean.
@@ -55,113 +25,82 @@ pub(crate) struct Spec {
     pub(crate) round_first: bool,
 }
 
-/// The weight and bias of each column, in the accumulator's precision.
-#[derive(Debug)]
-pub(crate) struct Affine<'a, T> {
-    pub(crate) weight: Option<&'a [T]>,
-    pub(crate) bias: Option<&'a [T]>,
-}
-
-impl<T> Clone for Affine<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Affine<'_, T> {}
-
-impl<T> Affine<'_, T> {
-    /// Whether what there is has `len` values.
-    pub(crate) fn fits(&self, len: usize) -> bool {
-        let params = [self.weight, self.bias].into_iter().flatten();
-        params.into_iter().all(|p| p.len() == len)
-    }
-}
-
 /// `y` for all rows of `x`, and what they were normalized by.
-pub(crate) fn forward<E: Elem>(x: &[E], affine: Affine<E::Acc>, spec: Spec) -> (Vec<E>, Vec<Stats>)
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+pub(crate) fn forward<E: Elem>(
+    x: &[E],
+    affine: Affine<E::Acc>,
+    spec: RowSpec,
+) -> (Vec<E>, Vec<Stats>) {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert!(affine.fits(spec.len));
     let per_block = par::items_per_block(rows, spec.len);
-    let level = Level::current();
+    let size = per_block * spec.len;
     let mut stats = vec![Stats::NONE; rows];
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
-    let y = unsafe {
-        filled(x.len(), |y| {
-            let blocks = x
-                .chunks(per_block * spec.len)
-                .zip(y.chunks_mut(per_block * spec.len))
-                .zip(stats.chunks_mut(per_block))
-                .map(|((x, y), stats)| Forward {
-                    x,
-                    y,
-                    stats,
-                    affine,
-                    spec,
-                })
-                .collect();
-            par::run(blocks, x.len(), |block| level.run(block));
-        })
-    };
+    let y = fill(x.len(), size, |y| {
+        let blocks = x.chunks(size).zip(y).zip(stats.chunks_mut(per_block));
+        let blocks = blocks.map(|((x, y), stats)| RowsForward {
+            x,
+            y,
+            stats,
+            affine,
+            spec,
+        });
+        par::run(x.len(), blocks);
+    });
     (y, stats)
 }
 
 /// How many rows go forward together, so that they need not wait for each other.
 const ROWS: usize = 4;
 
-/// How many rows go back together, so that the sums of a column are read and written once for all of them. The numbers of more would not
-/// stay in registers.
-const ROWS_BACK: usize = 2;
+/// How many rows go backward together, so that the sums of a column are read and written once for
+/// all of them. The numbers of more would not stay in registers.
+const ROWS_BACKWARD: usize = 2;
 
-/// The longest row that does not fill the time of its own sums. A few of them stay in the first-level cache, and one is no longer than a run.
+/// The longest row for which interleaving [`ROWS`] pays: so many stay in the first-level cache, and
+/// one is no longer than a run.
 const SHORT: usize = 1024;
 
-struct Forward<'a, E: Elem> {
+struct RowsForward<'a, E: Elem> {
     x: &'a [E],
-    y: &'a mut [MaybeUninit<E>],
+    y: Part<'a, E>,
     stats: &'a mut [Stats],
     affine: Affine<'a, E::Acc>,
-    spec: Spec,
+    spec: RowSpec,
 }
 
-impl<E: Elem> Kernel for Forward<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem> Kernel for RowsForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let len = self.spec.len;
+    fn run<I: Isa>(mut self, isa: I) {
         let norm = Normalizer::new(isa, self.affine, self.spec);
-        let groups = self.x.chunks(ROWS * len).zip(self.y.chunks_mut(ROWS * len));
-        for ((x, y), stats) in groups.zip(self.stats.chunks_mut(ROWS)) {
-            norm.rows(isa, x, y, stats);
+        let groups = self.x.chunks(ROWS * self.spec.len);
+        for (x, stats) in groups.zip(self.stats.chunks_mut(ROWS)) {
+            norm.rows(isa, x, &mut self.y, stats);
         }
     }
 }
 
-/// What takes one row after the other forward.
+/// Normalization of one row after the other.
 struct Normalizer<'a, I: Isa, T: Real> {
-    weight: Option<Columns<'a, I, T>>,
-    bias: Option<Columns<'a, I, T>>,
-    spec: Spec,
+    weight: Option<ColumnValues<'a, I, T>>,
+    bias: Option<ColumnValues<'a, I, T>>,
+    spec: RowSpec,
 }
 
-impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
+impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     #[inline(always)]
-    fn new(isa: I, affine: Affine<'a, T>, spec: Spec) -> Self {
+    fn new(isa: I, affine: Affine<'a, T>, spec: RowSpec) -> Self {
         Self {
             weight: affine.weight.map(
                 #[inline(always)]
-                |w| Columns::new(isa, w),
+                |w| ColumnValues::new(isa, w),
             ),
             bias: affine.bias.map(
                 #[inline(always)]
-                |b| Columns::new(isa, b),
+                |b| ColumnValues::new(isa, b),
             ),
             spec,
         }
@@ -169,21 +108,16 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
 
     /// Writes `y` of a few rows `x`, and what they were normalized by to `stats`.
     ///
-    /// Short rows take each step together: the sums of one are formed while those of another are still on their way to a mean.
+    /// Short rows take each step together: the sums of one are formed while those of another are
+    /// still on their way to a mean.
     #[inline(always)]
-    fn rows<E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[E],
-        y: &mut [MaybeUninit<E>],
-        stats: &mut [Stats],
-    ) {
-        let Spec {
+    fn rows<E: Elem<Acc = T>>(&self, isa: I, x: &[E], y: &mut Part<E>, stats: &mut [Stats]) {
+        let RowSpec {
             len, center, eps, ..
         } = self.spec;
-        let rows = x.chunks_exact(len).zip(y.chunks_exact_mut(len));
+        let rows = x.chunks_exact(len);
         if len > SHORT || stats.len() < ROWS || !center {
-            for ((x, y), stats) in rows.zip(stats) {
+            for (x, stats) in rows.zip(stats) {
                 *stats = self.row(isa, x, y);
             }
             return;
@@ -199,7 +133,7 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
         for (moments, stats) in moments.into_iter().zip(&mut *stats) {
             *stats = Stats::new(moments.mean, moments.var(), eps);
         }
-        for ((x, y), stats) in rows.zip(stats) {
+        for (x, stats) in rows.zip(stats) {
             self.write(isa, *stats, x, y);
         }
     }
@@ -210,27 +144,27 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Normalizer<'a, I, T> {
         isa: I,
         stats: Stats,
         x: &[X],
-        y: &mut [MaybeUninit<E>],
+        y: &mut Part<E>,
     ) {
         let normal = Normal::<I, T>::new(isa, stats);
-        normal.write(isa, x, y, self.spec.round_first, self.weight, self.bias);
+        let round = self.spec.round_first;
+        y.write(
+            x.len(),
+            #[inline(always)]
+            |y| normal.write(isa, x, y, round, self.weight, self.bias),
+        );
     }
 
     /// Writes `y` of a row `x`, and returns what it was normalized by.
     #[inline(always)]
-    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[X],
-        y: &mut [MaybeUninit<E>],
-    ) -> Stats {
-        let stats = row_stats(isa, x, self.spec.center, self.spec.eps);
+    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(&self, isa: I, x: &[X], y: &mut Part<E>) -> Stats {
+        let stats = Stats::of_row(isa, x, self.spec.center, self.spec.eps);
         self.write(isa, stats, x, y);
         stats
     }
 }
 
-/// What [`add_forward`] makes of all rows.
+/// What [`add_forward`] gives of all rows.
 pub(crate) struct Added<E: Elem> {
     /// Before it is rounded to the element.
     pub(crate) sum: Vec<E::Acc>,
@@ -245,54 +179,37 @@ pub(crate) fn add_forward<E: Elem>(
     x: &[E],
     residual: &[E],
     affine: Affine<E::Acc>,
-    spec: Spec,
-) -> Added<E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+    spec: RowSpec,
+) -> Added<E> {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert_eq!(x.len(), residual.len());
     assert!(affine.fits(spec.len));
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
-    let level = Level::current();
     let rounds = size_of::<E>() != size_of::<E::Acc>();
     let mut stats = vec![Stats::NONE; rows];
     let (mut y, mut rounded) = (vec![], vec![]);
-    let mut fill = |sum: &mut [MaybeUninit<E::Acc>],
-                    rounded: &mut [MaybeUninit<E>],
-                    y: &mut [MaybeUninit<E>]| {
-        let mut none: Vec<&mut [MaybeUninit<E>]> = vec![];
-        none.resize_with(x.len().div_ceil(size), || &mut []);
-        let inputs = x.chunks(size).zip(residual.chunks(size));
-        let outputs = sum.chunks_mut(size).zip(y.chunks_mut(size));
-        let blocks = inputs
-            .zip(outputs)
-            .zip(rounded.chunks_mut(size).chain(none))
-            .zip(stats.chunks_mut(per_block))
-            .map(|((((x, residual), (sum, y)), rounded), stats)| AddForward {
-                x,
-                residual,
-                sum,
-                rounded,
-                y,
-                stats,
-                affine,
-                spec,
-            })
-            .collect();
-        par::run(blocks, x.len(), |block| level.run(block));
-    };
-    let round_to = if rounds { x.len() } else { 0 };
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows, to all outputs that have any.
-    let sum = unsafe {
-        filled(x.len(), |sum| {
-            rounded = filled(round_to, |rounded| {
-                y = filled(x.len(), |y| fill(sum, rounded, y));
+    let sum = fill(x.len(), size, |sum| {
+        rounded = fill(if rounds { x.len() } else { 0 }, size, |mut rounded| {
+            y = fill(x.len(), size, |y| {
+                let inputs = x.chunks(size).zip(residual.chunks(size));
+                let outputs = sum.zip(y).zip(stats.chunks_mut(per_block));
+                let blocks = inputs.zip(outputs);
+                let blocks = blocks.map(|((x, residual), ((sum, y), stats))| AddedRowsForward {
+                    x,
+                    residual,
+                    sum,
+                    rounded: rounded.next(),
+                    y,
+                    stats,
+                    affine,
+                    spec,
+                });
+                par::run(x.len(), blocks);
             });
-        })
-    };
+        });
+    });
     Added {
         sum,
         rounded,
@@ -301,171 +218,75 @@ where
     }
 }
 
-struct AddForward<'a, E: Elem> {
+struct AddedRowsForward<'a, E: Elem> {
     x: &'a [E],
     residual: &'a [E],
-    sum: &'a mut [MaybeUninit<E::Acc>],
-    /// Empty, or as long as the sum.
-    rounded: &'a mut [MaybeUninit<E>],
-    y: &'a mut [MaybeUninit<E>],
+    sum: Part<'a, E::Acc>,
+    /// The sum rounded to the element, if that is another type.
+    rounded: Option<Part<'a, E>>,
+    y: Part<'a, E>,
     stats: &'a mut [Stats],
     affine: Affine<'a, E::Acc>,
-    spec: Spec,
+    spec: RowSpec,
 }
 
-impl<E: Elem> Kernel for AddForward<'_, E>
-where
-    E::Acc: Elem<Acc = E::Acc>,
-{
+impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
         let norm = Normalizer::new(isa, self.affine, self.spec);
-        let mut rounded = self.rounded.chunks_exact_mut(len);
-        let inputs = self
+        let rows = self
             .x
             .chunks_exact(len)
             .zip(self.residual.chunks_exact(len));
-        let outputs = self
-            .sum
-            .chunks_exact_mut(len)
-            .zip(self.y.chunks_exact_mut(len));
-        for (((x, residual), (sum, y)), stats) in inputs.zip(outputs).zip(self.stats) {
-            map2(
-                isa,
-                x,
-                residual,
-                sum,
+        for ((x, residual), stats) in rows.zip(self.stats) {
+            self.sum.write(
+                len,
                 #[inline(always)]
-                |_, x, residual| x + residual,
+                |sum| {
+                    let sum = map2(
+                        isa,
+                        x,
+                        residual,
+                        sum,
+                        #[inline(always)]
+                        |_, x, residual| x + residual,
+                    );
+                    if let Some(rounded) = &mut self.rounded {
+                        rounded.write(
+                            len,
+                            #[inline(always)]
+                            |rounded| {
+                                map(
+                                    isa,
+                                    &*sum,
+                                    rounded,
+                                    #[inline(always)]
+                                    |_, sum| sum,
+                                )
+                            },
+                        );
+                    }
+                    *stats = norm.row(isa, &*sum, &mut self.y);
+                    sum
+                },
             );
-            // SAFETY: the map has written every element of the row.
-            let sum = unsafe { written(sum) };
-            if let Some(rounded) = rounded.next() {
-                map(
-                    isa,
-                    sum,
-                    rounded,
-                    #[inline(always)]
-                    |_, sum| sum,
-                );
-            }
-            *stats = norm.row(isa, sum, y);
         }
     }
 }
 
-/// `x̂ = (x − mean) · inv_std`.
-#[derive(Clone, Copy)]
-pub(crate) struct Normal<I: Isa, T: Real> {
-    pub(crate) mean: Center<I, T>,
-    inv_std: Lanes<I, T>,
-}
-
-impl<I: Isa, T: Elem<Acc = T> + Real> Normal<I, T> {
-    #[inline(always)]
-    pub(crate) fn new(isa: I, stats: Stats) -> Self {
-        Self {
-            mean: Center::<I, T>::new(isa, stats.mean),
-            inv_std: splat::<I, _>(isa, T::from_wide(stats.inv_std)),
-        }
-    }
-
-    #[inline(always)]
-    pub(crate) fn of(&self, x: Lanes<I, T>) -> Lanes<I, T> {
-        self.mean.distance(x) * self.inv_std
-    }
-
-    /// `x̂` as the weight is multiplied by it: rounded to `E` or not.
-    #[inline(always)]
-    fn rounded<E: Elem<Acc = T>>(&self, isa: I, x: Lanes<I, T>, round: bool) -> Lanes<I, T> {
-        let normal = self.of(x);
-        if round { E::round(isa, normal) } else { normal }
-    }
-
-    /// `y = x̂ · weight + bias`, column by column.
-    #[inline(always)]
-    pub(crate) fn write<X: Elem<Acc = T>, E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[X],
-        y: &mut [MaybeUninit<E>],
-        round: bool,
-        weight: Option<Columns<I, T>>,
-        bias: Option<Columns<I, T>>,
-    ) {
-        match (weight, bias) {
-            (None, None) => map(
-                isa,
-                x,
-                y,
-                #[inline(always)]
-                |_, x| self.rounded::<E>(isa, x, round),
-            ),
-            (Some(w), None) => map(
-                isa,
-                x,
-                y,
-                #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) * w.at(k),
-            ),
-            (None, Some(b)) => map(
-                isa,
-                x,
-                y,
-                #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) + b.at(k),
-            ),
-            (Some(w), Some(b)) => map(
-                isa,
-                x,
-                y,
-                #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) * w.at(k) + b.at(k),
-            ),
-        }
-    }
-}
-
-#[inline(always)]
-pub(crate) fn row_stats<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Stats {
-    let (mean, var) = if center {
-        let moments = Moments::of(isa, x);
-        (moments.mean, moments.var())
-    } else {
-        let [squares] = sums(
-            isa,
-            x,
-            #[inline(always)]
-            |v| [v * v],
-        );
-        (Mean::default(), squares / x.len() as f64)
-    };
-    Stats::new(mean, var, eps)
-}
-
-/// The gradients of a layer: of the input, and, as far as they are wanted, of weight and bias in `f64`.
-pub(crate) struct Gradients<E> {
-    pub(crate) dx: Vec<E>,
-    pub(crate) dweight: Vec<f64>,
-    pub(crate) dbias: Vec<f64>,
-}
-
-/// What flows back into the rows of `x` from `dy`; `dweight` and `dbias` are empty unless `params` are wanted. The element of `x` may be wider
-/// than that of `y`, to which the forward rounded.
+/// The gradients of `x`, weight and bias from `dy`; `dweight` and `dbias` are empty unless `params`
+/// are wanted. The element of `x` may be wider than that of `y`, to which the forward rounded.
 pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],
     weight: Option<&[X::Acc]>,
     stats: &[Stats],
-    spec: Spec,
+    spec: RowSpec,
     params: bool,
-) -> Gradients<X>
-where
-    X::Acc: Elem<Acc = X::Acc>,
-{
+) -> Gradients<X> {
     let len = spec.len;
     assert_eq!(x.len(), stats.len() * len);
     assert_eq!(x.len(), dy.len());
@@ -475,89 +296,70 @@ where
     } else {
         par::items_per_block(stats.len(), len)
     };
-    let level = Level::current();
-    let blocks = x.len().div_ceil(per_block * len);
+    let size = per_block * len;
     let width = if params { len } else { 0 };
-    let mut partial = vec![0f64; 2 * width * blocks];
-    let mut none: Vec<&mut [f64]> = Vec::new();
-    none.resize_with(if params { 0 } else { blocks }, || &mut []);
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
-    let dx = unsafe {
-        filled(x.len(), |dx| {
-            let partials = partial.chunks_mut((2 * width).max(1)).chain(none);
-            let blocks = x
-                .chunks(per_block * len)
-                .zip(dy.chunks(per_block * len))
-                .zip(dx.chunks_mut(per_block * len))
-                .zip(stats.chunks(per_block))
-                .zip(partials)
-                .map(|((((x, dy), dx), stats), partial)| Backward {
-                    x,
-                    dy,
-                    dx,
-                    stats,
-                    weight,
-                    spec,
-                    partial,
-                })
-                .collect();
-            par::run(blocks, x.len(), |block| level.run(block));
-        })
-    };
+    let mut partial = vec![0f64; 2 * width * x.len().div_ceil(size)];
+    let dx = fill(x.len(), size, |dx| {
+        let mut partials = partial.chunks_mut((2 * width).max(1));
+        let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx);
+        let blocks = blocks.zip(stats.chunks(per_block));
+        let blocks = blocks.map(|(((x, dy), dx), stats)| RowsBackward {
+            x,
+            dy,
+            dx,
+            stats,
+            weight,
+            spec,
+            partial: partials.next().unwrap_or_default(),
+        });
+        par::run(x.len(), blocks);
+    });
     let mut dweight = combined(&partial, 2 * width);
     let dbias = dweight.split_off(width);
     Gradients { dx, dweight, dbias }
 }
 
-struct Backward<'a, X: Elem, E> {
+struct RowsBackward<'a, X: Elem, E> {
     x: &'a [X],
     dy: &'a [E],
-    dx: &'a mut [MaybeUninit<X>],
+    dx: Part<'a, X>,
     stats: &'a [Stats],
     weight: Option<&'a [X::Acc]>,
-    spec: Spec,
-    /// The sums of this block: those of `dy · x̂` for each column, then those of `dy`; empty if nobody wants them.
+    spec: RowSpec,
+    /// The sums of this block: those of `dy · x̂` for each column, then those of `dy`; empty if
+    /// nobody wants them.
     partial: &'a mut [f64],
 }
 
-impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for Backward<'_, X, E>
-where
-    X::Acc: Elem<Acc = X::Acc>,
-{
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let len = self.spec.len;
+    fn run<I: Isa>(mut self, isa: I) {
+        let (spec, len) = (self.spec, self.spec.len);
         let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
-        let weight = Weight(self.weight.map(|w| Columns::new(isa, w)));
+        let weight = ColumnFactor(self.weight.map(|w| ColumnValues::new(isa, w)));
         let pairs = self
             .x
-            .chunks(ROWS_BACK * len)
-            .zip(self.dy.chunks(ROWS_BACK * len));
-        let groups = pairs.zip(self.dx.chunks_mut(ROWS_BACK * len));
-        for (((x, dy), dx), stats) in groups.zip(self.stats.chunks(ROWS_BACK)) {
-            if stats.len() == ROWS_BACK {
-                let rows = Rows {
-                    x,
-                    dy,
-                    dx,
-                    stats,
-                    spec: self.spec,
-                };
-                rows.run::<ROWS_BACK, I>(isa, weight, sums.chunks());
+            .chunks(ROWS_BACKWARD * len)
+            .zip(self.dy.chunks(ROWS_BACKWARD * len));
+        for ((x, dy), stats) in pairs.zip(self.stats.chunks(ROWS_BACKWARD)) {
+            if stats.len() == ROWS_BACKWARD {
+                let rows = RowTile { x, dy, stats, spec };
+                self.dx.write(
+                    x.len(),
+                    #[inline(always)]
+                    |dx| rows.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
+                );
             } else {
                 let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
-                let rows = pairs.zip(dx.chunks_exact_mut(len));
-                for (((x, dy), dx), stats) in rows.zip(stats.chunks(1)) {
-                    let row = Rows {
-                        x,
-                        dy,
-                        dx,
-                        stats,
-                        spec: self.spec,
-                    };
-                    row.run::<1, I>(isa, weight, sums.chunks());
+                for ((x, dy), stats) in pairs.zip(stats.chunks(1)) {
+                    let row = RowTile { x, dy, stats, spec };
+                    self.dx.write(
+                        len,
+                        #[inline(always)]
+                        |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
+                    );
                 }
             }
             sums.added(isa, stats.len());
@@ -568,9 +370,9 @@ where
 
 /// The weight of each column, or one.
 #[derive(Clone, Copy)]
-struct Weight<'a, I: Isa, T: Real>(Option<Columns<'a, I, T>>);
+struct ColumnFactor<'a, I: Isa, T: Real>(Option<ColumnValues<'a, I, T>>);
 
-impl<I: Isa, T: Elem<Acc = T> + Real> Weight<'_, I, T> {
+impl<I: Isa, T: Real> ColumnFactor<'_, I, T> {
     /// `v` times the weights of chunk `k`.
     #[inline(always)]
     fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
@@ -581,53 +383,54 @@ impl<I: Isa, T: Elem<Acc = T> + Real> Weight<'_, I, T> {
     }
 }
 
-/// A row on its way back: `dx = inv_std · (g − a − x̂ · b)`, with `g` the gradient of `x̂`.
+/// A row on its way backward.
 #[derive(Clone, Copy)]
-struct Back<I: Isa, T: Real> {
+struct RowGrad<I: Isa, T: Real> {
     normal: Normal<I, T>,
-    a: Lanes<I, T>,
-    b: Lanes<I, T>,
+    input: InputGrad<Lanes<I, T>>,
 }
 
-impl<I: Isa, T: Elem<Acc = T> + Real> Back<I, T> {
+impl<I: Isa, T: Real> RowGrad<I, T> {
+    /// `dx` from `x` and from `g`, the gradient of `x̂`.
     #[inline(always)]
-    fn of(&self, normal: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
-        self.normal.inv_std * ((g - self.a) - normal * self.b)
+    fn of(&self, x: Lanes<I, T>, g: Lanes<I, T>) -> Lanes<I, T> {
+        self.input.of(self.normal.of(x), g)
     }
 }
 
-/// A few rows that go back together.
-struct Rows<'a, X, E> {
+/// A few rows that go backward together.
+struct RowTile<'a, X, E> {
     x: &'a [X],
     dy: &'a [E],
-    dx: &'a mut [MaybeUninit<X>],
     stats: &'a [Stats],
-    spec: Spec,
+    spec: RowSpec,
 }
 
-impl<X: Elem, E: Elem<Acc = X::Acc>> Rows<'_, X, E>
-where
-    X::Acc: Elem<Acc = X::Acc>,
-{
-    /// `N` rows: first the two sums of each, then all of them column by column.
+impl<X: Elem, E: Elem<Acc = X::Acc>> RowTile<'_, X, E> {
+    /// Writes `dx` of `N` rows: first the two sums of each, then all of them column by column.
     #[inline(always)]
-    fn run<const N: usize, I: Isa>(
-        self,
+    fn write<'o, const N: usize, I: Isa>(
+        &self,
         isa: I,
-        weight: Weight<I, X::Acc>,
+        weight: ColumnFactor<I, X::Acc>,
         sums: &mut [[Lanes<I, X::Acc>; 2]],
-    ) {
-        let Spec {
+        dx: &'o mut [MaybeUninit<X>],
+    ) -> &'o mut [X] {
+        let RowSpec {
             len, round_first, ..
         } = self.spec;
-        let start = Back::<I, X::Acc> {
+        assert!(self.x.len() == N * len && self.dy.len() == N * len && dx.len() == N * len);
+        let start = RowGrad::<I, X::Acc> {
             normal: Normal::new(isa, Stats::NONE),
-            a: zero::<I, X::Acc>(isa),
-            b: zero::<I, X::Acc>(isa),
+            input: InputGrad {
+                mean: zero::<I, X::Acc>(isa),
+                along: zero::<I, X::Acc>(isa),
+                scale: zero::<I, X::Acc>(isa),
+            },
         };
         let mut rows = [start; N];
         for (r, row) in rows.iter_mut().enumerate() {
-            *row = self.sums(isa, r, weight);
+            *row = self.row(isa, r, weight);
         }
         if sums.is_empty() {
             for (r, row) in rows.iter().enumerate() {
@@ -636,19 +439,21 @@ where
                     isa,
                     &self.x[span.clone()],
                     &self.dy[span.clone()],
-                    &mut self.dx[span],
+                    &mut dx[span],
                     #[inline(always)]
-                    |k, x, dy| row.of(row.normal.of(x), weight.times(k, dy)),
+                    |k, x, dy| row.of(x, weight.times(k, dy)),
                 );
             }
-            return;
+            // SAFETY: the maps wrote each of the rows that `dx` is made up of.
+            return unsafe { dx.assume_init_mut() };
         }
+        assert!(sums.len() == len.div_ceil(LANES));
         let (whole, rest) = sums.split_at_mut(len / LANES);
         let (xs, dys) = (
             whole_chunks::<N, X>(self.x, len),
             whole_chunks::<N, E>(self.dy, len),
         );
-        let mut row = self.dx.chunks_exact_mut(len);
+        let mut row = dx.chunks_exact_mut(len);
         let dxs: [&mut [[MaybeUninit<X>; LANES]]; N] = std::array::from_fn(|_| {
             let row = row.next().unwrap_or_default();
             &mut row.as_chunks_mut::<LANES>().0[..len / LANES]
@@ -658,7 +463,7 @@ where
             let mut values = [zero::<I, X::Acc>(isa); N];
             for r in 0..N {
                 let (x, dy) = (X::load(isa, &xs[r][k]), E::load(isa, &dys[r][k]));
-                values[r] = rows[r].of(rows[r].normal.of(x), weight.times(k, dy));
+                values[r] = rows[r].of(x, weight.times(k, dy));
                 dweight = dweight + dy * rows[r].normal.rounded::<E>(isa, x, round_first);
                 dbias = dbias + dy;
             }
@@ -674,18 +479,20 @@ where
                 let span = r * len..(r + 1) * len;
                 let (x, dy) = (&self.x[span.clone()], &self.dy[span.clone()]);
                 let (x, dy) = (tail(isa, x), tail(isa, dy));
-                let value = row.of(row.normal.of(x), weight.times(k, dy));
+                let value = row.of(x, weight.times(k, dy));
                 dweight = dweight + dy * row.normal.rounded::<E>(isa, x, round_first);
                 dbias = dbias + dy;
-                store_tail(isa, value, &mut self.dx[span]);
+                store_tail(isa, value, &mut dx[span]);
             }
             *sums = [dweight, dbias];
         }
+        // SAFETY: the loops stored every chunk and the tail of each of the rows in `dx`.
+        unsafe { dx.assume_init_mut() }
     }
 
     /// Row `r`, with its two sums.
     #[inline(always)]
-    fn sums<I: Isa>(&self, isa: I, r: usize, weight: Weight<I, X::Acc>) -> Back<I, X::Acc> {
+    fn row<I: Isa>(&self, isa: I, r: usize, weight: ColumnFactor<I, X::Acc>) -> RowGrad<I, X::Acc> {
         let len = self.spec.len;
         let span = r * len..(r + 1) * len;
         let normal = Normal::<I, X::Acc>::new(isa, self.stats[r]);
@@ -699,11 +506,14 @@ where
                 [g * normal.mean.distance_from_high(x), g]
             },
         );
-        let mean = |sum: f64| splat::<I, _>(isa, X::Acc::from_wide(sum / len as f64));
-        Back {
+        let mean = |sum: f64| splat::<I, _>(isa, X::Acc::from_f64(sum / len as f64));
+        RowGrad {
             normal,
-            a: mean(if self.spec.center { g } else { 0. }),
-            b: mean(self.stats[r].along::<X::Acc>([along, g])),
+            input: InputGrad {
+                mean: mean(if self.spec.center { g } else { 0. }),
+                along: mean(self.stats[r].along::<X::Acc>([along, g])),
+                scale: normal.inv_std,
+            },
         }
     }
 }

@@ -1,10 +1,10 @@
-//! One output buffer that several threads write in parts that interleave.
+//! Unchecked disjoint parts of one output buffer, for threads that write parts which interleave.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// A buffer whose parts are handed out without a look at who has which.
+/// A buffer whose parts are handed out unchecked.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a, T> {
     start: *mut MaybeUninit<T>,
@@ -33,7 +33,8 @@ impl<'a, T> Shared<'a, T> {
     #[inline(always)]
     pub(crate) unsafe fn part(&self, range: Range<usize>) -> &'a mut [MaybeUninit<T>] {
         assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: the range lies in the buffer, which is borrowed for 'a; that nobody else has it is the caller's promise.
+        // SAFETY: the range lies in the buffer, which is borrowed for 'a; that nobody else has it
+        // is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }

@@ -1,13 +1,12 @@
 //! Weight norm: each row of `v` at its own length `g`.
 
-use std::mem::MaybeUninit;
-
-use super::buffer::filled;
+use super::buffer::{Part, fill};
+use super::loops::{map, map2, sums, sums2, tail};
 use super::par;
-use super::simd::{Elem, Isa, Kernel, Level, Real, Vector, splat};
-use super::span::{map, map2, sums, sums2, tail};
+use super::simd::{Elem, Isa, Kernel, Real, Vector, splat};
 
-/// The length of a row after `scale`, a power of two that keeps its squares from over- and underflow.
+/// The length of a row after `scale`, a power of two that keeps its squares from over- and
+/// underflow.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Length {
     norm: f64,
@@ -15,6 +14,11 @@ pub(crate) struct Length {
 }
 
 impl Length {
+    const NONE: Self = Self {
+        norm: 0.,
+        scale: 1.,
+    };
+
     #[inline(always)]
     fn of<E: Elem, I: Isa>(isa: I, v: &[E]) -> Self {
         let [squares] = sums(
@@ -46,7 +50,7 @@ impl Length {
         let scale = (-largest.log2().floor())
             .clamp(-E::Acc::LARGEST_EXPONENT, E::Acc::LARGEST_EXPONENT)
             .exp2();
-        let factor = splat::<I, _>(isa, E::Acc::from_wide(scale));
+        let factor = splat::<I, _>(isa, E::Acc::from_f64(scale));
         let [squares] = sums(
             isa,
             v,
@@ -73,62 +77,53 @@ impl Length {
 pub(crate) fn forward<E: Elem>(v: &[E], g: &[E::Acc], len: usize) -> (Vec<E>, Vec<Length>) {
     assert_eq!(v.len(), g.len() * len);
     let per_block = par::items_per_block(g.len(), len);
-    let level = Level::current();
-    let mut lengths = vec![
-        Length {
-            norm: 0.,
-            scale: 1.
-        };
-        g.len()
-    ];
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
-    let w = unsafe {
-        filled(v.len(), |w| {
-            let blocks = v
-                .chunks(per_block * len)
-                .zip(w.chunks_mut(per_block * len))
-                .zip(g.chunks(per_block).zip(lengths.chunks_mut(per_block)))
-                .map(|((v, w), (g, lengths))| Forward {
-                    v,
-                    w,
-                    g,
-                    lengths,
-                    len,
-                })
-                .collect();
-            par::run(blocks, v.len(), |block| level.run(block));
-        })
-    };
+    let size = per_block * len;
+    let mut lengths = vec![Length::NONE; g.len()];
+    let w = fill(v.len(), size, |w| {
+        let params = g.chunks(per_block).zip(lengths.chunks_mut(per_block));
+        let blocks = v.chunks(size).zip(w).zip(params);
+        let blocks = blocks.map(|((v, w), (g, lengths))| WeightForward {
+            v,
+            w,
+            g,
+            lengths,
+            len,
+        });
+        par::run(v.len(), blocks);
+    });
     (w, lengths)
 }
 
-struct Forward<'a, E: Elem> {
+struct WeightForward<'a, E: Elem> {
     v: &'a [E],
-    w: &'a mut [MaybeUninit<E>],
+    w: Part<'a, E>,
     g: &'a [E::Acc],
     lengths: &'a mut [Length],
     len: usize,
 }
 
-impl<E: Elem> Kernel for Forward<'_, E> {
+impl<E: Elem> Kernel for WeightForward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let rows = self
-            .v
-            .chunks_exact(self.len)
-            .zip(self.w.chunks_exact_mut(self.len));
-        for ((v, w), (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
+    fn run<I: Isa>(mut self, isa: I) {
+        let rows = self.v.chunks_exact(self.len);
+        for (v, (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
             *length = Length::of(isa, v);
-            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
-            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * length.inverse()));
-            map(
-                isa,
-                v,
-                w,
+            let scale = splat::<I, _>(isa, E::Acc::from_f64(length.scale));
+            let factor = splat::<I, _>(isa, E::Acc::from_f64(g.to_f64() * length.inverse()));
+            self.w.write(
+                v.len(),
                 #[inline(always)]
-                |_, v| (v * scale) * factor,
+                |w| {
+                    map(
+                        isa,
+                        v,
+                        w,
+                        #[inline(always)]
+                        |_, v| (v * scale) * factor,
+                    )
+                },
             );
         }
     }
@@ -146,57 +141,50 @@ pub(crate) fn backward<E: Elem>(
     assert_eq!(v.len(), dw.len());
     assert_eq!(lengths.len(), g.len());
     let per_block = par::items_per_block(g.len(), len);
-    let level = Level::current();
+    let size = per_block * len;
     let mut dg = vec![0f64; g.len()];
-    // SAFETY: the blocks cover all rows, and a block writes every element of its rows.
-    let dv = unsafe {
-        filled(v.len(), |dv| {
-            let blocks = v
-                .chunks(per_block * len)
-                .zip(dw.chunks(per_block * len))
-                .zip(dv.chunks_mut(per_block * len))
-                .zip(g.chunks(per_block).zip(lengths.chunks(per_block)))
-                .zip(dg.chunks_mut(per_block))
-                .map(|((((v, dw), dv), (g, lengths)), dg)| Backward {
-                    v,
-                    dw,
-                    dv,
-                    g,
-                    lengths,
-                    dg,
-                    len,
-                })
-                .collect();
-            par::run(blocks, v.len(), |block| level.run(block));
-        })
-    };
+    let dv = fill(v.len(), size, |dv| {
+        let params = g.chunks(per_block).zip(lengths.chunks(per_block));
+        let params = params.zip(dg.chunks_mut(per_block));
+        let blocks = v.chunks(size).zip(dw.chunks(size)).zip(dv).zip(params);
+        let blocks = blocks.map(|(((v, dw), dv), ((g, lengths), dg))| WeightBackward {
+            v,
+            dw,
+            dv,
+            g,
+            lengths,
+            dg,
+            len,
+        });
+        par::run(v.len(), blocks);
+    });
     (dv, dg)
 }
 
-struct Backward<'a, E: Elem> {
+struct WeightBackward<'a, E: Elem> {
     v: &'a [E],
     dw: &'a [E],
-    dv: &'a mut [MaybeUninit<E>],
+    dv: Part<'a, E>,
     g: &'a [E::Acc],
     lengths: &'a [Length],
     dg: &'a mut [f64],
     len: usize,
 }
 
-impl<E: Elem> Kernel for Backward<'_, E> {
+impl<E: Elem> Kernel for WeightBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(mut self, isa: I) {
         let len = self.len;
         let rows = self.v.chunks_exact(len).zip(self.dw.chunks_exact(len));
-        let rows = rows.zip(self.dv.chunks_exact_mut(len));
         let params = self.g.iter().zip(self.lengths).zip(self.dg);
-        for (((v, dw), dv), ((g, length), dg)) in rows.zip(params) {
-            // The direction is v · unit, or (v · scale) · inverse where one factor would leave the range.
+        for ((v, dw), ((g, length), dg)) in rows.zip(params) {
+            // The direction is v · unit, or (v · scale) · inverse where one factor would leave the
+            // range.
             let inverse = length.inverse();
-            let scale = splat::<I, _>(isa, E::Acc::from_wide(length.scale));
-            let unit = splat::<I, _>(isa, E::Acc::from_wide(inverse));
+            let scale = splat::<I, _>(isa, E::Acc::from_f64(length.scale));
+            let unit = splat::<I, _>(isa, E::Acc::from_f64(inverse));
             let [along] = sums2(
                 isa,
                 v,
@@ -205,15 +193,21 @@ impl<E: Elem> Kernel for Backward<'_, E> {
                 |_, v, dw| [dw * ((v * scale) * unit)],
             );
             *dg = along;
-            let along = splat::<I, _>(isa, E::Acc::from_wide(along));
-            let factor = splat::<I, _>(isa, E::Acc::from_wide(g.wide() * inverse));
-            map2(
-                isa,
-                v,
-                dw,
-                dv,
+            let along = splat::<I, _>(isa, E::Acc::from_f64(along));
+            let factor = splat::<I, _>(isa, E::Acc::from_f64(g.to_f64() * inverse));
+            self.dv.write(
+                len,
                 #[inline(always)]
-                |_, v, dw| ((dw - ((v * scale) * unit) * along) * factor) * scale,
+                |dv| {
+                    map2(
+                        isa,
+                        v,
+                        dw,
+                        dv,
+                        #[inline(always)]
+                        |_, v, dw| ((dw - ((v * scale) * unit) * along) * factor) * scale,
+                    )
+                },
             );
         }
     }

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::check;
 use crate::kernels::moments::Mean;
 pub use crate::kernels::moments::Moments;
-use crate::kernels::slices;
+use crate::kernels::slice_moments;
 
 impl Moments {
     /// The moments of `values`.
@@ -19,7 +19,7 @@ impl Moments {
     /// assert_eq!(parts, whole);
     /// ```
     pub fn of_values(values: &[f64]) -> Self {
-        slices::moments(values)
+        slice_moments::of_slice(values)
     }
 
     /// How many values.

@@ -5,8 +5,11 @@ use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source};
-use crate::kernels::planes::{self, Order, Shape};
-use crate::kernels::rows::{Affine, Stats};
+use crate::kernels::affine::Affine;
+use crate::kernels::channels;
+use crate::kernels::grads::Wanted;
+use crate::kernels::shape::{Order, Shape};
+use crate::kernels::stats::{self, Stats};
 
 impl From<ChannelAxes> for Shape {
     fn from(axes: ChannelAxes) -> Self {
@@ -59,7 +62,7 @@ impl Channels {
         };
         let given: Vec<Stats>;
         let statistics = match &self.source {
-            Source::Own { center } => planes::Statistics::Own {
+            Source::Own { center } => stats::Statistics::Own {
                 center: *center,
                 eps: self.eps,
             },
@@ -68,11 +71,11 @@ impl Channels {
                 given = channels
                     .map(|(mean, var)| Stats::new(mean.into(), var, self.eps))
                     .collect();
-                planes::Statistics::Given(&given)
+                stats::Statistics::Given(&given)
             }
         };
         let (x, order) = input::<T>(args.x)?;
-        let (y, saved) = planes::forward(x, order, self.axes.into(), affine, statistics);
+        let (y, saved) = channels::forward(x, order, self.axes.into(), affine, statistics);
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
@@ -85,7 +88,7 @@ impl Channels {
     ) -> Result<Gradients<CpuStorage>> {
         let weight = parameter(from.weight)?;
         let (x, dy) = (input::<T>(from.x)?, elements(from.dy)?);
-        let wanted = planes::Wanted {
+        let wanted = Wanted {
             own: match self.source {
                 Source::Own { center } => Some(center),
                 Source::Given { .. } => None,
@@ -93,7 +96,7 @@ impl Channels {
             params: from.params,
         };
         let shape = self.axes.into();
-        let grads = planes::backward(x, dy, shape, weight.as_deref(), from.saved, wanted);
+        let grads = channels::backward(x, dy, shape, weight.as_deref(), from.saved, wanted);
         Ok(stored(grads, from.params))
     }
 }

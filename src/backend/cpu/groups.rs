@@ -5,12 +5,13 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Gradients, Groups};
-use crate::kernels::groups;
-use crate::kernels::rows::{Affine, Stats};
+use crate::kernels::affine::Affine;
+use crate::kernels::groups::{self, GroupSpec};
+use crate::kernels::stats::Stats;
 
 impl Groups {
-    fn spec(&self) -> groups::Spec {
-        groups::Spec {
+    fn spec(&self) -> GroupSpec {
+        GroupSpec {
             shape: self.axes.into(),
             num_groups: self.num_groups,
             eps: self.eps,

@@ -7,12 +7,14 @@ use candle_core::{CpuStorage, Result, WithDType};
 use super::{Accumulator, Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{AddOn, Added, Backward, Forward, On};
 use crate::computations::{Args, Cast, Gradients, Rows};
-use crate::kernels::rows::{self, Stats};
-use crate::kernels::simd::Elem;
+use crate::kernels::affine::Affine;
+use crate::kernels::rows::{self, RowSpec};
+use crate::kernels::simd::{Elem, Real};
+use crate::kernels::stats::Stats;
 
 impl Rows {
-    fn spec(&self) -> rows::Spec {
-        rows::Spec {
+    fn spec(&self) -> RowSpec {
+        RowSpec {
             len: self.len,
             center: self.center,
             eps: self.eps,
@@ -24,7 +26,7 @@ impl Rows {
     fn factor<'a, A: Accumulator>(&self, weight: Option<Arg<'a>>) -> Result<Option<Cow<'a, [A]>>> {
         let mut weight = parameter::<A>(weight)?;
         if let (Some(weight), true) = (&mut weight, self.offset != 0.) {
-            let offset = A::from_wide(self.offset);
+            let offset: A = Real::from_f64(self.offset);
             for w in weight.to_mut() {
                 *w += offset;
             }
@@ -34,7 +36,7 @@ impl Rows {
 
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (self.factor(args.weight)?, parameter(args.bias)?);
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
@@ -62,7 +64,7 @@ impl Rows {
         residual: Arg,
     ) -> Result<Added<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (self.factor(args.weight)?, parameter(args.bias)?);
-        let affine = rows::Affine {
+        let affine = Affine {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };

@@ -1,4 +1,5 @@
-//! The instructions that every processor of the target has: arrays, which the compiler makes of them what it can.
+//! The instructions that every processor of the target has: arrays, which the compiler makes of
+//! them what it can.
 
 use std::ops::{Add, Mul, Sub};
 

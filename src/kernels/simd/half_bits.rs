@@ -1,5 +1,6 @@
-//! Half precision by integer arithmetic, without branches, so that it vectorizes. Rounding is to nearest, ties to even; a NaN keeps
-//! its sign and leading payload and becomes quiet, as the conversion instructions of x86 do it.
+//! Half precision by integer arithmetic, without branches, so that it vectorizes. Rounding is to
+//! nearest, ties to even; a NaN keeps its sign and leading payload and becomes quiet, as the
+//! conversion instructions of x86 do it.
 
 #[inline(always)]
 pub(super) fn widen_bf16(v: u16) -> f32 {

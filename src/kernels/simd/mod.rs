@@ -1,15 +1,16 @@
 //! Sixteen values at a time, on whatever the processor has.
 //!
-//! A kernel is written once over [`Lanes`], sixteen numbers of the accumulator's type, and [`Level::run`] compiles it for each
-//! instruction set, inside a function that has the set enabled. The number of lanes is the same on every machine and nothing is contracted
-//! into fused multiply-adds, so every level computes the same bits.
+//! A kernel is written once over [`Lanes`], sixteen numbers of the accumulator's type, and
+//! [`Level::run`] compiles it for each instruction set, inside a function that has the set enabled.
+//! The number of lanes is the same on every machine and nothing is contracted into fused
+//! multiply-adds, so every level computes the same bits.
 //!
-//! Lanes are registers of the set, not arrays: left to itself the compiler cuts arrays of sixteen into pieces of four and keeps them in
-//! memory, which costs three to five times the time.
+//! Lanes are registers of the set, not arrays: left to itself the compiler cuts arrays of sixteen
+//! into pieces of four and keeps them in memory, which costs three to five times the time.
 
 mod baseline;
 mod half_bits;
-mod turn;
+mod transpose;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -20,32 +21,29 @@ use std::sync::OnceLock;
 
 use baseline::Baseline;
 use half::{bf16, f16};
-pub(crate) use turn::{prefetch, turn};
+pub(crate) use transpose::{Place, Plain, prefetch, tile, transpose_tile};
 
-/// How many values a kernel takes at a time: 16 `f32` are one register of AVX-512, two of AVX2, four of SSE2 or NEON.
+/// How many values a kernel takes at a time: 16 `f32` are one register of AVX-512, two of AVX2,
+/// four of SSE2 or NEON.
 pub(crate) const LANES: usize = 16;
 
 /// What sums and products are formed in: `f32` or `f64`.
 pub(crate) trait Real:
-    Copy
-    + Default
-    + Send
-    + Sync
+    Elem<Acc = Self>
     + PartialOrd
     + Add<Output = Self>
     + AddAssign
     + Sub<Output = Self>
     + Mul<Output = Self>
     + Div<Output = Self>
-    + 'static
 {
     /// Sixteen of them in registers of `I`.
     type Lanes<I: Isa>: Vector<I, Self>;
     /// Of a power of two whose inverse is a normal number too.
     const LARGEST_EXPONENT: f64;
 
-    fn from_wide(v: f64) -> Self;
-    fn wide(self) -> f64;
+    fn from_f64(v: f64) -> Self;
+    fn to_f64(self) -> f64;
 }
 
 macro_rules! real {
@@ -55,11 +53,11 @@ macro_rules! real {
             const LARGEST_EXPONENT: f64 = -($t::MIN_EXP as f64 - 1.);
 
             #[inline(always)]
-            fn from_wide(v: f64) -> Self {
+            fn from_f64(v: f64) -> Self {
                 v as $t
             }
             #[inline(always)]
-            fn wide(self) -> f64 {
+            fn to_f64(self) -> f64 {
                 self as f64
             }
         }
@@ -100,7 +98,7 @@ pub(crate) trait Vector<I, T: Real>:
         let v = self.to_array();
         let eight: [T; 8] = std::array::from_fn(|i| v[i] + v[i + 8]);
         let four: [T; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
-        ((four[0] + four[2]) + (four[1] + four[3])).wide()
+        ((four[0] + four[2]) + (four[1] + four[3])).to_f64()
     }
 }
 
@@ -116,7 +114,7 @@ pub(crate) trait Isa: Copy {
 }
 
 /// What tensors hold.
-pub(crate) trait Elem: Copy + Default + Send + Sync + 'static {
+pub(crate) trait Elem: Plain + Default + Send + Sync + 'static {
     /// What it is computed in.
     type Acc: Real;
 
@@ -177,8 +175,8 @@ impl Elem for f16 {
     }
 }
 
-/// A computation on slices, written over any instruction set. `run` and all that it calls must be `#[inline(always)]`: only then is it
-/// compiled with the instructions of its caller.
+/// A computation on slices, written over any instruction set. `run` and all that it calls must be
+/// `#[inline(always)]`: only then is it compiled with the instructions of its caller.
 pub(crate) trait Kernel {
     type Output;
     fn run<I: Isa>(self, isa: I) -> Self::Output;
@@ -216,8 +214,8 @@ impl Level {
         }
     }
 
-    /// The highest level of this processor, or the one that the environment variable `CANDLE_NORM_ISA` names (`baseline`, `avx2`,
-    /// `avx512`) if the processor has it.
+    /// The highest level of this processor, or the one that the environment variable
+    /// `CANDLE_NORM_ISA` names (`baseline`, `avx2`, `avx512`) if the processor has it.
     pub(crate) fn current() -> Level {
         static BEST: OnceLock<Level> = OnceLock::new();
         FORCED.get().unwrap_or_else(|| {
@@ -247,7 +245,8 @@ impl Level {
         Some(f())
     }
 
-    /// Runs `kernel`, compiled for this level. A level that the processor does not have runs as the baseline.
+    /// Runs `kernel`, compiled for this level. A level that the processor does not have runs as the
+    /// baseline.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]

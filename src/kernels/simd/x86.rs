@@ -1,5 +1,6 @@
-//! The instruction sets of x86-64. A token of a set exists only after the processor was asked for it, and lanes of its registers only
-//! from such a token: whoever holds either may use its instructions.
+//! The instruction sets of x86-64. A token of a set exists only after the processor was asked for
+//! it, and lanes of its registers only from such a token: whoever holds either may use its
+//! instructions.
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
@@ -23,7 +24,8 @@ macro_rules! registers {
         impl Vector<$isa, $scalar> for $name {
             #[inline(always)]
             fn load(_: $isa, v: &[$scalar; LANES]) -> Self {
-                // SAFETY: registers and array have the same size, and every bit pattern is valid for both.
+                // SAFETY: registers and array have the same size, and every bit pattern is valid
+                // for both.
                 Self(unsafe { transmute::<[$scalar; LANES], [$register; $count]>(*v) })
             }
             #[inline(always)]
@@ -33,7 +35,8 @@ macro_rules! registers {
             }
             #[inline(always)]
             fn to_array(self) -> [$scalar; LANES] {
-                // SAFETY: registers and array have the same size, and every bit pattern is valid for both.
+                // SAFETY: registers and array have the same size, and every bit pattern is valid
+                // for both.
                 unsafe { transmute::<[$register; $count], [$scalar; LANES]>(self.0) }
             }
             #[inline(always)]
@@ -50,7 +53,8 @@ macro_rules! registers {
                 };
                 let mut window = [0; LANES];
                 window.copy_from_slice(&STEP[count.min(LANES)..][..LANES]);
-                // SAFETY: registers and array have the same size, and every bit pattern is valid for both.
+                // SAFETY: registers and array have the same size, and every bit pattern is valid
+                // for both.
                 let masks = unsafe { transmute::<[$bits; LANES], [$register; $count]>(window) };
                 let mut out = self;
                 for i in 0..$count {
@@ -116,7 +120,8 @@ impl Avx2 {
     }
 }
 
-/// One register of `f32` to the bits of eight `bf16`, each in 32 bits; as the portable conversion does it.
+/// One register of `f32` to the bits of eight `bf16`, each in 32 bits; as the portable conversion
+/// does it.
 #[inline(always)]
 fn narrow_bf16_256(_: Avx2, v: __m256) -> __m256i {
     // SAFETY: the token proves AVX2.

@@ -1,10 +1,10 @@
-//! Sums down the columns: in lanes over a run of rows, and in `f64` over the runs.
+//! Column sums: in lanes over a run of rows, and in `f64` over the runs.
 
 use std::mem::MaybeUninit;
 
+use super::loops::{store_tail, tail};
 use super::par;
 use super::simd::{Elem, Isa, LANES, Lanes, Real, Vector, zero};
-use super::span::{store_tail, tail};
 
 /// How many rows are added up in the accumulator's precision.
 const ROWS_PER_RUN: usize = 32;
@@ -30,7 +30,7 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
         }
     }
 
-    /// For those who add by themselves: the sums of each chunk.
+    /// The sums of each chunk, for loops of their own.
     #[inline(always)]
     pub(crate) fn chunks(&mut self) -> &mut [[Lanes<I, T>; N]] {
         &mut self.chunks
@@ -63,7 +63,8 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
         self.added(isa, 1);
     }
 
-    /// [`add`](Self::add) for each of some rows, four at a time, whose sums stay in registers meanwhile: for rows that are in the cache.
+    /// [`add`](Self::add) for each of some rows, four at a time, whose sums stay in registers
+    /// meanwhile: for rows that are in the cache.
     #[inline(always)]
     pub(crate) fn add_rows<E: Elem<Acc = T>>(
         &mut self,
@@ -97,14 +98,16 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
 
     /// Adds `f(k, x, y)` for each chunk `k` of two rows, and writes `g(k, x, y)` to a third.
     #[inline(always)]
-    pub(crate) fn add_and_map<E: Elem<Acc = T>>(
+    pub(crate) fn add_and_map<'o, E: Elem<Acc = T>>(
         &mut self,
         isa: I,
-        (x, y, out): (&[E], &[E], &mut [MaybeUninit<E>]),
+        (x, y, out): (&[E], &[E], &'o mut [MaybeUninit<E>]),
         f: impl Fn(usize, Lanes<I, T>, Lanes<I, T>) -> [Lanes<I, T>; N],
         g: impl Fn(usize, Lanes<I, T>, Lanes<I, T>) -> Lanes<I, T>,
-    ) {
-        let (whole, rest) = self.chunks.split_at_mut(self.totals.len() / N / LANES);
+    ) -> &'o mut [E] {
+        let width = self.totals.len() / N;
+        assert!(x.len() == width && y.len() == width && out.len() == width);
+        let (whole, rest) = self.chunks.split_at_mut(width / LANES);
         let chunks = x.as_chunks().0.iter().zip(y.as_chunks().0);
         let chunks = chunks.zip(out.as_chunks_mut().0);
         for ((k, sums), ((x, y), out)) in whole.iter_mut().enumerate().zip(chunks) {
@@ -118,6 +121,8 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
             *sums = plus::<I, T, N>(*sums, f(whole.len(), x, y));
         }
         self.added(isa, 1);
+        // SAFETY: the row is as wide as the sums, and every chunk and the tail were stored.
+        unsafe { out.assume_init_mut() }
     }
 
     /// Adds `f(k, x, y)` for each chunk `k` of two rows.
@@ -157,13 +162,13 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
             for (totals, sums) in chunks.iter_mut().zip(&self.chunks) {
                 let sums = sums[i].to_array();
                 for lane in 0..LANES {
-                    totals[lane] += sums[lane].wide();
+                    totals[lane] += sums[lane].to_f64();
                 }
             }
             if let Some(sums) = self.chunks.get(width / LANES) {
                 let sums = sums[i].to_array();
                 for (total, sum) in rest.iter_mut().zip(&sums[LANES - width % LANES..]) {
-                    *total += sum.wide();
+                    *total += sum.to_f64();
                 }
             }
         }
@@ -189,8 +194,8 @@ pub(crate) fn whole_chunks<const R: usize, E>(rows: &[E], width: usize) -> [&[[E
     std::array::from_fn(|r| &rows[r * width..].as_chunks().0[..width / LANES])
 }
 
-/// How many of `rows` rows of `width` columns make a block that has sums of its own: so many that combining these costs little
-/// beside forming them.
+/// How many of `rows` rows of `width` columns make a block that has sums of its own: so many that
+/// combining these costs little beside forming them.
 pub(crate) fn rows_per_block(rows: usize, width: usize) -> usize {
     let enough = ROWS_PER_RUN.min(rows.div_ceil(4));
     par::items_per_block(rows, width)
@@ -198,13 +203,13 @@ pub(crate) fn rows_per_block(rows: usize, width: usize) -> usize {
         .next_multiple_of(4)
 }
 
-/// The sums of all blocks, in their order.
+/// The sums of all blocks, added up in their order.
 pub(crate) fn combined(blocks: &[f64], width: usize) -> Vec<f64> {
     /// So many columns are worth a thread.
     const COLUMNS: usize = 1 << 11;
     let mut totals = vec![0f64; width];
     let jobs = totals.chunks_mut(COLUMNS).enumerate().collect();
-    par::run(jobs, blocks.len(), |(job, totals)| {
+    par::for_each(jobs, blocks.len(), |(job, totals)| {
         for block in blocks.chunks_exact(width.max(1)) {
             for (total, sum) in totals.iter_mut().zip(&block[job * COLUMNS..]) {
                 *total += sum;

@@ -1,4 +1,4 @@
-//! What a slice says by itself, without a layer around it.
+//! Moments of slices, without a layer around them.
 
 use super::moments::Moments;
 use super::par;
@@ -16,7 +16,7 @@ impl<E: Elem> Kernel for OfSlice<'_, E> {
 }
 
 /// The moments of a slice of any length, on the calling thread.
-pub(crate) fn moments<E: Elem>(x: &[E]) -> Moments {
+pub(crate) fn of_slice<E: Elem>(x: &[E]) -> Moments {
     Level::current().run(OfSlice(x))
 }
 
@@ -38,17 +38,15 @@ impl<E: Elem> Kernel for OfRows<'_, E> {
 }
 
 /// The moments of each row of `len` elements.
-pub(crate) fn moments_of_rows<E: Elem>(x: &[E], len: usize) -> Vec<Moments> {
+pub(crate) fn of_rows<E: Elem>(x: &[E], len: usize) -> Vec<Moments> {
     let rows = x.len() / len;
     assert_eq!(x.len(), rows * len);
     let per_block = par::items_per_block(rows, len);
-    let level = Level::current();
     let mut moments = vec![Moments::default(); rows];
-    let blocks = x
-        .chunks(per_block * len)
-        .zip(moments.chunks_mut(per_block))
-        .map(|(x, moments)| OfRows { x, len, moments })
-        .collect();
-    par::run(blocks, x.len(), |block| level.run(block));
+    let blocks = x.chunks(per_block * len).zip(moments.chunks_mut(per_block));
+    par::run(
+        x.len(),
+        blocks.map(|(x, moments)| OfRows { x, len, moments }),
+    );
     moments
 }

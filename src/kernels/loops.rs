@@ -1,8 +1,8 @@
-//! Slices as sixteen lanes at a time.
+//! Vector loops: slices sixteen lanes at a time.
 //!
-//! What is left at the end of a slice is read as the *last* sixteen elements, of which only the last few lanes are new: a map computes the
-//! rest a second time, to the same result, and a sum leaves them out. A slice of fewer than sixteen elements is read into the
-//! last lanes of a register of zeros.
+//! The tail of a slice is read as the *last* sixteen elements, of which only the last few lanes are
+//! new: a map computes the others a second time, to the same result, and a sum leaves them out. A
+//! slice of fewer than sixteen elements is read into the last lanes of a register of zeros.
 
 use std::mem::MaybeUninit;
 
@@ -36,15 +36,16 @@ pub(crate) fn store_tail<E: Elem, I: Isa>(isa: I, v: Lanes<I, E::Acc>, out: &mut
     }
 }
 
-/// A slice of accumulator values that runs alongside elements: a weight, a bias, the sums of columns.
+/// One accumulator value for each column, read alongside the elements of a row: a weight, a bias,
+/// sums of columns.
 #[derive(Clone, Copy)]
-pub(crate) struct Columns<'a, I: Isa, T: Real> {
+pub(crate) struct ColumnValues<'a, I: Isa, T: Real> {
     isa: I,
     chunks: &'a [[T; LANES]],
     tail: Lanes<I, T>,
 }
 
-impl<'a, I: Isa, T: Elem<Acc = T> + Real> Columns<'a, I, T> {
+impl<'a, I: Isa, T: Real> ColumnValues<'a, I, T> {
     #[inline(always)]
     pub(crate) fn new(isa: I, values: &'a [T]) -> Self {
         Self {
@@ -66,12 +67,13 @@ impl<'a, I: Isa, T: Elem<Acc = T> + Real> Columns<'a, I, T> {
 
 /// `out = f(k, x)` for each chunk `k` of `x` and for its tail.
 #[inline(always)]
-pub(crate) fn map<E: Elem, O: Elem<Acc = E::Acc>, I: Isa>(
+pub(crate) fn map<'o, E: Elem, O: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
     x: &[E],
-    out: &mut [MaybeUninit<O>],
+    out: &'o mut [MaybeUninit<O>],
     f: impl Fn(usize, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
-) {
+) -> &'o mut [O] {
+    assert!(x.len() == out.len());
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (out_chunks, _) = out.as_chunks_mut::<LANES>();
     for (k, (x, out)) in chunks.iter().zip(out_chunks).enumerate() {
@@ -80,17 +82,20 @@ pub(crate) fn map<E: Elem, O: Elem<Acc = E::Acc>, I: Isa>(
     if !rest.is_empty() {
         store_tail(isa, f(chunks.len(), tail(isa, x)), out);
     }
+    // SAFETY: `out` is as long as `x`, and every chunk and the tail were stored.
+    unsafe { out.assume_init_mut() }
 }
 
 /// `out = f(k, x, y)` for each chunk `k` of `x` and `y` and for their tails.
 #[inline(always)]
-pub(crate) fn map2<E: Elem, F: Elem<Acc = E::Acc>, O: Elem<Acc = E::Acc>, I: Isa>(
+pub(crate) fn map2<'o, E: Elem, F: Elem<Acc = E::Acc>, O: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
     x: &[E],
     y: &[F],
-    out: &mut [MaybeUninit<O>],
+    out: &'o mut [MaybeUninit<O>],
     f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> Lanes<I, E::Acc>,
-) {
+) -> &'o mut [O] {
+    assert!(x.len() == out.len() && y.len() == out.len());
     let (xs, rest) = x.as_chunks::<LANES>();
     let (ys, _) = y.as_chunks::<LANES>();
     let (outs, _) = out.as_chunks_mut::<LANES>();
@@ -100,18 +105,22 @@ pub(crate) fn map2<E: Elem, F: Elem<Acc = E::Acc>, O: Elem<Acc = E::Acc>, I: Isa
     if !rest.is_empty() {
         store_tail(isa, f(xs.len(), tail(isa, x), tail(isa, y)), out);
     }
+    // SAFETY: `out` is as long as `x` and `y`, and every chunk and the tail were stored.
+    unsafe { out.assume_init_mut() }
 }
 
-/// The longest run that is added up in the accumulator's precision; longer ones are added up in `f64`.
+/// The longest run that is added up in the accumulator's precision; the sums of runs are added up
+/// in `f64`.
 pub(crate) const RUN: usize = 2048;
 
-/// Sums that are being formed, `N` at once. There are two of each, so that an addition need not wait for the last.
-struct Sums<I: Isa, T: Real, const N: usize> {
+/// Sums that are being formed, `N` at once. There are two of each, so that an addition need not
+/// wait for the one before.
+struct LaneSums<I: Isa, T: Real, const N: usize> {
     even: [Lanes<I, T>; N],
     odd: [Lanes<I, T>; N],
 }
 
-impl<I: Isa, T: Real, const N: usize> Sums<I, T, N> {
+impl<I: Isa, T: Real, const N: usize> LaneSums<I, T, N> {
     #[inline(always)]
     fn new(isa: I) -> Self {
         Self {
@@ -158,7 +167,7 @@ pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
     slices: impl Iterator<Item = &'a [E]>,
     f: impl Fn(Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
 ) -> [f64; N] {
-    let mut sums = Sums::<I, E::Acc, N>::new(isa);
+    let mut sums = LaneSums::<I, E::Acc, N>::new(isa);
     for x in slices {
         let (chunks, rest) = x.as_chunks::<LANES>();
         let (pairs, single) = chunks.as_chunks::<2>();
@@ -176,7 +185,8 @@ pub(crate) fn run_sums<'a, const N: usize, E: Elem, I: Isa>(
     sums.totals()
 }
 
-/// The sums of `f(k, x, y)` over pairs of slices of together about [`RUN`] elements; `k` counts the chunks of a slice, from `first` on.
+/// The sums of `f(k, x, y)` over pairs of slices of together about [`RUN`] elements; `k` counts the
+/// chunks of a slice, from `first` on.
 #[inline(always)]
 pub(crate) fn run_sums2<'a, const N: usize, E: Elem, F: Elem<Acc = E::Acc>, I: Isa>(
     isa: I,
@@ -184,7 +194,7 @@ pub(crate) fn run_sums2<'a, const N: usize, E: Elem, F: Elem<Acc = E::Acc>, I: I
     first: usize,
     f: impl Fn(usize, Lanes<I, E::Acc>, Lanes<I, E::Acc>) -> [Lanes<I, E::Acc>; N],
 ) -> [f64; N] {
-    let mut sums = Sums::<I, E::Acc, N>::new(isa);
+    let mut sums = LaneSums::<I, E::Acc, N>::new(isa);
     for (x, y) in slices {
         let (xs, rest) = x.as_chunks::<LANES>();
         let (ys, _) = y.as_chunks::<LANES>();

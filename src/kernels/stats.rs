@@ -1,0 +1,64 @@
+//! What elements are normalized by.
+
+use super::loops::sums;
+use super::moments::{Mean, Moments, about_mean};
+use super::simd::{Elem, Isa, Real};
+
+/// What a row, group or channel is normalized by.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stats {
+    pub(crate) mean: Mean,
+    /// Biased; the mean square where the mean is not subtracted.
+    pub(crate) var: f64,
+    pub(crate) inv_std: f64,
+}
+
+impl Stats {
+    pub(crate) const NONE: Self = Self {
+        mean: Mean { high: 0., low: 0. },
+        var: 0.,
+        inv_std: 0.,
+    };
+
+    #[inline(always)]
+    pub(crate) fn new(mean: Mean, var: f64, eps: f64) -> Self {
+        Self {
+            mean,
+            var,
+            inv_std: 1. / (var + eps).sqrt(),
+        }
+    }
+
+    /// Those of a row: about its mean, or about zero if it is not `center`ed.
+    #[inline(always)]
+    pub(crate) fn of_row<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Self {
+        let (mean, var) = if center {
+            let moments = Moments::of(isa, x);
+            (moments.mean, moments.var())
+        } else {
+            let [squares] = sums(
+                isa,
+                x,
+                #[inline(always)]
+                |v| [v * v],
+            );
+            (Mean::default(), squares / x.len() as f64)
+        };
+        Self::new(mean, var, eps)
+    }
+
+    /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
+    #[inline(always)]
+    pub(crate) fn along<T: Real>(self, [about_high, sum]: [f64; 2]) -> f64 {
+        about_mean::<T>(self.mean, about_high, sum) * self.inv_std
+    }
+}
+
+/// Where the statistics of the channels of a batch come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Statistics<'a> {
+    /// The batch, those of each channel, about their means or about zero.
+    Own { center: bool, eps: f64 },
+    /// The caller, one for each channel.
+    Given(&'a [Stats]),
+}
