@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use super::norm::Norm;
 use super::params::{Affine, AffineParams};
-use crate::Norm;
 use crate::ops::{self, check};
 
 /// Configuration of [`GroupNorm`].
@@ -14,7 +14,7 @@ use crate::ops::{self, check};
 pub struct GroupNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Which parameters are learned. Default: weight and bias.
+    /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
 }
 
@@ -41,12 +41,14 @@ impl From<f64> for GroupNormOptions {
 /// `y = (x − μ) / √(σ² + ε) · w + b`
 ///
 /// Where:
-/// - μ and σ² (biased) are taken for each sample over the `num_channels / num_groups` channels of a group and all of space;
+/// - μ and σ² (biased) are taken for each sample over the `num_channels / num_groups` channels of a
+///   group and all of space;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Wu and He, 2018, <https://arxiv.org/abs/1803.08494>. It does not see the batch: training and inference are the same, so the
-/// layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+/// Wu and He, 2018, <https://arxiv.org/abs/1803.08494>. It does not see the batch: training and
+/// inference are the same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or
+/// `f64`; half precision is computed in `f32` and rounded once.
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
     params: AffineParams,
@@ -55,14 +57,15 @@ pub struct GroupNorm {
     num_groups: usize,
 }
 
-/// A [`GroupNorm`] of `num_groups` groups of the `num_channels` on axis 1, its parameters taken from `vb`.
+/// A [`GroupNorm`] of `num_groups` groups of the `num_channels` on axis 1, its parameters taken
+/// from `vb`.
 ///
-/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine`
+/// says.
 ///
 /// # Errors
 /// `num_groups` that does not divide `num_channels`, options out of range, parameters of another
-/// shape; a checkpoint with a scale or shift that
-/// `affine` lacks, which would be dropped unseen.
+/// shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -97,7 +100,8 @@ impl GroupNorm {
     /// A layer of given parameters.
     ///
     /// # Errors
-    /// `num_groups` that does not divide `num_channels`, parameters of another shape, `eps` out of range.
+    /// `num_groups` that does not divide `num_channels`, parameters of another shape, `eps` out of
+    /// range.
     pub fn new(
         weight: Tensor,
         bias: Tensor,
@@ -150,7 +154,8 @@ impl Module for GroupNorm {
     /// Normalizes each group of each sample of `xs`.
     ///
     /// # Shapes
-    /// `[N, num_channels, *]` of rank at least 2; the output is contiguous, of the same shape and dtype.
+    /// `[N, num_channels, *]` of rank at least 2; the output is contiguous, of the same shape and
+    /// dtype.
     ///
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.

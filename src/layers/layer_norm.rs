@@ -5,9 +5,8 @@ use candle_nn::{Module, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
 
+use super::norm::Norm;
 use super::params::{Affine, AffineParams};
-pub use super::rms_norm::{RmsNorm, rms_norm};
-use crate::Norm;
 use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 
 /// Configuration of [`LayerNorm`].
@@ -17,11 +16,12 @@ use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 pub struct LayerNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Which parameters are learned. Default: weight and bias.
+    /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
     /// Subtract the mean; without, rows are divided by their root mean square. Default: true.
     pub remove_mean: bool,
-    /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does. Default: false.
+    /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does.
+    /// Default: false.
     pub channels_first: bool,
 }
 
@@ -36,7 +36,7 @@ impl Default for LayerNormOptions {
     }
 }
 
-/// From all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as
+/// Converts all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as
 /// `eps`, and every type that converts
 /// into it. candle's `affine` stands for the bias alone: its layer always has a weight.
 impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
@@ -64,8 +64,9 @@ impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
 /// - `w` and `b` are `weight` and `bias`, of shape `normalized_shape`, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>. Training and inference are the same, so the layer is a
-/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+/// Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>. Training and inference are the
+/// same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision
+/// is computed in `f32` and rounded once.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     normalized_shape: Vec<usize>,
@@ -76,7 +77,8 @@ pub struct LayerNorm {
 
 /// A [`LayerNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
 ///
-/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine`
+/// says.
 ///
 /// # Errors
 /// Options out of range, parameters of another shape; a checkpoint with a scale or shift that
@@ -217,9 +219,11 @@ impl LayerNorm {
         &self.normalized_shape
     }
 
-    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass
+    /// over memory on the CPU.
     ///
-    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
+    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to
+    /// `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
     /// `xs`, `residual` and both results: as in `forward`.
@@ -251,7 +255,7 @@ impl LayerNorm {
         self.norm.offset
     }
 
-    /// What the weight starts from: with an offset, the factor starts at one all the same.
+    /// Initial weight: with an offset, the factor starts at one all the same.
     fn initial_weight(&self) -> f64 {
         1. - self.norm.offset
     }
@@ -261,10 +265,12 @@ impl Module for LayerNorm {
     /// Normalizes each row of `xs`.
     ///
     /// # Shapes
-    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of
+    /// the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another trailing shape, dtype or device; an `eps` out of range given to a constructor without a `Result`.
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to a
+    /// constructor without a `Result`.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let shape = &self.normalized_shape;
         row_norm(

@@ -4,8 +4,8 @@ use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::layer_norm::LayerNorm;
+use super::norm::Norm;
 use super::params::{Affine, AffineParams};
-use crate::Norm;
 use crate::ops::{Cast, RowNorm, check};
 
 /// Configuration of [`RmsNorm`].
@@ -13,14 +13,16 @@ use crate::ops::{Cast, RowNorm, check};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RmsNormOptions {
-    /// Added to the mean square, inside the root; `None` is the machine epsilon of the dtype that the mean square is formed
-    /// in (1.19e-7, for `f64` 2.2e-16), PyTorch's default. Default: 1e-6.
+    /// Added to the mean square, inside the root; `None` is the machine epsilon of the dtype that
+    /// the mean square is formed in (1.19e-7, for `f64` 2.2e-16), PyTorch's default. Default: 1e-6.
     pub eps: Option<f64>,
-    /// Which parameters are learned. Default: the weight.
+    /// Learned parameters. Default: the weight.
     pub affine: Affine,
-    /// Added to the weight, which then starts from one less. Gemma and its kin: 1. Default: 0.
+    /// Added to the weight, which then starts from one less. Gemma and its relatives: 1.
+    /// Default: 0.
     pub offset: f64,
-    /// Where half precision is rounded. Llama and its kin: [`Cast::BeforeWeight`]. Default: [`Cast::AfterWeight`].
+    /// Place where half precision is rounded. Llama and its relatives: [`Cast::BeforeWeight`].
+    /// Default: [`Cast::AfterWeight`].
     pub cast: Cast,
     /// Normalize axis 1 of `[N, C, *]` maps at each position. Default: false.
     pub channels_first: bool,
@@ -56,8 +58,9 @@ impl From<f64> for RmsNormOptions {
 /// - `w` is `weight`, of shape `normalized_shape`, if `affine` has it;
 /// - ε is `eps`; `offset` is 0, or 1 in checkpoints whose weight is kept around zero.
 ///
-/// Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>. Training and inference are the same, so the layer is a
-/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32`.
+/// Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>. Training and inference are the
+/// same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision
+/// is computed in `f32`.
 ///
 /// | checkpoint | options |
 /// | --- | --- |
@@ -135,7 +138,8 @@ impl RmsNorm {
     ///
     /// let vars = VarMap::new();
     /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    /// let options = RmsNormOptions { affine: Affine::WeightAndBias, offset: 1., ..Default::default() };
+    /// let affine = Affine::WeightAndBias;
+    /// let options = RmsNormOptions { affine, offset: 1., ..Default::default() };
     /// let norm = rms_norm(4, options, vb)?;
     /// assert_eq!(norm.bias().unwrap().dims(), [4]);
     /// assert_eq!((norm.offset(), norm.weight().to_vec1::<f32>()?), (1., vec![0.; 4]));
@@ -145,7 +149,7 @@ impl RmsNorm {
         self.0.bias()
     }
 
-    /// What is added to the weight.
+    /// Offset added to the weight.
     pub fn offset(&self) -> f64 {
         self.0.offset()
     }
@@ -168,9 +172,11 @@ impl RmsNorm {
         self.0.forward(xs)
     }
 
-    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass
+    /// over memory on the CPU.
     ///
-    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
+    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to
+    /// `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
     /// `xs`, `residual` and both results: as in `forward`.
@@ -200,10 +206,12 @@ impl Module for RmsNorm {
     /// Normalizes each row of `xs`.
     ///
     /// # Shapes
-    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of
+    /// the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another trailing shape, dtype or device; an `eps` out of range given to [`RmsNorm::new`].
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to
+    /// [`RmsNorm::new`].
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.0.forward(xs)
     }

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::State;
-use crate::ops::check;
+use super::check;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Extremes {
@@ -12,7 +12,7 @@ pub(super) struct Extremes {
 }
 
 impl Extremes {
-    /// Of no values.
+    /// Extremes of no values.
     pub(super) const NONE: Self = Self {
         min: f64::INFINITY,
         max: f64::NEG_INFINITY,
@@ -53,7 +53,7 @@ impl Extremes {
                 _ => one.min.is_finite() && one.max.is_finite() && one.min <= one.max,
             };
             let label = state.features().label(i);
-            check::scaling::saved_value(state.kind(), "min and max", &label, one.min, holds)?;
+            check::saved_value(state.kind(), "min and max", &label, one.min, holds)?;
             statistics.push(one);
         }
         Ok(statistics)

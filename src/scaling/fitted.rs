@@ -1,4 +1,5 @@
-//! What all scalers share that are fitted to a data set as a whole: statistics of each feature behind a lock, and the map that follows from them.
+//! Scalers that are fitted to a data set as a whole: statistics of each feature
+//! behind a lock, and the map that follows from them.
 
 use std::fmt::Debug;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -6,9 +7,9 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use candle_core::{DType, Result, Tensor};
 
 use super::affine::{Affine, Map};
+use super::check;
 use super::data::{Nan, each_feature, sample_weights};
 use super::{Features, Seen, State};
-use crate::ops::check;
 
 /// The version of the states of these scalers.
 const VERSION: u32 = 1;
@@ -17,7 +18,7 @@ const VERSION: u32 = 1;
 pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
     const KIND: &'static str;
 
-    /// What is kept of each feature.
+    /// Statistic of one feature.
     type Statistic: Debug + Clone + Send + Sync;
 
     fn check(&self) -> Result<()>;
@@ -27,7 +28,7 @@ pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
 
     /// Takes values that count `weights` times, all above 0.
     fn take_weighted(_: &mut Self::Statistic, _: &[f64], _: &[f64]) -> Result<()> {
-        check::scaling::no_weights(Self::KIND, "repeat the samples by their weight")
+        check::no_weights(Self::KIND, "repeat the samples by their weight")
     }
 
     fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;
@@ -74,7 +75,7 @@ impl<R: Rule> Snapshot<R> {
 
     /// The statistics of `x` alone, each sample by its weight if there are weights.
     fn of(rule: R, features: &Features, x: &Tensor, weights: Option<&[f64]>) -> Result<Self> {
-        check::scaling::samples(R::KIND, x)?;
+        check::samples(R::KIND, x)?;
         let features = features.of(R::KIND, x)?;
         let mut statistics = vec![rule.empty()?; features.count()];
         let take = |feature: usize, values: &[f64], weights: Option<&[f64]>| match weights {
@@ -94,7 +95,7 @@ impl<R: Rule> Snapshot<R> {
     fn held(self) -> Result<Self> {
         for (i, statistic) in self.statistics.iter().enumerate() {
             let (label, largest) = (self.features.label(i), R::largest(statistic));
-            check::scaling::representable(R::KIND, &label, largest, DType::F64)?;
+            check::representable(R::KIND, &label, largest, DType::F64)?;
         }
         Ok(self)
     }
@@ -149,13 +150,13 @@ impl<R: Rule> Snapshot<R> {
     /// The map of each feature.
     pub(super) fn affine(&self) -> Result<&Affine> {
         let fitted = Some(&self.seen).filter(|seen| !seen.is_empty());
-        check::scaling::fitted(R::KIND, fitted)?;
+        check::fitted(R::KIND, fitted)?;
         if let Some(affine) = self.affine.get() {
             return Ok(affine);
         }
         let mut maps = Vec::with_capacity(self.statistics.len());
         let values = self.seen.iter().map(|seen| seen.values).max();
-        check::scaling::has_values(R::KIND, values.unwrap_or_default())?;
+        check::has_values(R::KIND, values.unwrap_or_default())?;
         for (statistic, seen) in self.statistics.iter().zip(&self.seen) {
             maps.push(match seen.values {
                 0 => Map::UNKNOWN,
@@ -177,7 +178,7 @@ impl<R: Rule> Fitted<R> {
         Ok(Self::of(Snapshot::new(rule, Features::default())))
     }
 
-    /// With the default options of a rule, which are sound.
+    /// A scaler of the default options of a rule, which are sound.
     pub(super) fn with_defaults() -> Self
     where
         R: Default,
@@ -216,7 +217,8 @@ impl<R: Rule> Fitted<R> {
         Self(RwLock::new(self.snapshot()))
     }
 
-    /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each other, so that none is lost.
+    /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each
+    /// other, so that none is lost.
     fn replace(&self, next: impl FnOnce(&Snapshot<R>) -> Result<Snapshot<R>>) -> Result<()> {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(next(&current)?);
@@ -231,10 +233,11 @@ impl<R: Rule> Fitted<R> {
         self.take(x, weights, Features::clone, Snapshot::with)
     }
 
-    /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose features are the `known` ones.
+    /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose
+    /// features are the `known` ones.
     ///
-    /// The statistics are taken outside of the lock, so that those who transform need not wait; and once more if options or names were
-    /// others by the time that they are there.
+    /// The statistics are taken outside of the lock, so that those who transform need not wait; and
+    /// once more if options or names were others by the time that they are there.
     fn take(
         &self,
         x: &Tensor,
@@ -242,7 +245,7 @@ impl<R: Rule> Fitted<R> {
         known: impl Fn(&Features) -> Features,
         next: impl FnOnce(&Snapshot<R>, Snapshot<R>) -> Result<Snapshot<R>>,
     ) -> Result<()> {
-        check::scaling::samples(R::KIND, x)?;
+        check::samples(R::KIND, x)?;
         let weights = weights.map(|w| sample_weights(R::KIND, x, w)).transpose()?;
         loop {
             let now = self.snapshot();
@@ -310,7 +313,8 @@ impl<R: Rule> Fitted<R> {
     }
 }
 
-/// The public face of a scaler with a field `fitted`, of the options that are its rule. `$scale` says what a feature that does not vary is divided by.
+/// The public face of a scaler with a field `fitted`, of the options that are its rule. `$scale`
+/// says what a feature that does not vary is divided by.
 macro_rules! scaler {
     ($name:ident, $options:ident, $scale:literal) => {
         impl $name {

@@ -13,14 +13,14 @@ use super::{Nan, State};
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
     /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted.
-    /// What is cut gets no gradient. Default
-    /// `false`.
+    /// What is cut gets no gradient. Default `false`.
     pub clip: bool,
-    /// What becomes of NaN in the data that are fitted. Default: refused.
+    /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
 
-/// Divides every feature by its greatest absolute value, as scikit-learn's `MaxAbsScaler`: zeros stay zeros.
+/// Divides every feature by its greatest absolute value, as scikit-learn's `MaxAbsScaler`: zeros
+/// stay zeros.
 ///
 /// ```text
 /// y = x / max |x|

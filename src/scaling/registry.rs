@@ -4,11 +4,11 @@ use std::path::Path;
 
 use candle_core::Result;
 
+use super::check;
 use super::{
     AdaptiveScaler, Archive, EwmScaler, MaxAbsScaler, MinMaxScaler, PREFIX, RobustScaler, Scaler,
     SlidingScaler, StandardScaler, State,
 };
-use crate::ops::check;
 
 /// A kind, and how its scaler is made of a state.
 type Entry = (&'static str, fn(&State) -> Result<Box<dyn Scaler>>);
@@ -41,7 +41,7 @@ pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
         Some((_, make)) => make(state),
         None => {
             let kinds: Vec<_> = KINDS.iter().map(|(kind, _)| *kind).collect();
-            check::scaling::known_kind(&kinds, state.kind())
+            check::known_kind(&kinds, state.kind())
         }
     }
 }
