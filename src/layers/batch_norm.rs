@@ -8,6 +8,7 @@ pub use candle_nn::BatchNormConfig;
 use super::foldable::Foldable;
 use super::frozen::FrozenNorm;
 use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
@@ -69,6 +70,22 @@ impl<C: Into<BatchNormConfig>> From<C> for BatchNormOptions {
             remove_mean: config.remove_mean,
             ..Self::default()
         }
+    }
+}
+
+impl NormOptions for BatchNormOptions {
+    const NAMES: Names = Names::new(&["batch"], &["bn"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(batch_norm(num_channels, *self, vb)?))
     }
 }
 
@@ -418,7 +435,7 @@ impl ModuleT for BatchNorm {
 
 impl Norm for BatchNorm {
     fn kind(&self) -> &'static str {
-        "batch"
+        BatchNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

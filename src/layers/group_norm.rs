@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::norm::Norm;
+use super::options::{Argument, Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use crate::ops::{self, check};
 
@@ -33,6 +34,51 @@ impl From<f64> for GroupNormOptions {
             eps,
             ..Self::default()
         }
+    }
+}
+
+/// A [`GroupNorm`] as a configuration has it: the number of groups, which has no default, beside
+/// the options.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields, rename = "GroupForm"))]
+pub(crate) struct GroupNormSpec {
+    pub(crate) num_groups: usize,
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub(crate) options: GroupNormOptions,
+}
+
+impl NormOptions for GroupNormSpec {
+    const NAMES: Names = Names {
+        argument: Some(Argument {
+            form: "N (N groups, at least 1)",
+            expected: "a number of groups of at least 1",
+            example: "32",
+            suggested: "8",
+        }),
+        ..Names::new(&["group"], &["gn"], false)
+    };
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        let num_groups = argument?.parse().ok().filter(|n| *n > 0)?;
+        let options = GroupNormOptions::default();
+        Some(Self {
+            num_groups,
+            options,
+        })
+    }
+
+    fn argument(&self) -> Option<String> {
+        Some(self.num_groups.to_string())
+    }
+
+    fn has_bias(&self) -> bool {
+        self.options.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let norm = group_norm(self.num_groups, num_channels, self.options, vb)?;
+        Ok(Box::new(norm))
     }
 }
 
@@ -169,7 +215,7 @@ impl Module for GroupNorm {
 
 impl Norm for GroupNorm {
     fn kind(&self) -> &'static str {
-        "group"
+        GroupNormSpec::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

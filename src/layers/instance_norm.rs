@@ -5,6 +5,7 @@ use candle_nn::{ModuleT, VarBuilder};
 
 use super::frozen::FrozenNorm;
 use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
@@ -51,6 +52,22 @@ impl From<f64> for InstanceNormOptions {
             eps,
             ..Self::default()
         }
+    }
+}
+
+impl NormOptions for InstanceNormOptions {
+    const NAMES: Names = Names::new(&["instance"], &["in"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(instance_norm(num_channels, *self, vb)?))
     }
 }
 
@@ -191,7 +208,7 @@ impl ModuleT for InstanceNorm {
 
 impl Norm for InstanceNorm {
     fn kind(&self) -> &'static str {
-        "instance"
+        InstanceNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

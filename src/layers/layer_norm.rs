@@ -6,6 +6,7 @@ use candle_nn::{Module, VarBuilder};
 pub use candle_nn::LayerNormConfig;
 
 use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 
@@ -52,6 +53,34 @@ impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
             remove_mean: config.remove_mean,
             channels_first: false,
         }
+    }
+}
+
+impl NormOptions for LayerNormOptions {
+    const NAMES: Names = Names::new(&["layer"], &["ln"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: true,
+            ..*self
+        };
+        Ok(Box::new(layer_norm(num_channels, options, vb)?))
+    }
+
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: false,
+            ..*self
+        };
+        Ok(Box::new(layer_norm(num_features, options, vb)?))
     }
 }
 

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use candle_nn::{Module, ModuleT};
 
 use super::frozen::FrozenNorm;
+use super::options::Names;
 use super::running_stats::RunningStats;
 use crate::ops::check;
 
@@ -66,6 +67,9 @@ impl ModuleT for Box<dyn Norm> {
     }
 }
 
+/// Names of the layer that does nothing.
+pub(crate) const NONE: Names = Names::new(&[], &["none", "identity"], false);
+
 /// The layer that does nothing.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Identity;
@@ -78,7 +82,7 @@ impl Module for Identity {
 
 impl Norm for Identity {
     fn kind(&self) -> &'static str {
-        "none"
+        NONE.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

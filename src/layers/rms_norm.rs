@@ -5,6 +5,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::layer_norm::LayerNorm;
 use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use crate::ops::{Cast, RowNorm, check};
 
@@ -46,6 +47,34 @@ impl From<f64> for RmsNormOptions {
             eps: Some(eps),
             ..Self::default()
         }
+    }
+}
+
+impl NormOptions for RmsNormOptions {
+    const NAMES: Names = Names::new(&["rms"], &[], false);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: true,
+            ..*self
+        };
+        Ok(Box::new(rms_norm(num_channels, options, vb)?))
+    }
+
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: false,
+            ..*self
+        };
+        Ok(Box::new(rms_norm(num_features, options, vb)?))
     }
 }
 

@@ -3,7 +3,8 @@
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{Init, ModuleT, VarBuilder};
 
-use super::norm::Norm;
+use super::norm::{Norm, OnLastAxis};
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
@@ -90,6 +91,35 @@ impl SwitchNormOptions {
 
     fn initial_weight(&self) -> f64 {
         if self.last_gamma { 0. } else { 1. }
+    }
+}
+
+impl NormOptions for SwitchNormOptions {
+    // `sn` is missing: papers write it for spectral norm too.
+    const NAMES: Names = Names::new(&["switch", "switchable"], &[], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(switch_norm(num_channels, *self, vb)?))
+    }
+
+    /// Without spatial axes there are no instances.
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            spatial_dims: 0,
+            ..*self
+        };
+        Ok(Box::new(OnLastAxis {
+            norm: options.channels(num_features, vb)?,
+            num_features,
+        }))
     }
 }
 
@@ -299,7 +329,7 @@ impl ModuleT for SwitchNorm {
 
 impl Norm for SwitchNorm {
     fn kind(&self) -> &'static str {
-        "switch"
+        SwitchNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

@@ -3,17 +3,11 @@
 use candle_core::{Result, bail};
 use candle_nn::{Activation, Dropout, PReLU};
 
-use crate::layers::batch_norm::BatchNorm;
-use crate::layers::group_norm::GroupNorm;
-use crate::layers::instance_norm::InstanceNorm;
-use crate::layers::layer_norm::LayerNorm;
-use crate::layers::rms_norm::RmsNorm;
-use crate::layers::switch_norm::SwitchNorm;
-use crate::layers::{Foldable, FrozenNorm, Norm};
+use crate::layers::{Foldable, FrozenNorm, NONE, Norm};
 
 const LAYER: &str = "fold";
 
-/// Layers that may follow another in [`fold`]: [`BatchNorm`], [`InstanceNorm`], [`FrozenNorm`], a
+/// Layers that may follow another in [`fold`]: [`BatchNorm`](crate::BatchNorm), [`InstanceNorm`](crate::InstanceNorm), [`FrozenNorm`], a
 /// `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations
 /// may too, so that a sequence can be given as it is; they are answered by an error.
 pub trait Follower: sealed::Follows {}
@@ -100,31 +94,22 @@ impl sealed::Follows for FrozenNorm {
 }
 
 /// Norms whose statistics may be those of each input say so themselves.
-macro_rules! follower {
-    ($($norm:ty),*) => {$(
-        impl sealed::Follows for $norm {
-            fn stage(&self) -> Result<Stage> {
-                Norm::frozen(self).map(Stage::Norm)
-            }
-        }
-    )*};
+impl<N: Norm> sealed::Follows for N {
+    fn stage(&self) -> Result<Stage> {
+        stage_of(self)
+    }
 }
-
-follower!(
-    BatchNorm,
-    InstanceNorm,
-    GroupNorm,
-    LayerNorm,
-    RmsNorm,
-    SwitchNorm
-);
 
 impl sealed::Follows for Box<dyn Norm> {
     fn stage(&self) -> Result<Stage> {
-        match self.kind() {
-            "none" => Ok(Stage::Nothing),
-            _ => Norm::frozen(&**self).map(Stage::Norm),
-        }
+        stage_of(&**self)
+    }
+}
+
+fn stage_of(norm: &dyn Norm) -> Result<Stage> {
+    match norm.kind() == NONE.name {
+        true => Ok(Stage::Nothing),
+        false => norm.frozen().map(Stage::Norm),
     }
 }
 

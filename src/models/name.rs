@@ -1,39 +1,7 @@
 //! The names that a norm is called by, and which of them someone meant.
 
-/// A norm: the name that is written, the words that `norm` or `normalization` may follow, the names
-/// that stand alone, and whether there is a class
-/// for each number of axes somewhere (`BatchNorm2d`, ConvNeXt's `LayerNorm2d`).
-struct Kind {
-    name: &'static str,
-    stems: &'static [&'static str],
-    alone: &'static [&'static str],
-    by_axes: bool,
-}
-
-const fn kind_of(
-    stems: &'static [&'static str],
-    alone: &'static [&'static str],
-    by_axes: bool,
-) -> Kind {
-    Kind {
-        name: if stems.is_empty() { alone[0] } else { stems[0] },
-        stems,
-        alone,
-        by_axes,
-    }
-}
-
-// `sn` is missing: papers write it for spectral norm too.
-const KINDS: [Kind; 8] = [
-    kind_of(&[], &["none", "identity"], false),
-    kind_of(&["batch"], &["bn"], true),
-    kind_of(&["layer"], &["ln"], true),
-    kind_of(&["group"], &["gn"], false),
-    kind_of(&["instance"], &["in"], true),
-    kind_of(&["rms"], &[], false),
-    kind_of(&["switch", "switchable"], &[], true),
-    kind_of(&["weight"], &["wn"], false),
-];
+use super::config::KINDS;
+use crate::layers::Names;
 
 /// A name in lower case, without what joins words.
 fn plain(name: &str) -> String {
@@ -49,20 +17,20 @@ fn without_axes(name: &str) -> Option<&str> {
         .find_map(|axes| name.strip_suffix(axes))
 }
 
-/// The name that is written for the norm that `name` stands for, if it stands for one.
-pub(super) fn kind(name: &str) -> Option<&'static str> {
+/// The names of the norm that `name` stands for, if it stands for one.
+pub(super) fn kind(name: &str) -> Option<&'static Names> {
     let name = plain(name);
     let axes = without_axes(&name);
     let word = axes.unwrap_or(&name);
     let endings = ["normalization", "norm"];
     let stem = endings.iter().find_map(|end| word.strip_suffix(end));
-    let stands = |kind: &&Kind| match (stem, axes) {
+    let stands = |kind: &&Names| match (stem, axes) {
         (Some(stem), Some(_)) => kind.by_axes && kind.stems.contains(&stem),
         (Some(stem), None) => kind.stems.contains(&stem),
         (None, Some(_)) => false,
         (None, None) => kind.stems.contains(&word) || kind.alone.contains(&word),
     };
-    KINDS.iter().find(stands).map(|kind| kind.name)
+    KINDS.iter().find(stands)
 }
 
 /// Norm that `name` may have been meant for, as it is written: the nearest name, if two thirds of
@@ -74,8 +42,8 @@ pub(super) fn nearest(name: &str) -> Option<String> {
     // `group8`, `group=8` and `GroupNorm(8)` say the number too, at the end.
     let end = word.trim_end_matches(|c: char| !c.is_ascii_digit());
     let number = &end[end.trim_end_matches(|c: char| c.is_ascii_digit()).len()..];
-    let mut best: Option<(usize, &str)> = None;
-    for kind in &KINDS {
+    let mut best: Option<(usize, &Names)> = None;
+    for kind in KINDS {
         for form in [kind.name.to_string(), format!("{}norm", kind.name)] {
             let form: Vec<char> = form.chars().collect();
             let missed = match letters.len() {
@@ -83,14 +51,15 @@ pub(super) fn nearest(name: &str) -> Option<String> {
                 _ => continue,
             };
             if missed <= form.len() / 3 && best.is_none_or(|(least, _)| missed < least) {
-                best = Some((missed, kind.name));
+                best = Some((missed, kind));
             }
         }
     }
-    Some(match best?.1 {
-        "group" if number.parse::<usize>().is_ok_and(|n| n > 0) => format!("group:{number}"),
-        "group" => "group:8".to_string(),
-        kind => kind.to_string(),
+    let Names { name, argument, .. } = best?.1;
+    Some(match argument {
+        Some(_) if number.parse::<usize>().is_ok_and(|n| n > 0) => format!("{name}:{number}"),
+        Some(argument) => format!("{name}:{}", argument.suggested),
+        None => name.to_string(),
     })
 }
 

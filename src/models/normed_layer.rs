@@ -8,7 +8,7 @@ use candle_nn::{
 
 use super::NormConfig;
 use crate::layers::weight_norm::{Around, Plain, WeightNorm, Weighted};
-use crate::layers::{Identity, Norm};
+use crate::layers::{Identity, NONE, Norm};
 
 /// A linear layer or convolution and its norm, as [`NormConfig::linear`] and its relatives build
 /// them.
@@ -100,7 +100,7 @@ impl NormedLayer {
     /// ```
     pub fn fold(&self) -> Result<Self> {
         let layer = match &self.0 {
-            Parts::After { layer, norm } if norm.kind() == "none" => layer.detached(),
+            Parts::After { layer, norm } if norm.kind() == NONE.name => layer.detached(),
             Parts::After { layer, norm } => layer.folded(&norm.frozen()?)?,
             Parts::Around(norm) => norm.baked()?,
         };

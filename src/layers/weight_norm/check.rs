@@ -92,3 +92,12 @@ pub(super) fn variable(layer: &str, param: &Tensor) -> Result<()> {
     }
     Ok(())
 }
+
+/// A norm that is built alone, as one that goes around a layer cannot be.
+pub(super) fn goes_around<T>(layer: &str) -> Result<T> {
+    bail!(
+        "{layer}: expected a norm that follows a layer, got \"weight\", which goes around one; build \
+         the two together with NormConfig::linear, conv1d, conv2d, conv_transpose1d or \
+         conv_transpose2d"
+    )
+}

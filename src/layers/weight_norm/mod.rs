@@ -7,6 +7,7 @@ use candle_core::{Result, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
 
 use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in, stored};
 pub(crate) use super::weighted::Plain;
 pub use super::weighted::Weighted;
@@ -37,6 +38,26 @@ impl Default for WeightNormOptions {
 impl From<Option<usize>> for WeightNormOptions {
     fn from(dim: Option<usize>) -> Self {
         Self { dim }
+    }
+}
+
+impl NormOptions for WeightNormOptions {
+    const NAMES: Names = Names::new(&["weight"], &["wn"], false);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        false
+    }
+
+    fn channels(&self, _: usize, _: VarBuilder) -> Result<Box<dyn Norm>> {
+        check::goes_around("NormConfig")
+    }
+
+    fn features(&self, _: usize, _: VarBuilder) -> Result<Box<dyn Norm>> {
+        check::goes_around("NormConfig")
     }
 }
 
@@ -311,7 +332,7 @@ impl<L: Weighted> Module for WeightNorm<L> {
 
 impl<L: Weighted> Norm for WeightNorm<L> {
     fn kind(&self) -> &'static str {
-        "weight"
+        WeightNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
