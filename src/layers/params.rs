@@ -3,7 +3,6 @@
 use candle_core::{Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder};
 
-
 /// Affine parameters that a layer learns.
 ///
 /// A checkpoint must hold the same: a stored scale or shift that a layer does not take is an error,

@@ -7,9 +7,10 @@ use crate::layers::{Foldable, FrozenNorm, NONE, Norm};
 
 const LAYER: &str = "fold";
 
-/// Layers that may follow another in [`fold`]: [`BatchNorm`](crate::BatchNorm), [`InstanceNorm`](crate::InstanceNorm), [`FrozenNorm`], a
-/// `Box<dyn Norm>`, and [`Dropout`], which does nothing in inference. Other norms and activations
-/// may too, so that a sequence can be given as it is; they are answered by an error.
+/// Layers that may follow another in [`fold`]: [`BatchNorm`](crate::BatchNorm),
+/// [`InstanceNorm`](crate::InstanceNorm), [`FrozenNorm`], a `Box<dyn Norm>`, and [`Dropout`], which
+/// does nothing in inference. Other norms and activations may too, so that a sequence can be given
+/// as it is; they are answered by an error.
 pub trait Follower: sealed::Follows {}
 
 impl<F: sealed::Follows + ?Sized> Follower for F {}

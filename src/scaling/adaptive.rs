@@ -10,7 +10,8 @@ use candle_core::{Result, Tensor};
 use super::check;
 use super::watch::Watch;
 use super::{
-    DriftEvent, DriftOptions, DriftReport, Features, Nan, Scaler, Seen, State, from_state,
+    DriftEvent, DriftOptions, DriftReport, Features, Nan, ParseOptionError, Scaler, Seen, State,
+    from_state,
 };
 
 const LAYER: &str = "AdaptiveScaler";
@@ -38,15 +39,15 @@ impl fmt::Display for OnDrift {
 }
 
 impl FromStr for OnDrift {
-    type Err = String;
+    type Err = ParseOptionError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, ParseOptionError> {
         let blend = |share: &str| share.parse().ok().map(Self::Blend);
         match text {
             "refit" => Some(Self::Refit),
             _ => text.strip_prefix("blend ").and_then(blend),
         }
-        .ok_or_else(|| format!("{text:?} is neither refit nor blend with a share"))
+        .ok_or_else(|| ParseOptionError::new(text, "refit nor blend with a share"))
     }
 }
 
@@ -87,6 +88,9 @@ pub struct AdaptiveScaler {
 }
 
 impl AdaptiveScaler {
+    /// The name of the type, which messages and files have.
+    pub(super) const KIND: &'static str = LAYER;
+
     /// `scaler`, which is fitted again by `fit` or by events; what it was fitted to before is not
     /// known here.
     ///
@@ -251,7 +255,7 @@ fn evenly(values: &[f64], count: usize) -> Vec<f64> {
     (1..=count).map(|i| values[place(i)]).collect()
 }
 
-super::files!(AdaptiveScaler);
+super::files!(impl AdaptiveScaler);
 
 impl Scaler for AdaptiveScaler {
     fn kind(&self) -> &'static str {

@@ -8,7 +8,7 @@ use super::check;
 
 /// `y = (x − center) / scale + offset` of one feature.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Map {
+pub struct Map {
     /// Center in two numbers, the second of which is the rounding error of the first.
     pub(super) center: [f64; 2],
     pub(super) scale: f64,

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::ParseOptionError;
+
 /// Rows whose statistics a row of a series is scaled by. Neither choice looks ahead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -25,13 +27,13 @@ impl fmt::Display for Causal {
 }
 
 impl FromStr for Causal {
-    type Err = String;
+    type Err = ParseOptionError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, ParseOptionError> {
         match text {
             "before" => Ok(Self::Before),
             "through" => Ok(Self::Through),
-            _ => Err(format!("{text:?} is neither before nor through")),
+            _ => Err(ParseOptionError::new(text, "before nor through")),
         }
     }
 }

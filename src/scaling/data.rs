@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::check;
 use super::moments::columns;
-use super::{Features, Moments, Seen};
+use super::{Features, Moments, ParseOptionError, Seen};
 
 /// Treatment of NaN in data that a scaler is fitted to. In data that it transforms, NaN stays NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -31,13 +31,13 @@ impl fmt::Display for Nan {
 }
 
 impl FromStr for Nan {
-    type Err = String;
+    type Err = ParseOptionError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, ParseOptionError> {
         match text {
             "refuse" => Ok(Self::Refuse),
             "ignore" => Ok(Self::Ignore),
-            _ => Err(format!("{text:?} is neither refuse nor ignore")),
+            _ => Err(ParseOptionError::new(text, "refuse nor ignore")),
         }
     }
 }

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::Causal;
 use super::check;
-use super::follow::{Following, Memory, scaler_of_series};
+use super::follow::{Memory, SeriesOptions, SeriesScaler};
 use super::rows::{LARGEST_VAR, of_series};
 use super::window::one;
 use super::{Features, Moments, Nan, Seen, State};
@@ -126,16 +126,11 @@ impl EwmScalerOptions {
 /// assert!((scaler.var()?[0] - 18.).abs() < 1e-12);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct EwmScaler {
-    following: Following<Weighted>,
-}
+pub type EwmScaler = SeriesScaler<EwmScalerOptions>;
 
-scaler_of_series!(
-    EwmScaler,
-    EwmScalerOptions,
-    "it weighs rows by their age alone, which alpha, span and halflife set"
-);
+impl SeriesOptions for EwmScalerOptions {
+    type Memory = Weighted;
+}
 
 impl EwmScaler {
     /// The number of equally weighted rows that the mean of each feature is as certain as now:
@@ -223,10 +218,13 @@ impl Weight {
 
 /// The weighted past of every feature.
 #[derive(Debug, Clone)]
-pub(super) struct Weighted(Vec<Weight>);
+pub struct Weighted(Vec<Weight>);
 
 impl Memory for Weighted {
     const KIND: &'static str = LAYER;
+
+    const INSTEAD_OF_WEIGHTS: &'static str =
+        "it weighs rows by their age alone, which alpha, span and halflife set";
 
     type Options = EwmScalerOptions;
 

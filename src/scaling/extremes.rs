@@ -5,8 +5,9 @@ use candle_core::Result;
 use super::State;
 use super::check;
 
+/// Least and greatest value; infinite, and in the wrong order, before there are any.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Extremes {
+pub struct Extremes {
     pub(super) min: f64,
     pub(super) max: f64,
 }

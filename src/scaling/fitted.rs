@@ -9,13 +9,14 @@ use candle_core::{DType, Result, Tensor};
 use super::affine::{Affine, Map};
 use super::check;
 use super::data::{Nan, each_feature, sample_weights};
-use super::{Features, Seen, State};
+use super::optimistic::optimistic;
+use super::{Features, Scaler, Seen, State};
 
 /// The version of the states of these scalers.
 const VERSION: u32 = 1;
 
 /// A way to scale: its options.
-pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
+pub trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
     const KIND: &'static str;
 
     /// Statistic of one feature.
@@ -235,9 +236,6 @@ impl<R: Rule> Fitted<R> {
 
     /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose
     /// features are the `known` ones.
-    ///
-    /// The statistics are taken outside of the lock, so that those who transform need not wait; and
-    /// once more if options or names were others by the time that they are there.
     fn take(
         &self,
         x: &Tensor,
@@ -247,17 +245,25 @@ impl<R: Rule> Fitted<R> {
     ) -> Result<()> {
         check::samples(R::KIND, x)?;
         let weights = weights.map(|w| sample_weights(R::KIND, x, w)).transpose()?;
-        loop {
-            let now = self.snapshot();
-            let features = known(&now.features);
-            let of_x = Snapshot::of(now.rule.clone(), &features, x, weights.as_deref())?;
-            let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            let same_names = current.features.names() == now.features.names();
-            if current.rule == now.rule && same_names {
-                *current = Arc::new(next(&current, of_x)?);
-                return Ok(());
-            }
-        }
+        optimistic(
+            &self.0,
+            Arc::clone,
+            |now| {
+                Snapshot::of(
+                    now.rule.clone(),
+                    &known(&now.features),
+                    x,
+                    weights.as_deref(),
+                )
+            },
+            |current, now| {
+                current.rule == now.rule && current.features.names() == now.features.names()
+            },
+            |current, of_x| {
+                *current = Arc::new(next(current, of_x)?);
+                Ok(())
+            },
+        )
     }
 
     pub(super) fn merge(&self, other: &State) -> Result<()> {
@@ -313,131 +319,115 @@ impl<R: Rule> Fitted<R> {
     }
 }
 
-/// The public face of a scaler with a field `fitted`, of the options that are its rule. `$scale`
-/// says what a feature that does not vary is divided by.
-macro_rules! scaler {
-    ($name:ident, $options:ident, $scale:literal) => {
-        impl $name {
-            /// A scaler without data.
-            ///
-            /// # Errors
-            /// Options outside of their ranges.
-            pub fn new(options: $options) -> candle_core::Result<Self> {
-                let fitted = $crate::scaling::fitted::Fitted::new(options)?;
-                Ok(Self { fitted })
-            }
-
-            /// This scaler with a name for each feature, in the order of the trailing axes of data.
-            ///
-            /// # Errors
-            /// Two equal names, or more or less names than features that it was fitted to.
-            pub fn with_names<S: Into<String>>(
-                self,
-                names: impl IntoIterator<Item = S>,
-            ) -> candle_core::Result<Self> {
-                let names = names.into_iter().map(S::into).collect();
-                let fitted = self.fitted.named(names)?;
-                Ok(Self { fitted })
-            }
-
-            /// The scaler that `state` is of.
-            ///
-            /// # Errors
-            /// A state of another kind or version, or one that is damaged.
-            pub fn from_state(state: &$crate::scaling::State) -> candle_core::Result<Self> {
-                let fitted = $crate::scaling::fitted::Fitted::from_state(state)?;
-                Ok(Self { fitted })
-            }
-
-            /// The options.
-            pub fn options(&self) -> $options {
-                self.fitted.snapshot().rule
-            }
-
-            #[doc = concat!("What each feature is divided by: ", $scale, " where it does not vary.")]
-            /// NaN where there are no values of it.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn scale(&self) -> candle_core::Result<Vec<f64>> {
-                let now = self.fitted.snapshot();
-                Ok(now.affine()?.maps.iter().map(|map| map.scale).collect())
-            }
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                let fitted = $crate::scaling::fitted::Fitted::with_defaults();
-                Self { fitted }
-            }
-        }
-
-        $crate::scaling::files!($name);
-
-        impl $crate::scaling::Scaler for $name {
-            fn kind(&self) -> &'static str {
-                <$options as $crate::scaling::fitted::Rule>::KIND
-            }
-            fn nan(&self) -> $crate::scaling::Nan {
-                use $crate::scaling::fitted::Rule;
-                self.fitted.snapshot().rule.nan()
-            }
-            fn features(&self) -> $crate::scaling::Features {
-                self.fitted.features()
-            }
-            fn seen(&self) -> Vec<$crate::scaling::Seen> {
-                self.fitted.seen()
-            }
-            fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.fit(x, None)
-            }
-            fn fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fitted.fit(x, Some(sample_weight))
-            }
-            fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.partial_fit(x, None)
-            }
-            fn partial_fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fitted.partial_fit(x, Some(sample_weight))
-            }
-            fn merge(&self, other: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
-                self.fitted.merge(&other.state()?)
-            }
-            fn transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.fitted.transform(x)
-            }
-            fn inverse_transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.fitted.inverse_transform(x)
-            }
-            fn reset(&self) {
-                self.fitted.reset()
-            }
-            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
-                Box::new(Self {
-                    fitted: self.fitted.copy(),
-                })
-            }
-            fn state(&self) -> candle_core::Result<$crate::scaling::State> {
-                self.fitted.state()
-            }
-            fn restore(&self, state: &$crate::scaling::State) -> candle_core::Result<()> {
-                self.fitted.restore(state)
-            }
-        }
-    };
+/// A scaler that is fitted to a data set as a whole, by the rule that its options are.
+///
+/// [`StandardScaler`](super::StandardScaler), [`MinMaxScaler`](super::MinMaxScaler),
+/// [`MaxAbsScaler`](super::MaxAbsScaler) and [`RobustScaler`](super::RobustScaler) are such
+/// scalers.
+#[derive(Debug)]
+pub struct FittedScaler<O: Rule> {
+    pub(super) fitted: Fitted<O>,
 }
-pub(super) use scaler;
+
+impl<O: Rule> FittedScaler<O> {
+    /// A scaler without data.
+    ///
+    /// # Errors
+    /// Options outside of their ranges.
+    pub fn new(options: O) -> Result<Self> {
+        let fitted = Fitted::new(options)?;
+        Ok(Self { fitted })
+    }
+
+    /// This scaler with a name for each feature, in the order of the trailing axes of data.
+    ///
+    /// # Errors
+    /// Two equal names, or more or less names than features that it was fitted to.
+    pub fn with_names<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Result<Self> {
+        let names = names.into_iter().map(S::into).collect();
+        let fitted = self.fitted.named(names)?;
+        Ok(Self { fitted })
+    }
+
+    /// The scaler that `state` is of.
+    ///
+    /// # Errors
+    /// A state of another kind or version, or one that is damaged.
+    pub fn from_state(state: &State) -> Result<Self> {
+        let fitted = Fitted::from_state(state)?;
+        Ok(Self { fitted })
+    }
+
+    /// The options.
+    pub fn options(&self) -> O {
+        self.fitted.snapshot().rule.clone()
+    }
+
+    /// The divisor of each feature: where it does not vary, 1, or 1 over the width of the range of
+    /// a [`MinMaxScaler`](super::MinMaxScaler). NaN where there are no values of it.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn scale(&self) -> Result<Vec<f64>> {
+        let now = self.fitted.snapshot();
+        Ok(now.affine()?.maps.iter().map(|map| map.scale).collect())
+    }
+}
+
+impl<O: Rule + Default> Default for FittedScaler<O> {
+    fn default() -> Self {
+        let fitted = Fitted::with_defaults();
+        Self { fitted }
+    }
+}
+
+super::files!(impl<O: Rule> FittedScaler<O>);
+
+impl<O: Rule> Scaler for FittedScaler<O> {
+    fn kind(&self) -> &'static str {
+        O::KIND
+    }
+    fn nan(&self) -> Nan {
+        self.fitted.snapshot().rule.nan()
+    }
+    fn features(&self) -> Features {
+        self.fitted.features()
+    }
+    fn seen(&self) -> Vec<Seen> {
+        self.fitted.seen()
+    }
+    fn fit(&self, x: &Tensor) -> Result<()> {
+        self.fitted.fit(x, None)
+    }
+    fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fitted.fit(x, Some(sample_weight))
+    }
+    fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        self.fitted.partial_fit(x, None)
+    }
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fitted.partial_fit(x, Some(sample_weight))
+    }
+    fn merge(&self, other: &dyn Scaler) -> Result<()> {
+        self.fitted.merge(&other.state()?)
+    }
+    fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.fitted.transform(x)
+    }
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.fitted.inverse_transform(x)
+    }
+    fn reset(&self) {
+        self.fitted.reset()
+    }
+    fn snapshot(&self) -> Box<dyn Scaler> {
+        let fitted = self.fitted.copy();
+        Box::new(Self { fitted })
+    }
+    fn state(&self) -> Result<State> {
+        self.fitted.state()
+    }
+    fn restore(&self, state: &State) -> Result<()> {
+        self.fitted.restore(state)
+    }
+}

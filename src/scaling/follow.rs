@@ -7,14 +7,18 @@ use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 use candle_core::{Result, Tensor};
 
 use super::affine::{Affine, Map, scale_of};
+use super::optimistic::optimistic;
 use super::rows::Rows;
-use super::{Causal, Features, Moments, Nan, Seen, SeriesStats, State, check};
+use super::{Causal, Features, Moments, Nan, Scaler, Seen, SeriesStats, State, check};
 
 const VERSION: u32 = 1;
 
 /// A memory of the past of all features.
-pub(super) trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
+pub trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
     const KIND: &'static str;
+
+    /// Remedy of a caller who weighs samples.
+    const INSTEAD_OF_WEIGHTS: &'static str;
 
     /// The options of the scaler.
     type Options: fmt::Debug + Copy + PartialEq + Send + Sync;
@@ -228,25 +232,27 @@ impl<M: Memory> Following<M> {
     }
 
     /// Calls `to` under the lock with the course, and with `x` as rows of the `known` features.
-    ///
-    /// The rows are read outside of the lock, so that those who transform need not wait; and once
-    /// more if options or names were others by the time that they are there.
     fn take<T>(
         &self,
         x: &Tensor,
         known: impl Fn(&Features) -> Features,
         to: impl FnOnce(&mut Course<M>, Features, Rows) -> Result<T>,
     ) -> Result<T> {
-        loop {
-            let (features, options) = self.read(|course| (course.features.clone(), course.options));
-            let of_x = known(&features).of(M::KIND, x)?;
-            let rows = Rows::of(M::KIND, &of_x, M::nan(&options), x)?;
-            let mut course = self.write();
-            if course.options == options && course.features.names() == features.names() {
+        optimistic(
+            &self.0,
+            |course| (course.features.clone(), course.options),
+            |(features, options)| {
+                let of_x = known(features).of(M::KIND, x)?;
+                Rows::of(M::KIND, &of_x, M::nan(options), x)
+            },
+            |course, (features, options)| {
+                course.options == *options && course.features.names() == features.names()
+            },
+            |course, rows| {
                 let of_x = known(&course.features).of(M::KIND, x)?;
-                return to(&mut course, of_x, rows);
-            }
-        }
+                to(course, of_x, rows)
+            },
+        )
     }
 
     pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
@@ -328,167 +334,151 @@ impl<M: Memory> Following<M> {
     }
 }
 
-/// The public face of a scaler with a field `following`, of a memory. `$weights` says what to do in
-/// place of weighing samples.
-macro_rules! scaler_of_series {
-    ($name:ident, $options:ident, $weights:literal) => {
-        impl $name {
-            /// A scaler without data.
-            ///
-            /// # Errors
-            /// Options outside of their ranges.
-            pub fn new(options: impl Into<$options>) -> candle_core::Result<Self> {
-                let following = $crate::scaling::follow::Following::new(options.into())?;
-                Ok(Self { following })
-            }
-
-            /// This scaler with a name for each feature, in the order of the trailing axes of data.
-            ///
-            /// # Errors
-            /// Two equal names, or more or less names than features that it was fitted to.
-            pub fn with_names<S: Into<String>>(
-                self,
-                names: impl IntoIterator<Item = S>,
-            ) -> candle_core::Result<Self> {
-                let names = names.into_iter().map(S::into).collect();
-                let following = self.following.named(names)?;
-                Ok(Self { following })
-            }
-
-            /// The scaler that `state` is of, which goes on as that would have, to the bit.
-            ///
-            /// # Errors
-            /// A state of another kind or version, or one that is damaged.
-            pub fn from_state(state: &$crate::scaling::State) -> candle_core::Result<Self> {
-                let following = $crate::scaling::follow::Following::from_state(state)?;
-                Ok(Self { following })
-            }
-
-            /// The options.
-            pub fn options(&self) -> $options {
-                self.following.options()
-            }
-
-            /// Takes in the rows of a series in their order, and scales each by what was seen up to
-            /// it, or before it, as [`causal`]($options::causal) says. Also returns what each row
-            /// was scaled by, which brings forecasts back.
-            ///
-            /// No row depends on a later one: rows that come in one call give what they give one by
-            /// one. Where nothing is known of a feature yet, the result is NaN.
-            ///
-            /// # Shapes
-            /// `x`: `[T, features...]`; the result has its shape and dtype, and is differentiable
-            /// with the statistics held fixed.
-            ///
-            /// # Errors
-            /// As [`partial_fit`]($crate::scaling::Scaler::partial_fit); statistics that the dtype
-            /// of `x` cannot hold. Nothing is taken in then. A device that fails comes after the
-            /// rows are in.
-            pub fn transform_series(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<(candle_core::Tensor, $crate::scaling::SeriesStats)> {
-                self.following.transform_series(x)
-            }
-
-            /// The mean of each feature now; NaN where nothing is known of it.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn mean(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.each(|moments, _| moments.mean())
-            }
-
-            /// The variance of each feature now; NaN where there is none yet.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn var(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.each(|_, var| var)
-            }
-
-            /// The divisor of each feature now: 1 where it does not vary, or has no variance yet.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn scale(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.scale()
-            }
-        }
-
-        $crate::scaling::files!($name);
-
-        impl $crate::scaling::Scaler for $name {
-            fn kind(&self) -> &'static str {
-                stringify!($name)
-            }
-            fn nan(&self) -> $crate::scaling::Nan {
-                self.following.options().nan
-            }
-            fn features(&self) -> $crate::scaling::Features {
-                self.following.features()
-            }
-            fn seen(&self) -> Vec<$crate::scaling::Seen> {
-                self.following.seen()
-            }
-            fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.following.fit(x)
-            }
-            /// Always an error: a row that is there twice would be two steps of the series.
-            fn fit_weighted(
-                &self,
-                _: &candle_core::Tensor,
-                _: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                $crate::scaling::check::no_weights(self.kind(), $weights)
-            }
-            /// Always an error, as that of `fit_weighted`.
-            fn partial_fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fit_weighted(x, sample_weight)
-            }
-            fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.following.partial_fit(x)
-            }
-            /// Always an error: rows of a series have an order, and two pasts have none.
-            fn merge(&self, _: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
-                $crate::scaling::check::unsupported(
-                    self.kind(),
-                    "data whose order does not matter to be merged",
-                    "feed the rows of one series in their order by partial_fit",
-                )
-            }
-            fn transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.following.transform(x)
-            }
-            fn inverse_transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.following.inverse_transform(x)
-            }
-            fn reset(&self) {
-                self.following.reset()
-            }
-            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
-                Box::new(Self {
-                    following: self.following.copy(),
-                })
-            }
-            fn state(&self) -> candle_core::Result<$crate::scaling::State> {
-                self.following.state()
-            }
-            fn restore(&self, state: &$crate::scaling::State) -> candle_core::Result<()> {
-                self.following.restore(state)
-            }
-        }
-    };
+/// Options of a scaler of series.
+pub trait SeriesOptions: fmt::Debug + Copy + PartialEq + Send + Sync + 'static {
+    /// What is remembered of the rows.
+    type Memory: Memory<Options = Self>;
 }
 
-pub(super) use scaler_of_series;
+/// A scaler of series, whose rows are scaled in their order.
+///
+/// [`SlidingScaler`](super::SlidingScaler) and [`EwmScaler`](super::EwmScaler) are such scalers.
+#[derive(Debug)]
+pub struct SeriesScaler<O: SeriesOptions> {
+    pub(super) following: Following<O::Memory>,
+}
+
+impl<O: SeriesOptions> SeriesScaler<O> {
+    /// A scaler without data.
+    ///
+    /// # Errors
+    /// Options outside of their ranges.
+    pub fn new(options: impl Into<O>) -> Result<Self> {
+        let following = Following::new(options.into())?;
+        Ok(Self { following })
+    }
+
+    /// This scaler with a name for each feature, in the order of the trailing axes of data.
+    ///
+    /// # Errors
+    /// Two equal names, or more or less names than features that it was fitted to.
+    pub fn with_names<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Result<Self> {
+        let names = names.into_iter().map(S::into).collect();
+        let following = self.following.named(names)?;
+        Ok(Self { following })
+    }
+
+    /// The scaler that `state` is of, which goes on as that would have, to the bit.
+    ///
+    /// # Errors
+    /// A state of another kind or version, or one that is damaged.
+    pub fn from_state(state: &State) -> Result<Self> {
+        let following = Following::from_state(state)?;
+        Ok(Self { following })
+    }
+
+    /// The options.
+    pub fn options(&self) -> O {
+        self.following.options()
+    }
+
+    /// Takes in the rows of a series in their order, and scales each by what was seen up to it, or
+    /// before it, as `causal` of the options says. Also returns what each row was scaled by, which
+    /// brings forecasts back.
+    ///
+    /// No row depends on a later one: rows that come in one call give what they give one by one.
+    /// Where nothing is known of a feature yet, the result is NaN.
+    ///
+    /// # Shapes
+    /// `x`: `[T, features...]`; the result has its shape and dtype, and is differentiable with the
+    /// statistics held fixed.
+    ///
+    /// # Errors
+    /// As [`partial_fit`](Scaler::partial_fit); statistics that the dtype of `x` cannot hold.
+    /// Nothing is taken in then. A device that fails comes after the rows are in.
+    pub fn transform_series(&self, x: &Tensor) -> Result<(Tensor, SeriesStats)> {
+        self.following.transform_series(x)
+    }
+
+    /// The mean of each feature now; NaN where nothing is known of it.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn mean(&self) -> Result<Vec<f64>> {
+        self.following.each(|moments, _| moments.mean())
+    }
+
+    /// The variance of each feature now; NaN where there is none yet.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn var(&self) -> Result<Vec<f64>> {
+        self.following.each(|_, var| var)
+    }
+
+    /// The divisor of each feature now: 1 where it does not vary, or has no variance yet.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn scale(&self) -> Result<Vec<f64>> {
+        self.following.scale()
+    }
+}
+
+super::files!(impl<O: SeriesOptions> SeriesScaler<O>);
+
+impl<O: SeriesOptions> Scaler for SeriesScaler<O> {
+    fn kind(&self) -> &'static str {
+        O::Memory::KIND
+    }
+    fn nan(&self) -> Nan {
+        O::Memory::nan(&self.options())
+    }
+    fn features(&self) -> Features {
+        self.following.features()
+    }
+    fn seen(&self) -> Vec<Seen> {
+        self.following.seen()
+    }
+    fn fit(&self, x: &Tensor) -> Result<()> {
+        self.following.fit(x)
+    }
+    /// Always an error: a row that is there twice would be two steps of the series.
+    fn fit_weighted(&self, _: &Tensor, _: &Tensor) -> Result<()> {
+        check::no_weights(self.kind(), O::Memory::INSTEAD_OF_WEIGHTS)
+    }
+    fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        self.following.partial_fit(x)
+    }
+    /// Always an error, as that of `fit_weighted`.
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fit_weighted(x, sample_weight)
+    }
+    /// Always an error: rows of a series have an order, and two pasts have none.
+    fn merge(&self, _: &dyn Scaler) -> Result<()> {
+        check::unsupported(
+            self.kind(),
+            "data whose order does not matter to be merged",
+            "feed the rows of one series in their order by partial_fit",
+        )
+    }
+    fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.following.transform(x)
+    }
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.following.inverse_transform(x)
+    }
+    fn reset(&self) {
+        self.following.reset()
+    }
+    fn snapshot(&self) -> Box<dyn Scaler> {
+        let following = self.following.copy();
+        Box::new(Self { following })
+    }
+    fn state(&self) -> Result<State> {
+        self.following.state()
+    }
+    fn restore(&self, state: &State) -> Result<()> {
+        self.following.restore(state)
+    }
+}

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::affine::Map;
 use super::extremes::Extremes;
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
 
 /// Options of a [`MaxAbsScaler`].
@@ -38,12 +38,7 @@ pub struct MaxAbsScalerOptions {
 /// assert_eq!(scaler.transform(&x)?.to_vec1::<f32>()?, [0., 0.5, -1.]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct MaxAbsScaler {
-    fitted: Fitted<MaxAbsScalerOptions>,
-}
-
-scaler!(MaxAbsScaler, MaxAbsScalerOptions, "1");
+pub type MaxAbsScaler = FittedScaler<MaxAbsScalerOptions>;
 
 impl MaxAbsScaler {
     /// The greatest absolute value of each feature.

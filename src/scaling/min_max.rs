@@ -5,7 +5,7 @@ use candle_core::Result;
 use super::affine::Map;
 use super::check;
 use super::extremes::Extremes;
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
 
 /// Options of a [`MinMaxScaler`].
@@ -59,16 +59,7 @@ impl Default for MinMaxScalerOptions {
 /// assert_eq!(y.to_vec1::<f64>()?, [-0.5, 1.]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct MinMaxScaler {
-    fitted: Fitted<MinMaxScalerOptions>,
-}
-
-scaler!(
-    MinMaxScaler,
-    MinMaxScalerOptions,
-    "1 over the width of `feature_range`"
-);
+pub type MinMaxScaler = FittedScaler<MinMaxScalerOptions>;
 
 impl MinMaxScaler {
     /// The least value of each feature.

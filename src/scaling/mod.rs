@@ -72,6 +72,8 @@ mod max_abs;
 mod min_max;
 mod moments;
 mod monitor;
+mod optimistic;
+mod parse;
 mod reference;
 mod registry;
 mod robust;
@@ -100,11 +102,14 @@ pub use data::Nan;
 pub use drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
 pub use ewm::{EwmScaler, EwmScalerOptions};
 pub use features::Features;
+pub use fitted::FittedScaler;
+pub use follow::SeriesScaler;
 pub use half::{HalfFinding, HalfProblem, half_precision};
 pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
 pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
 pub use moments::Moments;
 pub use monitor::DriftMonitor;
+pub use parse::ParseOptionError;
 pub use registry::{from_state, load};
 pub use robust::{RobustScaler, RobustScalerOptions};
 pub use series_stats::SeriesStats;
@@ -251,8 +256,8 @@ impl<'a> dyn Scaler + 'a {
 
 /// `save` and `load` of a scaler of this crate.
 macro_rules! files {
-    ($name:ident) => {
-        impl $name {
+    ($($header:tt)*) => {
+        $($header)* {
             /// Writes this scaler to a file of its own, over the one that it wrote before.
             /// [`Archive`](crate::scaling::Archive) puts it into a file
             /// with others, and with a model.

@@ -6,7 +6,7 @@ use datasketches::kll::{KllFloat, KllSketch};
 
 use super::affine::Map;
 use super::check;
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
 
 type Sketch = KllSketch<KllFloat<f64>>;
@@ -71,12 +71,7 @@ impl Default for RobustScalerOptions {
 /// assert_eq!((scaler.center()?, scaler.scale()?), (vec![3.], vec![2.]));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct RobustScaler {
-    fitted: Fitted<RobustScalerOptions>,
-}
-
-scaler!(RobustScaler, RobustScalerOptions, "1");
+pub type RobustScaler = FittedScaler<RobustScalerOptions>;
 
 impl RobustScaler {
     /// The median of each feature.

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::Causal;
 use super::check;
-use super::follow::{Following, Memory, scaler_of_series};
+use super::follow::{Memory, SeriesOptions, SeriesScaler};
 use super::window::Window;
 use super::{Moments, Nan, State};
 
@@ -73,19 +73,16 @@ impl From<usize> for SlidingScalerOptions {
 /// assert_eq!(scaler.transform(&next)?.to_vec2::<f64>()?, [[2.]]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct SlidingScaler {
-    following: Following<Window>,
-}
+pub type SlidingScaler = SeriesScaler<SlidingScalerOptions>;
 
-scaler_of_series!(
-    SlidingScaler,
-    SlidingScalerOptions,
-    "take EwmScaler, which weighs rows by their age"
-);
+impl SeriesOptions for SlidingScalerOptions {
+    type Memory = Window;
+}
 
 impl Memory for Window {
     const KIND: &'static str = "SlidingScaler";
+
+    const INSTEAD_OF_WEIGHTS: &'static str = "take EwmScaler, which weighs rows by their age";
 
     type Options = SlidingScalerOptions;
 

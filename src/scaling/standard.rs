@@ -5,7 +5,7 @@ use candle_core::Result;
 use super::affine::{Map, scale_of};
 use super::check;
 use super::data::{moments_of, weighted_moments};
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Moments, Nan, State};
 
 /// Options of a [`StandardScaler`].
@@ -62,12 +62,7 @@ impl Default for StandardScalerOptions {
 /// assert!(wrong.unwrap_err().to_string().contains(r#"feature 1 "doors" is missing"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct StandardScaler {
-    fitted: Fitted<StandardScalerOptions>,
-}
-
-scaler!(StandardScaler, StandardScalerOptions, "1");
+pub type StandardScaler = FittedScaler<StandardScalerOptions>;
 
 impl StandardScaler {
     /// The mean of each feature, also where it is not subtracted.

@@ -28,7 +28,7 @@ const PARTS: usize = 4;
 /// | `done` | the moments of it and all up to `newer` |
 /// | `newer` | its own |
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Window {
+pub struct Window {
     /// The most rows that it holds.
     len: usize,
     features: usize,

@@ -69,8 +69,9 @@ impl NormOptions for WeightNormOptions {
 /// - `v` is the direction, of the weight's shape; its norm is taken over all axes but `dim`, or
 ///   over all of them;
 /// - `g` is the magnitude, of size 1 on all axes but `dim`, or a scalar;
-/// - `L` is candle-nn's [`Linear`], [`Conv1d`], [`Conv2d`], [`ConvTranspose1d`] or
-///   [`ConvTranspose2d`].
+/// - `L` is candle-nn's [`Linear`](candle_nn::Linear), [`Conv1d`](candle_nn::Conv1d),
+///   [`Conv2d`](candle_nn::Conv2d), [`ConvTranspose1d`](candle_nn::ConvTranspose1d) or
+///   [`ConvTranspose2d`](candle_nn::ConvTranspose2d).
 ///
 /// Salimans and Kingma, 2016, <https://arxiv.org/abs/1602.07868>. It sees neither batch nor mode,
 /// so it is a [`Module`]. A row of zeros in `v` gives a weight and gradients of zero.
@@ -238,10 +239,10 @@ impl<L: Weighted> WeightNorm<L> {
 
     /// The plain candle-nn layer with the weight of now, for inference.
     ///
-    /// What comes back runs candle's own code: on the CPU a [`Conv1d`] has a wrong weight gradient,
-    /// and a [`ConvTranspose1d`] has none and is wrong without padding at batch 2 and more. This
-    /// crate's [`Conv1d`](crate::Conv1d) and [`ConvTranspose1d`](crate::ConvTranspose1d) are made
-    /// of them by `from`, and are right.
+    /// That layer runs candle's own code: on the CPU a [`Conv1d`](candle_nn::Conv1d) has a wrong
+    /// weight gradient, and a [`ConvTranspose1d`](candle_nn::ConvTranspose1d) has none and is wrong
+    /// without padding at batch 2 and more. This crate's [`Conv1d`](crate::Conv1d) and
+    /// [`ConvTranspose1d`](crate::ConvTranspose1d) are made of them by `from`, and are right.
     ///
     /// # Errors
     /// Only those of the device.
