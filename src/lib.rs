@@ -17,6 +17,7 @@
 //! | [`WeightNorm`] | [`weight_norm`]`::linear`, … | none: a length and a direction | [`Module`] |
 //! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed | [`ModuleT`] |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
+//! | [`FrozenSwitchNorm`] | [`SwitchNorm::frozen`] | as SwitchNorm, batch fixed | [`Module`] |
 //!
 //! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in
 //! training and inference are a [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so
@@ -130,7 +131,7 @@ pub use layers::layer_norm::{
     LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
 };
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
-pub use layers::switch_norm::{SwitchNorm, SwitchNormOptions, switch_norm};
+pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{
     Affine, Foldable, FrozenNorm, Norm, RevIn, RevInOptions, RevInStats, RunningStats, Snapshot,

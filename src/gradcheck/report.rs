@@ -4,6 +4,7 @@ use std::fmt;
 
 /// Part of the output that a gradient belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Direction {
     /// One element of the output, by its index along each axis.
     Element(Vec<usize>),
@@ -22,6 +23,7 @@ impl fmt::Display for Direction {
 
 /// One derivative, as `backward` gives it and as central differences do.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Comparison {
     /// Index of the input.
     pub input: usize,
@@ -124,6 +126,7 @@ impl fmt::Display for Suspicion {
 
 /// An input for which `backward` has no gradient at all.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Unreached {
     /// Index of the input.
     pub input: usize,
@@ -166,6 +169,7 @@ impl Outputs {
 /// it.
 #[derive(Debug, Clone, PartialEq)]
 #[must_use = "a report is a verdict only through `passed` or `into_result`"]
+#[non_exhaustive]
 pub struct Report {
     /// Number of derivatives compared.
     pub compared: usize,

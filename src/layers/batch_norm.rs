@@ -338,7 +338,7 @@ impl BatchNorm {
             true => Taken::OverValues { correction: 1 },
             false => Taken::AboutZero,
         };
-        self.stats.observe(x, statistics, taken)?;
+        self.stats.observe_as(x, statistics, taken)?;
         Ok(y)
     }
 

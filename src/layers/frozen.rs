@@ -29,6 +29,27 @@ pub struct FrozenNorm {
 }
 
 impl FrozenNorm {
+    /// Normalization of channels on axis 1 by the statistics as they are now: what a norm of your
+    /// own can return from [`Norm::frozen`](crate::Norm::frozen).
+    ///
+    /// # Errors
+    /// Parameters of another shape than the statistics, `eps` out of range.
+    pub fn of(
+        stats: &RunningStats,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        eps: f64,
+    ) -> Result<Self> {
+        let layer = stats.layer();
+        check::eps(layer, eps)?;
+        for (name, param) in [("weight", &weight), ("bias", &bias)] {
+            if let Some(param) = param {
+                check::shape(layer, name, param, stats.mean().dims())?;
+            }
+        }
+        Self::new(layer, 2, Some(stats), &AffineParams { weight, bias }, eps)
+    }
+
     pub(super) fn new(
         layer: &'static str,
         min_rank: usize,

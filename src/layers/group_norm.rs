@@ -98,7 +98,7 @@ impl NormOptions for GroupNormSpec {
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
     params: AffineParams,
-    eps: f64,
+    options: GroupNormOptions,
     num_channels: usize,
     num_groups: usize,
 }
@@ -130,13 +130,13 @@ pub fn group_norm(
     options: impl Into<GroupNormOptions>,
     vb: VarBuilder,
 ) -> Result<GroupNorm> {
-    let GroupNormOptions { eps, affine } = options.into();
-    check::eps("GroupNorm", eps)?;
+    let options = options.into();
+    check::eps("GroupNorm", options.eps)?;
     check::groups("GroupNorm", num_groups, num_channels)?;
     check::countable("GroupNorm", "a channel axis", &[num_channels])?;
     Ok(GroupNorm {
-        params: AffineParams::new("GroupNorm", &vb, num_channels, affine, 1.)?,
-        eps,
+        params: AffineParams::new("GroupNorm", &vb, num_channels, options.affine, 1.)?,
+        options,
         num_channels,
         num_groups,
     })
@@ -164,7 +164,7 @@ impl GroupNorm {
                 weight: Some(weight),
                 bias: Some(bias),
             },
-            eps,
+            options: eps.into(),
             num_channels,
             num_groups,
         })
@@ -182,7 +182,12 @@ impl GroupNorm {
 
     /// ε, added to the variance.
     pub fn eps(&self) -> f64 {
-        self.eps
+        self.options.eps
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &GroupNormOptions {
+        &self.options
     }
 
     /// The number of channels on axis 1.
@@ -209,7 +214,7 @@ impl Module for GroupNorm {
         check::rank_at_least("GroupNorm", xs, 2, "[N, C, ...]")?;
         check::channels("GroupNorm", xs, self.num_channels)?;
         let (weight, bias) = (self.params.weight(), self.params.bias());
-        ops::group_norm(xs, self.num_groups, weight, bias, self.eps)
+        ops::group_norm(xs, self.num_groups, weight, bias, self.options.eps)
     }
 }
 

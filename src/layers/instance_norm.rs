@@ -201,7 +201,7 @@ impl ModuleT for InstanceNorm {
             return ops::normalize_with(LAYER, 3, xs, statistics, weight, bias, options.eps);
         }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
-        self.stats.observe(xs, statistics, Taken::OfSamples)?;
+        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
         Ok(y)
     }
 }

@@ -1,6 +1,6 @@
 //! Layer normalization.
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
@@ -102,6 +102,7 @@ pub struct LayerNorm {
     params: AffineParams,
     weight_or_ones: Tensor,
     norm: RowNorm,
+    options: LayerNormOptions,
 }
 
 /// A [`LayerNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
@@ -190,6 +191,7 @@ impl LayerNorm {
         };
         Ok(Self {
             normalized_shape: normalized_shape.to_vec(),
+            options: options_of(&norm, &params, vb.dtype()),
             params,
             weight_or_ones,
             norm,
@@ -197,13 +199,16 @@ impl LayerNorm {
     }
 
     pub(super) fn from_weight(weight: Tensor, bias: Option<Tensor>, norm: RowNorm) -> Self {
+        let (weight_or_ones, dtype) = (weight.clone(), weight.dtype());
+        let params = AffineParams {
+            weight: Some(weight),
+            bias,
+        };
         Self {
-            normalized_shape: weight.dims().to_vec(),
-            weight_or_ones: weight.clone(),
-            params: AffineParams {
-                weight: Some(weight),
-                bias,
-            },
+            normalized_shape: weight_or_ones.dims().to_vec(),
+            options: options_of(&norm, &params, dtype),
+            params,
+            weight_or_ones,
             norm,
         }
     }
@@ -236,6 +241,21 @@ impl LayerNorm {
     /// ε, added to the variance.
     pub fn eps(&self) -> f64 {
         self.norm.eps_for(self.weight().dtype())
+    }
+
+    /// The configuration; its `eps` is the one for the dtype of the weight.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_norm::{Affine, LayerNorm};
+    ///
+    /// let weight = Tensor::ones(4, DType::F32, &Device::Cpu)?;
+    /// let norm = LayerNorm::new_no_bias(weight, 1e-6);
+    /// assert_eq!((norm.options().eps, norm.options().affine), (1e-6, Affine::Weight));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn options(&self) -> &LayerNormOptions {
+        &self.options
     }
 
     /// Whether the mean is subtracted.
@@ -287,6 +307,16 @@ impl LayerNorm {
     /// Initial weight: with an offset, the factor starts at one all the same.
     fn initial_weight(&self) -> f64 {
         1. - self.norm.offset
+    }
+}
+
+/// The configuration that a layer of given parts has.
+fn options_of(norm: &RowNorm, params: &AffineParams, dtype: DType) -> LayerNormOptions {
+    LayerNormOptions {
+        eps: norm.eps_for(dtype),
+        affine: params.affine(),
+        remove_mean: norm.center,
+        channels_first: norm.channels_first,
     }
 }
 

@@ -24,8 +24,64 @@ use crate::ops::check;
 /// assert_eq!(names, ["running_mean", "running_var", "num_batches_tracked"]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// # A norm of your own
+///
+/// A type that implements it goes wherever the layers here go: into a `Box<dyn Norm>`,
+/// [`recalibrate`](crate::recalibrate), [`fold`](crate::fold()) and
+/// [`ParamGroups::exempt`](crate::ParamGroups::exempt). [`RunningStats::from_vb`] and
+/// [`RunningStats::observe`] keep running statistics for it, [`FrozenNorm::of`] freezes them:
+///
+/// ```
+/// use candle_core::{DType, Device, Result, Tensor};
+/// use candle_nn::{ModuleT, VarBuilder, VarMap};
+/// use candle_norm::{FrozenNorm, Norm, RunningStats, ops, recalibrate};
+///
+/// /// Batch normalization without parameters.
+/// #[derive(Debug)]
+/// struct Whiten(RunningStats);
+///
+/// impl ModuleT for Whiten {
+///     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
+///         if !train {
+///             let now = self.0.snapshot()?;
+///             return ops::batch_norm_inference(xs, &now.mean, &now.var, None, None, 1e-5);
+///         }
+///         let (y, statistics) = ops::batch_norm(xs, None, None, 1e-5)?;
+///         self.0.observe(xs, statistics)?;
+///         Ok(y)
+///     }
+/// }
+///
+/// impl Norm for Whiten {
+///     fn kind(&self) -> &'static str {
+///         "whiten"
+///     }
+///     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
+///         vec![]
+///     }
+///     fn running_stats(&self) -> Option<&RunningStats> {
+///         Some(&self.0)
+///     }
+///     fn frozen(&self) -> Result<FrozenNorm> {
+///         FrozenNorm::of(&self.0, None, None, 1e-5)
+///     }
+///     fn reset(&self) -> Result<()> {
+///         self.0.reset()
+///     }
+/// }
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+/// let norm = Whiten(RunningStats::from_vb("Whiten", 1, Some(0.1), &vb)?);
+/// let batches = [[[0f64], [2.]], [[4.], [6.]]].map(|b| Tensor::new(&b, &Device::Cpu).unwrap());
+/// recalibrate(&[&norm], batches, |x| norm.forward_t(x, true))?;
+/// assert_eq!(norm.frozen()?.running_mean().to_vec1::<f64>()?, [3.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub trait Norm: ModuleT + Send + Sync + std::fmt::Debug {
-    /// The name of the layer as [`NormConfig`](crate::NormConfig) writes it.
+    /// The name of the layer as [`NormConfig`](crate::NormConfig) writes it. `"none"` is the name
+    /// of a layer that does nothing, which [`fold`](crate::fold()) leaves out.
     fn kind(&self) -> &'static str;
 
     /// The parameters that training changes, by the names that a checkpoint holds them under.

@@ -213,6 +213,11 @@ impl AffineParams {
         self.bias.as_ref()
     }
 
+    /// The parameters that there are.
+    pub(crate) fn affine(&self) -> Affine {
+        Affine::of(self.weight.is_some(), self.bias.is_some())
+    }
+
     /// Parameters by the names that are written.
     pub(crate) fn named(&self) -> Vec<(&'static str, Tensor)> {
         [(WEIGHT[0], self.weight()), (BIAS[0], self.bias())]

@@ -97,7 +97,10 @@ impl NormOptions for RmsNormOptions {
 /// | Llama, Mistral, Qwen 2 and 3 | `cast: Cast::BeforeWeight` |
 /// | Gemma, Qwen 3 Next | `offset: 1.` |
 #[derive(Debug, Clone)]
-pub struct RmsNorm(LayerNorm);
+pub struct RmsNorm {
+    rows: LayerNorm,
+    options: RmsNormOptions,
+}
 
 /// An [`RmsNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
 ///
@@ -139,23 +142,27 @@ pub fn rms_norm(
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let initial = 1. - options.offset;
     let params = AffineParams::new(norm.layer, &vb, &shape, options.affine, initial)?;
-    LayerNorm::from_params(shape.dims(), params, norm, &vb).map(RmsNorm)
+    let rows = LayerNorm::from_params(shape.dims(), params, norm, &vb)?;
+    Ok(RmsNorm { rows, options })
 }
 
 impl RmsNorm {
     /// A layer of a given weight, whose shape is `normalized_shape`.
     pub fn new(weight: Tensor, eps: f64) -> Self {
-        Self(LayerNorm::rms_norm(weight, eps))
+        Self {
+            rows: LayerNorm::rms_norm(weight, eps),
+            options: eps.into(),
+        }
     }
 
     /// The same layer as a [`LayerNorm`] that keeps the mean.
     pub fn into_inner(self) -> LayerNorm {
-        self.0
+        self.rows
     }
 
     /// The scale, without the offset; ones where `affine` has none.
     pub fn weight(&self) -> &Tensor {
-        self.0.weight()
+        self.rows.weight()
     }
 
     /// The shift, if there is one.
@@ -175,22 +182,27 @@ impl RmsNorm {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn bias(&self) -> Option<&Tensor> {
-        self.0.bias()
+        self.rows.bias()
     }
 
     /// Offset added to the weight.
     pub fn offset(&self) -> f64 {
-        self.0.offset()
+        self.rows.offset()
     }
 
     /// ε, added to the mean square.
     pub fn eps(&self) -> f64 {
-        self.0.eps()
+        self.rows.eps()
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &RmsNormOptions {
+        &self.options
     }
 
     /// The trailing shape that the mean square is taken over.
     pub fn normalized_shape(&self) -> &[usize] {
-        self.0.normalized_shape()
+        self.rows.normalized_shape()
     }
 
     /// The same as `forward`: both are differentiable here.
@@ -198,7 +210,7 @@ impl RmsNorm {
     /// # Errors
     /// As `forward`.
     pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
-        self.0.forward(xs)
+        self.rows.forward(xs)
     }
 
     /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass
@@ -227,7 +239,7 @@ impl RmsNorm {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.0.forward_add(xs, residual)
+        self.rows.forward_add(xs, residual)
     }
 }
 
@@ -242,20 +254,20 @@ impl Module for RmsNorm {
     /// An input of another trailing shape, dtype or device; an `eps` out of range given to
     /// [`RmsNorm::new`].
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.0.forward(xs)
+        self.rows.forward(xs)
     }
 }
 
 impl Norm for RmsNorm {
     fn kind(&self) -> &'static str {
-        self.0.kind()
+        self.rows.kind()
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        self.0.parameters()
+        self.rows.parameters()
     }
 
     fn reset(&self) -> Result<()> {
-        self.0.reset()
+        self.rows.reset()
     }
 }

@@ -58,6 +58,7 @@ struct Inner {
 
 /// Running statistics as they were at one moment.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The mean of each channel, `[C]`; of [`SwitchNorm`](crate::SwitchNorm) `[1, C, 1]`.
     pub mean: Tensor,
@@ -65,6 +66,17 @@ pub struct Snapshot {
     pub var: Tensor,
     /// The number of batches that went into them.
     pub num_batches_tracked: i64,
+}
+
+impl Snapshot {
+    /// Statistics of given values, for [`RunningStats::restore`].
+    pub fn new(mean: Tensor, var: Tensor, num_batches_tracked: i64) -> Self {
+        Self {
+            mean,
+            var,
+            num_batches_tracked,
+        }
+    }
 }
 
 impl State {
@@ -118,13 +130,24 @@ impl RunningStats {
         Self::from_parts(layer, (mean, var), None, momentum, false)
     }
 
-    /// The statistics that `vb` holds, or fresh ones: zero mean, unit variance, no batches.
-    fn from_vb(
+    /// The statistics that `vb` holds, or fresh ones: zero mean, unit variance, no batches. Layers
+    /// of this crate have theirs already; this is for a norm of your own, which `layer` names in
+    /// messages. [`Norm`](crate::Norm) has an example.
+    ///
+    /// Names: `running_mean` (also found as `mean`, `moving_mean`), `running_var` (`var`,
+    /// `moving_variance`), `num_batches_tracked` (0 if missing).
+    ///
+    /// # Errors
+    /// A momentum outside `[0, 1]`, tensors of another shape, a negative variance, a statistic that
+    /// is not finite.
+    pub fn from_vb(
         layer: &'static str,
-        shape: Shape,
+        shape: impl Into<Shape>,
         momentum: Option<f64>,
         vb: &VarBuilder,
     ) -> Result<Self> {
+        let shape = shape.into();
+        check::countable(layer, "a channel axis", shape.dims())?;
         let dtype = dtype_in(vb.dtype());
         let get = |names: &[&str], initial: f64| -> Result<_> {
             let name = name_in(vb, names);
@@ -192,6 +215,11 @@ impl RunningStats {
             self.0.shared.write().refuse_non_finite = true;
         }
         self
+    }
+
+    /// The name of the layer in messages.
+    pub(super) fn layer(&self) -> &'static str {
+        self.0.layer
     }
 
     /// Whether both are of the same variables, of which they may be for different layers.
@@ -298,9 +326,30 @@ impl RunningStats {
         self.0.next(&state).map_or(1., |(momentum, _)| momentum)
     }
 
+    /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
+    /// [`ops::batch_norm`](crate::ops::batch_norm) returns them: for a norm of your own.
+    ///
+    /// [`without_updates`](crate::without_updates) and [`pool_updates`](crate::pool_updates) act
+    /// here. An empty batch has no statistics, and changes nothing.
+    ///
+    /// # Errors
+    /// Statistics of another number of channels; those that are not finite, if they are refused.
+    /// Nothing is changed then.
+    pub fn observe(&self, x: &Tensor, statistics: Option<BatchStatistics>) -> Result<()> {
+        for (name, value) in statistics
+            .iter()
+            .flat_map(|s| [("mean", &s.mean), ("var", &s.var)])
+        {
+            if value.elem_count() != self.mean().elem_count() {
+                check::shape(self.0.layer, name, value, self.mean().dims())?;
+            }
+        }
+        self.observe_as(x, statistics, Taken::OverValues { correction: 1 })
+    }
+
     /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread
     /// say. An empty batch has none, and a layer that tracks none takes none.
-    pub(crate) fn observe(
+    pub(crate) fn observe_as(
         &self,
         x: &Tensor,
         statistics: Option<BatchStatistics>,

@@ -1,14 +1,14 @@
 //! Switchable normalization.
 
 use candle_core::{Result, Tensor, Var, bail};
-use candle_nn::{Init, ModuleT, VarBuilder};
+use candle_nn::{Init, Module, ModuleT, VarBuilder};
 
 use super::norm::{Norm, OnLastAxis};
 use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
-use crate::ops::{self, SwitchBatch, SwitchSources, check};
+use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchSources, check};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -278,6 +278,53 @@ impl SwitchNorm {
     pub fn running_stats(&self) -> Option<&RunningStats> {
         self.options.using_bn.then_some(&self.stats)
     }
+
+    /// This layer with the running statistics of now and for good, its parameters still trainable.
+    /// The statistics of instances and layers remain those of each input, so that it cannot be
+    /// folded into the layer before.
+    ///
+    /// # Errors
+    /// A negative running variance, which only a direct write to the variable can leave.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::switch_norm(3, 1e-5, vb)?;
+    /// let x = Tensor::randn(5f32, 2., (4, 3, 8, 8), &Device::Cpu)?.flatten_from(2)?;
+    /// norm.forward_t(&x, true)?;
+    /// let frozen = norm.frozen()?;
+    /// let y = frozen.forward(&x)?.to_vec3::<f32>()?;
+    /// assert_eq!(y, norm.forward_t(&x, false)?.to_vec3::<f32>()?);
+    /// // The layer trains on, its frozen statistics do not; both have the same parameters.
+    /// norm.forward_t(&x, true)?;
+    /// assert_eq!(y, frozen.forward(&x)?.to_vec3::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn frozen(&self) -> Result<FrozenSwitchNorm> {
+        let batch = self.running_stats().map(batch_statistics).transpose()?;
+        let norm = self.clone();
+        Ok(FrozenSwitchNorm { norm, batch })
+    }
+
+    /// `xs` by the mixture with `batch`, and the statistics of the batch where they are its own.
+    fn mixed(&self, xs: &Tensor, batch: SwitchBatch) -> Result<(Tensor, Option<BatchStatistics>)> {
+        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
+        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features)?;
+        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
+        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
+        ops::switch_norm_with(
+            xs,
+            weight.as_ref(),
+            bias.as_ref(),
+            [&self.mean_weight, &self.var_weight],
+            options.sources(batch),
+            options.eps,
+        )
+    }
 }
 
 impl ModuleT for SwitchNorm {
@@ -291,39 +338,86 @@ impl ModuleT for SwitchNorm {
     /// An input of another rank, number of channels, dtype or device; one value where a variance is
     /// unbiased. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
-        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features)?;
-        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
-        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
-        let apply = |batch| {
-            let shares = [&self.mean_weight, &self.var_weight];
-            let (weight, bias) = (weight.as_ref(), bias.as_ref());
-            ops::switch_norm_with(
-                xs,
-                weight,
-                bias,
-                shares,
-                options.sources(batch),
-                options.eps,
-            )
-        };
-        if !options.using_bn {
-            return Ok(apply(SwitchBatch::Absent)?.0);
+        if !self.options.using_bn {
+            return Ok(self.mixed(xs, SwitchBatch::Absent)?.0);
         }
         if !train {
-            let statistics = self.stats.snapshot()?;
-            let (mean, var) = (
-                statistics.mean.flatten_all()?,
-                statistics.var.flatten_all()?,
-            );
-            return Ok(apply(SwitchBatch::Given(&mean, &var))?.0);
+            let [mean, var] = batch_statistics(&self.stats)?;
+            return Ok(self.mixed(xs, SwitchBatch::Given(&mean, &var))?.0);
         }
-        let (y, statistics) = apply(SwitchBatch::Own)?;
-        let correction = options.batch_correction();
+        let (y, statistics) = self.mixed(xs, SwitchBatch::Own)?;
+        let correction = self.options.batch_correction();
         self.stats
-            .observe(xs, statistics, Taken::OverValues { correction })?;
+            .observe_as(xs, statistics, Taken::OverValues { correction })?;
         Ok(y)
+    }
+}
+
+/// The running mean and variance of each channel as they are now.
+fn batch_statistics(stats: &RunningStats) -> Result<[Tensor; 2]> {
+    let statistics = stats.snapshot()?;
+    Ok([
+        statistics.mean.flatten_all()?,
+        statistics.var.flatten_all()?,
+    ])
+}
+
+/// A [`SwitchNorm`] whose statistics of the batch no longer change: those that it mixes with the
+/// statistics of each instance and layer are the running ones as they were when
+/// [`frozen`](SwitchNorm::frozen) was called.
+///
+/// The parameters are those of the layer itself: they go on training. There is no second mode, so
+/// it is a [`Module`].
+#[derive(Debug, Clone)]
+pub struct FrozenSwitchNorm {
+    norm: SwitchNorm,
+    /// Mean and variance of each channel, if those of the batch are mixed in.
+    batch: Option<[Tensor; 2]>,
+}
+
+impl FrozenSwitchNorm {
+    /// The fixed mean of each channel, if the statistics of the batch are mixed in.
+    pub fn running_mean(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[mean, _]| mean)
+    }
+
+    /// The fixed variance of each channel, if the statistics of the batch are mixed in.
+    pub fn running_var(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[_, var]| var)
+    }
+
+    /// The scale of each channel, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.norm.weight()
+    }
+
+    /// The shift of each channel, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.norm.bias()
+    }
+
+    /// The configuration of the layer.
+    pub fn options(&self) -> &SwitchNormOptions {
+        self.norm.options()
+    }
+}
+
+impl Module for FrozenSwitchNorm {
+    /// Normalizes `xs` with the fixed statistics for those of the batch.
+    ///
+    /// # Shapes
+    /// `[N, num_features, *]` of rank at least 3, or 2 without spatial axes; the output is
+    /// contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device; one value where a variance is
+    /// unbiased.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let batch = match &self.batch {
+            Some([mean, var]) => SwitchBatch::Given(mean, var),
+            None => SwitchBatch::Absent,
+        };
+        Ok(self.norm.mixed(xs, batch)?.0)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::layers::params::{BIAS, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, 
 
 /// The variables of a model, by how an optimizer should treat them.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ParamGroups {
     /// Weights and embeddings: trained with weight decay.
     pub decay: Vec<Var>,

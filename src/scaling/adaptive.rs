@@ -21,6 +21,7 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum OnDrift {
     /// The recent rows.
     Refit,

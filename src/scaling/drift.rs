@@ -6,6 +6,7 @@ use super::Nan;
 
 /// A way to tell two samples of a feature apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum DriftMetric {
     /// The distance of the means, in standard deviations of the reference.
     MeanShift,
@@ -30,6 +31,7 @@ impl fmt::Display for DriftMetric {
 
 /// A metric of a feature has crossed its threshold.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct DriftEvent {
     /// Number of rows observed, the last of them included.
     pub step: u64,
@@ -65,6 +67,7 @@ impl fmt::Display for DriftEvent {
 
 /// All metrics of a feature.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct DriftReport {
     /// The feature, counted along the trailing axes of data.
     pub feature: usize,

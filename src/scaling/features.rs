@@ -18,8 +18,12 @@ pub struct Features {
 }
 
 impl Features {
-    /// Features with names, which data that comes later must be as many as.
-    pub(crate) fn named(layer: &str, names: Vec<String>) -> Result<Self> {
+    /// Features with names, which data that comes later must be as many as. `layer` is the name of
+    /// the scaler in messages, here and below.
+    ///
+    /// # Errors
+    /// Two equal names.
+    pub fn named(layer: &str, names: Vec<String>) -> Result<Self> {
         check::distinct_names(layer, &names)?;
         Ok(Self {
             axes: None,
@@ -76,13 +80,16 @@ impl Features {
 
     /// The features of `x`, `[N, features...]`, which must be these as far as anything is known of
     /// them.
-    pub(crate) fn of(&self, layer: &str, x: &Tensor) -> Result<Self> {
+    ///
+    /// # Errors
+    /// A scalar, or data of other features.
+    pub fn of(&self, layer: &str, x: &Tensor) -> Result<Self> {
         check::rank_at_least(layer, x, 1, "[N, features...]")?;
         self.clone().with_axes(layer, &x.dims()[1..])
     }
 
     /// The names alone.
-    pub(crate) fn without_axes(&self) -> Self {
+    pub fn without_axes(&self) -> Self {
         Self {
             axes: None,
             names: self.names.clone(),
@@ -103,8 +110,11 @@ impl Features {
         Ok(self)
     }
 
-    /// Whether `other` are the same features, as far as both are known; both together.
-    pub(crate) fn joined(&self, layer: &str, other: &Self) -> Result<Self> {
+    /// Both together, if `other` are the same features as far as both are known.
+    ///
+    /// # Errors
+    /// Another number of features, or the first name that differs.
+    pub fn joined(&self, layer: &str, other: &Self) -> Result<Self> {
         let mut joined = match &other.axes {
             Some(axes) => self.clone().with_axes(layer, axes)?,
             None => self.clone(),
@@ -118,7 +128,10 @@ impl Features {
 
     /// Whether `names` are the names of these features, in their order. Features without names take
     /// any.
-    pub(crate) fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
+    ///
+    /// # Errors
+    /// Another number of names, or the first that differs.
+    pub fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
         for (index, (expected, got)) in self.names.iter().flatten().zip(names).enumerate() {
             check::same_name(layer, index, expected, got.as_ref())?;
         }

@@ -20,6 +20,7 @@ const STEP: f64 = 1. / 1024.;
 
 /// Reason why `f16` cannot hold a feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HalfProblem {
     /// A value is beyond ±65 504, the largest number of `f16`; from 65 520 on it becomes infinite.
     Overflow,
@@ -33,6 +34,7 @@ pub enum HalfProblem {
 
 /// A feature that leaves the range or the resolution of `f16` after scaling.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct HalfFinding {
     /// The index of the feature.
     pub feature: usize,

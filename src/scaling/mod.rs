@@ -128,6 +128,84 @@ pub const PREFIX: &str = "scaler";
 /// feature. Every method takes `&self`: one thread may feed a scaler while others transform by it,
 /// and each of them sees it as it was before or after, never between. An error leaves the scaler as
 /// it was.
+///
+/// # A scaler of your own
+///
+/// A type that implements it goes wherever the scalers here go: into a [`TargetScaler`], a
+/// [`Pipeline`], an [`Archive`], [`half_precision`]. Only [`load`] and [`from_state`], and a
+/// [`Pipeline`] that is loaded, know no kinds but those of this crate.
+///
+/// ```
+/// use std::sync::Mutex;
+///
+/// use candle_core::{Device, Result, Tensor};
+/// use candle_norm::scaling::{Features, Nan, Scaler, Seen, State};
+///
+/// /// The logarithm, which has nothing to fit but the features.
+/// #[derive(Debug, Default)]
+/// struct Log(Mutex<Features>);
+///
+/// impl Log {
+///     fn set(&self, next: impl FnOnce(&Features) -> Result<Features>) -> Result<()> {
+///         let mut features = self.0.lock().unwrap();
+///         *features = next(&features)?;
+///         Ok(())
+///     }
+/// }
+///
+/// impl Scaler for Log {
+///     fn kind(&self) -> &'static str {
+///         "Log"
+///     }
+///     fn nan(&self) -> Nan {
+///         Nan::Ignore
+///     }
+///     fn features(&self) -> Features {
+///         self.0.lock().unwrap().clone()
+///     }
+///     fn seen(&self) -> Vec<Seen> {
+///         vec![Seen::default(); self.features().count()]
+///     }
+///     fn fit(&self, x: &Tensor) -> Result<()> {
+///         self.set(|features| features.without_axes().of("Log", x))
+///     }
+///     fn partial_fit(&self, x: &Tensor) -> Result<()> {
+///         self.set(|features| features.of("Log", x))
+///     }
+///     fn merge(&self, other: &dyn Scaler) -> Result<()> {
+///         self.set(|features| features.joined("Log", &other.features()))
+///     }
+///     fn transform(&self, x: &Tensor) -> Result<Tensor> {
+///         self.features().of("Log", x)?;
+///         x.log()
+///     }
+///     fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+///         self.features().of("Log", x)?;
+///         x.exp()
+///     }
+///     fn reset(&self) {
+///         let _ = self.set(|features| Ok(features.without_axes()));
+///     }
+///     fn snapshot(&self) -> Box<dyn Scaler> {
+///         Box::new(Log(Mutex::new(self.features())))
+///     }
+///     fn state(&self) -> Result<State> {
+///         Ok(State::new("Log", 1).with_features(self.features(), self.seen()))
+///     }
+///     fn restore(&self, state: &State) -> Result<()> {
+///         state.require("Log", 1)?;
+///         self.set(|features| features.joined("Log", state.features()))
+///     }
+/// }
+///
+/// let prices = Tensor::new(&[[1f64], [10.], [100.]], &Device::Cpu)?;
+/// let scaler = Log::default();
+/// scaler.fit(&prices)?;
+/// let back = scaler.inverse_transform(&scaler.transform(&prices)?)?;
+/// assert!((back.to_vec2::<f64>()?[2][0] - 100.).abs() < 1e-12);
+/// assert!(scaler.transform(&prices.t()?).is_err());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub trait Scaler: Send + Sync + Debug {
     /// The name of the type, which messages and files have.
     fn kind(&self) -> &'static str;

@@ -190,7 +190,7 @@ impl State {
     ///
     /// # Errors
     /// Counts of other features, or counts that no data have.
-    pub(crate) fn counts(&self) -> Result<&[Seen]> {
+    pub fn counts(&self) -> Result<&[Seen]> {
         if !self.seen.is_empty() {
             let (expected, got) = (self.features.count(), self.seen.len());
             check::saved_length(&self.kind, "counts", expected, got)?;

@@ -38,6 +38,7 @@ pub struct TargetScaler {
 
 /// Average errors of predictions.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Deviation {
     /// The root of the mean squared error.
     pub rmse: f64,
@@ -47,6 +48,7 @@ pub struct Deviation {
 
 /// The error of one output of a model, in both units.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TargetError {
     /// The name of the output, or its index.
     pub output: String,

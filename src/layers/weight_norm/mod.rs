@@ -84,7 +84,7 @@ pub struct WeightNorm<L: Weighted> {
     g: Tensor,
     v: Tensor,
     bias: Option<Tensor>,
-    dim: Option<usize>,
+    options: WeightNormOptions,
     config: L::Config,
 }
 
@@ -117,7 +117,7 @@ impl<L: Weighted> WeightNorm<L> {
             // A checkpoint holds plain tensors, which become variables here; a VarMap makes its own
             // below.
             if !weight.is_variable() {
-                return Self::from_weight(&weight, bias.as_ref(), config, dim);
+                return Self::from_weight(&weight, bias.as_ref(), config, options);
             }
             plain = Some(weight.detach().copy()?);
         }
@@ -135,7 +135,7 @@ impl<L: Weighted> WeightNorm<L> {
             g,
             v,
             bias,
-            dim,
+            options,
             config,
         })
     }
@@ -144,8 +144,9 @@ impl<L: Weighted> WeightNorm<L> {
         weight: &Tensor,
         bias: Option<&Tensor>,
         config: L::Config,
-        dim: Option<usize>,
+        options: WeightNormOptions,
     ) -> Result<Self> {
+        let dim = options.dim;
         check::float(LAYER, "weight", weight)?;
         check::dim(LAYER, dim, weight.dims())?;
         let weight = weight.detach().contiguous()?.copy()?;
@@ -154,7 +155,7 @@ impl<L: Weighted> WeightNorm<L> {
             g: var(&ops::norms(&weight, dim)?)?,
             v: var(&weight)?,
             bias: bias.map(|b| var(&b.detach().copy()?)).transpose()?,
-            dim,
+            options,
             config,
         })
     }
@@ -178,7 +179,7 @@ impl<L: Weighted> WeightNorm<L> {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn from_layer(layer: &L, options: WeightNormOptions) -> Result<Self> {
-        Self::from_weight(layer.weight(), layer.bias(), layer.config(), options.dim)
+        Self::from_weight(layer.weight(), layer.bias(), layer.config(), options)
     }
 
     /// Sets the variables of this layer so that it computes what `layer` does.
@@ -190,7 +191,7 @@ impl<L: Weighted> WeightNorm<L> {
         let weight = layer.weight().detach();
         check::shape(LAYER, "weight", &weight, self.v.dims())?;
         check::float(LAYER, "weight", &weight)?;
-        let g = ops::norms(&weight, self.dim)?;
+        let g = ops::norms(&weight, self.options.dim)?;
         let mut values = vec![(&self.v, weight), (&self.g, g)];
         match (&self.bias, layer.bias()) {
             (Some(mine), Some(theirs)) => {
@@ -209,7 +210,7 @@ impl<L: Weighted> WeightNorm<L> {
     /// # Errors
     /// Only those of the device.
     pub fn weight(&self) -> Result<Tensor> {
-        ops::weight_norm(&self.v, &self.g, self.dim)
+        ops::weight_norm(&self.v, &self.g, self.options.dim)
     }
 
     /// The magnitude.
@@ -229,7 +230,12 @@ impl<L: Weighted> WeightNorm<L> {
 
     /// The axis that keeps a magnitude for each index.
     pub fn dim(&self) -> Option<usize> {
-        self.dim
+        self.options.dim
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &WeightNormOptions {
+        &self.options
     }
 
     /// The configuration of the layer inside.
@@ -261,10 +267,15 @@ impl<L: Weighted> WeightNorm<L> {
     pub fn init_from_batch(&self, xs: &Tensor) -> Result<Tensor> {
         let map = L::map(&self.config);
         let (axis, outputs) = map.outputs(&self.v);
-        check::magnitude_per_output(LAYER, self.dim, self.g.elem_count(), (axis, outputs))?;
+        check::magnitude_per_output(
+            LAYER,
+            self.options.dim,
+            self.g.elem_count(),
+            (axis, outputs),
+        )?;
         let bias = check::bias(LAYER, self.bias())?;
         let ones = self.g.ones_like()?.detach();
-        let unit = ops::weight_norm(&self.v.detach(), &ones, self.dim)?;
+        let unit = ops::weight_norm(&self.v.detach(), &ones, self.options.dim)?;
         let t = map.apply(LAYER, &xs.detach(), &unit, None)?;
         let filled = (t.elem_count() > 0).then_some(());
         check::not_empty(LAYER, filled, xs)?;
@@ -347,7 +358,7 @@ impl<L: Weighted> Norm for WeightNorm<L> {
 
     /// Sets `g` to the norms of `v`, so that the weight is `v`.
     fn reset(&self) -> Result<()> {
-        let norms = ops::norms(&self.v.detach(), self.dim)?;
+        let norms = ops::norms(&self.v.detach(), self.options.dim)?;
         if self.g.is_variable() {
             assign(vec![(&self.g, norms)])?;
         }

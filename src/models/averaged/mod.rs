@@ -25,6 +25,7 @@ const NUM_UPDATES: &str = "candle_norm.num_updates";
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum Average {
     /// All updates alike: d = 1 − 1/n. Stochastic weight averaging (Izmailov et al., 2018,
     /// [arXiv:1803.05407](https://arxiv.org/abs/1803.05407)): update once an epoch, at a high

@@ -7,6 +7,7 @@ use std::fmt;
 /// Its `Display` has the counts and the first names of each list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[must_use = "a variable that the file lacks keeps its value"]
+#[non_exhaustive]
 pub struct LoadReport {
     /// The variables that were set.
     pub loaded: Vec<String>,
