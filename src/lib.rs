@@ -1,34 +1,37 @@
 //! Normalization layers for training [candle](candle_core) models, as well as for running them.
 //!
-//! The layers have PyTorch's formulas, defaults and parameter names, and the constructors and accessors of candle-nn: a model
-//! written for candle-nn's norms compiles against this crate with the import changed. Every parameter and every input gets its
-//! gradient. `f16`, `bf16`, `f32` and `f64` train and evaluate; half precision is computed in `f32`.
+//! The layers have PyTorch's formulas, defaults and parameter names, and the constructors and
+//! accessors of candle-nn: a model written for candle-nn's norms compiles against this crate with
+//! the import changed. Every parameter and every input gets its gradient. `f16`, `bf16`, `f32` and
+//! `f64` train and evaluate; half precision is computed in `f32`.
 //!
 //! # Layers
 //!
 //! | layer | built by | one mean and variance for each | trait |
 //! | --- | --- | --- | --- |
-//! | [`BatchNorm`] | [`batch_norm()`] | channel, over the batch and space; running ones for inference | [`ModuleT`] |
-//! | [`LayerNorm`] | [`layer_norm()`] | row: the trailing axes, or the channels of each position | [`Module`] |
+//! | [`BatchNorm`] | [`batch_norm()`] | channel; in inference running ones | [`ModuleT`] |
+//! | [`LayerNorm`] | [`layer_norm()`] | row, or the channels of a position | [`Module`] |
 //! | [`RmsNorm`] | [`rms_norm()`] | row, by its mean square alone | [`Module`] |
 //! | [`GroupNorm`] | [`group_norm()`] | group of channels of a sample | [`Module`] |
 //! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
-//! | [`WeightNorm`] | [`weight_norm`]`::{linear, conv1d, …}` | none: the weight is a length times a direction | [`Module`] |
-//! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed by learned shares | [`ModuleT`] |
+//! | [`WeightNorm`] | [`weight_norm`]`::linear`, … | none: a length and a direction | [`Module`] |
+//! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed | [`ModuleT`] |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
+//! | [`FrozenSwitchNorm`] | [`SwitchNorm::frozen`] | as SwitchNorm, batch fixed | [`Module`] |
 //!
-//! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in training and inference are a
-//! [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so that no `forward` can pick a mode unasked.
+//! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in
+//! training and inference are a [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so
+//! that no `forward` can pick a mode unasked.
 //!
-//! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with PyTorch's defaults.
+//! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with
+//! PyTorch's defaults.
 //!
 //! # Two paths
 //!
 //! On the CPU every layer has fused kernels, forward and backward: multithreaded, for AVX-512, AVX2
-//! or portable, with bit-identical
-//! results. On other devices a layer is composed of candle's tensor operations. [`Path`] has the
-//! choice, which is made for each call;
-//! both paths keep one numeric contract.
+//! or portable, with bit-identical results. On other devices a layer is composed of candle's tensor
+//! operations. [`Path`] has the choice, which is made for each call; both paths keep one numeric
+//! contract.
 //!
 //! # Example
 //!
@@ -69,12 +72,12 @@
 //!
 //! # Around the layers
 //!
-//! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a [`Box<dyn Norm>`](Norm), or a
-//!   [`NormedLayer`]: a linear layer or convolution together with its norm.
-//! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change; [`RunningStats`] are the state
-//!   of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`] recomputes them;
-//!   [`without_updates`] and [`pool_updates`] say which
-//!   forwards go into them.
+//! - A norm as a value: [`NormConfig`], parsed from `"batch"` or `"group:8"`, builds a
+//!   [`Box<dyn Norm>`](Norm), or a [`NormedLayer`]: a linear layer or convolution together with its
+//!   norm.
+//! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change;
+//!   [`RunningStats`] are the state of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`]
+//!   recomputes them; [`without_updates`] and [`pool_updates`] say which forwards go into them.
 //! - Averaged weights: [`AveragedModel`], exponentially (EMA) or equally (SWA).
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several
 //!   shards, a model with another head.
@@ -83,9 +86,9 @@
 //! - Without layers: [`ops`] has the same as functions on tensors.
 //! - Data and targets: [`scaling`] has scalers that are fitted once and saved with the model.
 //! - candle-nn's names: [`nn`] is candle-nn with these layers in it, so that a rename serves;
-//!   [`Conv1d`] and [`ConvTranspose1d`] have
-//!   right gradients where candle's have not.
-//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one of the paths.
+//!   [`Conv1d`] and [`ConvTranspose1d`] have right gradients where candle's have not.
+//! - Checking: [`gradcheck`] compares gradients with central differences; [`with_path`] forces one
+//!   of the paths.
 //!
 //! # Further reading
 //!
@@ -103,11 +106,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod averaged;
 mod backend;
-pub mod checkpoint;
 mod computations;
-mod files;
 pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
 // `tests/readme.rs` follows the links.
@@ -121,13 +121,12 @@ pub mod internals;
 #[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
 mod kernels;
 mod layers;
+mod models;
 pub mod nn;
-mod norm;
 pub mod ops;
-mod optim;
 pub mod scaling;
+mod support;
 
-pub use averaged::{Average, AveragedModel, AveragedModelOptions, Decay, Warmup};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
@@ -138,16 +137,25 @@ pub use layers::layer_norm::{
     LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
 };
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
-pub use layers::switch_norm::{SwitchNorm, SwitchNormOptions, switch_norm};
+pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{
-    Affine, Foldable, Follower, FrozenNorm, RunningStats, Snapshot, batch_norm, fold, group_norm,
-    instance_norm, layer_norm, pool_updates, recalibrate, rms_norm, switch_norm, weight_norm,
-    without_updates,
+    Affine, Foldable, FrozenNorm, Norm, RevIn, RevInOptions, RevInStats, RunningStats, Snapshot,
+    batch_norm, group_norm, instance_norm, pool_updates, rev_in, rms_norm, switch_norm,
+    weight_norm, without_updates,
 };
-pub use norm::{Norm, NormConfig, NormedLayer};
+pub use models::{
+    Average, AveragedModel, AveragedModelOptions, Decay, Follower, LossBalancer,
+    LossBalancerOptions, NormConfig, NormedLayer, ParamGroups, Pipeline, Warmup, checkpoint, fold,
+    param_groups, recalibrate, trainable_vars,
+};
 pub use ops::{Cast, Path, with_path};
-pub use optim::{ParamGroups, param_groups, trainable_vars};
+
+/// Layer and RMS normalization, in one module as in candle-nn.
+pub mod layer_norm {
+    pub use crate::layers::layer_norm::*;
+    pub use crate::layers::rms_norm::{RmsNorm, rms_norm};
+}
 
 // The examples in these are tests too.
 #[cfg(doctest)]

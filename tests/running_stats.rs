@@ -490,19 +490,9 @@ fn what_no_layer_can_have_left_is_not_put_back() -> Result<()> {
     norm.forward_train(&Tensor::new(&[[1f32, 2.], [3., 5.]], &CPU)?)?;
     let before = state(&norm)?;
     let row = |v: [f64; 2]| Tensor::new(&v, &CPU);
-    let good = Snapshot {
-        mean: row([1., 2.])?,
-        var: row([3., 4.])?,
-        num_batches_tracked: 5,
-    };
-    let with_mean = |mean| Snapshot {
-        mean,
-        ..good.clone()
-    };
-    let with_var = |var| Snapshot {
-        var,
-        ..good.clone()
-    };
+    let good = Snapshot::new(row([1., 2.])?, row([3., 4.])?, 5);
+    let with_mean = |mean| Snapshot::new(mean, good.var.clone(), 5);
+    let with_var = |var| Snapshot::new(good.mean.clone(), var, 5);
     let cases = [
         (
             with_mean(Tensor::zeros((1, 2), DType::F32, &CPU)?),
@@ -520,10 +510,7 @@ fn what_no_layer_can_have_left_is_not_put_back() -> Result<()> {
             "running_var with shape [2]",
         ),
         (
-            Snapshot {
-                num_batches_tracked: -1,
-                ..good.clone()
-            },
+            Snapshot::new(good.mean.clone(), good.var.clone(), -1),
             "num_batches_tracked to be a whole number of at least 0",
         ),
     ];
@@ -708,10 +695,8 @@ fn a_counter_at_its_end_stays_there() -> Result<()> {
         ..Default::default()
     };
     let norm = batch_norm(3, settings, vb(&vars, DType::F64))?;
-    let full = Snapshot {
-        num_batches_tracked: i64::MAX,
-        ..stats(&norm).snapshot()?
-    };
+    let mut full = stats(&norm).snapshot()?;
+    full.num_batches_tracked = i64::MAX;
     stats(&norm).restore(&full)?;
     assert_eq!(norm.momentum(), 1. / i64::MAX as f64);
     norm.forward_train(&noise(1)?)?;

@@ -1,8 +1,12 @@
 //! Switchable normalization: what it is at the corners of its mixture, its names, errors, and what training leaves for inference.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::{ModuleT, VarBuilder, VarMap};
-use candle_norm::{Norm, Path, SwitchNormOptions, ops, param_groups, switch_norm, with_path};
+use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
+use candle_norm::{
+    Norm, Path, SwitchNormOptions, gradcheck, ops, param_groups, switch_norm, with_path,
+};
 
 const CPU: Device = Device::Cpu;
 const PATHS: [Path; 2] = [Path::Fused, Path::Composed];
@@ -372,5 +376,77 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+#[test]
+fn frozen_statistics_of_the_batch_stay_and_parameters_stay_live() -> Result<()> {
+    let x = noise(&[3, 4, 2, 5])?;
+    for path in PATHS {
+        let vars = VarMap::new();
+        let norm = switch_norm(4, 1e-5, vb(&vars, DType::F64))?;
+        norm.forward_t(&x, true)?;
+        let frozen = norm.frozen()?;
+        let run = || with_path(path, || frozen.forward(&x));
+        let want = with_path(path, || norm.forward_t(&x, false))?;
+        assert_eq!(values(&run()?)?, values(&want)?);
+        // The layer trains on, and its frozen statistics stay.
+        norm.forward_t(&(&x * 3.)?, true)?;
+        assert_eq!(values(&run()?)?, values(&want)?);
+        let still = with_path(path, || norm.forward_t(&x, false))?;
+        assert_ne!(values(&still)?, values(&want)?);
+        let mean = frozen.running_mean().expect("statistics of the batch");
+        assert_eq!(mean.dims(), [4]);
+        // Every parameter is the layer's own, and gets its gradient.
+        set(&vars, "bias", &Tensor::full(2f64, (1, 4, 1, 1), &CPU)?)?;
+        assert_close(&run()?, &(&want + 2.)?, 1e-12)?;
+        let grads = (run()? * noise(&[3, 4, 2, 5])?)?.sum_all()?.backward()?;
+        for (name, parameter) in norm.parameters() {
+            assert!(grads.get(&parameter).is_some(), "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_a_frozen_layer_are_right() -> Result<()> {
+    let names = ["weight", "bias", "mean_weight", "var_weight"];
+    let dims: [&[usize]; 4] = [&[1, 3, 1, 1], &[1, 3, 1, 1], &[3], &[3]];
+    let mut inputs = vec![noise(&[2, 3, 2, 3])?];
+    for dims in dims {
+        inputs.push((noise(dims)? + 0.1)?);
+    }
+    let running = [("running_mean", 0.3), ("running_var", 1.7)];
+    for path in PATHS {
+        let run = |v: &[Tensor]| {
+            let mut tensors = HashMap::new();
+            for (name, value) in names.iter().zip(&v[1..]) {
+                tensors.insert(name.to_string(), value.clone());
+            }
+            for (name, value) in running {
+                tensors.insert(name.to_string(), Tensor::full(value, (1, 3, 1), &CPU)?);
+            }
+            let norm = switch_norm(3, 1e-5, VarBuilder::from_tensors(tensors, DType::F64, &CPU))?;
+            with_path(path, || norm.frozen()?.forward(&v[0]))
+        };
+        gradcheck::gradcheck(run, &inputs)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layer_without_the_batch_is_frozen_as_it_is() -> Result<()> {
+    let x = noise(&[3, 4, 2, 5])?;
+    let options = SwitchNormOptions {
+        using_bn: false,
+        ..Default::default()
+    };
+    let norm = switch_norm(4, options, vb(&VarMap::new(), DType::F64))?;
+    let frozen = norm.frozen()?;
+    assert!(frozen.running_mean().is_none() && frozen.running_var().is_none());
+    let (got, want) = (frozen.forward(&x)?, norm.forward_t(&x, true)?);
+    assert_eq!(values(&got)?, values(&want)?);
+    // Its statistics are those of each input: nothing of it folds into another layer.
+    assert_message(Norm::frozen(&norm), &["statistics that stay the same"]);
     Ok(())
 }

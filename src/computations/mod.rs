@@ -16,7 +16,7 @@ use std::fmt::Debug;
 
 use candle_core::{DType, Result, Shape, Tensor};
 
-use crate::ops::check;
+use crate::support::messages;
 
 pub(crate) use channels::{Channels, Source};
 pub(crate) use groups::Groups;
@@ -86,7 +86,7 @@ pub(crate) trait Computation: Clone + Debug + Send + Sync + 'static {
 pub(crate) fn argument<T>(computation: &impl Computation, value: Option<T>) -> Result<T> {
     match value {
         Some(value) => Ok(value),
-        None => check::internal(computation.layer(), "its parameter"),
+        None => messages::internal(computation.layer(), "its parameter"),
     }
 }
 

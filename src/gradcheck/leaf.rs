@@ -1,17 +1,19 @@
-//! An input of the function under test: its values, and the memory layout that the function is to see.
+//! An input of the function under test: its values, and the memory layout that the function is to
+//! see.
 use super::multi_index;
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
 
-/// Values in logical order, and how to lay them out as the given input was: the order of its axes in memory, and where
-/// memory has elements that are not part of it.
+/// Values in logical order, and how to lay them out as the given input was: the order of its axes
+/// in memory, and where memory has elements that are not part of it.
 pub(super) struct Leaf {
     values: Vec<f64>,
     dims: Vec<usize>,
     device: Device,
     /// Logical axes from the outermost in memory to the innermost.
     order: Vec<usize>,
-    /// In memory order, with one more entry: whether memory has elements to skip along this axis. The last entry stands
-    /// for an axis of length one inside the innermost, which makes that one strided.
+    /// Axes in memory order, with one more entry: whether memory has elements to skip along this
+    /// axis. The last entry stands for an axis of length one inside the innermost, which makes that
+    /// one strided.
     gaps: Vec<bool>,
 }
 
@@ -19,7 +21,8 @@ impl Leaf {
     pub(super) fn new(index: usize, input: &Tensor) -> Result<Self> {
         if input.dtype() != DType::F64 {
             bail!(
-                "gradcheck: input {index} is {:?}, expected F64; convert it with to_dtype(DType::F64)",
+                "gradcheck: input {index} is {:?}, expected F64; convert it with \
+                to_dtype(DType::F64)",
                 input.dtype()
             )
         }
@@ -59,7 +62,8 @@ impl Leaf {
         self.view(&self.buffer(values)?)
     }
 
-    /// The memory behind the input: its axes in memory order, with a leading zero along every axis that has a gap.
+    /// The memory behind the input: its axes in memory order, with a leading zero along every axis
+    /// that has a gap.
     fn buffer(&self, values: &[f64]) -> Result<Tensor> {
         let logical = Tensor::from_slice(values, self.dims.as_slice(), &self.device)?;
         let mut memory = logical.permute(self.order.as_slice())?;
@@ -101,7 +105,8 @@ impl Leaf {
     }
 }
 
-/// The order of the axes in memory and the gaps, as [`Leaf`] holds them. A broadcast input has neither.
+/// The order of the axes in memory and the gaps, as [`Leaf`] holds them. A broadcast input has
+/// neither.
 fn memory_order(input: &Tensor) -> (Vec<usize>, Vec<bool>) {
     let (dims, stride) = (input.dims(), input.stride());
     let rank = dims.len();

@@ -1,8 +1,9 @@
 //! Checks a gradient against central differences.
 //!
-//! Candle builds a gradient from the backward rules of the operations in a graph. A rule that is wrong, or absent, is
-//! silent: training goes on, to a worse place. [`gradcheck`] compares what `backward` returns with what the function
-//! itself says when each input element is moved a little to both sides:
+//! Candle builds a gradient from the backward rules of the operations in a graph. A rule that is
+//! wrong, or absent, is silent: training goes on, to a worse place. [`gradcheck`] compares what
+//! `backward` returns with what the function itself says when each input element is moved a little
+//! to both sides:
 //!
 //! ```text
 //! dy_j/dx_i  ≈  (y_j(x + ε·e_i) − y_j(x − ε·e_i)) / 2ε
@@ -10,18 +11,22 @@
 //!
 //! Where:
 //! - `x` are the inputs, `y` the output of the function, `e_i` the i-th unit vector;
-//! - `ε` is [`GradCheck::eps`]; the divisor is the distance between the two points that floating point really reached.
+//! - `ε` is [`GradCheck::eps`]; the divisor is the distance between the two points that floating
+//!   point really reached.
 //!
-//! The analytic value comes from `backward` of `(y · c).sum_all()`, for cotangents `c` that are either every unit vector
-//! (the full Jacobian) or a few random vectors ([`GradCheck::projections`]). A loss of `y.sum_all()` is never used: the
-//! gradient of a normalization's sum is zero, and a backward that is wrong in any way that sums to zero would pass.
+//! The analytic value comes from `backward` of `(y · c).sum_all()`, for cotangents `c` that are
+//! either every unit vector (the full Jacobian) or a few random vectors
+//! ([`GradCheck::projections`]). A loss of `y.sum_all()` is never used: the gradient of a
+//! normalization's sum is zero, and a backward that is wrong in any way that sums to zero would
+//! pass.
 //!
 //! Choose a point where the function is smooth: at the kink of relu at 0 or of a maximum of equal
 //! values there is no derivative, and the two
 //! disagree. A report says where that is what it looks like ([`Suspicion`]).
 //!
-//! An analytic value `a` agrees with the numeric value `n` when `|a − n| ≤ atol + rtol · |n|`, and NaN or infinity agree
-//! with nothing. The inputs must be f64: in f32 a difference has about three correct digits left.
+//! An analytic value `a` agrees with the numeric value `n` when `|a − n| ≤ atol + rtol · |n|`, and
+//! NaN or infinity agree with nothing. The inputs must be f64: in f32 a difference has about three
+//! correct digits left.
 //!
 //! # Example
 //! ```
@@ -48,8 +53,7 @@
 //!
 //! # A layer, a model
 //! Tensors that the function captures are not checked, so it builds the layer from its arguments; a
-//! model of many parameters by
-//! `VarBuilder::from_tensors`:
+//! model of many parameters by `VarBuilder::from_tensors`:
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};
 //! use candle_nn::{Module, VarBuilder};
@@ -91,8 +95,8 @@ use run::{Cotangent, Run, repeat, values_of};
 /// Checks the gradient of `f` at `inputs` with the default settings, over the full Jacobian.
 ///
 /// # Errors
-/// Where an analytic and a numeric gradient disagree, with the text of the [`Report`]; and where [`GradCheck::check`]
-/// fails.
+/// Where an analytic and a numeric gradient disagree, with the text of the [`Report`]; and where
+/// [`GradCheck::check`] fails.
 pub fn gradcheck<F>(f: F, inputs: &[Tensor]) -> Result<()>
 where
     F: Fn(&[Tensor]) -> Result<Tensor>,
@@ -102,19 +106,20 @@ where
 
 /// Settings of a gradient check.
 ///
-/// The defaults are tighter than those of PyTorch's `gradcheck` (`atol` 1e-5, `rtol` 1e-3), which leave room for single
-/// precision: with `eps` 1e-6 a central difference in f64 is off by about 1e-10 times the size of the output.
+/// The defaults are tighter than those of PyTorch's `gradcheck` (`atol` 1e-5, `rtol` 1e-3), which
+/// leave room for single precision: with `eps` 1e-6 a central difference in f64 is off by about
+/// 1e-10 times the size of the output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GradCheck {
-    /// How far an input element is moved to either side. Default 1e-6.
+    /// Distance by which an input element is moved to either side. Default 1e-6.
     pub eps: f64,
     /// Absolute tolerance. Default 1e-7.
     pub atol: f64,
     /// Tolerance relative to the numeric gradient. Default 1e-5.
     pub rtol: f64,
-    /// `None` (the default) compares the full Jacobian, with one backward pass for each output element. `Some(k)` compares
-    /// `k` random projections of the output, with `k` backward passes. Either way the function is evaluated twice for
-    /// each input element.
+    /// `None` (the default) compares the full Jacobian, with one backward pass for each output
+    /// element. `Some(k)` compares `k` random projections of the output, with `k` backward passes.
+    /// Either way the function is evaluated twice for each input element.
     pub projections: Option<usize>,
     /// Seed of the random cotangents. Default 0.
     pub seed: u64,
@@ -135,17 +140,20 @@ impl Default for GradCheck {
 impl GradCheck {
     /// Compares the gradient of `f` at `inputs` with central differences.
     ///
-    /// `f` gets fresh variables with the values and the memory layout of `inputs`: a transposed or sliced input arrives
-    /// transposed or sliced, since an operation may take another path for it. A broadcast input arrives as its contiguous
-    /// copy, since its elements cannot be moved one by one. Only what `f` takes from its argument is checked, not
-    /// tensors that it captures.
+    /// `f` gets fresh variables with the values and the memory layout of `inputs`: a transposed or
+    /// sliced input arrives transposed or sliced, since an operation may take another path for it.
+    /// A broadcast input arrives as its contiguous copy, since its elements cannot be moved one by
+    /// one. Only what `f` takes from its argument is checked, not tensors that it captures.
     ///
     /// A report is a verdict only through [`Report::passed`] or [`Report::into_result`].
     ///
     /// # Errors
-    /// - A setting is not usable: `eps` not positive and finite, a tolerance negative or not finite, zero projections.
-    /// - There is no input, an input or the output is not f64, or one of their elements is NaN or infinite.
-    /// - `f` or the backward pass fails, or gives other bits (or another shape) when it is run again.
+    /// - A setting is not usable: `eps` not positive and finite, a tolerance negative or not
+    ///   finite, zero projections.
+    /// - There is no input, an input or the output is not f64, or one of their elements is NaN or
+    ///   infinite.
+    /// - `f` or the backward pass fails, or gives other bits (or another shape) when it is run
+    ///   again.
     /// - An input element is so large that `eps` does not move it.
     pub fn check<F>(&self, f: F, inputs: &[Tensor]) -> Result<Report>
     where
@@ -231,7 +239,8 @@ impl GradCheck {
         let (right, left) = (here + eps, here - eps);
         if right <= here || left >= here {
             bail!(
-                "gradcheck: eps {eps} does not move element {:?} of input {input}, which is {here}; choose a larger eps or a smaller input",
+                "gradcheck: eps {eps} does not move element {:?} of input {input}, which is \
+                {here}; choose a larger eps or a smaller input",
                 multi_index(element, leaf.dims()),
             )
         }
@@ -266,7 +275,8 @@ impl GradCheck {
         }
         if self.projections == Some(0) {
             bail!(
-                "gradcheck: zero projections compare nothing; expected Some(k) with k of at least 1, or None for the full Jacobian"
+                "gradcheck: zero projections compare nothing; expected Some(k) with k of at least \
+                1, or None for the full Jacobian"
             )
         }
         Ok(())
@@ -297,8 +307,7 @@ struct Sides {
 
 impl Sides {
     /// The derivative of every output element by central differences, and the slopes to the left
-    /// and to the right alone. `values` is the output
-    /// at the point itself.
+    /// and to the right alone. `values` is the output at the point itself.
     fn slopes(&self, values: &[f64]) -> [Vec<f64>; 3] {
         let slope = |upper: &[f64], lower: &[f64], distance: f64| {
             let pairs = upper.iter().zip(lower);

@@ -1,9 +1,10 @@
-//! What a gradient check found.
+//! Findings of a gradient check.
 use candle_core::{Error, Result};
 use std::fmt;
 
-/// Which part of the output a gradient belongs to.
+/// Part of the output that a gradient belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Direction {
     /// One element of the output, by its index along each axis.
     Element(Vec<usize>),
@@ -22,16 +23,17 @@ impl fmt::Display for Direction {
 
 /// One derivative, as `backward` gives it and as central differences do.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Comparison {
-    /// Which input.
+    /// Index of the input.
     pub input: usize,
-    /// Which element of it, by its index along each axis.
+    /// Index of the element along each axis.
     pub element: Vec<usize>,
-    /// Which part of the output.
+    /// Part of the output.
     pub direction: Direction,
-    /// What `backward` gives; `None` where it has no gradient for this input, which counts as zero.
+    /// Value from `backward`; `None` where it has no gradient for this input, which counts as zero.
     pub analytic: Option<f64>,
-    /// What central differences give.
+    /// Value from central differences.
     pub numeric: f64,
     /// The slope to the left alone, from the lower point to the input.
     pub left: f64,
@@ -40,7 +42,8 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// The difference in units of the tolerance: the two agree up to 1. Infinite where either value is not finite.
+    /// The difference in units of the tolerance: the two agree up to 1. Infinite where either value
+    /// is not finite.
     pub fn error(&self, atol: f64, rtol: f64) -> f64 {
         let difference = (self.analytic.unwrap_or(0.0) - self.numeric).abs();
         let error = difference / (atol + rtol * self.numeric.abs());
@@ -63,9 +66,8 @@ impl Comparison {
     }
 
     /// Whether `closer`, the same with a step that is many times as small, shows a kink too: the
-    /// slopes are still as far apart, or the kink is
-    /// now outside and `backward` is right. In a smooth function the slopes have come together, and
-    /// a wrong backward is as wrong as before.
+    /// slopes are still as far apart, or the kink is now outside and `backward` is right. In a
+    /// smooth function the slopes have come together, and a wrong backward is as wrong as before.
     pub(super) fn stays(&self, closer: &Self, atol: f64, rtol: f64) -> bool {
         let jump = |c: &Self| (c.right - c.left).abs();
         jump(closer) > jump(self) / 2.0 || closer.error(atol, rtol) <= 1.0
@@ -99,20 +101,24 @@ impl fmt::Display for Suspicion {
         match self {
             Self::Kink(count) => write!(
                 f,
-                "a kink? at {count} of them the slopes to the left and to the right differ, as those of relu at 0, and analytic is one of the two or between: \
-                 move the point away, or choose a smaller eps if the function only bends sharply there"
+                "a kink? at {count} of them the slopes to the left and to the right differ, as \
+                 those of relu at 0, and analytic is one of the two or between: move the point \
+                 away, or choose a smaller eps if the function only bends sharply there"
             ),
             Self::Edge(count) => write!(
                 f,
-                "the edge of where the function is defined? at {count} of them it is not finite a step away, as sqrt at 0: move the point inside, by more than eps"
+                "the edge of where the function is defined? at {count} of them it is not finite a \
+                step away, as sqrt at 0: move the point inside, by more than eps"
             ),
             Self::SinglePrecision => write!(
                 f,
-                "f32 inside? every output is a number of f32, which is too coarse for differences: compute in f64 throughout"
+                "f32 inside? every output is a number of f32, which is too coarse for differences: \
+                compute in f64 throughout"
             ),
             Self::Rounding(noise) => write!(
                 f,
-                "rounding? outputs as large as these have differences with an error of {noise:.1e} at this eps: choose a larger eps, or divide the output by its size"
+                "rounding? outputs as large as these have differences with an error of {noise:.1e} \
+                at this eps: choose a larger eps, or divide the output by its size"
             ),
         }
     }
@@ -120,11 +126,12 @@ impl fmt::Display for Suspicion {
 
 /// An input for which `backward` has no gradient at all.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Unreached {
-    /// Which input.
+    /// Index of the input.
     pub input: usize,
-    /// The largest derivative that central differences found for it; zero where the function does not depend on it, which
-    /// is no fault.
+    /// The largest derivative that central differences found for it; zero where the function does
+    /// not depend on it, which is no fault.
     pub numeric: f64,
 }
 
@@ -155,18 +162,21 @@ impl Outputs {
     }
 }
 
-/// What [`GradCheck::check`](super::GradCheck::check) found.
+/// Findings of [`GradCheck::check`](super::GradCheck::check).
 ///
-/// Its text names the worst disagreement: the input and its element, the part of the output, both values, and the error
-/// in units of the tolerance; then what else than the backward may be behind it.
+/// Its text names the worst disagreement: the input and its element, the part of the output, both
+/// values, and the error in units of the tolerance; then what else than the backward may be behind
+/// it.
 #[derive(Debug, Clone, PartialEq)]
 #[must_use = "a report is a verdict only through `passed` or `into_result`"]
+#[non_exhaustive]
 pub struct Report {
-    /// How many derivatives were compared.
+    /// Number of derivatives compared.
     pub compared: usize,
-    /// How many of them disagree.
+    /// Number of those that disagree.
     pub failed: usize,
-    /// The comparison with the largest error, whether it failed or not; `None` where nothing was compared.
+    /// The comparison with the largest error, whether it failed or not; `None` where nothing was
+    /// compared.
     pub worst: Option<Comparison>,
     /// The inputs that no gradient reached.
     pub unreached: Vec<Unreached>,

@@ -6,14 +6,15 @@ use candle_core::{DType, Result, Tensor, Var, bail};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// What the output is multiplied with before it is summed to a loss.
+/// Factors that the output is multiplied with before it is summed to a loss.
 pub(super) enum Cotangent {
     Unit(usize),
     Random(Vec<f64>),
 }
 
 impl Cotangent {
-    /// Magnitudes stay within [1/2, 1), so that a fault in one output element is not hidden by a coefficient near zero.
+    /// Magnitudes stay within [1/2, 1), so that a fault in one output element is not hidden by a
+    /// coefficient near zero.
     pub(super) fn random(len: usize, rng: &mut StdRng) -> Self {
         let draw = |rng: &mut StdRng| {
             let magnitude = rng.random_range(0.5..1.0);
@@ -65,7 +66,8 @@ impl<'a> Run<'a> {
         let values = values_of(&output, output.dims())?;
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             bail!(
-                "gradcheck: element {:?} of the function's output is {}; choose inputs where it is finite",
+                "gradcheck: element {:?} of the function's output is {}; choose inputs where it is \
+                finite",
                 multi_index(at, output.dims()),
                 values[at],
             )
@@ -88,7 +90,7 @@ impl<'a> Run<'a> {
         &self.values
     }
 
-    /// How many elements the output has.
+    /// Number of elements of the output.
     pub(super) fn len(&self) -> usize {
         self.values.len()
     }
@@ -101,11 +103,13 @@ impl<'a> Run<'a> {
             self.output.device(),
         )?;
         let loss = (&self.output * cotangent)?.sum_all()?;
-        // Candle panics where an operation in the middle of a graph returns no gradient for its argument.
+        // Candle panics where an operation in the middle of a graph returns no gradient for its
+        // argument.
         let gradients = match catch_unwind(AssertUnwindSafe(|| loss.backward())) {
             Ok(gradients) => gradients?,
             Err(panic) => bail!(
-                "gradcheck: backward panicked with \"{}\"; candle does so, among other causes, where an operation returns no gradient for an argument that tracks one",
+                "gradcheck: backward panicked with \"{}\"; candle does so, among other causes, \
+                where an operation returns no gradient for an argument that tracks one",
                 panic_text(panic.as_ref()),
             ),
         };
@@ -116,7 +120,8 @@ impl<'a> Run<'a> {
                 };
                 if gradient.dims() != variable.dims() || gradient.dtype() != DType::F64 {
                     bail!(
-                        "gradcheck: backward returned a gradient of shape {:?} and dtype {:?} for input {input}, expected {:?} and F64",
+                        "gradcheck: backward returned a gradient of shape {:?} and dtype {:?} for \
+                        input {input}, expected {:?} and F64",
                         gradient.dims(),
                         gradient.dtype(),
                         variable.dims(),
@@ -128,7 +133,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Evaluates once more and refuses a function whose output or gradient has other bits than the first time.
+/// Evaluates once more and refuses a function whose output or gradient has other bits than the
+/// first time.
 pub(super) fn repeat<F>(f: &F, leaves: &[Leaf], first: &Run<'_>, seed: u64) -> Result<()>
 where
     F: Fn(&[Tensor]) -> Result<Tensor>,
@@ -137,7 +143,8 @@ where
     let second = Run::new(f, leaves)?;
     if first.dims() != second.dims() || bits(&first.values) != bits(&second.values) {
         bail!(
-            "gradcheck: the function is not deterministic, a second evaluation on the same inputs gave another output; fix its seed or take the random part out"
+            "gradcheck: the function is not deterministic, a second evaluation on the same inputs \
+            gave another output; fix its seed or take the random part out"
         )
     }
     // Not a unit vector, which would leave most of the backward out.
@@ -146,7 +153,8 @@ where
     for (input, (a, b)) in gradients.enumerate() {
         if a.as_deref().map(bits) != b.as_deref().map(bits) {
             bail!(
-                "gradcheck: backward is not deterministic, a second pass on the same inputs gave another gradient for input {input}"
+                "gradcheck: backward is not deterministic, a second pass on the same inputs gave \
+                another gradient for input {input}"
             )
         }
     }
@@ -162,7 +170,8 @@ pub(super) fn values_of(output: &Tensor, dims: &[usize]) -> Result<Vec<f64>> {
     }
     if output.dims() != dims {
         bail!(
-            "gradcheck: the function's output has shape {:?} after an input moved by eps, expected {dims:?}",
+            "gradcheck: the function's output has shape {:?} after an input moved by eps, expected \
+            {dims:?}",
             output.dims()
         )
     }

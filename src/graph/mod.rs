@@ -19,7 +19,7 @@ pub use path::{Path, with_path};
 pub(crate) use path::{Route, route};
 
 use crate::computations::{Args, Transpose, composed};
-use crate::ops::check;
+use crate::support::messages;
 
 /// `computation` of `x`, which is not empty, and the parameters that there are.
 pub(crate) fn apply<C: Served>(
@@ -48,7 +48,7 @@ pub(crate) fn apply_with_statistics<C: Served>(
             let result = computation.composed(args)?;
             match result.statistics {
                 Some(statistics) => Ok((result.y, Statistics::Connected(statistics))),
-                None => check::internal(computation.layer(), "statistics"),
+                None => messages::internal(computation.layer(), "statistics"),
             }
         }
         Route::Fused(kernels) => {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef,
-    Tensor,
+    Tensor, bail,
 };
 
 use super::fingerprint::Fingerprint;
@@ -22,7 +22,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::reference::Reference;
 use crate::backend::{AddOn, Added, Backward, Forward, On, Statistics, View};
 use crate::computations::{Args, Gradients, composed};
-use crate::ops::check;
+use crate::support::messages;
 
 /// A computation that every backend carries out.
 #[cfg(not(feature = "internals"))]
@@ -65,7 +65,7 @@ impl Names {
     fn args<T: Copy>(self, all: &[T]) -> Result<Args<T>> {
         let mut rest = all.iter().copied();
         let Some(x) = rest.next() else {
-            return check::internal("node", "an input");
+            return messages::internal("node", "an input");
         };
         let mut next = |is_there: bool| if is_there { rest.next() } else { None };
         Ok(Args {
@@ -137,7 +137,7 @@ fn connected<C: Served>(
         [x] => x.apply_op1(link)?,
         [x, a] => x.apply_op2(a, link)?,
         [x, a, b] => x.apply_op3(a, b, link)?,
-        _ => check::internal(node.computation.layer(), "at most three arguments")?,
+        _ => messages::internal(node.computation.layer(), "at most three arguments")?,
     };
     #[cfg(feature = "internals")]
     {
@@ -176,7 +176,7 @@ impl<C: Served> Node<C> {
     fn saved(&self) -> Result<&Saved<C>> {
         match self.saved.get() {
             Some(saved) => Ok(saved),
-            None => check::internal(self.computation.layer(), "a forward before the backward"),
+            None => messages::internal(self.computation.layer(), "a forward before the backward"),
         }
     }
 
@@ -185,8 +185,8 @@ impl<C: Served> Node<C> {
         let args = self.names.args(all)?;
         let (layer, x) = (self.computation.layer(), args.x);
         let (shape, dtype) = self.computation.output(x.shape(), x.dtype());
-        check::shape(layer, "the gradient of the output", dy, shape.dims())?;
-        check::dtype(layer, "the gradient of the output", dy, dtype)?;
+        messages::shape(layer, "the gradient of the output", dy, shape.dims())?;
+        messages::dtype(layer, "the gradient of the output", dy, dtype)?;
         self.check_input(x)?;
         let grads = if higher_order() {
             self.computation.composed_gradients(args, dy)?
@@ -217,7 +217,7 @@ impl<C: Served> Node<C> {
         let is_same = on_storages(self.computation.layer(), &[x], |all| {
             Ok(Fingerprint::of(all[0]) == *input)
         })?;
-        check::unchanged(self.computation.layer(), is_same)
+        unchanged(self.computation.layer(), is_same)
     }
 
     /// The gradients by the backend that ran the forward, outside of the graph.
@@ -274,9 +274,21 @@ impl<C: Served> KeepsStatistics for Node<C> {
         };
         match statistics {
             Some(statistics) => Ok(statistics),
-            None => check::internal(self.computation.layer(), "statistics"),
+            None => messages::internal(self.computation.layer(), "statistics"),
         }
     }
+}
+
+/// Check that the backward finds the input of the forward.
+fn unchanged(layer: &str, unchanged: bool) -> Result<()> {
+    if !unchanged {
+        bail!(
+            "{layer}: expected the input of the forward in the backward, got other values in its \
+            place, as Var::set and slice_set write them; run the forward again, or set the \
+            variable after the backward"
+        )
+    }
+    Ok(())
 }
 
 /// A storage as a tensor outside of the graph.
@@ -383,7 +395,7 @@ fn view<'a>(
 ) -> Result<View<'a, CpuStorage>> {
     match &**storage {
         Storage::Cpu(storage) => Ok(View { storage, layout }),
-        _ => check::internal(layer, "parameters on the CPU"),
+        _ => messages::internal(layer, "parameters on the CPU"),
     }
 }
 
@@ -492,14 +504,14 @@ impl Ready {
     fn forward_on_cpu(&self, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         match self.storage.take() {
             Some(Storage::Cpu(storage)) => Ok((storage, layout.shape().clone())),
-            _ => check::internal(self.layer, "the sum on the CPU"),
+            _ => messages::internal(self.layer, "the sum on the CPU"),
         }
     }
 
     fn bwd(&self, arg: &Tensor, dsum: &Tensor) -> Result<Option<Tensor>> {
         let name = "the gradient of the sum";
-        check::shape(self.layer, name, dsum, arg.dims())?;
-        check::dtype(self.layer, name, dsum, self.dtype)?;
+        messages::shape(self.layer, name, dsum, arg.dims())?;
+        messages::dtype(self.layer, name, dsum, self.dtype)?;
         arg.track_op()
             .then(|| dsum.to_dtype(arg.dtype()))
             .transpose()
@@ -556,11 +568,11 @@ where
         [a] => a.apply_op1_no_bwd(&visit)?,
         [a, b] => a.apply_op2_no_bwd(b, &visit)?,
         [a, b, c] => a.apply_op3_no_bwd(b, c, &visit)?,
-        _ => check::internal(layer, "at most three arguments")?,
+        _ => messages::internal(layer, "at most three arguments")?,
     };
     match visit.result.take() {
         Some(result) => Ok(result),
-        None => check::internal(layer, "a result"),
+        None => messages::internal(layer, "a result"),
     }
 }
 

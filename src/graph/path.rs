@@ -2,9 +2,9 @@
 
 use std::cell::Cell;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
-use crate::ops::check;
+use crate::support::messages;
 
 /// Which implementation computes a layer.
 ///
@@ -90,12 +90,12 @@ pub(crate) fn route(layer: &str, x: &Tensor) -> Result<Route> {
         Path::Auto if !served => return Ok(Route::Composed),
         #[cfg(feature = "internals")]
         Path::Reference => {
-            check::served(layer, x, served)?;
+            served_on_cpu(layer, x, served)?;
             return Ok(Route::Fused(Kernels::Reference));
         }
         Path::Auto | Path::Fused => {}
     }
-    check::served(layer, x, served)?;
+    served_on_cpu(layer, x, served)?;
     Ok(Route::Fused(Kernels::Cpu))
 }
 
@@ -111,6 +111,18 @@ fn by_environment(path: Path) -> Result<Path> {
         (Path::Auto, "reference") => Ok(Path::Reference),
         (Path::Auto, "composed") => Ok(Path::Composed),
         (Path::Auto, "") | (Path::Fused | Path::Composed | Path::Reference, _) => Ok(path),
-        (Path::Auto, _) => check::internal("CANDLE_NORM_PATH", "reference or composed"),
+        (Path::Auto, _) => messages::internal("CANDLE_NORM_PATH", "reference or composed"),
     }
+}
+
+/// The fused path was forced: whether it can serve `x`.
+fn served_on_cpu(layer: &str, x: &Tensor, served: bool) -> Result<()> {
+    if !served {
+        bail!(
+            "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; \
+            use Path::Auto",
+            x.device().location()
+        )
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::check;
+use crate::support::messages;
 
 /// The backward of a node that ran forward: the gradients of its arguments from that of its output.
 pub(crate) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;
@@ -31,7 +31,7 @@ pub(crate) fn recording(f: impl FnOnce() -> Result<Tensor>) -> Result<(Tensor, H
     let y = f();
     match (y, RECORDER.take().flatten()) {
         (Ok(y), Some(handle)) => Ok((y, handle)),
-        (Ok(_), None) => check::internal("internals", "a call on the fused path"),
+        (Ok(_), None) => messages::internal("internals", "a call on the fused path"),
         (Err(e), _) => Err(e),
     }
 }

@@ -5,12 +5,13 @@ use candle_nn::{ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
 
-use super::fold::Foldable;
+use super::foldable::Foldable;
 use super::frozen::FrozenNorm;
+use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Batch;
-use crate::Norm;
+use super::updates::Taken;
 use crate::ops::{self, check};
 
 const LAYER: &str = "BatchNorm";
@@ -22,18 +23,21 @@ const LAYER: &str = "BatchNorm";
 pub struct BatchNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike.
+    /// Default: 0.1.
     ///
     /// PyTorch's convention: Flax and Keras write 0.99 or 0.9 for the weight of the old value.
     pub momentum: Option<f64>,
-    /// Which parameters are learned. Default: weight and bias.
+    /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
-    /// Keep running statistics for inference; without, inference uses those of its own batch. Default: true.
+    /// Keep running statistics for inference; without, inference uses those of its own batch.
+    /// Default: true.
     pub track_running_stats: bool,
     /// Subtract the mean; without, channels are divided by their root mean square. Default: true.
     pub remove_mean: bool,
-    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step, and holds for all layers of the same variables. Default: false.
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN
+    /// for good. It waits for the device at every step, and holds for all layers of the same
+    /// variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -50,9 +54,8 @@ impl Default for BatchNormOptions {
     }
 }
 
-/// From all that candle-nn's functions take for a [`BatchNormConfig`]: that itself, a number as
-/// `eps`, and every type that converts
-/// into it.
+/// Converts all that candle-nn's functions take for a [`BatchNormConfig`]: that itself, a number as
+/// `eps`, and every type that converts into it.
 impl<C: Into<BatchNormConfig>> From<C> for BatchNormOptions {
     fn from(config: C) -> Self {
         let config = config.into();
@@ -70,32 +73,52 @@ impl<C: Into<BatchNormConfig>> From<C> for BatchNormOptions {
     }
 }
 
+impl NormOptions for BatchNormOptions {
+    const NAMES: Names = Names::new(&["batch"], &["bn"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(batch_norm(num_channels, *self, vb)?))
+    }
+}
+
 /// Batch normalization: each channel by its mean and variance over the batch and space.
 ///
 /// `y = (x − μ) / √(σ² + ε) · w + b`
 ///
 /// Where:
-/// - in training, μ and σ² (biased) are those of this batch, for each channel of axis 1 over all other axes;
-/// - in inference, they are the running statistics, to which each training batch adds `momentum` of its mean and of its unbiased
-///   variance;
+/// - in training, μ and σ² (biased) are those of this batch, for each channel of axis 1 over all
+///   other axes;
+/// - in inference, they are the running statistics, to which each training batch adds `momentum` of
+///   its mean and of its unbiased variance;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Ioffe and Szegedy, 2015, <https://arxiv.org/abs/1502.03167>. The two modes differ, so the layer is a [`ModuleT`] and no
-/// `Module`: call [`forward_t`](ModuleT::forward_t), or take a [`frozen`](Self::frozen) one. The dtype is `f16`, `bf16`, `f32` or `f64`;
-/// half precision is computed in `f32` and rounded once, and keeps `f32` statistics.
+/// Ioffe and Szegedy, 2015, <https://arxiv.org/abs/1502.03167>. The two modes differ, so the layer
+/// is a [`ModuleT`] and no `Module`: call [`forward_t`](ModuleT::forward_t), or take a
+/// [`frozen`](Self::frozen) one. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is
+/// computed in `f32` and rounded once, and keeps `f32` statistics.
 #[derive(Debug, Clone)]
 pub struct BatchNorm {
     params: AffineParams,
-    /// Neutral ones, in no `VarMap`, where none are tracked.
+    /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: BatchNormOptions,
 }
 
-/// A [`BatchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+/// A [`BatchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken
+/// from `vb`.
 ///
-/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says. Statistics:
-/// `running_mean` (`mean`, `moving_mean`), `running_var` (`var`, `moving_variance`), `num_batches_tracked` (0 if missing).
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine`
+/// says. Statistics: `running_mean` (`mean`, `moving_mean`), `running_var` (`var`,
+/// `moving_variance`), `num_batches_tracked` (0 if missing).
 ///
 /// # Errors
 /// Options out of range, tensors of another shape, a negative running variance, a statistic that is
@@ -176,7 +199,8 @@ impl BatchNorm {
     /// A layer of given statistics and parameters, with a momentum of 0.1.
     ///
     /// # Errors
-    /// Tensors that are not of shape `[num_features]`, statistics that are negative or not finite, `eps` out of range.
+    /// Tensors that are not of shape `[num_features]`, statistics that are negative or not finite,
+    /// `eps` out of range.
     pub fn new(
         num_features: usize,
         running_mean: Tensor,
@@ -270,8 +294,8 @@ impl BatchNorm {
         self.params.bias()
     }
 
-    /// The weight of the next batch in the running statistics: the momentum, or `1 / (num_batches_tracked + 1)` for the
-    /// cumulative average.
+    /// The weight of the next batch in the running statistics: the momentum, or
+    /// `1 / (num_batches_tracked + 1)` for the cumulative average.
     pub fn momentum(&self) -> f64 {
         self.stats.next_momentum()
     }
@@ -292,11 +316,11 @@ impl BatchNorm {
         self.options.track_running_stats.then_some(&self.stats)
     }
 
-    /// Normalizes by the statistics of this batch and adds them to the running ones: `forward_t` in training.
+    /// Normalizes by the statistics of this batch and adds them to the running ones: `forward_t` in
+    /// training.
     ///
     /// For a batch in several pieces, see [`pool_updates`](crate::pool_updates); for a forward that
-    /// adds nothing,
-    /// [`without_updates`](crate::without_updates).
+    /// adds nothing, [`without_updates`](crate::without_updates).
     ///
     /// # Errors
     /// As [`forward_t`](ModuleT::forward_t).
@@ -310,14 +334,11 @@ impl BatchNorm {
             options.eps,
             options.remove_mean,
         )?;
-        if let (Some(statistics), true) = (statistics, options.track_running_stats) {
-            let count = x.elem_count() / self.num_features();
-            let batch = match options.remove_mean {
-                true => Batch::of_values(statistics, count, 1),
-                false => Batch::without_mean(statistics, count),
-            };
-            self.stats.observe(x, batch)?;
-        }
+        let taken = match options.remove_mean {
+            true => Taken::OverValues { correction: 1 },
+            false => Taken::AboutZero,
+        };
+        self.stats.observe_as(x, statistics, taken)?;
         Ok(y)
     }
 
@@ -349,13 +370,14 @@ impl BatchNorm {
     /// use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
     ///
     /// let vars = VarMap::new();
-    /// let norm = candle_norm::batch_norm(3, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::batch_norm(3, 1e-5, vb)?;
     /// let x = Tensor::randn(5f32, 2., (4, 3, 8), &Device::Cpu)?;
     /// norm.forward_t(&x, true)?;
     /// let frozen = norm.frozen()?;
     /// let y = frozen.forward(&x)?;
     /// assert_eq!(y.to_vec3::<f32>()?, norm.forward_t(&x, false)?.to_vec3::<f32>()?);
-    /// // Training goes on in the layer, but not in its frozen statistics; its weight is the same variable.
+    /// // The layer trains on, its frozen statistics do not; both have the same weight.
     /// norm.forward_t(&x, true)?;
     /// assert_eq!(y.to_vec3::<f32>()?, frozen.forward(&x)?.to_vec3::<f32>()?);
     /// let gradients = y.sum_all()?.backward()?;
@@ -363,15 +385,8 @@ impl BatchNorm {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn frozen(&self) -> Result<FrozenNorm> {
-        let statistics = check::tracked(LAYER, self.running_stats())?.snapshot()?;
-        let params = self.params.clone();
-        Ok(FrozenNorm::new(
-            LAYER,
-            2,
-            statistics,
-            params,
-            self.options.eps,
-        ))
+        let (params, eps) = (&self.params, self.options.eps);
+        FrozenNorm::new(LAYER, 2, self.running_stats(), params, eps)
     }
 
     /// `layer` followed by this one in inference, as one layer: see [`FrozenNorm::fold_into`].
@@ -399,14 +414,16 @@ impl BatchNorm {
 }
 
 impl ModuleT for BatchNorm {
-    /// Normalizes each channel of `xs`, in training by its own statistics, else by the running ones.
+    /// Normalizes each channel of `xs`, in training by its own statistics, else by the running
+    /// ones.
     ///
     /// # Shapes
-    /// `[N, num_features, *]` of rank at least 2; the output is contiguous, of the same shape and dtype.
+    /// `[N, num_features, *]` of rank at least 2; the output is contiguous, of the same shape and
+    /// dtype.
     ///
     /// # Errors
-    /// An input of another rank, number of channels, dtype or device; in training, one value per channel. No error changes
-    /// the statistics.
+    /// An input of another rank, number of channels, dtype or device; in training, one value per
+    /// channel. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         if train {
             self.forward_train(xs)
@@ -418,7 +435,7 @@ impl ModuleT for BatchNorm {
 
 impl Norm for BatchNorm {
     fn kind(&self) -> &'static str {
-        "batch"
+        BatchNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

@@ -13,15 +13,13 @@ use crate::ops::linear_map::LinearMap;
 ///
 /// Where:
 /// - `⋆` is the cross-correlation along the last axis of `[N, C, L]`, with the stride, padding,
-///   dilation and groups of
-///   [`Conv1dConfig`];
+///   dilation and groups of [`Conv1dConfig`];
 /// - `weight` is `[out_channels, in_channels / groups, kernel_size]`, and `bias`, if there is one,
 ///   `[out_channels]`.
 ///
 /// candle-nn 0.11 has a wrong weight gradient at batch 2 and more, and a wrong input gradient
-/// without padding. Here the convolution runs
-/// through candle's in two dimensions, and every gradient is right. Constructors and accessors are
-/// candle's. The dtype is `f16`, `bf16`, `f32` or
+/// without padding. Here the convolution runs through candle's in two dimensions, and every
+/// gradient is right. Constructors and accessors are candle's. The dtype is `f16`, `bf16`, `f32` or
 /// `f64`; half precision is computed in `f32` and rounded once.
 ///
 /// [`WeightNorm`](crate::WeightNorm), [`fold`](crate::fold) and
@@ -49,15 +47,13 @@ pub struct Conv1d(candle_nn::Conv1d);
 ///
 /// Where:
 /// - `⋆ᵀ` is the transpose of a convolution along the last axis of `[N, C, L]`, with the stride,
-///   padding, output padding, dilation and
-///   groups of [`ConvTranspose1dConfig`];
+///   padding, output padding, dilation and groups of [`ConvTranspose1dConfig`];
 /// - `weight` is `[in_channels, out_channels / groups, kernel_size]`, and `bias`, if there is one,
 ///   `[out_channels]`.
 ///
 /// candle-nn 0.11 has no backward for it, and a wrong result without padding at batch 2 and more.
-/// Here it runs through candle's in two
-/// dimensions, and result and gradients are right. Constructors and accessors are candle's; dtypes
-/// are those of [`Conv1d`].
+/// Here it runs through candle's in two dimensions, and result and gradients are right.
+/// Constructors and accessors are candle's; dtypes are those of [`Conv1d`].
 #[derive(Debug, Clone)]
 pub struct ConvTranspose1d(candle_nn::ConvTranspose1d);
 
@@ -70,7 +66,7 @@ macro_rules! convolution {
                 Self(candle_nn::$layer::new(weight, bias, config))
             }
 
-            /// How the kernel moves.
+            /// Stride, padding, dilation and groups.
             pub fn config(&self) -> &$config {
                 self.0.config()
             }
@@ -144,19 +140,14 @@ macro_rules! convolution {
             ///
             /// # Errors
             /// An input of another rank, number of channels, dtype or device; one that the kernel
-            /// does not fit; a stride, dilation or number of
-            /// groups that is out of range.
+            /// does not fit; a stride, dilation or number of groups that is out of range.
             fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-                Self::map(self.config()).apply(
-                    stringify!($layer),
-                    xs,
-                    self.weight(),
-                    self.bias(),
-                )
+                Self::map(self.config()).apply(stringify!($layer), xs, self.weight(), self.bias())
             }
         }
 
-        #[doc = concat!("A [`", stringify!($layer), "`] with a bias, its parameters taken from `vb`.")]
+        #[doc = concat!("A [`", stringify!($layer), "`] with a bias, its parameters taken from \
+        `vb`.")]
         ///
         /// Parameters: `weight` and `bias`, their initial values drawn as candle-nn draws them.
         ///
@@ -170,7 +161,8 @@ macro_rules! convolution {
         ///
         /// let vars = VarMap::new();
         /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-        #[doc = concat!("let layer = candle_norm::", stringify!($new), "(3, 4, 2, Default::default(), vb)?;")]
+        #[doc = concat!("let layer = candle_norm::", stringify!($new), "(3, 4, 2, \
+        Default::default(), vb)?;")]
         /// let x = Tensor::zeros((2, 3, 8), DType::F32, &Device::Cpu)?;
         #[doc = concat!("assert_eq!(layer.forward(&x)?.dims(), ", $output, ");")]
         /// # Ok::<(), candle_core::Error>(())

@@ -1,20 +1,22 @@
 //! Batch and instance normalization with fixed statistics.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
-use super::fold::Foldable;
+use super::foldable::Foldable;
 use super::params::AffineParams;
-use super::running_stats::Snapshot;
+use super::running_stats::RunningStats;
 use crate::computations::composed;
 use crate::ops::linear_map::LinearMap;
 use crate::ops::{self, check};
 
-/// A [`BatchNorm`](crate::BatchNorm) or [`InstanceNorm`](crate::InstanceNorm) whose statistics no longer change.
+/// A [`BatchNorm`](crate::BatchNorm) or [`InstanceNorm`](crate::InstanceNorm) whose statistics no
+/// longer change.
 ///
-/// `y = (x − mean) / √(var + ε) · weight + bias`, with the statistics as they were when [`frozen`](crate::BatchNorm::frozen) was
-/// called. The affine parameters are those of the layer itself: they go on training. Fine-tuning at small batches and object
-/// detection train this way. There is no second mode, so it is a [`Module`].
+/// `y = (x − mean) / √(var + ε) · weight + bias`, with the statistics as they were when
+/// [`frozen`](crate::BatchNorm::frozen) was called. The affine parameters are those of the layer
+/// itself: they go on training. Fine-tuning at small batches and object detection train this way.
+/// There is no second mode, so it is a [`Module`].
 #[derive(Debug, Clone)]
 pub struct FrozenNorm {
     layer: &'static str,
@@ -28,22 +30,44 @@ pub struct FrozenNorm {
 }
 
 impl FrozenNorm {
+    /// Normalization of channels on axis 1 by the statistics as they are now: what a norm of your
+    /// own can return from [`Norm::frozen`](crate::Norm::frozen).
+    ///
+    /// # Errors
+    /// Parameters of another shape than the statistics, `eps` out of range.
+    pub fn of(
+        stats: &RunningStats,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        eps: f64,
+    ) -> Result<Self> {
+        let layer = stats.layer();
+        check::eps(layer, eps)?;
+        for (name, param) in [("weight", &weight), ("bias", &bias)] {
+            if let Some(param) = param {
+                check::shape(layer, name, param, stats.mean().dims())?;
+            }
+        }
+        Self::new(layer, 2, Some(stats), &AffineParams { weight, bias }, eps)
+    }
+
     pub(super) fn new(
         layer: &'static str,
         min_rank: usize,
-        statistics: Snapshot,
-        params: AffineParams,
+        stats: Option<&RunningStats>,
+        params: &AffineParams,
         eps: f64,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        let statistics = tracked(layer, stats)?.snapshot()?;
+        Ok(Self {
             layer,
             min_rank,
             last_axis: false,
             mean: statistics.mean,
             var: statistics.var,
-            params,
+            params: params.clone(),
             eps,
-        }
+        })
     }
 
     /// The same for features on the last axis.
@@ -82,8 +106,9 @@ impl FrozenNorm {
     /// `layer` followed by this normalization, as one layer; [`fold`](crate::fold) does it for a
     /// whole sequence.
     ///
-    /// With `s = weight / √(var + ε)`, the folded weight is `s · W` and the folded bias `s · (b − mean) + bias`: computed in `f32`
-    /// (`f64` for an `f64` layer) and rounded once. The new layer holds plain values, for inference: no gradient leads back.
+    /// With `s = weight / √(var + ε)`, the folded weight is `s · W` and the folded bias
+    /// `s · (b − mean) + bias`: computed in `f32` (`f64` for an `f64` layer) and rounded once. The
+    /// new layer holds plain values, for inference: no gradient leads back.
     ///
     /// # Errors
     /// A layer with another number of output channels, dtype or device.
@@ -105,7 +130,7 @@ impl FrozenNorm {
             self.mean.elem_count(),
         );
         let outputs = map.checked_outputs(self.layer, name, &weight)?;
-        check::output_channels(self.layer, &weight, outputs, c)?;
+        output_channels(self.layer, &weight, outputs, c)?;
         check::float(self.layer, name, &weight)?;
         check::same_device(self.layer, name, &weight, self.mean.device())?;
         if let Some(bias) = bias {
@@ -171,5 +196,28 @@ impl FrozenNorm {
             bias,
             self.eps,
         )
+    }
+}
+
+/// The layer that a normalization of `channels` channels is folded into.
+fn output_channels(layer: &str, weight: &Tensor, outputs: usize, channels: usize) -> Result<()> {
+    if outputs != channels {
+        bail!(
+            "{layer}: expected a layer with {channels} output channels to fold into, got {outputs} \
+            of weight shape {:?}",
+            weight.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Running statistics of a layer that may have none.
+fn tracked<T>(layer: &str, statistics: Option<T>) -> Result<T> {
+    match statistics {
+        Some(s) => Ok(s),
+        None => bail!(
+            "{layer}: expected a layer with running statistics, got one without; set \
+            track_running_stats"
+        ),
     }
 }

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use super::norm::Norm;
+use super::options::{Argument, Names, NormOptions};
 use super::params::{Affine, AffineParams};
-use crate::Norm;
 use crate::ops::{self, check};
 
 /// Configuration of [`GroupNorm`].
@@ -14,7 +15,7 @@ use crate::ops::{self, check};
 pub struct GroupNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Which parameters are learned. Default: weight and bias.
+    /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
 }
 
@@ -36,33 +37,81 @@ impl From<f64> for GroupNormOptions {
     }
 }
 
+/// A [`GroupNorm`] as a configuration has it: the number of groups, which has no default, beside
+/// the options.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields, rename = "GroupForm"))]
+pub(crate) struct GroupNormSpec {
+    pub(crate) num_groups: usize,
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub(crate) options: GroupNormOptions,
+}
+
+impl NormOptions for GroupNormSpec {
+    const NAMES: Names = Names {
+        argument: Some(Argument {
+            form: "N (N groups, at least 1)",
+            expected: "a number of groups of at least 1",
+            example: "32",
+            suggested: "8",
+        }),
+        ..Names::new(&["group"], &["gn"], false)
+    };
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        let num_groups = argument?.parse().ok().filter(|n| *n > 0)?;
+        let options = GroupNormOptions::default();
+        Some(Self {
+            num_groups,
+            options,
+        })
+    }
+
+    fn argument(&self) -> Option<String> {
+        Some(self.num_groups.to_string())
+    }
+
+    fn has_bias(&self) -> bool {
+        self.options.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let norm = group_norm(self.num_groups, num_channels, self.options, vb)?;
+        Ok(Box::new(norm))
+    }
+}
+
 /// Group normalization: each group of channels of a sample by its own mean and variance.
 ///
 /// `y = (x − μ) / √(σ² + ε) · w + b`
 ///
 /// Where:
-/// - μ and σ² (biased) are taken for each sample over the `num_channels / num_groups` channels of a group and all of space;
+/// - μ and σ² (biased) are taken for each sample over the `num_channels / num_groups` channels of a
+///   group and all of space;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Wu and He, 2018, <https://arxiv.org/abs/1803.08494>. It does not see the batch: training and inference are the same, so the
-/// layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+/// Wu and He, 2018, <https://arxiv.org/abs/1803.08494>. It does not see the batch: training and
+/// inference are the same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or
+/// `f64`; half precision is computed in `f32` and rounded once.
 #[derive(Debug, Clone)]
 pub struct GroupNorm {
     params: AffineParams,
-    eps: f64,
+    options: GroupNormOptions,
     num_channels: usize,
     num_groups: usize,
 }
 
-/// A [`GroupNorm`] of `num_groups` groups of the `num_channels` on axis 1, its parameters taken from `vb`.
+/// A [`GroupNorm`] of `num_groups` groups of the `num_channels` on axis 1, its parameters taken
+/// from `vb`.
 ///
-/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine`
+/// says.
 ///
 /// # Errors
 /// `num_groups` that does not divide `num_channels`, options out of range, parameters of another
-/// shape; a checkpoint with a scale or shift that
-/// `affine` lacks, which would be dropped unseen.
+/// shape; a checkpoint with a scale or shift that `affine` lacks, which would be dropped unseen.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -81,13 +130,13 @@ pub fn group_norm(
     options: impl Into<GroupNormOptions>,
     vb: VarBuilder,
 ) -> Result<GroupNorm> {
-    let GroupNormOptions { eps, affine } = options.into();
-    check::eps("GroupNorm", eps)?;
+    let options = options.into();
+    check::eps("GroupNorm", options.eps)?;
     check::groups("GroupNorm", num_groups, num_channels)?;
     check::countable("GroupNorm", "a channel axis", &[num_channels])?;
     Ok(GroupNorm {
-        params: AffineParams::new("GroupNorm", &vb, num_channels, affine, 1.)?,
-        eps,
+        params: AffineParams::new("GroupNorm", &vb, num_channels, options.affine, 1.)?,
+        options,
         num_channels,
         num_groups,
     })
@@ -97,7 +146,8 @@ impl GroupNorm {
     /// A layer of given parameters.
     ///
     /// # Errors
-    /// `num_groups` that does not divide `num_channels`, parameters of another shape, `eps` out of range.
+    /// `num_groups` that does not divide `num_channels`, parameters of another shape, `eps` out of
+    /// range.
     pub fn new(
         weight: Tensor,
         bias: Tensor,
@@ -114,7 +164,7 @@ impl GroupNorm {
                 weight: Some(weight),
                 bias: Some(bias),
             },
-            eps,
+            options: eps.into(),
             num_channels,
             num_groups,
         })
@@ -132,7 +182,12 @@ impl GroupNorm {
 
     /// ε, added to the variance.
     pub fn eps(&self) -> f64 {
-        self.eps
+        self.options.eps
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &GroupNormOptions {
+        &self.options
     }
 
     /// The number of channels on axis 1.
@@ -150,7 +205,8 @@ impl Module for GroupNorm {
     /// Normalizes each group of each sample of `xs`.
     ///
     /// # Shapes
-    /// `[N, num_channels, *]` of rank at least 2; the output is contiguous, of the same shape and dtype.
+    /// `[N, num_channels, *]` of rank at least 2; the output is contiguous, of the same shape and
+    /// dtype.
     ///
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.
@@ -158,13 +214,13 @@ impl Module for GroupNorm {
         check::rank_at_least("GroupNorm", xs, 2, "[N, C, ...]")?;
         check::channels("GroupNorm", xs, self.num_channels)?;
         let (weight, bias) = (self.params.weight(), self.params.bias());
-        ops::group_norm(xs, self.num_groups, weight, bias, self.eps)
+        ops::group_norm(xs, self.num_groups, weight, bias, self.options.eps)
     }
 }
 
 impl Norm for GroupNorm {
     fn kind(&self) -> &'static str {
-        "group"
+        GroupNormSpec::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

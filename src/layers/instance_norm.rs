@@ -4,10 +4,11 @@ use candle_core::{Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
 use super::frozen::FrozenNorm;
+use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Batch;
-use crate::Norm;
+use super::updates::Taken;
 use crate::ops::{self, check};
 
 const LAYER: &str = "InstanceNorm";
@@ -19,14 +20,17 @@ const LAYER: &str = "InstanceNorm";
 pub struct InstanceNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike.
+    /// Default: 0.1.
     pub momentum: Option<f64>,
-    /// Which parameters are learned. Default: none.
+    /// Learned parameters. Default: none.
     pub affine: Affine,
-    /// Keep running statistics for inference; without, every input is normalized by its own. Default: false.
+    /// Keep running statistics for inference; without, every input is normalized by its own.
+    /// Default: false.
     pub track_running_stats: bool,
-    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step, and holds for all layers of the same variables. Default: false.
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN
+    /// for good. It waits for the device at every step, and holds for all layers of the same
+    /// variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -51,27 +55,46 @@ impl From<f64> for InstanceNormOptions {
     }
 }
 
+impl NormOptions for InstanceNormOptions {
+    const NAMES: Names = Names::new(&["instance"], &["in"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(instance_norm(num_channels, *self, vb)?))
+    }
+}
+
 /// Instance normalization: each channel of each sample by its own mean and variance over space.
 ///
 /// `y = (x − μ) / √(σ² + ε) · w + b`
 ///
 /// Where:
-/// - μ and σ² (biased) are taken for each sample and channel over space, or, in inference with tracked statistics, are the
-///   running ones: the averages over the samples of a batch of their mean and of their unbiased variance;
+/// - μ and σ² (biased) are taken for each sample and channel over space, or, in inference with
+///   tracked statistics, are the running ones: the averages over the samples of a batch of their
+///   mean and of their unbiased variance;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Ulyanov, Vedaldi and Lempitsky, 2016, <https://arxiv.org/abs/1607.08022>. The modes differ where statistics are tracked, so the
-/// layer is a [`ModuleT`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+/// Ulyanov, Vedaldi and Lempitsky, 2016, <https://arxiv.org/abs/1607.08022>. The modes differ where
+/// statistics are tracked, so the layer is a [`ModuleT`]. The dtype is `f16`, `bf16`, `f32` or
+/// `f64`; half precision is computed in `f32` and rounded once.
 #[derive(Debug, Clone)]
 pub struct InstanceNorm {
     params: AffineParams,
-    /// Neutral ones, in no `VarMap`, where none are tracked.
+    /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: InstanceNormOptions,
 }
 
-/// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+/// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics
+/// taken from `vb`.
 ///
 /// Names as for [`batch_norm`](crate::batch_norm()).
 ///
@@ -146,32 +169,28 @@ impl InstanceNorm {
         self.options.track_running_stats.then_some(&self.stats)
     }
 
-    /// This layer with the running statistics of now and for good, its affine parameters still trainable.
+    /// This layer with the running statistics of now and for good, its affine parameters still
+    /// trainable.
     ///
     /// # Errors
     /// A layer that tracks no statistics.
     pub fn frozen(&self) -> Result<FrozenNorm> {
-        let statistics = check::tracked(LAYER, self.running_stats())?.snapshot()?;
-        let params = self.params.clone();
-        Ok(FrozenNorm::new(
-            LAYER,
-            3,
-            statistics,
-            params,
-            self.options.eps,
-        ))
+        let (params, eps) = (&self.params, self.options.eps);
+        FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)
     }
 }
 
 impl ModuleT for InstanceNorm {
-    /// Normalizes each channel of each sample of `xs`; in inference by the running statistics, if they are tracked.
+    /// Normalizes each channel of each sample of `xs`; in inference by the running statistics, if
+    /// they are tracked.
     ///
     /// # Shapes
-    /// `[N, num_features, *]` of rank at least 3; the output is contiguous, of the same shape and dtype.
+    /// `[N, num_features, *]` of rank at least 3; the output is contiguous, of the same shape and
+    /// dtype.
     ///
     /// # Errors
-    /// An input of another rank, number of channels, dtype or device; one spatial element where its own statistics are used.
-    /// No error changes the statistics.
+    /// An input of another rank, number of channels, dtype or device; one spatial element where its
+    /// own statistics are used. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
         check::channels(LAYER, xs, self.num_features())?;
@@ -182,17 +201,14 @@ impl ModuleT for InstanceNorm {
             return ops::normalize_with(LAYER, 3, xs, statistics, weight, bias, options.eps);
         }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
-        if let (Some(statistics), true) = (statistics, options.track_running_stats) {
-            self.stats
-                .observe(xs, Batch::of_samples(statistics, xs.dims()[0]))?;
-        }
+        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
         Ok(y)
     }
 }
 
 impl Norm for InstanceNorm {
     fn kind(&self) -> &'static str {
-        "instance"
+        InstanceNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {

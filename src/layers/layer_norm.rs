@@ -1,13 +1,13 @@
 //! Layer normalization.
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
 
+use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
-pub use super::rms_norm::{RmsNorm, rms_norm};
-use crate::Norm;
 use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 
 /// Configuration of [`LayerNorm`].
@@ -17,11 +17,12 @@ use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 pub struct LayerNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Which parameters are learned. Default: weight and bias.
+    /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
     /// Subtract the mean; without, rows are divided by their root mean square. Default: true.
     pub remove_mean: bool,
-    /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does. Default: false.
+    /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does.
+    /// Default: false.
     pub channels_first: bool,
 }
 
@@ -36,7 +37,7 @@ impl Default for LayerNormOptions {
     }
 }
 
-/// From all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as
+/// Converts all that candle-nn's functions take for a [`LayerNormConfig`]: that itself, a number as
 /// `eps`, and every type that converts
 /// into it. candle's `affine` stands for the bias alone: its layer always has a weight.
 impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
@@ -55,6 +56,34 @@ impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
     }
 }
 
+impl NormOptions for LayerNormOptions {
+    const NAMES: Names = Names::new(&["layer"], &["ln"], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: true,
+            ..*self
+        };
+        Ok(Box::new(layer_norm(num_channels, options, vb)?))
+    }
+
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: false,
+            ..*self
+        };
+        Ok(Box::new(layer_norm(num_features, options, vb)?))
+    }
+}
+
 /// Layer normalization: each row by its own mean and variance.
 ///
 /// `y = (x − μ) / √(σ² + ε) · w + b`
@@ -64,19 +93,22 @@ impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
 /// - `w` and `b` are `weight` and `bias`, of shape `normalized_shape`, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>. Training and inference are the same, so the layer is a
-/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once.
+/// Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>. Training and inference are the
+/// same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision
+/// is computed in `f32` and rounded once.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     normalized_shape: Vec<usize>,
     params: AffineParams,
     weight_or_ones: Tensor,
     norm: RowNorm,
+    options: LayerNormOptions,
 }
 
 /// A [`LayerNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
 ///
-/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine` says.
+/// Parameters: `weight` (also found as `gamma` or `scale`) and `bias` (also `beta`), as `affine`
+/// says.
 ///
 /// # Errors
 /// Options out of range, parameters of another shape; a checkpoint with a scale or shift that
@@ -159,6 +191,7 @@ impl LayerNorm {
         };
         Ok(Self {
             normalized_shape: normalized_shape.to_vec(),
+            options: options_of(&norm, &params, vb.dtype()),
             params,
             weight_or_ones,
             norm,
@@ -166,13 +199,16 @@ impl LayerNorm {
     }
 
     pub(super) fn from_weight(weight: Tensor, bias: Option<Tensor>, norm: RowNorm) -> Self {
+        let (weight_or_ones, dtype) = (weight.clone(), weight.dtype());
+        let params = AffineParams {
+            weight: Some(weight),
+            bias,
+        };
         Self {
-            normalized_shape: weight.dims().to_vec(),
-            weight_or_ones: weight.clone(),
-            params: AffineParams {
-                weight: Some(weight),
-                bias,
-            },
+            normalized_shape: weight_or_ones.dims().to_vec(),
+            options: options_of(&norm, &params, dtype),
+            params,
+            weight_or_ones,
             norm,
         }
     }
@@ -207,6 +243,21 @@ impl LayerNorm {
         self.norm.eps_for(self.weight().dtype())
     }
 
+    /// The configuration; its `eps` is the one for the dtype of the weight.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_norm::{Affine, LayerNorm};
+    ///
+    /// let weight = Tensor::ones(4, DType::F32, &Device::Cpu)?;
+    /// let norm = LayerNorm::new_no_bias(weight, 1e-6);
+    /// assert_eq!((norm.options().eps, norm.options().affine), (1e-6, Affine::Weight));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn options(&self) -> &LayerNormOptions {
+        &self.options
+    }
+
     /// Whether the mean is subtracted.
     pub fn remove_mean(&self) -> bool {
         self.norm.center
@@ -217,9 +268,11 @@ impl LayerNorm {
         &self.normalized_shape
     }
 
-    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass
+    /// over memory on the CPU.
     ///
-    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
+    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to
+    /// `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
     /// `xs`, `residual` and both results: as in `forward`.
@@ -251,9 +304,19 @@ impl LayerNorm {
         self.norm.offset
     }
 
-    /// What the weight starts from: with an offset, the factor starts at one all the same.
+    /// Initial weight: with an offset, the factor starts at one all the same.
     fn initial_weight(&self) -> f64 {
         1. - self.norm.offset
+    }
+}
+
+/// The configuration that a layer of given parts has.
+fn options_of(norm: &RowNorm, params: &AffineParams, dtype: DType) -> LayerNormOptions {
+    LayerNormOptions {
+        eps: norm.eps_for(dtype),
+        affine: params.affine(),
+        remove_mean: norm.center,
+        channels_first: norm.channels_first,
     }
 }
 
@@ -261,10 +324,12 @@ impl Module for LayerNorm {
     /// Normalizes each row of `xs`.
     ///
     /// # Shapes
-    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of
+    /// the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another trailing shape, dtype or device; an `eps` out of range given to a constructor without a `Result`.
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to a
+    /// constructor without a `Result`.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let shape = &self.normalized_shape;
         row_norm(

@@ -1,13 +1,17 @@
-//! The layers: parameters, configuration, running statistics. What they compute is in [`ops`](crate::ops).
+//! The layers: parameters, configuration, running statistics. Their formulas are computed by
+//! [`ops`](crate::ops).
 
 pub mod batch_norm;
 pub(crate) mod conv1d;
-mod fold;
+mod foldable;
 mod frozen;
 pub mod group_norm;
 pub mod instance_norm;
-pub mod layer_norm;
+pub(crate) mod layer_norm;
+mod norm;
+mod options;
 pub(crate) mod params;
+mod rev_in;
 pub mod rms_norm;
 mod running_stats;
 mod shared_state;
@@ -16,8 +20,13 @@ mod updates;
 pub mod weight_norm;
 mod weighted;
 
-pub use fold::{Foldable, Follower, fold};
+pub use foldable::Foldable;
 pub use frozen::FrozenNorm;
+pub use norm::Norm;
+pub(crate) use norm::{Identity, NONE};
+pub(crate) use options::{Names, NormOptions};
 pub use params::Affine;
-pub use running_stats::{RunningStats, Snapshot, recalibrate};
+pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
+pub(crate) use running_stats::Recalibrating;
+pub use running_stats::{RunningStats, Snapshot};
 pub use updates::{pool_updates, without_updates};

@@ -1,11 +1,9 @@
 //! Parameters: which of them a layer has, and under which names a checkpoint may hold them.
 
-use candle_core::{Result, Shape, Tensor, Var};
+use candle_core::{Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder};
 
-use crate::ops::check;
-
-/// Which affine parameters a layer learns.
+/// Affine parameters that a layer learns.
 ///
 /// A checkpoint must hold the same: a stored scale or shift that a layer does not take is an error,
 /// since what it computes would be another thing.
@@ -66,16 +64,17 @@ impl Affine {
     }
 }
 
-// The names of a tensor: PyTorch's first, which is also the one that is written; then those of an old LayerNorm (`gamma`,
-// `beta`), Flax (`scale`, `mean`, `var`) and Keras (`gamma`, `beta`, `moving_mean`, `moving_variance`).
+// The names of a tensor: PyTorch's first, which is also the one that is written; then those of an
+// old LayerNorm (`gamma`, `beta`), Flax (`scale`, `mean`, `var`) and Keras (`gamma`, `beta`,
+// `moving_mean`, `moving_variance`).
 pub(crate) const WEIGHT: &[&str] = &["weight", "gamma", "scale"];
 pub(crate) const BIAS: &[&str] = &["bias", "beta"];
 pub(crate) const RUNNING_MEAN: &[&str] = &["running_mean", "mean", "moving_mean"];
 pub(crate) const RUNNING_VAR: &[&str] = &["running_var", "var", "moving_variance"];
 pub(crate) const NUM_BATCHES_TRACKED: &str = "num_batches_tracked";
-/// Of weight norm: `g`, and PyTorch's older name for it.
+/// Names of weight norm's `g`: PyTorch's, and its older one.
 pub(crate) const MAGNITUDE: &[&str] = &["parametrizations.weight.original0", "weight_g"];
-/// Of weight norm: `v`, and PyTorch's older name for it.
+/// Names of weight norm's `v`: PyTorch's, and its older one.
 pub(crate) const DIRECTION: &[&str] = &["parametrizations.weight.original1", "weight_v"];
 
 /// All tensors that may have other names.
@@ -91,8 +90,7 @@ pub(crate) const ALIASES: [&[&str]; 6] = [
 /// The name of `names` under which the file behind `vb` has a tensor, else the one that is written.
 ///
 /// Names but the first are those of files. Variables of a `VarMap` are made under any name for any
-/// purpose: a `gamma` beside a norm is
-/// no weight of it.
+/// purpose: a `gamma` beside a norm is no weight of it.
 pub(crate) fn name_in<'a>(vb: &VarBuilder, names: &[&'a str]) -> &'a str {
     let found = names.iter().find(|name| vb.contains_tensor(name));
     match found {
@@ -139,8 +137,7 @@ pub(crate) fn same_axes(a: &[usize], b: &[usize]) -> bool {
 /// size 1 apart.
 ///
 /// A variable is none: a `VarMap` may have made it for another layer of the same path. Nor is what
-/// a builder holds that says yes to every
-/// name, such as `VarBuilder::zeros`.
+/// a builder holds that says yes to every name, such as `VarBuilder::zeros`.
 pub(super) fn stored(vb: &VarBuilder, shape: &Shape, names: &[&str]) -> Option<String> {
     const NO_NAME: &str = "no tensor is called this";
     let in_shape = |name: &&&str| -> bool {
@@ -172,8 +169,7 @@ impl AffineParams {
     };
 
     /// The parameters of `layer` that `affine` has. A checkpoint that holds others is refused: to
-    /// drop one would change what the layer
-    /// computes, and nobody would see it.
+    /// drop one would change what the layer computes, and nobody would see it.
     pub(crate) fn new(
         layer: &str,
         vb: &VarBuilder,
@@ -190,7 +186,7 @@ impl AffineParams {
             .collect();
         let affines = || (format!("{affine:?}"), format!("{:?}", fitting(vb, &shape)));
         if !dropped.is_empty() {
-            return check::dropped(layer, &dropped, affines());
+            return refuse_dropped(layer, &dropped, affines());
         }
         let parameter = |names: &[&str], initial: f64, other: &[&str]| {
             let found = get(vb, &shape, names, initial);
@@ -198,7 +194,7 @@ impl AffineParams {
                 return found;
             }
             match stored(vb, &shape, other) {
-                Some(other) => check::stored_alone(layer, names, &other, affines()),
+                Some(other) => stored_alone(layer, names, &other, affines()),
                 None => found,
             }
         };
@@ -217,7 +213,12 @@ impl AffineParams {
         self.bias.as_ref()
     }
 
-    /// By the names that are written.
+    /// The parameters that there are.
+    pub(crate) fn affine(&self) -> Affine {
+        Affine::of(self.weight.is_some(), self.bias.is_some())
+    }
+
+    /// Parameters by the names that are written.
     pub(crate) fn named(&self) -> Vec<(&'static str, Tensor)> {
         [(WEIGHT[0], self.weight()), (BIAS[0], self.bias())]
             .into_iter()
@@ -239,4 +240,33 @@ impl AffineParams {
         }
         Ok(())
     }
+}
+
+/// A checkpoint that holds parameters which a layer would not take. `affines` are its own `affine`,
+/// and the one that takes them.
+fn refuse_dropped<T>(
+    layer: &str,
+    stored: &[String],
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    bail!(
+        "{layer}: expected no parameters but those of affine {affine}, got {stored:?}, which would \
+        be dropped unseen; set affine to {fitting}, or, if they are another layer's, give each \
+        layer its own prefix (vb.pp)"
+    )
+}
+
+/// A checkpoint that holds `other` of an affine pair, and nothing of `names`.
+fn stored_alone<T>(
+    layer: &str,
+    names: &[&str],
+    other: &str,
+    (affine, fitting): (String, String),
+) -> Result<T> {
+    let names = names.join(" or ");
+    bail!(
+        "{layer}: expected {names} too, since affine is {affine}, got {other:?} alone; set affine \
+        to {fitting} for a layer that was trained so, or, if it is another layer's, give each \
+        layer its own prefix (vb.pp)"
+    )
 }

@@ -4,8 +4,9 @@ use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::layer_norm::LayerNorm;
+use super::norm::Norm;
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
-use crate::Norm;
 use crate::ops::{Cast, RowNorm, check};
 
 /// Configuration of [`RmsNorm`].
@@ -13,14 +14,16 @@ use crate::ops::{Cast, RowNorm, check};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RmsNormOptions {
-    /// Added to the mean square, inside the root; `None` is the machine epsilon of the dtype that the mean square is formed
-    /// in (1.19e-7, for `f64` 2.2e-16), PyTorch's default. Default: 1e-6.
+    /// Added to the mean square, inside the root; `None` is the machine epsilon of the dtype that
+    /// the mean square is formed in (1.19e-7, for `f64` 2.2e-16), PyTorch's default. Default: 1e-6.
     pub eps: Option<f64>,
-    /// Which parameters are learned. Default: the weight.
+    /// Learned parameters. Default: the weight.
     pub affine: Affine,
-    /// Added to the weight, which then starts from one less. Gemma and its kin: 1. Default: 0.
+    /// Added to the weight, which then starts from one less. Gemma and its relatives: 1.
+    /// Default: 0.
     pub offset: f64,
-    /// Where half precision is rounded. Llama and its kin: [`Cast::BeforeWeight`]. Default: [`Cast::AfterWeight`].
+    /// Place where half precision is rounded. Llama and its relatives: [`Cast::BeforeWeight`].
+    /// Default: [`Cast::AfterWeight`].
     pub cast: Cast,
     /// Normalize axis 1 of `[N, C, *]` maps at each position. Default: false.
     pub channels_first: bool,
@@ -47,6 +50,34 @@ impl From<f64> for RmsNormOptions {
     }
 }
 
+impl NormOptions for RmsNormOptions {
+    const NAMES: Names = Names::new(&["rms"], &[], false);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: true,
+            ..*self
+        };
+        Ok(Box::new(rms_norm(num_channels, options, vb)?))
+    }
+
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            channels_first: false,
+            ..*self
+        };
+        Ok(Box::new(rms_norm(num_features, options, vb)?))
+    }
+}
+
 /// Root-mean-square normalization: each row by its own scale, the mean kept.
 ///
 /// `y = x / √(mean(x²) + ε) · (offset + w)`
@@ -56,8 +87,9 @@ impl From<f64> for RmsNormOptions {
 /// - `w` is `weight`, of shape `normalized_shape`, if `affine` has it;
 /// - ε is `eps`; `offset` is 0, or 1 in checkpoints whose weight is kept around zero.
 ///
-/// Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>. Training and inference are the same, so the layer is a
-/// [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32`.
+/// Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>. Training and inference are the
+/// same, so the layer is a [`Module`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision
+/// is computed in `f32`.
 ///
 /// | checkpoint | options |
 /// | --- | --- |
@@ -65,7 +97,10 @@ impl From<f64> for RmsNormOptions {
 /// | Llama, Mistral, Qwen 2 and 3 | `cast: Cast::BeforeWeight` |
 /// | Gemma, Qwen 3 Next | `offset: 1.` |
 #[derive(Debug, Clone)]
-pub struct RmsNorm(LayerNorm);
+pub struct RmsNorm {
+    rows: LayerNorm,
+    options: RmsNormOptions,
+}
 
 /// An [`RmsNorm`] over the trailing `normalized_shape`, its parameters taken from `vb`.
 ///
@@ -107,23 +142,27 @@ pub fn rms_norm(
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let initial = 1. - options.offset;
     let params = AffineParams::new(norm.layer, &vb, &shape, options.affine, initial)?;
-    LayerNorm::from_params(shape.dims(), params, norm, &vb).map(RmsNorm)
+    let rows = LayerNorm::from_params(shape.dims(), params, norm, &vb)?;
+    Ok(RmsNorm { rows, options })
 }
 
 impl RmsNorm {
     /// A layer of a given weight, whose shape is `normalized_shape`.
     pub fn new(weight: Tensor, eps: f64) -> Self {
-        Self(LayerNorm::rms_norm(weight, eps))
+        Self {
+            rows: LayerNorm::rms_norm(weight, eps),
+            options: eps.into(),
+        }
     }
 
     /// The same layer as a [`LayerNorm`] that keeps the mean.
     pub fn into_inner(self) -> LayerNorm {
-        self.0
+        self.rows
     }
 
     /// The scale, without the offset; ones where `affine` has none.
     pub fn weight(&self) -> &Tensor {
-        self.0.weight()
+        self.rows.weight()
     }
 
     /// The shift, if there is one.
@@ -135,29 +174,35 @@ impl RmsNorm {
     ///
     /// let vars = VarMap::new();
     /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    /// let options = RmsNormOptions { affine: Affine::WeightAndBias, offset: 1., ..Default::default() };
+    /// let affine = Affine::WeightAndBias;
+    /// let options = RmsNormOptions { affine, offset: 1., ..Default::default() };
     /// let norm = rms_norm(4, options, vb)?;
     /// assert_eq!(norm.bias().unwrap().dims(), [4]);
     /// assert_eq!((norm.offset(), norm.weight().to_vec1::<f32>()?), (1., vec![0.; 4]));
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn bias(&self) -> Option<&Tensor> {
-        self.0.bias()
+        self.rows.bias()
     }
 
-    /// What is added to the weight.
+    /// Offset added to the weight.
     pub fn offset(&self) -> f64 {
-        self.0.offset()
+        self.rows.offset()
     }
 
     /// ε, added to the mean square.
     pub fn eps(&self) -> f64 {
-        self.0.eps()
+        self.rows.eps()
+    }
+
+    /// The configuration.
+    pub fn options(&self) -> &RmsNormOptions {
+        &self.options
     }
 
     /// The trailing shape that the mean square is taken over.
     pub fn normalized_shape(&self) -> &[usize] {
-        self.0.normalized_shape()
+        self.rows.normalized_shape()
     }
 
     /// The same as `forward`: both are differentiable here.
@@ -165,12 +210,14 @@ impl RmsNorm {
     /// # Errors
     /// As `forward`.
     pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
-        self.0.forward(xs)
+        self.rows.forward(xs)
     }
 
-    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass over memory on the CPU.
+    /// The normalized sum `xs + residual`, and the sum, which is the next residual, in one pass
+    /// over memory on the CPU.
     ///
-    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to `forward`, in half precision closer to the mathematics.
+    /// Both are rounded to the dtype once: in `f32` and `f64` the same as to add and then to
+    /// `forward`, in half precision closer to the mathematics.
     ///
     /// # Shapes
     /// `xs`, `residual` and both results: as in `forward`.
@@ -192,7 +239,7 @@ impl RmsNorm {
     /// # Ok::<(), candle_core::Error>(())
     /// ```
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
-        self.0.forward_add(xs, residual)
+        self.rows.forward_add(xs, residual)
     }
 }
 
@@ -200,25 +247,27 @@ impl Module for RmsNorm {
     /// Normalizes each row of `xs`.
     ///
     /// # Shapes
-    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of the same shape and dtype.
+    /// `[*, normalized_shape]`, or `[N, C, *]` with `channels_first`; the output is contiguous, of
+    /// the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another trailing shape, dtype or device; an `eps` out of range given to [`RmsNorm::new`].
+    /// An input of another trailing shape, dtype or device; an `eps` out of range given to
+    /// [`RmsNorm::new`].
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.0.forward(xs)
+        self.rows.forward(xs)
     }
 }
 
 impl Norm for RmsNorm {
     fn kind(&self) -> &'static str {
-        self.0.kind()
+        self.rows.kind()
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
-        self.0.parameters()
+        self.rows.parameters()
     }
 
     fn reset(&self) -> Result<()> {
-        self.0.reset()
+        self.rows.reset()
     }
 }

@@ -2,43 +2,41 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder};
 
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, path};
 use super::shared_state::{Shared, State};
-use super::updates::{self, Batch, Scope};
-use crate::ops::check;
+use super::updates::{self, Batch, Scope, Taken};
+use crate::ops::{BatchStatistics, check};
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
 ///
-/// Every training batch updates `r ← (1 − m) · r + m · batch`; the variance takes the unbiased variance of the batch. `m` is
-/// the layer's momentum, or one over the number of batches for the cumulative average. The statistics are `f32`
-/// (`f64` in an `f64` model), whatever the dtype of the model: in half precision they would stall or overflow.
+/// Every training batch updates `r ← (1 − m) · r + m · batch`; the variance takes the unbiased
+/// variance of the batch. `m` is the layer's momentum, or one over the number of batches for the
+/// cumulative average. The statistics are `f32` (`f64` in an `f64` model), whatever the dtype of
+/// the model: in half precision they would stall or overflow.
 ///
-/// They are variables of the model's `VarMap`, so that they are saved and loaded with it, but they are never part of a
-/// graph: no optimizer changes them. Threads that train them lose no update, and
-/// [`snapshot`](Self::snapshot) and inference
-/// never see half of one. Saving or loading the `VarMap` goes from one variable to the next: do it
-/// between steps.
+/// They are variables of the model's `VarMap`, so that they are saved and loaded with it, but they
+/// are never part of a graph: no optimizer changes them. Threads that train them lose no update,
+/// and [`snapshot`](Self::snapshot) and inference never see half of one. Saving or loading the
+/// `VarMap` goes from one variable to the next: do it between steps.
 ///
 /// Clones of a layer, and layers built twice from the same variables, share them, and all that is
-/// kept beside them: the lock, the
-/// counter, a momentum that was [set](Self::set_momentum), a [recalibration](recalibrate) in
-/// progress, and `refuse_non_finite`,
-/// which holds for all of them once one was built with it. Only the momentum that each was built
-/// with is its own.
+/// kept beside them: the lock, the counter, a momentum that was [set](Self::set_momentum), a
+/// [recalibration](crate::recalibrate) in progress, and `refuse_non_finite`, which holds for all of
+/// them once one was built with it. Only the momentum that each was built with is its own.
 ///
 /// [`without_updates`](crate::without_updates) leaves them alone for some forwards;
-/// [`pool_updates`](crate::pool_updates) takes in several
-/// micro-batches as one batch.
+/// [`pool_updates`](crate::pool_updates) takes in several micro-batches as one batch.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_nn::{ModuleT, VarBuilder, VarMap};
 ///
 /// let vars = VarMap::new();
-/// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::batch_norm(1, 1e-5, vb)?;
 /// norm.forward_t(&Tensor::new(&[[0f32], [20.]], &Device::Cpu)?, true)?;
 /// let stats = norm.running_stats().unwrap().snapshot()?;
 /// assert_eq!((stats.mean.to_vec1::<f32>()?, stats.num_batches_tracked), (vec![1.], 1));
@@ -51,6 +49,8 @@ struct Inner {
     layer: &'static str,
     mean: Var,
     var: Var,
+    /// Whether training batches change them.
+    tracked: bool,
     /// Momentum that this layer was built with.
     momentum: Option<f64>,
     shared: Arc<Shared>,
@@ -58,6 +58,7 @@ struct Inner {
 
 /// Running statistics as they were at one moment.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Snapshot {
     /// The mean of each channel, `[C]`; of [`SwitchNorm`](crate::SwitchNorm) `[1, C, 1]`.
     pub mean: Tensor,
@@ -65,6 +66,17 @@ pub struct Snapshot {
     pub var: Tensor,
     /// The number of batches that went into them.
     pub num_batches_tracked: i64,
+}
+
+impl Snapshot {
+    /// Statistics of given values, for [`RunningStats::restore`].
+    pub fn new(mean: Tensor, var: Tensor, num_batches_tracked: i64) -> Self {
+        Self {
+            mean,
+            var,
+            num_batches_tracked,
+        }
+    }
 }
 
 impl State {
@@ -98,7 +110,8 @@ impl Inner {
 }
 
 impl RunningStats {
-    /// The statistics of a layer: those of `vb` if it tracks any, else neutral ones that belong to no model.
+    /// The statistics of a layer: those of `vb` if it tracks any, else neutral ones that belong to
+    /// no model.
     pub(crate) fn new(
         layer: &'static str,
         shape: impl Into<Shape>,
@@ -114,16 +127,27 @@ impl RunningStats {
         let dtype = dtype_in(vb.dtype());
         let mean = Tensor::zeros(&shape, dtype, vb.device())?;
         let var = Tensor::ones(&shape, dtype, vb.device())?;
-        Self::from_values(layer, mean, var, momentum)
+        Self::from_parts(layer, (mean, var), None, momentum, false)
     }
 
-    /// The statistics that `vb` holds, or fresh ones: zero mean, unit variance, no batches.
-    fn from_vb(
+    /// The statistics that `vb` holds, or fresh ones: zero mean, unit variance, no batches. Layers
+    /// of this crate have theirs already; this is for a norm of your own, which `layer` names in
+    /// messages. [`Norm`](crate::Norm) has an example.
+    ///
+    /// Names: `running_mean` (also found as `mean`, `moving_mean`), `running_var` (`var`,
+    /// `moving_variance`), `num_batches_tracked` (0 if missing).
+    ///
+    /// # Errors
+    /// A momentum outside `[0, 1]`, tensors of another shape, a negative variance, a statistic that
+    /// is not finite.
+    pub fn from_vb(
         layer: &'static str,
-        shape: Shape,
+        shape: impl Into<Shape>,
         momentum: Option<f64>,
         vb: &VarBuilder,
     ) -> Result<Self> {
+        let shape = shape.into();
+        check::countable(layer, "a channel axis", shape.dims())?;
         let dtype = dtype_in(vb.dtype());
         let get = |names: &[&str], initial: f64| -> Result<_> {
             let name = name_in(vb, names);
@@ -143,7 +167,7 @@ impl RunningStats {
             Err(_) if !vb.contains_tensor(NUM_BATCHES_TRACKED) => None,
             Err(e) => return Err(e),
         };
-        Self::from_parts(layer, mean, var, counter, momentum)
+        Self::from_parts(layer, (mean, var), counter, momentum, true)
     }
 
     /// Statistics of given values, which stay shared where they are variables of the right dtype.
@@ -157,15 +181,15 @@ impl RunningStats {
         check::statistic(layer, RUNNING_VAR[0], &var, true)?;
         let (mean_dtype, var_dtype) = (dtype_in(mean.dtype()), dtype_in(var.dtype()));
         let (mean, var) = (mean.to_dtype(mean_dtype)?, var.to_dtype(var_dtype)?);
-        Self::from_parts(layer, mean, var, None, momentum)
+        Self::from_parts(layer, (mean, var), None, momentum, true)
     }
 
     fn from_parts(
         layer: &'static str,
-        mean: Tensor,
-        var: Tensor,
+        (mean, var): (Tensor, Tensor),
         counter: Option<Tensor>,
         momentum: Option<f64>,
+        tracked: bool,
     ) -> Result<Self> {
         check::momentum(layer, momentum)?;
         let (mean, var) = (Var::from_tensor(&mean)?, Var::from_tensor(&var)?);
@@ -179,6 +203,7 @@ impl RunningStats {
             layer,
             mean,
             var,
+            tracked,
             momentum,
             shared,
         })))
@@ -190,6 +215,11 @@ impl RunningStats {
             self.0.shared.write().refuse_non_finite = true;
         }
         self
+    }
+
+    /// The name of the layer in messages.
+    pub(super) fn layer(&self) -> &'static str {
+        self.0.layer
     }
 
     /// Whether both are of the same variables, of which they may be for different layers.
@@ -217,8 +247,7 @@ impl RunningStats {
     /// Sets the weight of a new batch from now on; `None` is the cumulative average.
     ///
     /// For schedules of momentum. It holds for every layer of these variables, built before or
-    /// after, in place of what their options say, as long as
-    /// there is one.
+    /// after, in place of what their options say, as long as there is one.
     ///
     /// # Errors
     /// A momentum outside `[0, 1]`; nothing is changed then.
@@ -228,7 +257,8 @@ impl RunningStats {
     /// use candle_nn::{VarBuilder, VarMap};
     ///
     /// let vars = VarMap::new();
-    /// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    /// let norm = candle_norm::batch_norm(1, 1e-5, vb)?;
     /// norm.running_stats().unwrap().set_momentum(Some(0.5))?;
     /// norm.forward_train(&Tensor::new(&[[2f64], [6.]], &Device::Cpu)?)?;
     /// assert_eq!(norm.running_mean().to_vec1::<f64>()?, [2.]);
@@ -256,7 +286,7 @@ impl RunningStats {
         };
         // Elsewhere the check would wait for the device at every inference.
         if snapshot.var.device().is_cpu() && snapshot.var.elem_count() > 0 {
-            check::non_negative(inner.layer, RUNNING_VAR[0], &snapshot.var)?;
+            non_negative(inner.layer, RUNNING_VAR[0], &snapshot.var)?;
         }
         Ok(snapshot)
     }
@@ -285,15 +315,50 @@ impl RunningStats {
         ]
     }
 
+    /// The number of batches that went into the statistics.
+    pub(crate) fn num_batches_tracked(&self) -> Result<i64> {
+        self.0.shared.read().counter()
+    }
+
     /// The weight that the next batch gets.
     pub(crate) fn next_momentum(&self) -> f64 {
         let state = self.0.shared.read();
         self.0.next(&state).map_or(1., |(momentum, _)| momentum)
     }
 
+    /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
+    /// [`ops::batch_norm`](crate::ops::batch_norm) returns them: for a norm of your own.
+    ///
+    /// [`without_updates`](crate::without_updates) and [`pool_updates`](crate::pool_updates) act
+    /// here. An empty batch has no statistics, and changes nothing.
+    ///
+    /// # Errors
+    /// Statistics of another number of channels; those that are not finite, if they are refused.
+    /// Nothing is changed then.
+    pub fn observe(&self, x: &Tensor, statistics: Option<BatchStatistics>) -> Result<()> {
+        for (name, value) in statistics
+            .iter()
+            .flat_map(|s| [("mean", &s.mean), ("var", &s.var)])
+        {
+            if value.elem_count() != self.mean().elem_count() {
+                check::shape(self.0.layer, name, value, self.mean().dims())?;
+            }
+        }
+        self.observe_as(x, statistics, Taken::OverValues { correction: 1 })
+    }
+
     /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread
-    /// say.
-    pub(crate) fn observe(&self, x: &Tensor, batch: Batch) -> Result<()> {
+    /// say. An empty batch has none, and a layer that tracks none takes none.
+    pub(crate) fn observe_as(
+        &self,
+        x: &Tensor,
+        statistics: Option<BatchStatistics>,
+        taken: Taken,
+    ) -> Result<()> {
+        let Some(statistics) = statistics.filter(|_| self.0.tracked) else {
+            return Ok(());
+        };
+        let batch = Batch::new(x, statistics, taken);
         let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
         match updates::offer(self, batch)? {
             Some(_) => self.update(&fitted),
@@ -310,7 +375,7 @@ impl RunningStats {
         batch.var = fit(&batch.var, &self.0.var)?;
         if self.0.shared.read().refuse_non_finite {
             for statistic in batch.mean.iter().chain([&batch.var]) {
-                check::finite_batch(self.0.layer, statistic, &of())?;
+                finite_batch(self.0.layer, statistic, &of())?;
             }
         }
         Ok(batch)
@@ -337,15 +402,15 @@ impl RunningStats {
     ///
     /// # Errors
     /// A snapshot of another shape, with a statistic that is not finite, a negative variance or a
-    /// negative number of batches; nothing is changed
-    /// then.
+    /// negative number of batches; nothing is changed then.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
     /// use candle_nn::{VarBuilder, VarMap};
     ///
     /// let vars = VarMap::new();
-    /// let norm = candle_norm::batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    /// let norm = candle_norm::batch_norm(1, 1e-5, vb)?;
     /// let stats = norm.running_stats().unwrap();
     /// let before = stats.snapshot()?;
     /// norm.forward_train(&Tensor::new(&[[2f64], [6.]], &Device::Cpu)?)?;
@@ -371,7 +436,7 @@ impl RunningStats {
     }
 
     /// Sets what was there before, whatever it was.
-    fn put(&self, before: &Snapshot) -> Result<()> {
+    pub(crate) fn put(&self, before: &Snapshot) -> Result<()> {
         let inner = &*self.0;
         let state = inner.shared.write();
         inner.set(
@@ -401,80 +466,14 @@ fn dtype_in(model: DType) -> DType {
     }
 }
 
-/// Recomputes running statistics as the plain average over `batches`, as PyTorch's `update_bn` does.
-///
-/// For networks whose statistics no longer fit their weights: averaged weights, a changed data set, training at small
-/// batches. `forward` runs the model in training mode; every batch should be equally large. It may
-/// run other layers than those of
-/// `norms`, if they were built from the same variables. The momentum is back in force afterwards.
-/// Returns the number of batches.
-///
-/// # Errors
-/// Errors of `forward`; no batches, or a layer that `forward` did not run in training mode, or
-/// ran in
-/// [`without_updates`](crate::without_updates); no statistics in `norms`. The statistics are then
-/// what they were before.
-///
-/// ```
-/// use candle_core::{DType, Device, Tensor};
-/// use candle_nn::{ModuleT, VarBuilder, VarMap};
-/// use candle_norm::{batch_norm, recalibrate};
-///
-/// let vars = VarMap::new();
-/// let norm = batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
-/// let batches = [[[0f32], [2.]], [[4.], [6.]]].map(|b| Tensor::new(&b, &Device::Cpu).unwrap());
-/// recalibrate(&[&norm], batches, |x| norm.forward_t(x, true))?;
-/// assert_eq!(norm.running_mean().to_vec1::<f32>()?, [3.]);
-/// # Ok::<(), candle_core::Error>(())
-/// ```
-pub fn recalibrate(
-    norms: &[&dyn crate::Norm],
-    batches: impl IntoIterator<Item = Tensor>,
-    mut forward: impl FnMut(&Tensor) -> Result<Tensor>,
-) -> Result<usize> {
-    let stats: Vec<&RunningStats> = norms.iter().filter_map(|n| n.running_stats()).collect();
-    check::at_least_one("recalibrate", "layer with running statistics", stats.len())?;
-    let before = stats
-        .iter()
-        .map(|s| s.snapshot())
-        .collect::<Result<Vec<_>>>()?;
-    let run = || {
-        let _cumulative = Recalibrating::start(&stats);
-        for s in &stats {
-            s.reset()?;
-        }
-        let mut count = 0;
-        for batch in batches {
-            forward(&batch)?;
-            count += 1;
-        }
-        for s in &stats {
-            let updates = s.0.shared.read().counter()?;
-            check::at_least_one(
-                "recalibrate",
-                "batch that trains each layer (forward_t with train = true, outside of without_updates)",
-                updates as usize,
-            )?;
-        }
-        Ok(count)
-    };
-    let outcome = run();
-    if outcome.is_err() {
-        for (s, snapshot) in stats.iter().zip(&before) {
-            s.put(snapshot)?;
-        }
-    }
-    outcome
-}
-
 /// Puts the cumulative average in force until it is dropped, also when the model panics.
-struct Recalibrating<'a> {
+pub(crate) struct Recalibrating<'a> {
     stats: &'a [&'a RunningStats],
     _scope: Scope,
 }
 
 impl<'a> Recalibrating<'a> {
-    fn start(stats: &'a [&'a RunningStats]) -> Self {
+    pub(crate) fn start(stats: &'a [&'a RunningStats]) -> Self {
         for s in stats {
             s.0.shared.write().recalibrations += 1;
         }
@@ -491,4 +490,27 @@ impl Drop for Recalibrating<'_> {
             s.0.shared.write().recalibrations -= 1;
         }
     }
+}
+
+/// A statistic of a batch, when the layer was asked to refuse what would poison it.
+fn finite_batch(layer: &str, statistic: &Tensor, of: &str) -> Result<()> {
+    let statistic = statistic.flatten_all()?.to_dtype(DType::F64)?;
+    let values = statistic.to_vec1::<f64>()?;
+    if let Some(channel) = values.iter().position(|v| !v.is_finite()) {
+        bail!(
+            "{layer}: expected a finite batch, since refuse_non_finite is set, got {} as a \
+            statistic of channel {channel} in {of}; the running statistics are unchanged",
+            values[channel]
+        )
+    }
+    Ok(())
+}
+
+fn non_negative(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    let lowest = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
+    let lowest = lowest.to_scalar::<f64>()?;
+    if lowest < 0. {
+        bail!("{layer}: expected {name} to be at least 0, got {lowest}")
+    }
+    Ok(())
 }

@@ -8,9 +8,8 @@ use std::sync::{
 use candle_core::{TensorId, Var};
 
 /// The state of one set of variables. Layers hold its lock while they write these variables, or
-/// read several of them. Whoever has the
-/// variables themselves, such as a `VarMap` that is saved or loaded or whose averages are swapped
-/// in, holds none.
+/// read several of them. Whoever has the variables themselves, such as a `VarMap` that is saved or
+/// loaded or whose averages are swapped in, holds none.
 pub(super) struct Shared {
     running_mean: TensorId,
     state: RwLock<State>,
@@ -37,8 +36,7 @@ fn states() -> MutexGuard<'static, HashMap<TensorId, Weak<Shared>>> {
 
 impl Shared {
     /// The state of the variables that `running_mean` is one of; a new one, with this counter, if
-    /// no layer has them yet. `of_model`
-    /// says whether a model saves the counter.
+    /// no layer has them yet. `of_model` says whether a model saves the counter.
     pub(super) fn of(running_mean: &Var, num_batches_tracked: Var, of_model: bool) -> Arc<Self> {
         let id = running_mean.id();
         let mut states = states();

@@ -1,13 +1,14 @@
 //! Switchable normalization.
 
-use candle_core::{Result, Tensor, Var};
-use candle_nn::{Init, ModuleT, VarBuilder};
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::{Init, Module, ModuleT, VarBuilder};
 
+use super::norm::{Norm, OnLastAxis};
+use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Batch;
-use crate::Norm;
-use crate::ops::{self, SwitchBatch, SwitchSources, check};
+use super::updates::Taken;
+use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchSources, check};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -22,25 +23,31 @@ const VAR_WEIGHT: &str = "var_weight";
 pub struct SwitchNormOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// The weight of a new batch in the running statistics; `None` averages all batches alike. Default: 0.1.
+    /// The weight of a new batch in the running statistics; `None` averages all batches alike.
+    /// Default: 0.1.
     ///
-    /// The reference implementation names the weight of the old value: its 0.9 is 0.1 here, its 0.997 is 0.003. With
-    /// `using_moving_average=False` it adds batches up instead; [`switch_norm`] says how such a checkpoint is read.
+    /// The reference implementation names the weight of the old value: its 0.9 is 0.1 here, its
+    /// 0.997 is 0.003. With `using_moving_average=False` it adds batches up instead;
+    /// [`switch_norm`] says how such a checkpoint is read.
     pub momentum: Option<f64>,
     /// Affine parameters that are learned. Default: both.
     pub affine: Affine,
-    /// Mix in the statistics of the batch; without, training and inference are the same. Default: true.
+    /// Mix in the statistics of the batch; without, training and inference are the same. Default:
+    /// true.
     pub using_bn: bool,
-    /// The spatial axes of the input, which say what the parameters are called in shape: `[1, C, 1, 1]` for two of them. Any input of
-    /// rank 3 or more will do. With 0 there are no instances to have statistics: layer and batch are mixed. Default: 2.
+    /// The spatial axes of the input, which say what the parameters are called in shape:
+    /// `[1, C, 1, 1]` for two of them. Any input of rank 3 or more will do. With 0 there are no
+    /// instances to have statistics: layer and batch are mixed. Default: 2.
     pub spatial_dims: usize,
-    /// Divide the variance of an instance by n − 1, as the reference implementation does, in place of n, as the paper does. The
-    /// variances of layer and batch are formed from it; without instances they are divided by n − 1 themselves. Default: true.
+    /// Divide the variance of an instance by n − 1, as the reference implementation does, in place
+    /// of n, as the paper does. The variances of layer and batch are formed from it; without
+    /// instances they are divided by n − 1 themselves. Default: true.
     pub unbiased: bool,
     /// Start from a scale of zero, for the last norm of a residual branch. Default: false.
     pub last_gamma: bool,
-    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN for good. It waits for the
-    /// device at every step, and holds for all layers of the same variables. Default: false.
+    /// Refuse a training batch with NaN or infinity, which would make the running statistics NaN
+    /// for good. It waits for the device at every step, and holds for all layers of the same
+    /// variables. Default: false.
     pub refuse_non_finite: bool,
 }
 
@@ -87,34 +94,68 @@ impl SwitchNormOptions {
     }
 }
 
-/// Switchable normalization: each channel of each sample by a learned mixture of the statistics of its instance, layer and batch.
+impl NormOptions for SwitchNormOptions {
+    // `sn` is missing: papers write it for spectral norm too.
+    const NAMES: Names = Names::new(&["switch", "switchable"], &[], true);
+
+    fn parse(argument: Option<&str>) -> Option<Self> {
+        argument.is_none().then(Self::default)
+    }
+
+    fn has_bias(&self) -> bool {
+        self.affine.has_bias()
+    }
+
+    fn channels(&self, num_channels: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        Ok(Box::new(switch_norm(num_channels, *self, vb)?))
+    }
+
+    /// Without spatial axes there are no instances.
+    fn features(&self, num_features: usize, vb: VarBuilder) -> Result<Box<dyn Norm>> {
+        let options = Self {
+            spatial_dims: 0,
+            ..*self
+        };
+        Ok(Box::new(OnLastAxis {
+            norm: options.channels(num_features, vb)?,
+            num_features,
+        }))
+    }
+}
+
+/// Switchable normalization: each channel of each sample by a learned mixture of the statistics of
+/// its instance, layer and batch.
 ///
 /// `y = (x − Σ mₖ·μₖ) / √(Σ vₖ·σ²ₖ + ε) · w + b`
 ///
 /// Where:
 /// - k runs over instance (space), layer (channels and space) and batch (samples and space);
 /// - `m = softmax(mean_weight)` and `v = softmax(var_weight)` are the shares that the layer learns;
-/// - in inference, the statistics of the batch are the running ones, to which each training batch adds `momentum` of its own;
+/// - in inference, the statistics of the batch are the running ones, to which each training batch
+///   adds `momentum` of its own;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
 /// - ε is `eps`.
 ///
-/// Luo, Ren, Peng, Zhang and Li, 2019, <https://arxiv.org/abs/1806.10779>. The two modes differ, so the layer is a [`ModuleT`]. The dtype
-/// is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once, and keeps `f32` statistics.
+/// Luo, Ren, Peng, Zhang and Li, 2019, <https://arxiv.org/abs/1806.10779>. The two modes differ, so
+/// the layer is a [`ModuleT`]. The dtype is `f16`, `bf16`, `f32` or `f64`; half precision is
+/// computed in `f32` and rounded once, and keeps `f32` statistics.
 #[derive(Debug, Clone)]
 pub struct SwitchNorm {
     params: AffineParams,
     mean_weight: Tensor,
     var_weight: Tensor,
-    /// Neutral ones, in no `VarMap`, where none are tracked.
+    /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: SwitchNormOptions,
     num_features: usize,
 }
 
-/// A [`SwitchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken from `vb`.
+/// A [`SwitchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken
+/// from `vb`.
 ///
-/// Names and shapes are those of the reference implementation, for two spatial axes: `weight` and `bias`, `[1, C, 1, 1]`; `mean_weight`
-/// and `var_weight`, `[3]`; `running_mean` and `running_var`, `[1, C, 1]`. Also `num_batches_tracked` (0 if missing).
+/// Names and shapes are those of the reference implementation, for two spatial axes: `weight` and
+/// `bias`, `[1, C, 1, 1]`; `mean_weight` and `var_weight`, `[3]`; `running_mean` and `running_var`,
+/// `[1, C, 1]`. Also `num_batches_tracked` (0 if missing).
 ///
 /// # Checkpoints of the reference implementation
 /// They load as they are, under these options ([the others](SwitchNormOptions) at their defaults):
@@ -127,9 +168,10 @@ pub struct SwitchNorm {
 /// | `last_gamma=True` | `last_gamma: true`; it matters for new layers only |
 /// | variances by n − 1 | `unbiased: true`, the default |
 ///
-/// With `using_moving_average=False`, the layer there adds up, over k training batches of mean m and variance v, m and v + m², which its training script
-/// turns into averages before it saves them. Sums that were not are to be divided by k, and then the square of the first subtracted from the second. Here,
-/// `momentum: None` and [`recalibrate`](crate::recalibrate) average m and v.
+/// With `using_moving_average=False`, the layer there adds up, over k training batches of mean m
+/// and variance v, m and v + m², which its training script turns into averages before it saves
+/// them. Sums that were not are to be divided by k, and then the square of the first subtracted
+/// from the second. Here, `momentum: None` and [`recalibrate`](crate::recalibrate) average m and v.
 ///
 /// A layer that was never trained has a running variance of 0 there, and of 1 here.
 ///
@@ -159,9 +201,9 @@ pub fn switch_norm(
     check::eps(LAYER, options.eps)?;
     check::momentum(LAYER, options.momentum)?;
     // A tensor of candle has eight axes at the most.
-    check::at_most(LAYER, "spatial_dims", options.spatial_dims, 6)?;
+    at_most(LAYER, "spatial_dims", options.spatial_dims, 6)?;
     if options.last_gamma {
-        check::has_scale(LAYER, "last_gamma", options.affine.has_weight())?;
+        has_scale(LAYER, "last_gamma", options.affine.has_weight())?;
     }
     let mut shape = vec![1; options.spatial_dims + 2];
     shape[1] = num_features;
@@ -191,12 +233,12 @@ impl SwitchNorm {
         self.params.bias()
     }
 
-    /// What the shares of the means are the softmax of: instance, layer, batch.
+    /// Logits of the mixing weights of the means: instance, layer, batch.
     pub fn mean_weight(&self) -> &Tensor {
         &self.mean_weight
     }
 
-    /// What the shares of the variances are the softmax of: instance, layer, batch.
+    /// Logits of the mixing weights of the variances: instance, layer, batch.
     pub fn var_weight(&self) -> &Tensor {
         &self.var_weight
     }
@@ -236,60 +278,152 @@ impl SwitchNorm {
     pub fn running_stats(&self) -> Option<&RunningStats> {
         self.options.using_bn.then_some(&self.stats)
     }
+
+    /// This layer with the running statistics of now and for good, its parameters still trainable.
+    /// The statistics of instances and layers remain those of each input, so that it cannot be
+    /// folded into the layer before.
+    ///
+    /// # Errors
+    /// A negative running variance, which only a direct write to the variable can leave.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::switch_norm(3, 1e-5, vb)?;
+    /// let x = Tensor::randn(5f32, 2., (4, 3, 8, 8), &Device::Cpu)?.flatten_from(2)?;
+    /// norm.forward_t(&x, true)?;
+    /// let frozen = norm.frozen()?;
+    /// let y = frozen.forward(&x)?.to_vec3::<f32>()?;
+    /// assert_eq!(y, norm.forward_t(&x, false)?.to_vec3::<f32>()?);
+    /// // The layer trains on, its frozen statistics do not; both have the same parameters.
+    /// norm.forward_t(&x, true)?;
+    /// assert_eq!(y, frozen.forward(&x)?.to_vec3::<f32>()?);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn frozen(&self) -> Result<FrozenSwitchNorm> {
+        let batch = self.running_stats().map(batch_statistics).transpose()?;
+        let norm = self.clone();
+        Ok(FrozenSwitchNorm { norm, batch })
+    }
+
+    /// `xs` by the mixture with `batch`, and the statistics of the batch where they are its own.
+    fn mixed(&self, xs: &Tensor, batch: SwitchBatch) -> Result<(Tensor, Option<BatchStatistics>)> {
+        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
+        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features)?;
+        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
+        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
+        ops::switch_norm_with(
+            xs,
+            weight.as_ref(),
+            bias.as_ref(),
+            [&self.mean_weight, &self.var_weight],
+            options.sources(batch),
+            options.eps,
+        )
+    }
 }
 
 impl ModuleT for SwitchNorm {
     /// Normalizes `xs`; in inference with the running statistics for those of the batch.
     ///
     /// # Shapes
-    /// `[N, num_features, *]` of rank at least 3, or 2 without spatial axes; the output is contiguous, of the same shape and dtype.
+    /// `[N, num_features, *]` of rank at least 3, or 2 without spatial axes; the output is
+    /// contiguous, of the same shape and dtype.
     ///
     /// # Errors
-    /// An input of another rank, number of channels, dtype or device; one value where a variance is unbiased. No error changes the
-    /// statistics.
+    /// An input of another rank, number of channels, dtype or device; one value where a variance is
+    /// unbiased. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
-        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features)?;
-        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
-        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
-        let apply = |batch| {
-            let shares = [&self.mean_weight, &self.var_weight];
-            let (weight, bias) = (weight.as_ref(), bias.as_ref());
-            ops::switch_norm_with(
-                xs,
-                weight,
-                bias,
-                shares,
-                options.sources(batch),
-                options.eps,
-            )
-        };
-        if !options.using_bn {
-            return Ok(apply(SwitchBatch::Absent)?.0);
+        if !self.options.using_bn {
+            return Ok(self.mixed(xs, SwitchBatch::Absent)?.0);
         }
         if !train {
-            let statistics = self.stats.snapshot()?;
-            let (mean, var) = (
-                statistics.mean.flatten_all()?,
-                statistics.var.flatten_all()?,
-            );
-            return Ok(apply(SwitchBatch::Given(&mean, &var))?.0);
+            let [mean, var] = batch_statistics(&self.stats)?;
+            return Ok(self.mixed(xs, SwitchBatch::Given(&mean, &var))?.0);
         }
-        let (y, statistics) = apply(SwitchBatch::Own)?;
-        if let Some(statistics) = statistics {
-            let count = xs.elem_count() / self.num_features;
-            let correction = options.batch_correction();
-            self.stats
-                .observe(xs, Batch::of_values(statistics, count, correction))?;
-        }
+        let (y, statistics) = self.mixed(xs, SwitchBatch::Own)?;
+        let correction = self.options.batch_correction();
+        self.stats
+            .observe_as(xs, statistics, Taken::OverValues { correction })?;
         Ok(y)
+    }
+}
+
+/// The running mean and variance of each channel as they are now.
+fn batch_statistics(stats: &RunningStats) -> Result<[Tensor; 2]> {
+    let statistics = stats.snapshot()?;
+    Ok([
+        statistics.mean.flatten_all()?,
+        statistics.var.flatten_all()?,
+    ])
+}
+
+/// A [`SwitchNorm`] whose statistics of the batch no longer change: those that it mixes with the
+/// statistics of each instance and layer are the running ones as they were when
+/// [`frozen`](SwitchNorm::frozen) was called.
+///
+/// The parameters are those of the layer itself: they go on training. There is no second mode, so
+/// it is a [`Module`].
+#[derive(Debug, Clone)]
+pub struct FrozenSwitchNorm {
+    norm: SwitchNorm,
+    /// Mean and variance of each channel, if those of the batch are mixed in.
+    batch: Option<[Tensor; 2]>,
+}
+
+impl FrozenSwitchNorm {
+    /// The fixed mean of each channel, if the statistics of the batch are mixed in.
+    pub fn running_mean(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[mean, _]| mean)
+    }
+
+    /// The fixed variance of each channel, if the statistics of the batch are mixed in.
+    pub fn running_var(&self) -> Option<&Tensor> {
+        self.batch.as_ref().map(|[_, var]| var)
+    }
+
+    /// The scale of each channel, if there is one.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.norm.weight()
+    }
+
+    /// The shift of each channel, if there is one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.norm.bias()
+    }
+
+    /// The configuration of the layer.
+    pub fn options(&self) -> &SwitchNormOptions {
+        self.norm.options()
+    }
+}
+
+impl Module for FrozenSwitchNorm {
+    /// Normalizes `xs` with the fixed statistics for those of the batch.
+    ///
+    /// # Shapes
+    /// `[N, num_features, *]` of rank at least 3, or 2 without spatial axes; the output is
+    /// contiguous, of the same shape and dtype.
+    ///
+    /// # Errors
+    /// An input of another rank, number of channels, dtype or device; one value where a variance is
+    /// unbiased.
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let batch = match &self.batch {
+            Some([mean, var]) => SwitchBatch::Given(mean, var),
+            None => SwitchBatch::Absent,
+        };
+        Ok(self.norm.mixed(xs, batch)?.0)
     }
 }
 
 impl Norm for SwitchNorm {
     fn kind(&self) -> &'static str {
-        "switch"
+        SwitchNormOptions::NAMES.name
     }
 
     fn parameters(&self) -> Vec<(&'static str, Tensor)> {
@@ -312,4 +446,22 @@ impl Norm for SwitchNorm {
         }
         self.stats.reset()
     }
+}
+
+fn at_most(layer: &str, name: &str, value: usize, most: usize) -> Result<()> {
+    if value > most {
+        bail!("{layer}: expected {name} of at most {most}, got {value}")
+    }
+    Ok(())
+}
+
+/// Source of the start of a scale.
+fn has_scale(layer: &str, option: &str, scale: bool) -> Result<()> {
+    if !scale {
+        bail!(
+            "{layer}: expected an affine with a scale for {option}, which sets where it starts, \
+            got one without; set {option} to false"
+        )
+    }
+    Ok(())
 }

@@ -15,11 +15,11 @@ pub(crate) struct Batch {
     pub(super) mean: Option<Tensor>,
     pub(super) var: Tensor,
     kind: Kind,
-    /// How much of it there is: values of a channel, or samples.
+    /// Size of the batch: values of a channel, or samples.
     count: f64,
 }
 
-/// How the variances of two batches make that of both.
+/// Rule by which the variances of two batches make that of both.
 #[derive(Clone, Copy, PartialEq)]
 struct Kind {
     /// A variance of n values was divided by n less this.
@@ -29,35 +29,36 @@ struct Kind {
     about_mean: bool,
 }
 
+/// Way in which the statistics of a batch were taken.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Taken {
+    /// Over all values of a channel: the variance of n values is divided by n less `correction`.
+    OverValues { correction: usize },
+    /// Over all values of a channel, without a mean: the variance is an unbiased mean square.
+    AboutZero,
+    /// Averages over samples of the statistics of each.
+    OfSamples,
+}
+
 impl Batch {
-    /// Of values whose variance is divided by their `count` less `correction`.
-    pub(super) fn of_values(batch: BatchStatistics, count: usize, correction: usize) -> Self {
+    /// The `statistics` of the training batch `x`.
+    pub(super) fn new(x: &Tensor, statistics: BatchStatistics, taken: Taken) -> Self {
+        let values = x.elem_count() / statistics.mean.elem_count().max(1);
+        let (correction, has_mean, about_mean, count) = match taken {
+            Taken::OverValues { correction } => (correction, true, true, values),
+            Taken::AboutZero => (1, false, false, values),
+            Taken::OfSamples => (0, true, false, x.dims()[0]),
+        };
         Self {
-            mean: Some(batch.mean),
-            var: batch.var,
+            mean: has_mean.then_some(statistics.mean),
+            var: statistics.var,
             kind: Kind {
                 correction: correction as f64,
-                has_mean: true,
-                about_mean: true,
+                has_mean,
+                about_mean,
             },
             count: count as f64,
         }
-    }
-
-    /// Of values that are not centered: the variance is an unbiased mean square.
-    pub(super) fn without_mean(batch: BatchStatistics, count: usize) -> Self {
-        let mut all = Self::of_values(batch, count, 1);
-        all.mean = None;
-        all.kind.has_mean = false;
-        all.kind.about_mean = false;
-        all
-    }
-
-    /// Averages over samples.
-    pub(super) fn of_samples(batch: BatchStatistics, samples: usize) -> Self {
-        let mut all = Self::of_values(batch, samples, 0);
-        all.kind.about_mean = false;
-        all
     }
 
     fn wide(mut self) -> Result<Self> {
@@ -121,7 +122,7 @@ impl Scope {
         })
     }
 
-    /// In which batches are applied at once, whatever the scope around it pools.
+    /// Scope in which batches are applied at once, whatever the scope around it pools.
     pub(super) fn applying() -> Self {
         Self::open(Frame::Apply)
     }
@@ -191,17 +192,15 @@ pub(super) fn offer(stats: &RunningStats, batch: Batch) -> Result<Option<Batch>>
 /// Runs `f`, in which no forward in training changes running statistics or their counters.
 ///
 /// For forwards beside the one that counts: activations that are computed again for the backward
-/// (activation checkpointing), the second
-/// step of sharpness-aware minimization, gradient penalties. The layers normalize by their batch as
-/// ever, and return the same errors.
+/// (activation checkpointing), the second step of sharpness-aware minimization, gradient penalties.
+/// The layers normalize by their batch as ever, and return the same errors.
 ///
 /// The scope is one of this thread, as [`with_path`](crate::with_path) is: other threads that train
-/// the layer go on updating it, and a forward that
-/// `f` hands to another thread is not in it. On a thread of rayon's pool that waits, rayon may run
-/// another task of the pool, which is then in the scope
-/// too: do not train other layers in tasks of the same pool meanwhile. Scopes nest, and a panic in
-/// `f` ends the scope. [`RunningStats::reset`],
-/// [`RunningStats::restore`] and [`RunningStats::set_momentum`] act in it as they do outside.
+/// the layer go on updating it, and a forward that `f` hands to another thread is not in it. On a
+/// thread of rayon's pool that waits, rayon may run another task of the pool, which is then in the
+/// scope too: do not train other layers in tasks of the same pool meanwhile. Scopes nest, and a
+/// panic in `f` ends the scope. [`RunningStats::reset`], [`RunningStats::restore`] and
+/// [`RunningStats::set_momentum`] act in it as they do outside.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -226,26 +225,22 @@ pub fn without_updates<T>(f: impl FnOnce() -> T) -> T {
 /// one batch.
 ///
 /// For gradients that are accumulated over micro-batches. BatchNorm's running mean and variance are
-/// then what one batch of all of them had
-/// left, `(Σ (nₖ − 1) vₖ + Σ nₖ (mₖ − m)²) / (n − 1)`, where an update for each micro-batch would
-/// leave out how far their means mₖ are from the
-/// mean m of all n values. SwitchNorm's are pooled likewise, InstanceNorm's averaged over all
-/// samples. Micro-batches may differ in size. The
-/// update has the weight of one batch, and counts as one.
+/// then what one batch of all of them had left, `(Σ (nₖ − 1) vₖ + Σ nₖ (mₖ − m)²) / (n − 1)`, where
+/// an update for each micro-batch would leave out how far their means mₖ are from the mean m of all
+/// n values. SwitchNorm's are pooled likewise, InstanceNorm's averaged over all samples.
+/// Micro-batches may differ in size. The update has the weight of one batch, and counts as one.
 ///
 /// Only the statistics for inference are pooled. **Each micro-batch is still normalized by its own
-/// statistics**: output and gradients are
-/// those of small batches, and training is not the same as with one large batch. Where that
-/// matters, take a norm that does not depend on the batch,
-/// such as [`GroupNorm`](crate::GroupNorm), or [`frozen`](crate::BatchNorm::frozen) statistics. On
-/// the composed path the means that are pooled are rounded to
-/// `f32` first, in a model that is not `f64`.
+/// statistics**: output and gradients are those of small batches, and training is not the same as
+/// with one large batch. Where that matters, take a norm that does not depend on the batch, such as
+/// [`GroupNorm`](crate::GroupNorm), or [`frozen`](crate::BatchNorm::frozen) statistics. On the
+/// composed path the means that are pooled are rounded to `f32` first, in a model that is not
+/// `f64`.
 ///
 /// The scope is one of this thread, with the same limits as [`without_updates`]: forwards on other
-/// threads update at once. In a scope within a scope, the outer one gets what the inner one
-/// pooled; within [`without_updates`] nothing is pooled. Layers built from the same variables pool
-/// together. [`recalibrate`](crate::recalibrate)
-/// takes its own batches one by one.
+/// threads update at once. In a scope within a scope, the outer one gets what the inner one pooled;
+/// within [`without_updates`] nothing is pooled. Layers built from the same variables pool
+/// together. [`recalibrate`](crate::recalibrate) takes its own batches one by one.
 ///
 /// # Errors
 /// Errors of `f`. Then no statistics change, also those of the micro-batches before; the same if
@@ -260,7 +255,8 @@ pub fn without_updates<T>(f: impl FnOnce() -> T) -> T {
 /// let norm = batch_norm(1, 1e-5, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
 /// let mut optimizer = SGD::new(trainable_vars(&vars), 0.1)?;
 /// let target = Tensor::new(&[[0f64], [1.]], &Device::Cpu)?;
-/// let micro_batches = [[[0f64], [2.]], [[4.], [6.]]].map(|b| Tensor::new(&b, &Device::Cpu).unwrap());
+/// let micro_batches = [[[0f64], [2.]], [[4.], [6.]]];
+/// let micro_batches = micro_batches.map(|b| Tensor::new(&b, &Device::Cpu).unwrap());
 /// let loss = pool_updates(|| {
 ///     let losses = micro_batches.iter().map(|x| loss::mse(&norm.forward_train(x)?, &target));
 ///     let losses = losses.collect::<candle_core::Result<Vec<_>>>()?;

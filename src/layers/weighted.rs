@@ -1,4 +1,5 @@
-//! candle-nn's layers as this crate sees them: a weight, a bias, and a linear map that they stand for.
+//! candle-nn's layers as this crate sees them: a weight, a bias, and a linear map that they stand
+//! for.
 
 use candle_core::{Result, Tensor};
 use candle_nn::{
@@ -21,7 +22,7 @@ pub(crate) mod sealed {
     use super::{LinearMap, Tensor};
 
     pub trait Layer: Sized + Clone + std::fmt::Debug + Send + Sync {
-        /// What the layer has besides its weight and bias.
+        /// Configuration besides weight and bias.
         type Config: Clone + Copy + std::fmt::Debug + Send + Sync;
         fn weight(&self) -> &Tensor;
         fn bias(&self) -> Option<&Tensor>;
@@ -176,7 +177,7 @@ impl Plain {
         stored(vb, &outputs.into(), BIAS).is_some()
     }
 
-    /// Of plain values: no gradient leads back.
+    /// A layer of plain values: no gradient leads back.
     pub(super) fn of_values(map: LinearMap, weight: &Tensor, bias: Option<&Tensor>) -> Self {
         Self {
             map,

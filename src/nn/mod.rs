@@ -8,17 +8,18 @@
 //!
 //! | name | what it is here |
 //! | --- | --- |
-//! | `BatchNorm`, `LayerNorm`, `RmsNorm`, `GroupNorm`, and the functions that build them | [`BatchNorm`], [`LayerNorm`], [`RmsNorm`], [`GroupNorm`] |
-//! | `Conv1d`, `ConvTranspose1d`, and the functions that build them | [`Conv1d`], [`ConvTranspose1d`] |
-//! | `ops::{layer_norm, layer_norm_slow, rms_norm, rms_norm_slow, softmax_last_dim}` | functions of [`ops`] with every gradient |
+//! | `BatchNorm`, `LayerNorm`, and the functions that build them | [`BatchNorm`], [`LayerNorm`] |
+//! | `RmsNorm`, `GroupNorm`, and the functions that build them | [`RmsNorm`], [`GroupNorm`] |
+//! | `Conv1d`, `ConvTranspose1d`, and their functions | [`Conv1d`], [`ConvTranspose1d`] |
+//! | `ops::{layer_norm, layer_norm_slow, rms_norm, rms_norm_slow}` | the same with every gradient |
+//! | `ops::softmax_last_dim` | the same with every gradient |
 //! | `rotary_emb::{rope, rope_i, rope_thd}` | functions of [`rotary_emb`] with every gradient |
 //! | all else: `VarBuilder`, `VarMap`, `Linear`, `Conv2d`, `AdamW`, `loss`, … | candle-nn's own |
 //!
 //! The functions here take what candle's take and nothing more, so that types are inferred as
-//! there; those at the root of this crate also take
-//! its options. `Conv2d::absorb_bn` is the one method that takes candle's own norm:
-//! [`BatchNorm::fold_into`] is in its place. `ops::sdpa`, which exists on
-//! Metal alone, is candle's own and passes no gradients on.
+//! there; those at the root of this crate also take its options. `Conv2d::absorb_bn` is the one
+//! method that takes candle's own norm: [`BatchNorm::fold_into`] is in its place. `ops::sdpa`,
+//! which exists on Metal alone, is candle's own and passes no gradients on.
 //!
 //! ```
 //! use candle_core::{DType, Device, Result, Tensor};
@@ -59,7 +60,8 @@ pub use crate::layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
 };
 pub use crate::layers::group_norm::GroupNorm;
-pub use crate::layers::layer_norm::{LayerNorm, RmsNorm};
+pub use crate::layers::layer_norm::LayerNorm;
+pub use crate::layers::rms_norm::RmsNorm;
 
 pub mod ops;
 pub mod rotary_emb;

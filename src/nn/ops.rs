@@ -44,8 +44,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 }
 
 /// Root-mean-square normalization over the trailing axes, which are those of `alpha`:
-/// [`ops::rms_norm`] with candle's
-/// signature.
+/// [`ops::rms_norm`] with candle's signature.
 ///
 /// `y = xs / √(mean(xs²) + eps) · alpha`
 ///
@@ -60,8 +59,7 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 }
 
 /// [`rms_norm`] that rounds half precision where candle's does: before it multiplies by `alpha`,
-/// and after. In `f32` and `f64` both are the
-/// same.
+/// and after. In `f32` and `f64` both are the same.
 ///
 /// # Errors
 /// Those of [`rms_norm`].
@@ -73,9 +71,8 @@ pub fn rms_norm_slow(x: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 /// Softmax along the last axis.
 ///
 /// `y = exp(xs − max) / Σ exp(xs − max)`, for each row by itself. It is composed of candle's tensor
-/// operations and differentiable to any
-/// order; half precision is computed in `f32` and rounded once. A row of −∞ alone gives NaN, as in
-/// PyTorch.
+/// operations and differentiable to any order; half precision is computed in `f32` and rounded
+/// once. A row of −∞ alone gives NaN, as in PyTorch.
 ///
 /// # Shapes
 /// `xs`: `[*, N]`; the result as `xs`, contiguous.

@@ -16,14 +16,14 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 pub use candle_nn::rotary_emb::*;
 
 use crate::computations::composed;
 use crate::ops::check;
 
-/// How the pairs of elements that are rotated together lie in a tensor.
+/// Layout of the pairs of elements that are rotated together.
 #[derive(Clone, Copy)]
 struct Pairs {
     name: &'static str,
@@ -101,7 +101,7 @@ fn rotated(
         interleaved,
     } = pairs;
     check::float(name, "input", xs)?;
-    check::rotation(name, xs, positions, [("cos", cos), ("sin", sin)])?;
+    rotation(name, xs, positions, [("cos", cos), ("sin", sin)])?;
     // candle's kernel takes factors of each sample to be of as many positions as the input.
     let here = |t: &Tensor| t.narrow(t.rank() - 2, 0, xs.dims()[positions]);
     let (cos, sin) = (here(cos)?, here(sin)?);
@@ -134,4 +134,42 @@ fn rotated(
         false => Tensor::cat(&[first, second], 3)?,
     };
     y.to_dtype(xs.dtype())?.contiguous()
+}
+
+/// The input and the factors of a rotary embedding, with the positions along axis `positions` of
+/// the input.
+fn rotation(
+    layer: &str,
+    x: &Tensor,
+    positions: usize,
+    factors: [(&str, &Tensor); 2],
+) -> Result<()> {
+    let layout = ["[B, T, H, D]", "[B, H, T, D]"][positions - 1];
+    let &[batch, _, _, len] = x.dims() else {
+        bail!("{layer}: expected an input {layout}, got {:?}", x.dims())
+    };
+    if !len.is_multiple_of(2) {
+        bail!(
+            "{layer}: expected an even D of {layout}, got {:?}",
+            x.dims()
+        )
+    }
+    let steps = x.dims()[positions];
+    for (name, factor) in factors {
+        let (outer, rest) = factor.dims().split_at(factor.rank().saturating_sub(2));
+        let fits = matches!(rest, [t, d] if *t >= steps && *d == len / 2);
+        if !fits || !(outer.is_empty() || outer == [batch]) {
+            bail!(
+                "{layer}: expected {name} of [T', {half}] or [{batch}, T', {half}] with T' of at \
+                 least {steps} for an input {:?} \
+                 as {layout}, got {:?}",
+                x.dims(),
+                factor.dims(),
+                half = len / 2
+            )
+        }
+        check::dtype(layer, name, factor, x.dtype())?;
+        check::same_device(layer, name, factor, x.device())?;
+    }
+    Ok(())
 }

@@ -1,16 +1,18 @@
-//! Linear layers and convolutions whose gradients are right on the CPU, out of candle's two-dimensional ones.
+//! Linear layers and convolutions whose gradients are right on the CPU, out of candle's
+//! two-dimensional ones.
 //!
-//! candle's `conv1d` has a wrong weight gradient, its `conv_transpose1d` no gradient at all, the backward of its `conv2d` assumes
-//! that both axes leave the same number of trailing elements unused, and its products of a transposed tensor with a
-//! broadcast one are wrong. Here every product is one of two matrices, and every convolution a two-dimensional one over
-//! exactly the elements that it uses, padded beforehand and trimmed afterwards.
+//! candle's `conv1d` has a wrong weight gradient, its `conv_transpose1d` no gradient at all, the
+//! backward of its `conv2d` assumes that both axes leave the same number of trailing elements
+//! unused, and its products of a transposed tensor with a broadcast one are wrong. Here every
+//! product is one of two matrices, and every convolution a two-dimensional one over exactly the
+//! elements that it uses, padded beforehand and trimmed afterwards.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::check;
 use crate::computations::composed;
 
-/// What a weight and a bias do to an input.
+/// The linear map that a weight and a bias apply to an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LinearMap {
     /// `x · weightᵀ` along the last axis.
@@ -19,7 +21,7 @@ pub(crate) enum LinearMap {
     Convolution(Geometry),
 }
 
-/// How a kernel moves, the same along every axis.
+/// Geometry of a convolution, the same along every axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {
     pub(crate) transposed: bool,
@@ -49,8 +51,8 @@ impl LinearMap {
             }
             Self::Convolution(g) => g,
         };
-        check::geometry(layer, &g)?;
-        check::grouped_channels(layer, g.groups, inputs, outputs)?;
+        geometry(layer, &g)?;
+        grouped_channels(layer, g.groups, inputs, outputs)?;
         let mut shape = match g.transposed {
             false => vec![outputs, inputs / g.groups],
             true => vec![inputs, outputs / g.groups],
@@ -71,18 +73,17 @@ impl LinearMap {
         }
     }
 
-    /// How many outputs there are, of a weight that anyone may have made. `name` is what a message
-    /// calls it.
+    /// Number of outputs of a weight that anyone may have made. `name` is what a message calls it.
     pub(crate) fn checked_outputs(self, layer: &str, name: &str, weight: &Tensor) -> Result<usize> {
         let Self::Convolution(g) = self else {
-            check::rank(layer, name, weight, 2)?;
+            rank(layer, name, weight, 2)?;
             return Ok(self.outputs(weight).1);
         };
-        check::geometry(layer, &g)?;
-        check::rank(layer, name, weight, 2 + g.axes)?;
+        geometry(layer, &g)?;
+        rank(layer, name, weight, 2 + g.axes)?;
         let outputs = self.outputs(weight).1;
         if g.transposed {
-            check::grouped_channels(layer, g.groups, weight.dims()[0], outputs)?;
+            grouped_channels(layer, g.groups, weight.dims()[0], outputs)?;
         }
         Ok(outputs)
     }
@@ -120,7 +121,8 @@ impl LinearMap {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         check::float(layer, "input", x)?;
-        // candle has no half-precision conv2d on the CPU, and adds up its products in half precision elsewhere.
+        // candle has no half-precision conv2d on the CPU, and adds up its products in half
+        // precision elsewhere.
         let acc = composed::accumulator(x.dtype());
         let parameter = |name, value: &Tensor| {
             check::param_dtype(layer, name, value, x)?;
@@ -142,7 +144,7 @@ impl LinearMap {
 }
 
 fn dense(layer: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    check::rank(layer, "weight", weight, 2)?;
+    rank(layer, "weight", weight, 2)?;
     let (outputs, inputs) = weight.dims2()?;
     check::features(layer, x, inputs)?;
     let mut dims = x.dims().to_vec();
@@ -167,22 +169,22 @@ impl Geometry {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        check::geometry(layer, &self)?;
-        check::rank(layer, "weight", weight, 2 + self.axes)?;
-        check::rank(layer, "input", x, 2 + self.axes)?;
+        geometry(layer, &self)?;
+        rank(layer, "weight", weight, 2 + self.axes)?;
+        rank(layer, "input", x, 2 + self.axes)?;
         let inputs = match self.transposed {
             false => weight.dims()[1].saturating_mul(self.groups),
             true => weight.dims()[0],
         };
         let outputs = LinearMap::Convolution(self).outputs(weight).1;
-        check::grouped_channels(layer, self.groups, inputs, outputs)?;
+        grouped_channels(layer, self.groups, inputs, outputs)?;
         check::channels(layer, x, inputs)?;
         let mut dims = vec![x.dims()[0], outputs];
         let mut padded = vec![x.dims()[0], inputs.max(outputs)];
         for axis in 2..x.rank() {
             let (size, kernel) = (x.dims()[axis], weight.dims()[axis]);
             let output = self.output_size(size, kernel);
-            dims.push(check::kernel_fits(layer, output, x, weight, &self)?);
+            dims.push(kernel_fits(layer, output, x, weight, &self)?);
             padded.extend(self.padded_size(size, kernel));
         }
         check::countable(layer, "a padded tensor", &padded)?;
@@ -211,7 +213,8 @@ impl Geometry {
             .checked_add(1)
     }
 
-    /// The size of an axis with its padding: of the input, or, transposed, of the output that it is taken off from.
+    /// The size of an axis with its padding: of the input, or, transposed, of the output that it is
+    /// taken off from.
     fn padded_size(self, size: usize, kernel: usize) -> Option<usize> {
         if self.transposed {
             let moved = size.checked_sub(1)?.checked_mul(self.stride)?;
@@ -275,7 +278,8 @@ impl Geometry {
     }
 }
 
-/// A result that no element of the input reaches: the bias where there are outputs, with gradients of zero for the rest.
+/// A result that no element of the input reaches: the bias where there are outputs, with gradients
+/// of zero for the rest.
 fn empty(
     dims: &[usize],
     channel_axis: usize,
@@ -295,4 +299,71 @@ fn empty(
         .flatten()
         .collect();
     composed::anchored(&y, &reached)
+}
+
+fn geometry(layer: &str, g: &Geometry) -> Result<()> {
+    for (name, value) in [
+        ("stride", g.stride),
+        ("dilation", g.dilation),
+        ("groups", g.groups),
+    ] {
+        if value == 0 {
+            bail!("{layer}: expected {name} of at least 1, got 0")
+        }
+    }
+    if g.output_padding > 0 && g.output_padding >= g.stride.max(g.dilation) {
+        bail!(
+            "{layer}: expected output_padding below the stride or the dilation, got {} for stride \
+            {} and dilation {}",
+            g.output_padding,
+            g.stride,
+            g.dilation
+        )
+    }
+    Ok(())
+}
+
+fn rank(layer: &str, name: &str, x: &Tensor, expected: usize) -> Result<()> {
+    if x.rank() != expected {
+        let hint = match name == "input" && x.rank() + 1 == expected {
+            true => check::NO_BATCH_AXIS,
+            false => "",
+        };
+        bail!(
+            "{layer}: expected {name} of rank {expected}, got shape {:?}{hint}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+fn grouped_channels(layer: &str, groups: usize, inputs: usize, outputs: usize) -> Result<()> {
+    if !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
+        bail!(
+            "{layer}: expected groups ({groups}) to divide the channels, got {inputs} in and \
+            {outputs} out"
+        )
+    }
+    Ok(())
+}
+
+/// The size of an output axis, if there is one.
+fn kernel_fits(
+    layer: &str,
+    output: Option<usize>,
+    x: &Tensor,
+    weight: &Tensor,
+    g: &Geometry,
+) -> Result<usize> {
+    match output {
+        Some(size) => Ok(size),
+        None => bail!(
+            "{layer}: expected an input that the kernel fits, got size {:?} for weight shape {:?}, \
+            padding {}, dilation {}",
+            x.dims(),
+            weight.dims(),
+            g.padding,
+            g.dilation
+        ),
+    }
 }

@@ -7,25 +7,26 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Result, Tensor};
 
+use super::check;
 use super::watch::Watch;
 use super::{
-    DriftEvent, DriftOptions, DriftReport, Features, Nan, Scaler, Seen, State, from_state,
+    DriftEvent, DriftOptions, DriftReport, Features, Nan, ParseOptionError, Scaler, Seen, State,
+    from_state,
 };
-use crate::ops::check;
 
 const LAYER: &str = "AdaptiveScaler";
 const VERSION: u32 = 1;
 
-/// What an [`AdaptiveScaler`] is fitted to after an event.
+/// Data that an [`AdaptiveScaler`] is fitted to after an event.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum OnDrift {
     /// The recent rows.
     Refit,
-    /// Of each feature recent values, and values of what it was fitted to before: as many, evenly
-    /// spaced, as leave the recent ones this
-    /// share of all, between 0 and 1.
+    /// Recent values of each feature, and values of what it was fitted to before: as many, evenly
+    /// spaced, as leave the recent ones this share of all, between 0 and 1.
     Blend(f64),
 }
 
@@ -39,39 +40,41 @@ impl fmt::Display for OnDrift {
 }
 
 impl FromStr for OnDrift {
-    type Err = String;
+    type Err = ParseOptionError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, ParseOptionError> {
         let blend = |share: &str| share.parse().ok().map(Self::Blend);
         match text {
             "refit" => Some(Self::Refit),
             _ => text.strip_prefix("blend ").and_then(blend),
         }
-        .ok_or_else(|| format!("{text:?} is neither refit nor blend with a share"))
+        .ok_or_else(|| ParseOptionError::new(text, "refit nor blend with a share"))
     }
 }
 
-/// A scaler and the monitor that watches its data: after an event the scaler is fitted anew, and the monitor compares with what it was
-/// fitted to.
+/// A scaler and the monitor that watches its data: after an event the scaler is fitted anew, and
+/// the monitor compares with what it was fitted to.
 ///
-/// Rows go in by [`observe`](Self::observe), and are scaled by [`transform`](Scaler::transform): first the one or first the other, as the
-/// rows should be scaled with or without themselves. The scaler is replaced as a whole, so that other threads see the old or the new one.
+/// Rows go in by [`observe`](Self::observe), and are scaled by [`transform`](Scaler::transform):
+/// first the one or first the other, as the rows should be scaled with or without themselves. The
+/// scaler is replaced as a whole, so that other threads see the old or the new one.
 ///
-/// The recent rows of an event are, in part, from before the change. Where that matters there is a second event, once the rest of them
-/// differs from the mixture.
+/// The recent rows of an event are, in part, from before the change. Where that matters there is a
+/// second event, once the rest of them differs from the mixture.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use candle_norm::scaling::{AdaptiveScaler, DriftOptions, OnDrift, Scaler, StandardScaler};
 ///
-/// let scaler = AdaptiveScaler::new(StandardScaler::default(), DriftOptions::default(), OnDrift::Refit)?;
+/// let options = DriftOptions::default();
+/// let scaler = AdaptiveScaler::new(StandardScaler::default(), options, OnDrift::Refit)?;
 /// let season = |level: f64, rows: usize| {
 ///     let rows: Vec<_> = (0..rows).map(|i| level + (i as f64 * 2.4).sin()).collect();
 ///     Tensor::new(rows, &Device::Cpu)
 /// };
 /// scaler.fit(&season(0., 1000)?)?;
 /// assert!(scaler.observe(&season(0., 400)?)?.is_empty());
-/// // The first event comes early, when most of the recent rows are of before; the second settles it.
+/// // At the first event most of the recent rows are from before; the second settles it.
 /// let events = scaler.observe(&season(9., 600)?)?;
 /// assert_eq!((events[0].step, events[events.len() - 1].step), (410, 620));
 /// let y = scaler.transform(&Tensor::new(&[9f64], &Device::Cpu)?)?;
@@ -86,7 +89,11 @@ pub struct AdaptiveScaler {
 }
 
 impl AdaptiveScaler {
-    /// `scaler`, which is fitted again by `fit` or by events; what it was fitted to before is not known here.
+    /// The name of the type, which messages and files have.
+    pub(super) const KIND: &'static str = LAYER;
+
+    /// `scaler`, which is fitted again by `fit` or by events; what it was fitted to before is not
+    /// known here.
     ///
     /// # Errors
     /// Options outside of their ranges; a scaler and a monitor that do not do the same with NaN.
@@ -101,7 +108,7 @@ impl AdaptiveScaler {
     fn of(scaler: Box<dyn Scaler>, mut watch: Watch, on_drift: OnDrift) -> Result<Self> {
         if let OnDrift::Blend(share) = on_drift {
             let holds = share > 0. && share < 1.;
-            check::scaling::option(
+            check::option(
                 LAYER,
                 "the share of a blend",
                 holds,
@@ -109,7 +116,7 @@ impl AdaptiveScaler {
                 &share,
             )?;
         }
-        check::series::same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
+        check::same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
         if let Some(names) = scaler.features().names() {
             watch.set_names(names.to_vec())?;
         }
@@ -123,7 +130,8 @@ impl AdaptiveScaler {
     /// The scaler that `state` is of, which goes on as that would have.
     ///
     /// # Errors
-    /// A state of another kind or version, one that is damaged, or one around a scaler that is not of this crate.
+    /// A state of another kind or version, one that is damaged, or one around a scaler that is not
+    /// of this crate.
     pub fn from_state(state: &State) -> Result<Self> {
         let (scaler, watch, on_drift) = parts(state)?;
         Self::of(from_state(&scaler)?, watch, on_drift)
@@ -133,12 +141,13 @@ impl AdaptiveScaler {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A [`snapshot`](Scaler::snapshot) of the scaler that it wraps: fitting that would say nothing to the monitor.
+    /// A [`snapshot`](Scaler::snapshot) of the scaler that it wraps: fitting that would say nothing
+    /// to the monitor.
     pub fn scaler(&self) -> Box<dyn Scaler> {
         self.scaler.snapshot()
     }
 
-    /// What is done after an event.
+    /// Reaction to an event.
     pub fn on_drift(&self) -> OnDrift {
         self.on_drift
     }
@@ -151,20 +160,20 @@ impl AdaptiveScaler {
         self.lock().report()
     }
 
-    /// Takes in rows `[N, features...]` in their order; where metrics cross their thresholds, returns the events and fits the scaler anew.
+    /// Takes in rows `[N, features...]` in their order; where metrics cross their thresholds,
+    /// returns the events and fits the scaler anew.
     ///
     /// Rows that come in one call give what they give one by one. A feature with fewer than two
-    /// values since the last event, as that of a
-    /// sensor that has gone silent, is fitted to what it was fitted to before, and the others to
-    /// their recent values.
+    /// values since the last event, as that of a sensor that has gone silent, is fitted to what it
+    /// was fitted to before, and the others to their recent values.
     ///
     /// # Errors
-    /// - A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler nor monitor has changed then.
+    /// - A scaler that was not fitted; rows as [`fit`](Scaler::fit) refuses them. Neither scaler
+    ///   nor monitor has changed then.
     /// - After an event, recent rows that the scaler refuses to be fitted to. All rows count then,
-    ///   scaler and reference stay as they were, and
-    ///   the next event tries again. The message has the first event that it befell; the next call
-    ///   that succeeds returns all events of
-    ///   this one before its own. A [`state`](Scaler::state) does not have them.
+    ///   scaler and reference stay as they were, and the next event tries again. The message has
+    ///   the first event that it befell; the next call that succeeds returns all events of this one
+    ///   before its own. A [`state`](Scaler::state) does not have them.
     pub fn observe(&self, x: &Tensor) -> Result<Vec<DriftEvent>> {
         self.observe_by(&mut self.lock(), x)
     }
@@ -186,20 +195,22 @@ impl AdaptiveScaler {
                 match self.answer(watch) {
                     Ok(rows) => fitted = Some(rows),
                     Err(error) => {
-                        done = done.and(check::series::refitted(LAYER, event, Err(error)));
+                        done = done.and(check::refitted(LAYER, event, Err(error)));
                     }
                 }
             }
             events.extend(now);
         }
-        // Whoever transforms meanwhile sees the scaler before this call or after it, and none that was fitted in between.
+        // Whoever transforms meanwhile sees the scaler before this call or after it, and none that
+        // was fitted in between.
         if let Some(rows) = fitted {
             done = done.and(self.scaler.fit(&rows));
         }
         Ok((events, done))
     }
 
-    /// Gives the monitor a new reference after an event, which it returns; changes nothing where the scaler cannot be fitted to it.
+    /// Gives the monitor a new reference after an event, which it returns; changes nothing where
+    /// the scaler cannot be fitted to it.
     fn answer(&self, watch: &mut Watch) -> Result<Tensor> {
         let values = watch.next_reference(|before, recent| match self.on_drift {
             OnDrift::Refit => recent.to_vec(),
@@ -245,7 +256,7 @@ fn evenly(values: &[f64], count: usize) -> Vec<f64> {
     (1..=count).map(|i| values[place(i)]).collect()
 }
 
-super::files!(AdaptiveScaler);
+super::files!(impl AdaptiveScaler);
 
 impl Scaler for AdaptiveScaler {
     fn kind(&self) -> &'static str {
@@ -276,7 +287,7 @@ impl Scaler for AdaptiveScaler {
 
     /// Always an error: the monitor compares rows as they come.
     fn fit_weighted(&self, _: &Tensor, _: &Tensor) -> Result<()> {
-        check::scaling::no_weights(LAYER, "leave out rows that should not count")
+        check::no_weights(LAYER, "leave out rows that should not count")
     }
 
     /// Always an error, as that of [`fit_weighted`](Scaler::fit_weighted).
@@ -285,8 +296,7 @@ impl Scaler for AdaptiveScaler {
     }
 
     /// [`observe`](AdaptiveScaler::observe) without its events; before any data, `fit`. Rows change
-    /// the scaler when there is
-    /// an event, and not before.
+    /// the scaler when there is an event, and not before.
     fn partial_fit(&self, x: &Tensor) -> Result<()> {
         let mut watch = self.lock();
         match watch.reference.is_some() {
@@ -295,9 +305,10 @@ impl Scaler for AdaptiveScaler {
         }
     }
 
-    /// Always an error: the rows that one of two scalers was fitted to are no reference for the other.
+    /// Always an error: the rows that one of two scalers was fitted to are no reference for the
+    /// other.
     fn merge(&self, _: &dyn Scaler) -> Result<()> {
-        check::scaling::unsupported(
+        check::unsupported(
             LAYER,
             "data whose order does not matter to be merged",
             "merge scalers first, and wrap the result",
@@ -346,18 +357,18 @@ impl Scaler for AdaptiveScaler {
 
     fn restore(&self, state: &State) -> Result<()> {
         let (scaler, watch, on_drift) = parts(state)?;
-        check::series::same_reaction(LAYER, &self.on_drift, &on_drift)?;
+        check::same_reaction(LAYER, &self.on_drift, &on_drift)?;
         let mut current = self.lock();
         let rehearsal = self.scaler.snapshot();
         rehearsal.restore(&scaler)?;
-        check::series::same_nan(LAYER, &rehearsal.nan(), &watch.options.nan)?;
+        check::same_nan(LAYER, &rehearsal.nan(), &watch.options.nan)?;
         self.scaler.restore(&scaler)?;
         *current = watch;
         Ok(())
     }
 }
 
-/// What a state is made of.
+/// Content of a state.
 fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
     state.require(LAYER, VERSION)?;
     let part = |part: &str| -> Result<State> {
@@ -373,7 +384,7 @@ fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
     scaler.features().joined(LAYER, &watch.features)?;
     if watch.reference.is_some() {
         let counts = Some(scaler.counts()?).filter(|seen| !seen.is_empty());
-        check::scaling::present(
+        check::present(
             LAYER,
             "data of the scaler, of which the monitor has some",
             counts,

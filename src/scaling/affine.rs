@@ -1,21 +1,22 @@
-//! The transformation itself: a center, a scale and an offset for each feature, by tensor operations.
+//! The transformation itself: a center, a scale and an offset for each feature, by tensor
+//! operations.
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::Features;
-use crate::ops::check;
+use super::check;
 
 /// `y = (x − center) / scale + offset` of one feature.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Map {
-    /// In two numbers, of which the second is what the first was rounded by.
+pub struct Map {
+    /// Center in two numbers, the second of which is the rounding error of the first.
     pub(super) center: [f64; 2],
     pub(super) scale: f64,
     pub(super) offset: f64,
 }
 
 impl Map {
-    /// That of a feature of which there are no values: whatever it is given becomes NaN.
+    /// Map of a feature without values: every input becomes NaN.
     pub(super) const UNKNOWN: Self = Self {
         center: [f64::NAN, 0.],
         scale: f64::NAN,
@@ -28,8 +29,7 @@ impl Map {
 }
 
 /// The standard deviation of a variance; 1 where it is below the resolution of an `f64` at the
-/// mean. A variance that is not a number stays
-/// that, and is refused.
+/// mean. A variance that is not a number stays that, and is refused.
 pub(super) fn scale_of(mean: f64, var: f64) -> f64 {
     let std = var.sqrt();
     match std <= f64::EPSILON * mean.abs() {
@@ -49,7 +49,8 @@ impl Affine {
     pub(super) fn transform(&self, layer: &str, features: &Features, x: &Tensor) -> Result<Tensor> {
         along_features(layer, features, x, |x| {
             let map = self.on(layer, features, &x)?;
-            // Two steps: the first is exact for values near the center, of which the second number may be lost.
+            // Two steps: the first is exact for values near the center, of which the second number
+            // may be lost.
             let mut y = x.broadcast_sub(&map.high)?;
             if let Some(low) = &map.low {
                 y = y.broadcast_sub(low)?;
@@ -91,7 +92,7 @@ impl Affine {
                 0. => f64::INFINITY,
                 scale => round(map.center[0]) + scale + round(map.offset),
             };
-            check::scaling::representable(layer, &features.label(i), held, dtype)?;
+            check::representable(layer, &features.label(i), held, dtype)?;
         }
         Ok(())
     }
@@ -119,7 +120,8 @@ impl Affine {
     }
 }
 
-/// `y` within a range. The gradient of what is cut is 0; that of the ends of the range, which are not, is whole, and NaN stays NaN.
+/// `y` within a range. The gradient of what is cut is 0; that of the ends of the range, which are
+/// not, is whole, and NaN stays NaN.
 fn cut(y: &Tensor, [low, high]: [f64; 2]) -> Result<Tensor> {
     let zeros = y.zeros_like()?;
     let at_least = y.lt(low)?.where_cond(&(&zeros + low)?, y)?;
@@ -149,7 +151,8 @@ struct Tensors {
     offset: Option<Tensor>,
 }
 
-/// Applies `f` to `x` as `[N, features]`, in `f64` for `f64` and else in `f32`; the result has the shape and dtype of `x`.
+/// Applies `f` to `x` as `[N, features]`, in `f64` for `f64` and else in `f32`; the result has the
+/// shape and dtype of `x`.
 pub(super) fn along_features(
     layer: &str,
     features: &Features,

@@ -12,18 +12,20 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
 use super::State;
-use crate::files;
-use crate::ops::check;
+use super::check;
+use crate::support::files;
 
 const LAYER: &str = "Archive";
 
-/// What the keys of the metadata begin with, before the prefix of a part.
+/// Start of the keys of the metadata, before the prefix of a part.
 const KEY: &str = "candle_norm:";
 
-/// The contents of a safetensors file that holds states, each under a prefix, and any other tensors, such as a model's variables.
+/// The contents of a safetensors file that holds states, each under a prefix, and any other
+/// tensors, such as a model's variables.
 ///
-/// A state under the prefix `p` has its tensors at `p.NAME`, and in the metadata, at the key `candle_norm:p`, a JSON object: `kind`, `version`,
-/// `axes` and `names` of the features, the counts `values` and `nan` of each, `options`. Readers of safetensors that know nothing of
+/// A state under the prefix `p` has its tensors at `p.NAME`, and in the metadata, at the key
+/// `candle_norm:p`, a JSON object: `kind`, `version`, `axes` and `names` of the features, the
+/// counts `values` and `nan` of each, `options`. Readers of safetensors that know nothing of
 /// scalers, `VarMap::load` among them, take the other tensors and leave these.
 ///
 /// ```
@@ -69,9 +71,9 @@ impl Archive {
         let taken = self.tensors.keys().any(inside)
             || self.parts().iter().any(inside)
             || belongs(&start, &self.starts());
-        check::scaling::free_name(LAYER, prefix, taken)?;
+        check::free_name(LAYER, prefix, taken)?;
         for (name, tensor) in state.tensors() {
-            check::scaling::writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
+            check::writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
         }
         let named = state.tensors().iter();
         self.tensors
@@ -106,15 +108,14 @@ impl Archive {
     ///
     /// # Errors
     /// A name is in use, or begins with the prefix of a state and a dot, or a variable is of a
-    /// dtype that cannot be written; nothing is added
-    /// then.
+    /// dtype that cannot be written; nothing is added then.
     pub fn put_vars(&mut self, vars: &VarMap) -> Result<()> {
         let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
         let starts = self.starts();
         for (name, var) in vars.iter() {
             let taken = self.tensors.contains_key(name) || belongs(name, &starts);
-            check::scaling::free_name(LAYER, name, taken)?;
-            check::scaling::writable(LAYER, name, var.dtype())?;
+            check::free_name(LAYER, name, taken)?;
+            check::writable(LAYER, name, var.dtype())?;
         }
         let mut named = BTreeMap::new();
         for (name, var) in vars.iter() {
@@ -143,10 +144,10 @@ impl Archive {
             let mut others: Vec<String> = self.others().into_keys().collect();
             others.sort();
             let source = self.source.as_deref();
-            return check::scaling::no_part(LAYER, prefix, source, &parts, &others);
+            return check::no_part(LAYER, prefix, source, &parts, &others);
         }
         let text = self.metadata.get(&format!("{KEY}{prefix}"));
-        let text = check::scaling::present(LAYER, prefix, text)?;
+        let text = check::present(LAYER, prefix, text)?;
         let start = format!("{prefix}.");
         let named = self.tensors.iter().filter_map(|(name, tensor)| {
             let name = name.strip_prefix(&start)?;
@@ -155,7 +156,7 @@ impl Archive {
         State::from_metadata(text, named.collect())
     }
 
-    /// What the names of the tensors of states begin with.
+    /// Starts of the names of the tensors of states.
     fn starts(&self) -> Vec<String> {
         self.parts().iter().map(|p| format!("{p}.")).collect()
     }
@@ -173,15 +174,15 @@ impl Archive {
     /// It cannot be read, is not a whole safetensors file, or holds a dtype that candle cannot.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = check::scaling::file(LAYER, path, fs::read(path))?;
+        let bytes = check::file(LAYER, path, fs::read(path))?;
         let header = SafeTensors::read_metadata(&bytes);
-        let (_, header) = check::scaling::file(LAYER, path, header)?;
+        let (_, header) = check::file(LAYER, path, header)?;
         let whole = SafeTensors::deserialize(&bytes);
-        let whole = check::scaling::file(LAYER, path, whole)?;
+        let whole = check::file(LAYER, path, whole)?;
         let mut tensors = BTreeMap::new();
         for (name, view) in whole.tensors() {
             let tensor = view.load(&Device::Cpu);
-            let tensor = check::scaling::loaded(LAYER, path, &name, view.dtype(), tensor)?;
+            let tensor = check::loaded(LAYER, path, &name, view.dtype(), tensor)?;
             tensors.insert(name, tensor);
         }
         Ok(Self {
@@ -200,13 +201,13 @@ impl Archive {
         let path = path.as_ref();
         let mut named = vec![];
         for (name, tensor) in &self.tensors {
-            check::scaling::writable(LAYER, name, tensor.dtype())?;
+            check::writable(LAYER, name, tensor.dtype())?;
             named.push((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
         }
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
         let bytes = safetensors::serialize(named, metadata);
-        let bytes = check::scaling::written(LAYER, path, bytes)?;
-        check::scaling::written(LAYER, path, files::write(path, &bytes))
+        let bytes = check::written(LAYER, path, bytes)?;
+        check::written(LAYER, path, files::write(path, &bytes))
     }
 
     /// [`write`](Self::write), unless the file that is there holds anything that this has not.
@@ -218,13 +219,13 @@ impl Archive {
         let mine = self.starts();
         let lost = (names.into_iter()).find(|name| !belongs(name, &mine));
         let lost = lost.or(parts.into_iter().find(|part| !self.parts().contains(part)));
-        check::scaling::nothing_lost(LAYER, path, lost.as_deref())?;
+        check::nothing_lost(LAYER, path, lost.as_deref())?;
         self.write(path)
     }
 }
 
-/// The names of the tensors, and the prefixes of the states, in a safetensors file, by its header alone; none of another file, or where there is
-/// none.
+/// The names of the tensors, and the prefixes of the states, in a safetensors file, by its header
+/// alone; none of another file, or where there is none.
 fn contents(path: &Path) -> Option<(Vec<String>, Vec<String>)> {
     let header = files::header(path).ok()?;
     let mut names: Map<String, Value> = serde_json::from_slice(&header).ok()?;

@@ -1,14 +1,15 @@
-//! How data get to a scaler: checked, feature by feature, in `f64`.
+//! Data on their way to a scaler: checked, feature by feature, in `f64`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Features, Moments, Seen};
-use crate::ops::{self, check};
+use super::check;
+use super::moments::columns;
+use super::{Features, Moments, ParseOptionError, Seen};
 
-/// What becomes of NaN in data that a scaler is fitted to. In data that it transforms, NaN stays NaN.
+/// Treatment of NaN in data that a scaler is fitted to. In data that it transforms, NaN stays NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -30,18 +31,19 @@ impl fmt::Display for Nan {
 }
 
 impl FromStr for Nan {
-    type Err = String;
+    type Err = ParseOptionError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, ParseOptionError> {
         match text {
             "refuse" => Ok(Self::Refuse),
             "ignore" => Ok(Self::Ignore),
-            _ => Err(format!("{text:?} is neither refuse nor ignore")),
+            _ => Err(ParseOptionError::new(text, "refuse nor ignore")),
         }
     }
 }
 
-/// The moments of values. Where they do not vary, rounding may leave squared distances just below zero, which a file would be refused for.
+/// The moments of values. Where they do not vary, rounding may leave squared distances just below
+/// zero, which a file would be refused for.
 pub(super) fn moments_of(values: &[f64]) -> Moments {
     let moments = Moments::of_values(values);
     let (count, mean, error) = (moments.count(), moments.mean(), moments.mean_error());
@@ -53,14 +55,14 @@ pub(super) fn moments_of(values: &[f64]) -> Moments {
 
 /// The weights of the samples of `x`.
 pub(super) fn sample_weights(layer: &str, x: &Tensor, weights: &Tensor) -> Result<Vec<f64>> {
-    check::scaling::weight_per_sample(layer, x.dims()[0], weights)?;
+    check::weight_per_sample(layer, x.dims()[0], weights)?;
     let weights = weights.detach().to_device(&Device::Cpu)?;
     let weights = weights.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     for (sample, weight) in weights.iter().enumerate() {
-        check::scaling::usable_weight(layer, sample, *weight)?;
+        check::usable_weight(layer, sample, *weight)?;
     }
     let sum = weights.iter().sum();
-    check::scaling::some_weight(layer, sum)?;
+    check::some_weight(layer, sum)?;
     Ok(weights)
 }
 
@@ -85,9 +87,8 @@ pub(super) fn weighted_moments(values: &[f64], weights: &[f64]) -> Moments {
 }
 
 /// Calls `take(feature, values, weights)` with the values of each feature of `x` that are numbers,
-/// in blocks of samples, and with the weights
-/// of their samples if there are weights; returns what was seen. A sample without weight counts as
-/// none.
+/// in blocks of samples, and with the weights of their samples if there are weights; returns what
+/// was seen. A sample without weight counts as none.
 pub(super) fn each_feature(
     layer: &str,
     features: &Features,
@@ -96,12 +97,12 @@ pub(super) fn each_feature(
     weights: Option<&[f64]>,
     mut take: impl FnMut(usize, &[f64], Option<&[f64]>) -> Result<()>,
 ) -> Result<Vec<Seen>> {
-    check::scaling::samples(layer, x)?;
+    check::samples(layer, x)?;
     let mut seen = vec![Seen::default(); features.count()];
     // Of each feature, the samples that were taken.
     let mut rows = vec![0; features.count()];
     let (mut numbers, mut their_weights) = (vec![], vec![]);
-    ops::columns(x, |feature, values| {
+    columns(x, |feature, values| {
         let first = rows[feature];
         rows[feature] += values.len();
         let weights = weights.map(|all| &all[first..first + values.len()]);
@@ -109,7 +110,7 @@ pub(super) fn each_feature(
         let mut missing = 0;
         for (i, &value) in values.iter().enumerate().filter(|(i, _)| counts(*i)) {
             if value.is_infinite() || (value.is_nan() && nan == Nan::Refuse) {
-                check::scaling::usable(layer, &features.label(feature), first + i, value)?;
+                check::usable(layer, &features.label(feature), first + i, value)?;
             }
             missing += u64::from(value.is_nan());
         }

@@ -2,10 +2,12 @@
 
 use candle_core::Result;
 
-use super::follow::{Causal, Following, LARGEST_VAR, Memory, of_series, scaler_of_series};
+use super::Causal;
+use super::check;
+use super::follow::{Memory, SeriesOptions, SeriesScaler};
+use super::rows::{LARGEST_VAR, of_series};
 use super::window::one;
 use super::{Features, Moments, Nan, Seen, State};
-use crate::ops::check;
 
 const LAYER: &str = "EwmScaler";
 
@@ -16,11 +18,12 @@ const LAYER: &str = "EwmScaler";
 pub struct EwmScalerOptions {
     /// The weight of a new row, above 0 and at most 1.
     pub alpha: f64,
-    /// Divide by the sum of the weights that there were. Without, the first row is taken for all that were before it: its weight is not `α`
-    /// but 1, and it is long in going. Default: true.
+    /// Divide by the sum of the weights that there were. Without, the first row is taken for all
+    /// that were before it: its weight is not `α` but 1, and it is long in going. Default: true.
     #[cfg_attr(feature = "serde", serde(default = "adjusted"))]
     pub adjust: bool,
-    /// Leave the variance as the mean square of the weighted distances, which is too small where few rows carry the weight. Default: false.
+    /// Leave the variance as the mean square of the weighted distances, which is too small where
+    /// few rows carry the weight. Default: false.
     #[cfg_attr(feature = "serde", serde(default))]
     pub bias: bool,
     /// Let NaN pass without the past getting older. Default: false.
@@ -40,13 +43,13 @@ fn adjusted() -> bool {
 }
 
 impl EwmScalerOptions {
-    /// By the weight of a new row.
+    /// Options of a given weight of a new row.
     ///
     /// # Errors
     /// `alpha` that is not above 0 and at most 1.
     pub fn alpha(alpha: f64) -> Result<Self> {
         let holds = alpha > 0. && alpha <= 1.;
-        check::scaling::option(LAYER, "alpha", holds, "above 0 and at most 1", &alpha)?;
+        check::option(LAYER, "alpha", holds, "above 0 and at most 1", &alpha)?;
         Ok(Self {
             alpha,
             adjust: true,
@@ -57,55 +60,60 @@ impl EwmScalerOptions {
         })
     }
 
-    /// By the number of rows after which a row has half of its weight: `α = 1 − 2^(−1 / halflife)`.
+    /// Options of a number of rows after which a row has half of its weight:
+    /// `α = 1 − 2^(−1 / halflife)`.
     ///
     /// # Errors
     /// `halflife` that is not positive and finite.
     pub fn halflife(halflife: f64) -> Result<Self> {
         let holds = halflife > 0. && halflife.is_finite();
-        check::scaling::option(LAYER, "halflife", holds, "above 0 and finite", &halflife)?;
+        check::option(LAYER, "halflife", holds, "above 0 and finite", &halflife)?;
         Self::alpha(-(-std::f64::consts::LN_2 / halflife).exp_m1())
     }
 
-    /// By the window whose rows are as old on average: `α = 2 / (span + 1)`.
+    /// Options of a window whose rows are as old on average: `α = 2 / (span + 1)`.
     ///
     /// # Errors
     /// `span` below 1 or infinite.
     pub fn span(span: f64) -> Result<Self> {
         let holds = span >= 1. && span.is_finite();
-        check::scaling::option(LAYER, "span", holds, "of at least 1 and finite", &span)?;
+        check::option(LAYER, "span", holds, "of at least 1 and finite", &span)?;
         Self::alpha(2. / (span + 1.))
     }
 
-    /// By the average age of the weight, the center of mass: `α = 1 / (1 + com)`.
+    /// Options of an average age of the weight, the center of mass: `α = 1 / (1 + com)`.
     ///
     /// # Errors
     /// `com` below 0 or infinite.
     pub fn com(com: f64) -> Result<Self> {
         let holds = com >= 0. && com.is_finite();
-        check::scaling::option(LAYER, "com", holds, "of at least 0 and finite", &com)?;
+        check::option(LAYER, "com", holds, "of at least 0 and finite", &com)?;
         Self::alpha(1. / (1. + com))
     }
 }
 
-/// Scales every feature of a series to zero mean and unit variance, the rows weighted the less the older they are, as pandas' `ewm` has them.
+/// Scales every feature of a series to zero mean and unit variance, the rows weighted the less the
+/// older they are, as pandas' `ewm` has them.
 ///
 /// ```text
-/// y = (x − μ) / σ     wᵢ = (1 − α)^i     μ = Σ wᵢ xᵢ / W     σ² = Σ wᵢ (xᵢ − μ)² / W · W² / (W² − Σ wᵢ²)
+/// y = (x − μ) / σ     wᵢ = (1 − α)^i     μ = Σ wᵢ xᵢ / W
+/// σ² = Σ wᵢ (xᵢ − μ)² / W · W² / (W² − Σ wᵢ²)
 /// ```
 ///
 /// Where:
 /// - `i` counts back from the newest row, which is the row itself or the one before it; `W = Σ wᵢ`;
-/// - without `adjust`, the weights are `α (1 − α)^i`, and `(1 − α)^i` for the first row: `μ ← (1 − α) μ + α x`. River's `EWMean` and `EWVar`
-///   are these, with `bias`;
-/// - with `bias`, the last factor of `σ²`, which corrects it for the few rows that carry the weight, is left out;
-/// - `σ` is 1 for a feature that does not vary: whose standard deviation is below the resolution of an `f64` at its mean; and until there are
-///   two values of it, or where `α` is 1 and the newest has all the weight.
+/// - without `adjust`, the weights are `α (1 − α)^i`, and `(1 − α)^i` for the first row:
+///   `μ ← (1 − α) μ + α x`. River's `EWMean` and `EWVar` are these, with `bias`;
+/// - with `bias`, the last factor of `σ²`, which corrects it for the few rows that carry the
+///   weight, is left out;
+/// - `σ` is 1 for a feature that does not vary: whose standard deviation is below the resolution of
+///   an `f64` at its mean; and until there are two values of it, or where `α` is 1 and the newest
+///   has all the weight.
 ///
-/// The statistics are moments whose count is a weight: each row scales it down, and is merged to them. So a mean of 10⁹ standard deviations
-/// leaves the variance as it is, which a difference of mean squares does not. Weights are relative
-/// to the newest: however long the gap
-/// between two values, nothing of their variance is lost.
+/// The statistics are moments whose count is a weight: each row scales it down, and is merged to
+/// them. So a mean of 10⁹ standard deviations leaves the variance as it is, which a difference of
+/// mean squares does not. Weights are relative to the newest: however long the gap between two
+/// values, nothing of their variance is lost.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -118,19 +126,15 @@ impl EwmScalerOptions {
 /// assert!((scaler.var()?[0] - 18.).abs() < 1e-12);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct EwmScaler {
-    following: Following<Weighted>,
+pub type EwmScaler = SeriesScaler<EwmScalerOptions>;
+
+impl SeriesOptions for EwmScalerOptions {
+    type Memory = Weighted;
 }
 
-scaler_of_series!(
-    EwmScaler,
-    EwmScalerOptions,
-    "it weighs rows by their age alone, which alpha, span and halflife set"
-);
-
 impl EwmScaler {
-    /// The number of equally weighted rows that the mean of each feature is as certain as now: `W² / Σ wᵢ²`.
+    /// The number of equally weighted rows that the mean of each feature is as certain as now:
+    /// `W² / Σ wᵢ²`.
     ///
     /// # Errors
     /// No data yet.
@@ -145,9 +149,8 @@ impl EwmScaler {
 /// The weighted past of one feature, its weights in units of that of the newest value.
 ///
 /// The past does not get lighter while values are missing: weights are relative, and what the next
-/// value makes of them is known when it comes.
-/// Nor is anything taken off a sum: `W² − Σ wᵢ²` is `2 Σ wᵢ wⱼ` over pairs, which is what is kept
-/// of it.
+/// value makes of them is known when it comes. Nor is anything taken off a sum: `W² − Σ wᵢ²` is
+/// `2 Σ wᵢ wⱼ` over pairs, which is what is kept of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 struct Weight {
     /// Their count is the sum of the weights.
@@ -159,7 +162,7 @@ struct Weight {
     /// The variance that is not; none of one value. It outlives the two numbers that it is the
     /// ratio of, which a long gap takes to zero.
     var: Option<f64>,
-    /// How many rows without a value came since the newest one.
+    /// Number of rows without a value since the newest one.
     gap: f64,
 }
 
@@ -215,10 +218,13 @@ impl Weight {
 
 /// The weighted past of every feature.
 #[derive(Debug, Clone)]
-pub(super) struct Weighted(Vec<Weight>);
+pub struct Weighted(Vec<Weight>);
 
 impl Memory for Weighted {
     const KIND: &'static str = LAYER;
+
+    const INSTEAD_OF_WEIGHTS: &'static str =
+        "it weighs rows by their age alone, which alpha, span and halflife set";
 
     type Options = EwmScalerOptions;
 
@@ -277,7 +283,7 @@ impl Memory for Weighted {
                 ("var", var.unwrap_or(f64::NAN), is_var),
                 ("gap", gap, is_gap),
             ] {
-                check::scaling::saved_value(LAYER, what, &features.label(i), value, holds)?;
+                check::saved_value(LAYER, what, &features.label(i), value, holds)?;
             }
         }
         Ok(())
@@ -325,7 +331,7 @@ impl Memory for Weighted {
         let mut weights = Vec::with_capacity(features);
         for i in 0..features {
             let label = state.features().label(i);
-            check::scaling::saved_value(LAYER, "weight", &label, weight[i], weight[i] >= 0.)?;
+            check::saved_value(LAYER, "weight", &label, weight[i], weight[i] >= 0.)?;
             let moments = state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?;
             weights.push(Weight {
                 moments: of_series(state, i, moments)?,

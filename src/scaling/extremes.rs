@@ -3,16 +3,17 @@
 use candle_core::Result;
 
 use super::State;
-use crate::ops::check;
+use super::check;
 
+/// Least and greatest value; infinite, and in the wrong order, before there are any.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Extremes {
+pub struct Extremes {
     pub(super) min: f64,
     pub(super) max: f64,
 }
 
 impl Extremes {
-    /// Of no values.
+    /// Extremes of no values.
     pub(super) const NONE: Self = Self {
         min: f64::INFINITY,
         max: f64::NEG_INFINITY,
@@ -53,7 +54,7 @@ impl Extremes {
                 _ => one.min.is_finite() && one.max.is_finite() && one.min <= one.max,
             };
             let label = state.features().label(i);
-            check::scaling::saved_value(state.kind(), "min and max", &label, one.min, holds)?;
+            check::saved_value(state.kind(), "min and max", &label, one.min, holds)?;
             statistics.push(one);
         }
         Ok(statistics)

@@ -1,13 +1,14 @@
-//! What a scaler knows of the features of its data: their axes and their names.
+//! Features of the data of a scaler: their axes and their names.
 
 use std::fmt;
 
 use candle_core::{Result, Tensor};
 
-use crate::ops::check;
-use crate::ops::check::scaling::feature_count;
+use super::check;
+use super::check::feature_count;
 
-/// The features of a data set: the axes after the first, and a name for each of their elements if there are names.
+/// The features of a data set: the axes after the first, and a name for each of their elements if
+/// there are names.
 ///
 /// Features are counted along the trailing axes in row-major order: data `[N, 2, 3]` has six.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,9 +18,13 @@ pub struct Features {
 }
 
 impl Features {
-    /// Features with names, which data that comes later must be as many as.
-    pub(crate) fn named(layer: &str, names: Vec<String>) -> Result<Self> {
-        check::scaling::distinct_names(layer, &names)?;
+    /// Features with names, which data that comes later must be as many as. `layer` is the name of
+    /// the scaler in messages, here and below.
+    ///
+    /// # Errors
+    /// Two equal names.
+    pub fn named(layer: &str, names: Vec<String>) -> Result<Self> {
+        check::distinct_names(layer, &names)?;
         Ok(Self {
             axes: None,
             names: Some(names),
@@ -38,14 +43,15 @@ impl Features {
         };
         match axes {
             Some(axes) => {
-                check::scaling::some_features(layer, &axes)?;
+                check::some_features(layer, &axes)?;
                 features.with_axes(layer, &axes)
             }
             None => Ok(features),
         }
     }
 
-    /// The axes of the features, which are those of the data without the first; none before there was data.
+    /// The axes of the features, which are those of the data without the first; none before there
+    /// was data.
     pub fn axes(&self) -> Option<&[usize]> {
         self.axes.as_deref()
     }
@@ -55,7 +61,7 @@ impl Features {
         self.names.as_deref()
     }
 
-    /// How many features there are; 0 where neither data nor names said so yet.
+    /// Number of features; 0 where neither data nor names said so yet.
     pub fn count(&self) -> usize {
         match (&self.axes, &self.names) {
             (Some(axes), _) => feature_count(axes),
@@ -63,7 +69,8 @@ impl Features {
         }
     }
 
-    /// How a message calls feature `index`: `feature 3 "doors"`, or `feature [1, 0]` where there are several axes and no names.
+    /// Label of feature `index` in messages: `feature 3 "doors"`, or `feature [1, 0]` where there
+    /// are several axes and no names.
     pub fn label(&self, index: usize) -> impl fmt::Display + '_ {
         Label {
             features: self,
@@ -71,14 +78,18 @@ impl Features {
         }
     }
 
-    /// The features of `x`, `[N, features...]`, which must be these as far as anything is known of them.
-    pub(crate) fn of(&self, layer: &str, x: &Tensor) -> Result<Self> {
+    /// The features of `x`, `[N, features...]`, which must be these as far as anything is known of
+    /// them.
+    ///
+    /// # Errors
+    /// A scalar, or data of other features.
+    pub fn of(&self, layer: &str, x: &Tensor) -> Result<Self> {
         check::rank_at_least(layer, x, 1, "[N, features...]")?;
         self.clone().with_axes(layer, &x.dims()[1..])
     }
 
     /// The names alone.
-    pub(crate) fn without_axes(&self) -> Self {
+    pub fn without_axes(&self) -> Self {
         Self {
             axes: None,
             names: self.names.clone(),
@@ -90,17 +101,20 @@ impl Features {
         let count = feature_count(axes);
         if let Some(expected) = &self.axes {
             let first = count.min(self.count());
-            check::scaling::feature_shape(layer, expected, axes, &self.label(first))?;
+            check::feature_shape(layer, expected, axes, &self.label(first))?;
         } else if let Some(names) = &self.names {
             let first = count.min(names.len());
-            check::scaling::name_count(layer, names.len(), count, &self.label(first))?;
+            check::name_count(layer, names.len(), count, &self.label(first))?;
         }
         self.axes = Some(axes.to_vec());
         Ok(self)
     }
 
-    /// Whether `other` are the same features, as far as both are known; both together.
-    pub(crate) fn joined(&self, layer: &str, other: &Self) -> Result<Self> {
+    /// Both together, if `other` are the same features as far as both are known.
+    ///
+    /// # Errors
+    /// Another number of features, or the first name that differs.
+    pub fn joined(&self, layer: &str, other: &Self) -> Result<Self> {
         let mut joined = match &other.axes {
             Some(axes) => self.clone().with_axes(layer, axes)?,
             None => self.clone(),
@@ -112,10 +126,14 @@ impl Features {
         Ok(joined)
     }
 
-    /// Whether `names` are the names of these features, in their order. Features without names take any.
-    pub(crate) fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
+    /// Whether `names` are the names of these features, in their order. Features without names take
+    /// any.
+    ///
+    /// # Errors
+    /// Another number of names, or the first that differs.
+    pub fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
         for (index, (expected, got)) in self.names.iter().flatten().zip(names).enumerate() {
-            check::scaling::same_name(layer, index, expected, got.as_ref())?;
+            check::same_name(layer, index, expected, got.as_ref())?;
         }
         let known = self.axes.is_some() || self.names.is_some();
         if known {
@@ -128,7 +146,7 @@ impl Features {
                 true => self.label(first).to_string(),
                 false => named.label(first).to_string(),
             };
-            check::scaling::name_count(layer, names.len(), self.count(), &label)?;
+            check::name_count(layer, names.len(), self.count(), &label)?;
         }
         Ok(())
     }

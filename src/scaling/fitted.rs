@@ -1,4 +1,5 @@
-//! What all scalers share that are fitted to a data set as a whole: statistics of each feature behind a lock, and the map that follows from them.
+//! Scalers that are fitted to a data set as a whole: statistics of each feature
+//! behind a lock, and the map that follows from them.
 
 use std::fmt::Debug;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -6,18 +7,19 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use candle_core::{DType, Result, Tensor};
 
 use super::affine::{Affine, Map};
+use super::check;
 use super::data::{Nan, each_feature, sample_weights};
-use super::{Features, Seen, State};
-use crate::ops::check;
+use super::optimistic::optimistic;
+use super::{Features, Scaler, Seen, State};
 
 /// The version of the states of these scalers.
 const VERSION: u32 = 1;
 
 /// A way to scale: its options.
-pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
+pub trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
     const KIND: &'static str;
 
-    /// What is kept of each feature.
+    /// Statistic of one feature.
     type Statistic: Debug + Clone + Send + Sync;
 
     fn check(&self) -> Result<()>;
@@ -27,7 +29,7 @@ pub(super) trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
 
     /// Takes values that count `weights` times, all above 0.
     fn take_weighted(_: &mut Self::Statistic, _: &[f64], _: &[f64]) -> Result<()> {
-        check::scaling::no_weights(Self::KIND, "repeat the samples by their weight")
+        check::no_weights(Self::KIND, "repeat the samples by their weight")
     }
 
     fn merge(into: &mut Self::Statistic, from: &Self::Statistic) -> Result<()>;
@@ -74,7 +76,7 @@ impl<R: Rule> Snapshot<R> {
 
     /// The statistics of `x` alone, each sample by its weight if there are weights.
     fn of(rule: R, features: &Features, x: &Tensor, weights: Option<&[f64]>) -> Result<Self> {
-        check::scaling::samples(R::KIND, x)?;
+        check::samples(R::KIND, x)?;
         let features = features.of(R::KIND, x)?;
         let mut statistics = vec![rule.empty()?; features.count()];
         let take = |feature: usize, values: &[f64], weights: Option<&[f64]>| match weights {
@@ -94,7 +96,7 @@ impl<R: Rule> Snapshot<R> {
     fn held(self) -> Result<Self> {
         for (i, statistic) in self.statistics.iter().enumerate() {
             let (label, largest) = (self.features.label(i), R::largest(statistic));
-            check::scaling::representable(R::KIND, &label, largest, DType::F64)?;
+            check::representable(R::KIND, &label, largest, DType::F64)?;
         }
         Ok(self)
     }
@@ -149,13 +151,13 @@ impl<R: Rule> Snapshot<R> {
     /// The map of each feature.
     pub(super) fn affine(&self) -> Result<&Affine> {
         let fitted = Some(&self.seen).filter(|seen| !seen.is_empty());
-        check::scaling::fitted(R::KIND, fitted)?;
+        check::fitted(R::KIND, fitted)?;
         if let Some(affine) = self.affine.get() {
             return Ok(affine);
         }
         let mut maps = Vec::with_capacity(self.statistics.len());
         let values = self.seen.iter().map(|seen| seen.values).max();
-        check::scaling::has_values(R::KIND, values.unwrap_or_default())?;
+        check::has_values(R::KIND, values.unwrap_or_default())?;
         for (statistic, seen) in self.statistics.iter().zip(&self.seen) {
             maps.push(match seen.values {
                 0 => Map::UNKNOWN,
@@ -177,7 +179,7 @@ impl<R: Rule> Fitted<R> {
         Ok(Self::of(Snapshot::new(rule, Features::default())))
     }
 
-    /// With the default options of a rule, which are sound.
+    /// A scaler of the default options of a rule, which are sound.
     pub(super) fn with_defaults() -> Self
     where
         R: Default,
@@ -216,7 +218,8 @@ impl<R: Rule> Fitted<R> {
         Self(RwLock::new(self.snapshot()))
     }
 
-    /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each other, so that none is lost.
+    /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each
+    /// other, so that none is lost.
     fn replace(&self, next: impl FnOnce(&Snapshot<R>) -> Result<Snapshot<R>>) -> Result<()> {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(next(&current)?);
@@ -231,10 +234,8 @@ impl<R: Rule> Fitted<R> {
         self.take(x, weights, Features::clone, Snapshot::with)
     }
 
-    /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose features are the `known` ones.
-    ///
-    /// The statistics are taken outside of the lock, so that those who transform need not wait; and once more if options or names were
-    /// others by the time that they are there.
+    /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose
+    /// features are the `known` ones.
     fn take(
         &self,
         x: &Tensor,
@@ -242,19 +243,27 @@ impl<R: Rule> Fitted<R> {
         known: impl Fn(&Features) -> Features,
         next: impl FnOnce(&Snapshot<R>, Snapshot<R>) -> Result<Snapshot<R>>,
     ) -> Result<()> {
-        check::scaling::samples(R::KIND, x)?;
+        check::samples(R::KIND, x)?;
         let weights = weights.map(|w| sample_weights(R::KIND, x, w)).transpose()?;
-        loop {
-            let now = self.snapshot();
-            let features = known(&now.features);
-            let of_x = Snapshot::of(now.rule.clone(), &features, x, weights.as_deref())?;
-            let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            let same_names = current.features.names() == now.features.names();
-            if current.rule == now.rule && same_names {
-                *current = Arc::new(next(&current, of_x)?);
-                return Ok(());
-            }
-        }
+        optimistic(
+            &self.0,
+            Arc::clone,
+            |now| {
+                Snapshot::of(
+                    now.rule.clone(),
+                    &known(&now.features),
+                    x,
+                    weights.as_deref(),
+                )
+            },
+            |current, now| {
+                current.rule == now.rule && current.features.names() == now.features.names()
+            },
+            |current, of_x| {
+                *current = Arc::new(next(current, of_x)?);
+                Ok(())
+            },
+        )
     }
 
     pub(super) fn merge(&self, other: &State) -> Result<()> {
@@ -310,130 +319,115 @@ impl<R: Rule> Fitted<R> {
     }
 }
 
-/// The public face of a scaler with a field `fitted`, of the options that are its rule. `$scale` says what a feature that does not vary is divided by.
-macro_rules! scaler {
-    ($name:ident, $options:ident, $scale:literal) => {
-        impl $name {
-            /// A scaler without data.
-            ///
-            /// # Errors
-            /// Options outside of their ranges.
-            pub fn new(options: $options) -> candle_core::Result<Self> {
-                let fitted = $crate::scaling::fitted::Fitted::new(options)?;
-                Ok(Self { fitted })
-            }
-
-            /// This scaler with a name for each feature, in the order of the trailing axes of data.
-            ///
-            /// # Errors
-            /// Two equal names, or more or less names than features that it was fitted to.
-            pub fn with_names<S: Into<String>>(
-                self,
-                names: impl IntoIterator<Item = S>,
-            ) -> candle_core::Result<Self> {
-                let names = names.into_iter().map(S::into).collect();
-                let fitted = self.fitted.named(names)?;
-                Ok(Self { fitted })
-            }
-
-            /// The scaler that `state` is of.
-            ///
-            /// # Errors
-            /// A state of another kind or version, or one that is damaged.
-            pub fn from_state(state: &$crate::scaling::State) -> candle_core::Result<Self> {
-                let fitted = $crate::scaling::fitted::Fitted::from_state(state)?;
-                Ok(Self { fitted })
-            }
-
-            /// The options.
-            pub fn options(&self) -> $options {
-                self.fitted.snapshot().rule
-            }
-
-            #[doc = concat!("What each feature is divided by: ", $scale, " where it does not vary.")]
-            /// NaN where there are no values of it.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn scale(&self) -> candle_core::Result<Vec<f64>> {
-                let now = self.fitted.snapshot();
-                Ok(now.affine()?.maps.iter().map(|map| map.scale).collect())
-            }
-        }
-
-        impl Default for $name {
-            fn default() -> Self {
-                let fitted = $crate::scaling::fitted::Fitted::with_defaults();
-                Self { fitted }
-            }
-        }
-
-        $crate::scaling::files!($name);
-
-        impl $crate::scaling::Scaler for $name {
-            fn kind(&self) -> &'static str {
-                <$options as $crate::scaling::fitted::Rule>::KIND
-            }
-            fn nan(&self) -> $crate::scaling::Nan {
-                use $crate::scaling::fitted::Rule;
-                self.fitted.snapshot().rule.nan()
-            }
-            fn features(&self) -> $crate::scaling::Features {
-                self.fitted.features()
-            }
-            fn seen(&self) -> Vec<$crate::scaling::Seen> {
-                self.fitted.seen()
-            }
-            fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.fit(x, None)
-            }
-            fn fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fitted.fit(x, Some(sample_weight))
-            }
-            fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.fitted.partial_fit(x, None)
-            }
-            fn partial_fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fitted.partial_fit(x, Some(sample_weight))
-            }
-            fn merge(&self, other: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
-                self.fitted.merge(&other.state()?)
-            }
-            fn transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.fitted.transform(x)
-            }
-            fn inverse_transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.fitted.inverse_transform(x)
-            }
-            fn reset(&self) {
-                self.fitted.reset()
-            }
-            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
-                Box::new(Self {
-                    fitted: self.fitted.copy(),
-                })
-            }
-            fn state(&self) -> candle_core::Result<$crate::scaling::State> {
-                self.fitted.state()
-            }
-            fn restore(&self, state: &$crate::scaling::State) -> candle_core::Result<()> {
-                self.fitted.restore(state)
-            }
-        }
-    };
+/// A scaler that is fitted to a data set as a whole, by the rule that its options are.
+///
+/// [`StandardScaler`](super::StandardScaler), [`MinMaxScaler`](super::MinMaxScaler),
+/// [`MaxAbsScaler`](super::MaxAbsScaler) and [`RobustScaler`](super::RobustScaler) are such
+/// scalers.
+#[derive(Debug)]
+pub struct FittedScaler<O: Rule> {
+    pub(super) fitted: Fitted<O>,
 }
-pub(super) use scaler;
+
+impl<O: Rule> FittedScaler<O> {
+    /// A scaler without data.
+    ///
+    /// # Errors
+    /// Options outside of their ranges.
+    pub fn new(options: O) -> Result<Self> {
+        let fitted = Fitted::new(options)?;
+        Ok(Self { fitted })
+    }
+
+    /// This scaler with a name for each feature, in the order of the trailing axes of data.
+    ///
+    /// # Errors
+    /// Two equal names, or more or less names than features that it was fitted to.
+    pub fn with_names<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Result<Self> {
+        let names = names.into_iter().map(S::into).collect();
+        let fitted = self.fitted.named(names)?;
+        Ok(Self { fitted })
+    }
+
+    /// The scaler that `state` is of.
+    ///
+    /// # Errors
+    /// A state of another kind or version, or one that is damaged.
+    pub fn from_state(state: &State) -> Result<Self> {
+        let fitted = Fitted::from_state(state)?;
+        Ok(Self { fitted })
+    }
+
+    /// The options.
+    pub fn options(&self) -> O {
+        self.fitted.snapshot().rule.clone()
+    }
+
+    /// The divisor of each feature: where it does not vary, 1, or 1 over the width of the range of
+    /// a [`MinMaxScaler`](super::MinMaxScaler). NaN where there are no values of it.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn scale(&self) -> Result<Vec<f64>> {
+        let now = self.fitted.snapshot();
+        Ok(now.affine()?.maps.iter().map(|map| map.scale).collect())
+    }
+}
+
+impl<O: Rule + Default> Default for FittedScaler<O> {
+    fn default() -> Self {
+        let fitted = Fitted::with_defaults();
+        Self { fitted }
+    }
+}
+
+super::files!(impl<O: Rule> FittedScaler<O>);
+
+impl<O: Rule> Scaler for FittedScaler<O> {
+    fn kind(&self) -> &'static str {
+        O::KIND
+    }
+    fn nan(&self) -> Nan {
+        self.fitted.snapshot().rule.nan()
+    }
+    fn features(&self) -> Features {
+        self.fitted.features()
+    }
+    fn seen(&self) -> Vec<Seen> {
+        self.fitted.seen()
+    }
+    fn fit(&self, x: &Tensor) -> Result<()> {
+        self.fitted.fit(x, None)
+    }
+    fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fitted.fit(x, Some(sample_weight))
+    }
+    fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        self.fitted.partial_fit(x, None)
+    }
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fitted.partial_fit(x, Some(sample_weight))
+    }
+    fn merge(&self, other: &dyn Scaler) -> Result<()> {
+        self.fitted.merge(&other.state()?)
+    }
+    fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.fitted.transform(x)
+    }
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.fitted.inverse_transform(x)
+    }
+    fn reset(&self) {
+        self.fitted.reset()
+    }
+    fn snapshot(&self) -> Box<dyn Scaler> {
+        let fitted = self.fitted.copy();
+        Box::new(Self { fitted })
+    }
+    fn state(&self) -> Result<State> {
+        self.fitted.state()
+    }
+    fn restore(&self, state: &State) -> Result<()> {
+        self.fitted.restore(state)
+    }
+}

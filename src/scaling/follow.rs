@@ -1,53 +1,24 @@
-//! What the scalers of series share: a memory that every row changes, behind a lock, and the map that follows from it.
+//! Scalers of series: a memory that every row changes, behind a lock, and the map that follows from
+//! it.
 
 use std::fmt;
-use std::str::FromStr;
 use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::affine::{Affine, Map, scale_of};
-use super::{Features, Moments, Nan, Seen, State};
-use crate::ops::check;
+use super::optimistic::optimistic;
+use super::rows::Rows;
+use super::{Causal, Features, Moments, Nan, Scaler, Seen, SeriesStats, State, check};
 
 const VERSION: u32 = 1;
 
-/// What a row of a series is scaled by. Neither choice looks ahead.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-pub enum Causal {
-    /// The rows before it. A value far from all others keeps its whole distance.
-    Before,
-    /// The rows before it and itself.
-    #[default]
-    Through,
-}
-
-impl fmt::Display for Causal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Before => "before",
-            Self::Through => "through",
-        })
-    }
-}
-
-impl FromStr for Causal {
-    type Err = String;
-
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "before" => Ok(Self::Before),
-            "through" => Ok(Self::Through),
-            _ => Err(format!("{text:?} is neither before nor through")),
-        }
-    }
-}
-
-/// What is remembered of the past of all features.
-pub(super) trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
+/// A memory of the past of all features.
+pub trait Memory: fmt::Debug + Clone + Send + Sync + 'static {
     const KIND: &'static str;
+
+    /// Remedy of a caller who weighs samples.
+    const INSTEAD_OF_WEIGHTS: &'static str;
 
     /// The options of the scaler.
     type Options: fmt::Debug + Copy + PartialEq + Send + Sync;
@@ -142,8 +113,8 @@ impl<M: Memory> Course<M> {
         done
     }
 
-    /// Takes rows in, and returns what `judge` makes of the map of each feature before or after each row, as the options say. If that fails,
-    /// nothing is taken in.
+    /// Takes rows in, and returns what `judge` makes of the map of each feature before or after
+    /// each row, as the options say. If that fails, nothing is taken in.
     fn follow_with<T>(
         &mut self,
         features: Features,
@@ -207,68 +178,6 @@ fn maps_of<M: Memory>(
     (0..count).map(|feature| map_of(options, memory, feature))
 }
 
-/// What the squares of 2⁵³ values below this can be summed to is finite.
-const LARGEST: f64 = f64::from_bits((1023 + 484) << 52);
-
-/// No variance of such values is larger.
-pub(super) const LARGEST_VAR: f64 = 16. * LARGEST * LARGEST;
-
-/// Saved moments, if they are those of values that a series may have. Their mean square is an
-/// average of squares, and so stays where it is
-/// allowed to be whatever is merged to them.
-pub(super) fn of_series(state: &State, feature: usize, moments: Moments) -> Result<Moments> {
-    let label = state.features().label(feature);
-    let (count, mean, m2) = (moments.count(), moments.mean(), moments.m2());
-    let error = moments.mean_error();
-    let square = if count > 0. { m2 / count } else { m2 } + mean * mean;
-    for (what, value, holds) in [
-        ("mean", mean, mean.abs() <= 2. * LARGEST),
-        ("mean_error", error, error.abs() <= LARGEST),
-        ("m2", m2, square <= 4. * LARGEST * LARGEST),
-    ] {
-        check::scaling::saved_value(state.kind(), what, &label, value, holds)?;
-    }
-    Ok(moments)
-}
-
-/// Rows of a series, checked.
-pub(super) struct Rows {
-    /// One row after the other.
-    pub(super) values: Vec<f64>,
-    /// Of each feature.
-    pub(super) seen: Vec<Seen>,
-}
-
-impl Rows {
-    /// The rows of `x`, which has the features.
-    pub(super) fn of(layer: &str, features: &Features, nan: Nan, x: &Tensor) -> Result<Self> {
-        check::scaling::samples(layer, x)?;
-        let wide = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-        let values = wide.flatten_all()?.to_vec1::<f64>()?;
-        let mut seen = vec![Seen::default(); features.count()];
-        for (i, &value) in values.iter().enumerate() {
-            let (row, feature) = (i / seen.len(), i % seen.len());
-            if value.is_infinite() || (value.is_nan() && nan == Nan::Refuse) {
-                check::scaling::usable(layer, &features.label(feature), row, value)?;
-            }
-            if value.abs() > LARGEST {
-                check::series::summable(layer, &features.label(feature), row, value, LARGEST)?;
-            }
-            match value.is_nan() {
-                true => seen[feature].nan += 1,
-                false => seen[feature].values += 1,
-            }
-        }
-        Ok(Self { values, seen })
-    }
-
-    /// One row after the other.
-    pub(super) fn each(&self) -> impl Iterator<Item = &[f64]> {
-        // There is a feature where there are values.
-        self.values.chunks(self.seen.len().max(1))
-    }
-}
-
 /// A scaler of series. Rows are fed to it under a lock, all rows of a call at once.
 #[derive(Debug)]
 pub(super) struct Following<M: Memory>(RwLock<Course<M>>);
@@ -323,25 +232,27 @@ impl<M: Memory> Following<M> {
     }
 
     /// Calls `to` under the lock with the course, and with `x` as rows of the `known` features.
-    ///
-    /// The rows are read outside of the lock, so that those who transform need not wait; and once more if options or names were others by
-    /// the time that they are there.
     fn take<T>(
         &self,
         x: &Tensor,
         known: impl Fn(&Features) -> Features,
         to: impl FnOnce(&mut Course<M>, Features, Rows) -> Result<T>,
     ) -> Result<T> {
-        loop {
-            let (features, options) = self.read(|course| (course.features.clone(), course.options));
-            let of_x = known(&features).of(M::KIND, x)?;
-            let rows = Rows::of(M::KIND, &of_x, M::nan(&options), x)?;
-            let mut course = self.write();
-            if course.options == options && course.features.names() == features.names() {
+        optimistic(
+            &self.0,
+            |course| (course.features.clone(), course.options),
+            |(features, options)| {
+                let of_x = known(features).of(M::KIND, x)?;
+                Rows::of(M::KIND, &of_x, M::nan(options), x)
+            },
+            |course, (features, options)| {
+                course.options == *options && course.features.names() == features.names()
+            },
+            |course, rows| {
                 let of_x = known(&course.features).of(M::KIND, x)?;
-                return to(&mut course, of_x, rows);
-            }
-        }
+                to(course, of_x, rows)
+            },
+        )
     }
 
     pub(super) fn partial_fit(&self, x: &Tensor) -> Result<()> {
@@ -360,12 +271,12 @@ impl<M: Memory> Following<M> {
     /// The map of now.
     fn affine(&self) -> Result<(Affine, Features)> {
         self.read(|course| {
-            let memory = check::scaling::fitted(M::KIND, course.memory.as_ref())?;
+            let memory = check::fitted(M::KIND, course.memory.as_ref())?;
             let mut maps = vec![];
             let found = maps_of(&course.options, memory, course.seen.len());
             maps.extend(found.map(|map| map.unwrap_or(Map::UNKNOWN)));
             let known = maps.iter().any(Map::is_known);
-            check::series::known(M::KIND, &course.features.label(0), known)?;
+            check::known(M::KIND, &course.features.label(0), known)?;
             Ok((Affine { maps, clip: None }, course.features.clone()))
         })
     }
@@ -383,7 +294,7 @@ impl<M: Memory> Following<M> {
     /// One number of each feature.
     pub(super) fn each(&self, of: impl Fn(Moments, f64) -> f64) -> Result<Vec<f64>> {
         self.read(|course| {
-            let memory = check::scaling::fitted(M::KIND, course.memory.as_ref())?;
+            let memory = check::fitted(M::KIND, course.memory.as_ref())?;
             let statistics = (0..course.seen.len()).map(|f| memory.statistics(&course.options, f));
             let known = |(m, var): (Moments, Option<f64>)| match m.count() > 0. {
                 true => of(m, var.unwrap_or(f64::NAN)),
@@ -394,7 +305,7 @@ impl<M: Memory> Following<M> {
     }
 
     pub(super) fn of_memory<T>(&self, of: impl FnOnce(&M) -> T) -> Result<T> {
-        self.read(|course| check::scaling::fitted(M::KIND, course.memory.as_ref()).map(of))
+        self.read(|course| check::fitted(M::KIND, course.memory.as_ref()).map(of))
     }
 
     pub(super) fn scale(&self) -> Result<Vec<f64>> {
@@ -423,250 +334,151 @@ impl<M: Memory> Following<M> {
     }
 }
 
-/// What each row of a series was scaled by.
-#[derive(Debug, Clone)]
-pub struct SeriesStats {
-    layer: &'static str,
-    /// The rows as features of one sample.
-    features: Features,
-    affine: Affine,
-    /// NaN where nothing was known of a feature, else 0; none where all was.
-    unknown: Option<Vec<f64>>,
+/// Options of a scaler of series.
+pub trait SeriesOptions: fmt::Debug + Copy + PartialEq + Send + Sync + 'static {
+    /// What is remembered of the rows.
+    type Memory: Memory<Options = Self>;
 }
 
-impl SeriesStats {
-    /// Of the rows `x`, whose dtype must hold the numbers of the maps.
-    fn new(layer: &'static str, x: &Tensor, maps: Vec<Option<Map>>) -> Result<Self> {
-        let nothing = |map: &Option<Map>| if map.is_none() { f64::NAN } else { 0. };
-        let unknown = maps.iter().any(Option::is_none);
-        let unknown = unknown.then(|| maps.iter().map(nothing).collect());
-        let neutral = Map {
-            center: [0.; 2],
-            scale: 1.,
-            offset: 0.,
-        };
-        let maps = maps.into_iter().map(|m| m.unwrap_or(neutral)).collect();
-        let features = Features::default().of(layer, &x.unsqueeze(0)?)?;
-        let affine = Affine { maps, clip: None };
-        affine.check(layer, &features, x.dtype())?;
-        Ok(Self {
-            layer,
-            features,
-            affine,
-            unknown,
-        })
-    }
+/// A scaler of series, whose rows are scaled in their order.
+///
+/// [`SlidingScaler`](super::SlidingScaler) and [`EwmScaler`](super::EwmScaler) are such scalers.
+#[derive(Debug)]
+pub struct SeriesScaler<O: SeriesOptions> {
+    pub(super) following: Following<O::Memory>,
+}
 
-    /// What was subtracted: of one row after the other, each feature; NaN where nothing was known.
-    pub fn mean(&self) -> Vec<f64> {
-        self.each(|map| map.center[0])
-    }
-
-    /// What was divided by, in the same order.
-    pub fn scale(&self) -> Vec<f64> {
-        self.each(|map| map.scale)
-    }
-
-    fn each(&self, of: fn(&Map) -> f64) -> Vec<f64> {
-        let mut values: Vec<f64> = self.affine.maps.iter().map(of).collect();
-        for (value, nothing) in values.iter_mut().zip(self.unknown.iter().flatten()) {
-            *value += nothing;
-        }
-        values
-    }
-
-    /// Other values of the same rows, each scaled as its row was: of the shape and dtype of `x`, on its device, and differentiable.
+impl<O: SeriesOptions> SeriesScaler<O> {
+    /// A scaler without data.
     ///
     /// # Errors
-    /// Another shape than that of the series.
-    pub fn transform(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.where_known(x)?.unsqueeze(0)?;
-        let y = self.affine.transform(self.layer, &self.features, &x)?;
-        y.squeeze(0)
+    /// Options outside of their ranges.
+    pub fn new(options: impl Into<O>) -> Result<Self> {
+        let following = Following::new(options.into())?;
+        Ok(Self { following })
     }
 
-    /// Values in units of the scaled rows, such as forecasts made at each of them, back in their own units.
+    /// This scaler with a name for each feature, in the order of the trailing axes of data.
     ///
     /// # Errors
-    /// Another shape than that of the series.
-    pub fn inverse_transform(&self, y: &Tensor) -> Result<Tensor> {
-        let y = self.where_known(y)?.unsqueeze(0)?;
-        let x = self.affine.inverse(self.layer, &self.features, &y)?;
-        x.squeeze(0)
+    /// Two equal names, or more or less names than features that it was fitted to.
+    pub fn with_names<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Result<Self> {
+        let names = names.into_iter().map(S::into).collect();
+        let following = self.following.named(names)?;
+        Ok(Self { following })
     }
 
-    /// `x`, and NaN where nothing is known.
-    fn where_known(&self, x: &Tensor) -> Result<Tensor> {
-        let axes = self.features.axes().unwrap_or_default();
-        check::shape(self.layer, "values of the series", x, axes)?;
-        check::float(self.layer, "values of the series", x)?;
-        match &self.unknown {
-            Some(unknown) => {
-                let unknown = Tensor::from_slice(unknown, x.dims(), &Device::Cpu)?;
-                x + unknown.to_dtype(x.dtype())?.to_device(x.device())?
-            }
-            None => Ok(x.clone()),
-        }
+    /// The scaler that `state` is of, which goes on as that would have, to the bit.
+    ///
+    /// # Errors
+    /// A state of another kind or version, or one that is damaged.
+    pub fn from_state(state: &State) -> Result<Self> {
+        let following = Following::from_state(state)?;
+        Ok(Self { following })
+    }
+
+    /// The options.
+    pub fn options(&self) -> O {
+        self.following.options()
+    }
+
+    /// Takes in the rows of a series in their order, and scales each by what was seen up to it, or
+    /// before it, as `causal` of the options says. Also returns what each row was scaled by, which
+    /// brings forecasts back.
+    ///
+    /// No row depends on a later one: rows that come in one call give what they give one by one.
+    /// Where nothing is known of a feature yet, the result is NaN.
+    ///
+    /// # Shapes
+    /// `x`: `[T, features...]`; the result has its shape and dtype, and is differentiable with the
+    /// statistics held fixed.
+    ///
+    /// # Errors
+    /// As [`partial_fit`](Scaler::partial_fit); statistics that the dtype of `x` cannot hold.
+    /// Nothing is taken in then. A device that fails comes after the rows are in.
+    pub fn transform_series(&self, x: &Tensor) -> Result<(Tensor, SeriesStats)> {
+        self.following.transform_series(x)
+    }
+
+    /// The mean of each feature now; NaN where nothing is known of it.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn mean(&self) -> Result<Vec<f64>> {
+        self.following.each(|moments, _| moments.mean())
+    }
+
+    /// The variance of each feature now; NaN where there is none yet.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn var(&self) -> Result<Vec<f64>> {
+        self.following.each(|_, var| var)
+    }
+
+    /// The divisor of each feature now: 1 where it does not vary, or has no variance yet.
+    ///
+    /// # Errors
+    /// No data yet.
+    pub fn scale(&self) -> Result<Vec<f64>> {
+        self.following.scale()
     }
 }
 
-/// The public face of a scaler with a field `following`, of a memory. `$weights` says what to do in
-/// place of weighing samples.
-macro_rules! scaler_of_series {
-    ($name:ident, $options:ident, $weights:literal) => {
-        impl $name {
-            /// A scaler without data.
-            ///
-            /// # Errors
-            /// Options outside of their ranges.
-            pub fn new(options: impl Into<$options>) -> candle_core::Result<Self> {
-                let following = $crate::scaling::follow::Following::new(options.into())?;
-                Ok(Self { following })
-            }
+super::files!(impl<O: SeriesOptions> SeriesScaler<O>);
 
-            /// This scaler with a name for each feature, in the order of the trailing axes of data.
-            ///
-            /// # Errors
-            /// Two equal names, or more or less names than features that it was fitted to.
-            pub fn with_names<S: Into<String>>(
-                self,
-                names: impl IntoIterator<Item = S>,
-            ) -> candle_core::Result<Self> {
-                let names = names.into_iter().map(S::into).collect();
-                let following = self.following.named(names)?;
-                Ok(Self { following })
-            }
-
-            /// The scaler that `state` is of, which goes on as that would have, to the bit.
-            ///
-            /// # Errors
-            /// A state of another kind or version, or one that is damaged.
-            pub fn from_state(state: &$crate::scaling::State) -> candle_core::Result<Self> {
-                let following = $crate::scaling::follow::Following::from_state(state)?;
-                Ok(Self { following })
-            }
-
-            /// The options.
-            pub fn options(&self) -> $options {
-                self.following.options()
-            }
-
-            /// Takes in the rows of a series in their order, and scales each by what was seen up to it, or before it, as
-            /// [`causal`]($options::causal) says. Also returns what each row was scaled by, which brings forecasts back.
-            ///
-            /// No row depends on a later one: rows that come in one call give what they give one by one. Where nothing is known of a feature yet,
-            /// the result is NaN.
-            ///
-            /// # Shapes
-            /// `x`: `[T, features...]`; the result has its shape and dtype, and is differentiable with the statistics held fixed.
-            ///
-            /// # Errors
-            /// As [`partial_fit`]($crate::scaling::Scaler::partial_fit); statistics that the dtype of `x` cannot hold. Nothing is taken in then. A
-            /// device that fails comes after the rows are in.
-            pub fn transform_series(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<(candle_core::Tensor, $crate::scaling::SeriesStats)> {
-                self.following.transform_series(x)
-            }
-
-            /// The mean of each feature now; NaN where nothing is known of it.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn mean(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.each(|moments, _| moments.mean())
-            }
-
-            /// The variance of each feature now; NaN where there is none yet.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn var(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.each(|_, var| var)
-            }
-
-            /// What each feature is divided by now: 1 where it does not vary, or has no variance yet.
-            ///
-            /// # Errors
-            /// No data yet.
-            pub fn scale(&self) -> candle_core::Result<Vec<f64>> {
-                self.following.scale()
-            }
-        }
-
-        $crate::scaling::files!($name);
-
-        impl $crate::scaling::Scaler for $name {
-            fn kind(&self) -> &'static str {
-                stringify!($name)
-            }
-            fn nan(&self) -> $crate::scaling::Nan {
-                self.following.options().nan
-            }
-            fn features(&self) -> $crate::scaling::Features {
-                self.following.features()
-            }
-            fn seen(&self) -> Vec<$crate::scaling::Seen> {
-                self.following.seen()
-            }
-            fn fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.following.fit(x)
-            }
-            /// Always an error: a row that is there twice would be two steps of the series.
-            fn fit_weighted(
-                &self,
-                _: &candle_core::Tensor,
-                _: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                $crate::ops::check::scaling::no_weights(self.kind(), $weights)
-            }
-            /// Always an error, as that of `fit_weighted`.
-            fn partial_fit_weighted(
-                &self,
-                x: &candle_core::Tensor,
-                sample_weight: &candle_core::Tensor,
-            ) -> candle_core::Result<()> {
-                self.fit_weighted(x, sample_weight)
-            }
-            fn partial_fit(&self, x: &candle_core::Tensor) -> candle_core::Result<()> {
-                self.following.partial_fit(x)
-            }
-            /// Always an error: rows of a series have an order, and two pasts have none.
-            fn merge(&self, _: &dyn $crate::scaling::Scaler) -> candle_core::Result<()> {
-                $crate::ops::check::scaling::unsupported(
-                    self.kind(),
-                    "data whose order does not matter to be merged",
-                    "feed the rows of one series in their order by partial_fit",
-                )
-            }
-            fn transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.following.transform(x)
-            }
-            fn inverse_transform(
-                &self,
-                x: &candle_core::Tensor,
-            ) -> candle_core::Result<candle_core::Tensor> {
-                self.following.inverse_transform(x)
-            }
-            fn reset(&self) {
-                self.following.reset()
-            }
-            fn snapshot(&self) -> Box<dyn $crate::scaling::Scaler> {
-                Box::new(Self {
-                    following: self.following.copy(),
-                })
-            }
-            fn state(&self) -> candle_core::Result<$crate::scaling::State> {
-                self.following.state()
-            }
-            fn restore(&self, state: &$crate::scaling::State) -> candle_core::Result<()> {
-                self.following.restore(state)
-            }
-        }
-    };
+impl<O: SeriesOptions> Scaler for SeriesScaler<O> {
+    fn kind(&self) -> &'static str {
+        O::Memory::KIND
+    }
+    fn nan(&self) -> Nan {
+        O::Memory::nan(&self.options())
+    }
+    fn features(&self) -> Features {
+        self.following.features()
+    }
+    fn seen(&self) -> Vec<Seen> {
+        self.following.seen()
+    }
+    fn fit(&self, x: &Tensor) -> Result<()> {
+        self.following.fit(x)
+    }
+    /// Always an error: a row that is there twice would be two steps of the series.
+    fn fit_weighted(&self, _: &Tensor, _: &Tensor) -> Result<()> {
+        check::no_weights(self.kind(), O::Memory::INSTEAD_OF_WEIGHTS)
+    }
+    fn partial_fit(&self, x: &Tensor) -> Result<()> {
+        self.following.partial_fit(x)
+    }
+    /// Always an error, as that of `fit_weighted`.
+    fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
+        self.fit_weighted(x, sample_weight)
+    }
+    /// Always an error: rows of a series have an order, and two pasts have none.
+    fn merge(&self, _: &dyn Scaler) -> Result<()> {
+        check::unsupported(
+            self.kind(),
+            "data whose order does not matter to be merged",
+            "feed the rows of one series in their order by partial_fit",
+        )
+    }
+    fn transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.following.transform(x)
+    }
+    fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+        self.following.inverse_transform(x)
+    }
+    fn reset(&self) {
+        self.following.reset()
+    }
+    fn snapshot(&self) -> Box<dyn Scaler> {
+        let following = self.following.copy();
+        Box::new(Self { following })
+    }
+    fn state(&self) -> Result<State> {
+        self.following.state()
+    }
+    fn restore(&self, state: &State) -> Result<()> {
+        self.following.restore(state)
+    }
 }
-pub(super) use scaler_of_series;

@@ -4,10 +4,12 @@ use std::fmt;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::check;
+use super::moments::columns;
 use super::{Moments, Scaler};
-use crate::ops::{self, check};
 
-/// The largest number of `f16`. What lies above it and below 65 520 is rounded to it, and from there on to infinity.
+/// The largest number of `f16`. What lies above it and below 65 520 is rounded to it, and from
+/// there on to infinity.
 const LARGEST: f64 = 65504.;
 
 /// The least number of `f16` that has all of its 11 bits.
@@ -16,31 +18,36 @@ const LEAST: f64 = 1. / 16384.;
 /// The distance of neighbors among the `f16` from 1 to 2.
 const STEP: f64 = 1. / 1024.;
 
-/// How a feature leaves `f16`.
+/// Reason why `f16` cannot hold a feature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HalfProblem {
     /// A value is beyond ±65 504, the largest number of `f16`; from 65 520 on it becomes infinite.
     Overflow,
-    /// The standard deviation is below 2⁻¹⁴, where `f16` runs out of bits; below 2⁻²⁵ values become zero.
+    /// The standard deviation is below 2⁻¹⁴, where `f16` runs out of bits; below 2⁻²⁵ values become
+    /// zero.
     Underflow,
-    /// The standard deviation is below the distance of neighboring `f16` at the largest value: what tells samples apart is rounded away.
+    /// The standard deviation is below the distance of neighboring `f16` at the largest value: what
+    /// tells samples apart is rounded away.
     Resolution,
 }
 
 /// A feature that leaves the range or the resolution of `f16` after scaling.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct HalfFinding {
     /// The index of the feature.
     pub feature: usize,
-    /// How messages call it.
+    /// Label in messages.
     pub label: String,
-    /// What is wrong.
+    /// The problem.
     pub problem: HalfProblem,
     /// The largest absolute value of the scaled feature.
     pub largest: f64,
     /// Its standard deviation.
     pub spread: f64,
-    /// The power of two nearest to 1 that the scaled feature can be multiplied with to fit; none where no factor helps, but a center would.
+    /// The power of two nearest to 1 that the scaled feature can be multiplied with to fit; none
+    /// where no factor helps, but a center would.
     pub scale: Option<f64>,
 }
 
@@ -71,7 +78,8 @@ impl fmt::Display for HalfFinding {
     }
 }
 
-/// The features of `x` that leave the range or the resolution of `f16` once `scaler` has scaled them. Empty where all fit.
+/// The features of `x` that leave the range or the resolution of `f16` once `scaler` has scaled
+/// them. Empty where all fit.
 ///
 /// # Errors
 /// As [`Scaler::transform`]; no samples.
@@ -91,14 +99,14 @@ impl fmt::Display for HalfFinding {
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn half_precision(scaler: &dyn Scaler, x: &Tensor) -> Result<Vec<HalfFinding>> {
-    check::scaling::samples(scaler.kind(), x)?;
+    check::samples(scaler.kind(), x)?;
     let x = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
     // Features and data of one and the same scaler, whoever feeds it meanwhile.
     let scaler = scaler.snapshot();
     let (y, features) = (scaler.transform(&x)?, scaler.features());
     let width = y.dims()[1..].iter().product();
     let mut found = vec![(Moments::default(), 0f64); width];
-    ops::columns(&y, |feature, values| {
+    columns(&y, |feature, values| {
         let numbers: Vec<f64> = values.iter().copied().filter(|v| !v.is_nan()).collect();
         let (moments, largest) = &mut found[feature];
         *moments = moments.merge(Moments::of_values(&numbers));

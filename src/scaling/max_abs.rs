@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::affine::Map;
 use super::extremes::Extremes;
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
 
 /// Options of a [`MaxAbsScaler`].
@@ -13,14 +13,14 @@ use super::{Nan, State};
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
     /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted.
-    /// What is cut gets no gradient. Default
-    /// `false`.
+    /// What is cut gets no gradient. Default `false`.
     pub clip: bool,
-    /// What becomes of NaN in the data that are fitted. Default: refused.
+    /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
 
-/// Divides every feature by its greatest absolute value, as scikit-learn's `MaxAbsScaler`: zeros stay zeros.
+/// Divides every feature by its greatest absolute value, as scikit-learn's `MaxAbsScaler`: zeros
+/// stay zeros.
 ///
 /// ```text
 /// y = x / max |x|
@@ -38,12 +38,7 @@ pub struct MaxAbsScalerOptions {
 /// assert_eq!(scaler.transform(&x)?.to_vec1::<f32>()?, [0., 0.5, -1.]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct MaxAbsScaler {
-    fitted: Fitted<MaxAbsScalerOptions>,
-}
-
-scaler!(MaxAbsScaler, MaxAbsScalerOptions, "1");
+pub type MaxAbsScaler = FittedScaler<MaxAbsScalerOptions>;
 
 impl MaxAbsScaler {
     /// The greatest absolute value of each feature.

@@ -1,24 +1,25 @@
-//! A given range.
+//! Min-max scaler.
 
 use candle_core::Result;
 
 use super::affine::Map;
+use super::check;
 use super::extremes::Extremes;
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
-use crate::ops::check;
 
 /// Options of a [`MinMaxScaler`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MinMaxScalerOptions {
-    /// What the least and the greatest value of a feature become. Default `(0, 1)`; `(-1, 1)` is usual too.
+    /// Images of the least and the greatest value of a feature. Default `(0, 1)`; `(-1, 1)` is
+    /// usual too.
     pub feature_range: (f64, f64),
-    /// Cut what lies beyond the range when data are transformed, as data can that were not fitted. What is cut gets no gradient. Default
-    /// `false`.
+    /// Cut what lies beyond the range when data are transformed, as data can that were not fitted.
+    /// What is cut gets no gradient. Default `false`.
     pub clip: bool,
-    /// What becomes of NaN in the data that are fitted. Default: refused.
+    /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
 
@@ -39,32 +40,26 @@ impl Default for MinMaxScalerOptions {
 /// ```
 ///
 /// Where:
-/// - `min`, `max` are the least and the greatest value of the feature; a feature that has but one value is divided by 1;
+/// - `min`, `max` are the least and the greatest value of the feature; a feature that has but one
+///   value is divided by 1;
 /// - `[a, b]` is the range.
 ///
-/// One value far from the others sets the range of all of them: [`RobustScaler`](super::RobustScaler) leaves it out.
+/// One value far from the others sets the range of all of them:
+/// [`RobustScaler`](super::RobustScaler) leaves it out.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 /// use candle_norm::scaling::{MinMaxScaler, MinMaxScalerOptions, Scaler};
 ///
-/// let options = MinMaxScalerOptions { feature_range: (-1., 1.), clip: true, ..Default::default() };
+/// let feature_range = (-1., 1.);
+/// let options = MinMaxScalerOptions { feature_range, clip: true, ..Default::default() };
 /// let scaler = MinMaxScaler::new(options)?;
 /// scaler.fit(&Tensor::new(&[0f64, 4., 8.], &Device::Cpu)?)?;
 /// let y = scaler.transform(&Tensor::new(&[2f64, 100.], &Device::Cpu)?)?;
 /// assert_eq!(y.to_vec1::<f64>()?, [-0.5, 1.]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct MinMaxScaler {
-    fitted: Fitted<MinMaxScalerOptions>,
-}
-
-scaler!(
-    MinMaxScaler,
-    MinMaxScalerOptions,
-    "1 over the width of `feature_range`"
-);
+pub type MinMaxScaler = FittedScaler<MinMaxScalerOptions>;
 
 impl MinMaxScaler {
     /// The least value of each feature.
@@ -94,7 +89,7 @@ impl Rule for MinMaxScalerOptions {
         let holds = a.is_finite() && b.is_finite() && a < b;
         let expected = "of two finite numbers, the first below the second";
         let got = format!("({a}, {b})");
-        check::scaling::option(Self::KIND, "feature_range", holds, expected, &got)
+        check::option(Self::KIND, "feature_range", holds, expected, &got)
     }
 
     fn nan(&self) -> Nan {

@@ -1,24 +1,26 @@
 //! Scalers for data and targets, which are fitted once, saved with the model, and watched.
 //!
-//! A network's first and last normalization is that of its data and of its targets. A [`Scaler`] has scikit-learn's `fit`, `partial_fit`,
-//! `transform` and `inverse_transform` over candle tensors `[N, features...]`: statistics in `f64` whatever the dtype, transformations by tensor
-//! operations that gradients pass through, on any device.
+//! A network's first and last normalization is that of its data and of its targets. A [`Scaler`]
+//! has scikit-learn's `fit`, `partial_fit`, `transform` and `inverse_transform` over candle tensors
+//! `[N, features...]`: statistics in `f64` whatever the dtype, transformations by tensor operations
+//! that gradients pass through, on any device.
 //!
 //! | scaler | `y` | when |
 //! | --- | --- | --- |
 //! | [`StandardScaler`] | `(x − mean) / std` | most data and most targets |
-//! | [`MinMaxScaler`] | `(x − min) / (max − min)`, or another range | bounded data, such as pixels |
+//! | [`MinMaxScaler`] | `(x − min) / (max − min)` | bounded data, such as pixels |
 //! | [`MaxAbsScaler`] | `x / max abs x` | sparse data: zeros stay zeros |
 //! | [`RobustScaler`] | `(x − median) / (q75 − q25)` | data with outliers |
 //! | [`SlidingScaler`] | `(x − mean) / std` of the last rows | series whose level moves |
-//! | [`EwmScaler`] | the same, rows weighted the less the older they are | series whose level moves |
+//! | [`EwmScaler`] | the same, newer rows weighing more | series whose level moves |
 //! | [`AdaptiveScaler`] | what it wraps, fitted again after drift | data that change now and then |
 //!
-//! [`RevIn`] normalizes each window of a series inside a model, and brings the forecast back; [`DriftMonitor`] says when data are no longer
-//! those of the past.
+//! [`RevIn`] normalizes each window of a series inside a model, and brings the forecast back;
+//! [`DriftMonitor`] says when data are no longer those of the past.
 //!
-//! Around them: [`TargetScaler`] for what a model predicts, with errors in both units; [`Pipeline`] for scaler, model and inverse in one file;
-//! [`Archive`] for any number of scalers beside a model; [`half_precision`] for what `f16` would lose; [`LossBalancer`] for several losses.
+//! Around them: [`TargetScaler`] for what a model predicts, with errors in both units; [`Pipeline`]
+//! for scaler, model and inverse in one file; [`Archive`] for any number of scalers beside a model;
+//! [`half_precision`] for what `f16` would lose; [`LossBalancer`] for several losses.
 //!
 //! # Example
 //!
@@ -46,17 +48,18 @@
 //!
 //! # Edges
 //!
-//! As scikit-learn has them: a feature that does not vary is divided by 1; NaN is refused or, by [`Nan::Ignore`], left out and counted, and stays NaN
-//! in what is transformed. A feature that is NaN throughout becomes NaN, and the others are scaled.
-//! Infinite data, no samples, other features or
-//! names are an error that names the feature, and change nothing.
+//! As scikit-learn has them: a feature that does not vary is divided by 1; NaN is refused or, by
+//! [`Nan::Ignore`], left out and counted, and stays NaN in what is transformed. A feature that is
+//! NaN throughout becomes NaN, and the others are scaled. Infinite data, no samples, other features
+//! or names are an error that names the feature, and change nothing.
 //!
 //! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
 
 mod adaptive;
 mod affine;
 mod archive;
-mod balancer;
+mod causal;
+pub(crate) mod check;
 mod data;
 mod drift;
 mod ewm;
@@ -67,10 +70,15 @@ mod follow;
 mod half;
 mod max_abs;
 mod min_max;
-mod pipeline;
+mod moments;
+mod monitor;
+mod optimistic;
+mod parse;
+mod reference;
 mod registry;
-mod rev_in;
 mod robust;
+mod rows;
+mod series_stats;
 mod sliding;
 mod standard;
 mod state;
@@ -84,25 +92,30 @@ use std::path::Path;
 
 use candle_core::{Result, Tensor};
 
-pub use crate::ops::Moments;
-use crate::ops::check;
+// Around the scalers, but of other rooms: they know layers, models and training.
+pub use crate::{LossBalancer, LossBalancerOptions, Pipeline};
+pub use crate::{RevIn, RevInOptions, RevInStats, rev_in};
 pub use adaptive::{AdaptiveScaler, OnDrift};
 pub use archive::Archive;
-pub use balancer::{LossBalancer, LossBalancerOptions};
+pub use causal::Causal;
 pub use data::Nan;
-pub use drift::{DriftEvent, DriftMetric, DriftMonitor, DriftOptions, DriftReport};
+pub use drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
 pub use ewm::{EwmScaler, EwmScalerOptions};
 pub use features::Features;
-pub use follow::{Causal, SeriesStats};
+pub use fitted::FittedScaler;
+pub use follow::SeriesScaler;
 pub use half::{HalfFinding, HalfProblem, half_precision};
 pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
 pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
-pub use pipeline::Pipeline;
+pub use moments::Moments;
+pub use monitor::DriftMonitor;
+pub use parse::ParseOptionError;
 pub use registry::{from_state, load};
-pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
 pub use robust::{RobustScaler, RobustScalerOptions};
+pub use series_stats::SeriesStats;
 pub use sliding::{SlidingScaler, SlidingScalerOptions};
 pub use standard::{StandardScaler, StandardScalerOptions};
+pub(crate) use state::MOST_VALUES;
 pub use state::{Seen, State};
 pub use target::{Deviation, TargetError, TargetScaler};
 
@@ -111,42 +124,120 @@ pub const PREFIX: &str = "scaler";
 
 /// A transformation of data that is fitted to data, and has an inverse.
 ///
-/// Data are `[N, features...]`: the first axis counts samples, and every element of the others is a feature. Every method takes `&self`: one
-/// thread may feed a scaler while others transform by it, and each of them sees it as it was before or after, never between. An error leaves
-/// the scaler as it was.
+/// Data are `[N, features...]`: the first axis counts samples, and every element of the others is a
+/// feature. Every method takes `&self`: one thread may feed a scaler while others transform by it,
+/// and each of them sees it as it was before or after, never between. An error leaves the scaler as
+/// it was.
+///
+/// # A scaler of your own
+///
+/// A type that implements it goes wherever the scalers here go: into a [`TargetScaler`], a
+/// [`Pipeline`], an [`Archive`], [`half_precision`]. Only [`load`] and [`from_state`], and a
+/// [`Pipeline`] that is loaded, know no kinds but those of this crate.
+///
+/// ```
+/// use std::sync::Mutex;
+///
+/// use candle_core::{Device, Result, Tensor};
+/// use candle_norm::scaling::{Features, Nan, Scaler, Seen, State};
+///
+/// /// The logarithm, which has nothing to fit but the features.
+/// #[derive(Debug, Default)]
+/// struct Log(Mutex<Features>);
+///
+/// impl Log {
+///     fn set(&self, next: impl FnOnce(&Features) -> Result<Features>) -> Result<()> {
+///         let mut features = self.0.lock().unwrap();
+///         *features = next(&features)?;
+///         Ok(())
+///     }
+/// }
+///
+/// impl Scaler for Log {
+///     fn kind(&self) -> &'static str {
+///         "Log"
+///     }
+///     fn nan(&self) -> Nan {
+///         Nan::Ignore
+///     }
+///     fn features(&self) -> Features {
+///         self.0.lock().unwrap().clone()
+///     }
+///     fn seen(&self) -> Vec<Seen> {
+///         vec![Seen::default(); self.features().count()]
+///     }
+///     fn fit(&self, x: &Tensor) -> Result<()> {
+///         self.set(|features| features.without_axes().of("Log", x))
+///     }
+///     fn partial_fit(&self, x: &Tensor) -> Result<()> {
+///         self.set(|features| features.of("Log", x))
+///     }
+///     fn merge(&self, other: &dyn Scaler) -> Result<()> {
+///         self.set(|features| features.joined("Log", &other.features()))
+///     }
+///     fn transform(&self, x: &Tensor) -> Result<Tensor> {
+///         self.features().of("Log", x)?;
+///         x.log()
+///     }
+///     fn inverse_transform(&self, x: &Tensor) -> Result<Tensor> {
+///         self.features().of("Log", x)?;
+///         x.exp()
+///     }
+///     fn reset(&self) {
+///         let _ = self.set(|features| Ok(features.without_axes()));
+///     }
+///     fn snapshot(&self) -> Box<dyn Scaler> {
+///         Box::new(Log(Mutex::new(self.features())))
+///     }
+///     fn state(&self) -> Result<State> {
+///         Ok(State::new("Log", 1).with_features(self.features(), self.seen()))
+///     }
+///     fn restore(&self, state: &State) -> Result<()> {
+///         state.require("Log", 1)?;
+///         self.set(|features| features.joined("Log", state.features()))
+///     }
+/// }
+///
+/// let prices = Tensor::new(&[[1f64], [10.], [100.]], &Device::Cpu)?;
+/// let scaler = Log::default();
+/// scaler.fit(&prices)?;
+/// let back = scaler.inverse_transform(&scaler.transform(&prices)?)?;
+/// assert!((back.to_vec2::<f64>()?[2][0] - 100.).abs() < 1e-12);
+/// assert!(scaler.transform(&prices.t()?).is_err());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub trait Scaler: Send + Sync + Debug {
     /// The name of the type, which messages and files have.
     fn kind(&self) -> &'static str;
 
-    /// What becomes of NaN in data that it is fitted to.
+    /// Treatment of NaN in data that it is fitted to.
     fn nan(&self) -> Nan;
 
     /// The features, as far as they are known.
     fn features(&self) -> Features;
 
-    /// What was seen of each feature; empty before any data.
+    /// Counts of each feature; empty before any data.
     fn seen(&self) -> Vec<Seen>;
 
     /// Forgets all data and fits `x`, `[N, features...]`. Names of features stay.
     ///
     /// # Errors
-    /// Data that are empty, not of floating point, infinite, NaN where that is refused, or of other features than the names say.
+    /// Data that are empty, not of floating point, infinite, NaN where that is refused, or of other
+    /// features than the names say.
     fn fit(&self, x: &Tensor) -> Result<()>;
 
     /// [`fit`](Self::fit) to samples that count by their weight, as scikit-learn's `sample_weight`:
-    /// a sample of weight 2 is one that is there
-    /// twice, and one of weight 0 is none. `sample_weight` is `[N]`; the count, the mean and the
-    /// variance of
-    /// [`StandardScaler`] are those of the weights, and the ranges of [`MinMaxScaler`] and
-    /// [`MaxAbsScaler`] those of the samples that count.
+    /// a sample of weight 2 is one that is there twice, and one of weight 0 is none.
+    /// `sample_weight` is `[N]`; the count, the mean and the variance of [`StandardScaler`] are
+    /// those of the weights, and the ranges of [`MinMaxScaler`] and [`MaxAbsScaler`] those of the
+    /// samples that count.
     ///
     /// # Errors
     /// As [`fit`](Self::fit); weights that are negative or not finite, of other samples, or all 0;
-    /// a scaler that has no use for weights, such as
-    /// those of series and [`RobustScaler`].
+    /// a scaler that has no use for weights, such as those of series and [`RobustScaler`].
     fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
-        check::scaling::no_weights(self.kind(), "fit it without weights")
+        check::no_weights(self.kind(), "fit it without weights")
     }
 
     /// Takes in more data: the result is that of [`fit`](Self::fit) to all of them.
@@ -162,7 +253,7 @@ pub trait Scaler: Send + Sync + Debug {
     /// As [`partial_fit`](Self::partial_fit) and [`fit_weighted`](Self::fit_weighted).
     fn partial_fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
-        check::scaling::no_weights(self.kind(), "fit it without weights")
+        check::no_weights(self.kind(), "fit it without weights")
     }
 
     /// Takes in all that another scaler of the same kind has seen.
@@ -177,7 +268,7 @@ pub trait Scaler: Send + Sync + Debug {
     /// A scaler without data; other features than it was fitted to.
     fn transform(&self, x: &Tensor) -> Result<Tensor>;
 
-    /// What [`transform`](Self::transform) would make `x` of: data in their own units.
+    /// Data in their own units: the inverse of [`transform`](Self::transform).
     ///
     /// # Errors
     /// As [`transform`](Self::transform).
@@ -186,8 +277,9 @@ pub trait Scaler: Send + Sync + Debug {
     /// Forgets all data. Options and names of features stay.
     fn reset(&self);
 
-    /// A scaler of its own that is as this is now. What happens to the one does not reach the other: several calls to it are about one and
-    /// the same scaler, whoever feeds this one meanwhile.
+    /// A scaler of its own that is as this is now. What happens to the one does not reach the
+    /// other: several calls to it are about one and the same scaler, whoever feeds this one
+    /// meanwhile.
     fn snapshot(&self) -> Box<dyn Scaler>;
 
     /// All that this scaler knows, at one moment.
@@ -207,7 +299,8 @@ pub trait Scaler: Send + Sync + Debug {
         !self.seen().is_empty()
     }
 
-    /// Whether `names` are those of the features, in their order; scalers without names take any of the right number.
+    /// Whether `names` are those of the features, in their order; scalers without names take any of
+    /// the right number.
     ///
     /// # Errors
     /// The first that differs.
@@ -218,10 +311,12 @@ pub trait Scaler: Send + Sync + Debug {
 
 /// Files of scalers of any kind. Those of this crate have these methods themselves.
 impl<'a> dyn Scaler + 'a {
-    /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`] puts it into a file with others, and with a model.
+    /// Writes this scaler to a file of its own, over the one that it wrote before. [`Archive`] puts
+    /// it into a file with others, and with a model.
     ///
     /// # Errors
-    /// A file that holds anything else, such as the variables of a model, which is then as it was; those of the file system.
+    /// A file that holds anything else, such as the variables of a model, which is then as it was;
+    /// those of the file system.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut archive = Archive::default();
         archive.put(PREFIX, &self.state()?)?;
@@ -239,8 +334,8 @@ impl<'a> dyn Scaler + 'a {
 
 /// `save` and `load` of a scaler of this crate.
 macro_rules! files {
-    ($name:ident) => {
-        impl $name {
+    ($($header:tt)*) => {
+        $($header)* {
             /// Writes this scaler to a file of its own, over the one that it wrote before.
             /// [`Archive`](crate::scaling::Archive) puts it into a file
             /// with others, and with a model.

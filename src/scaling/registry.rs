@@ -1,35 +1,41 @@
-//! Scalers whose kind only the file knows.
+//! Constructors of scalers by the name of their kind.
 
 use std::path::Path;
 
 use candle_core::Result;
 
+use super::fitted::{FittedScaler, Rule};
+use super::follow::{Memory, SeriesOptions, SeriesScaler};
 use super::{
-    AdaptiveScaler, Archive, EwmScaler, MaxAbsScaler, MinMaxScaler, PREFIX, RobustScaler, Scaler,
-    SlidingScaler, StandardScaler, State,
+    AdaptiveScaler, Archive, EwmScalerOptions, MaxAbsScalerOptions, MinMaxScalerOptions, PREFIX,
+    RobustScalerOptions, Scaler, SlidingScalerOptions, StandardScalerOptions, State, check,
 };
-use crate::ops::check;
 
-/// A kind, and how its scaler is made of a state.
+/// A kind, and the constructor of its scaler.
 type Entry = (&'static str, fn(&State) -> Result<Box<dyn Scaler>>);
 
-/// An entry of the table of kinds.
-macro_rules! entry {
-    ($name:ident) => {
-        (stringify!($name), |state| {
-            Ok(Box::new($name::from_state(state)?))
-        })
-    };
+const fn fitted<O: Rule>() -> Entry {
+    (O::KIND, |state| {
+        Ok(Box::new(FittedScaler::<O>::from_state(state)?))
+    })
+}
+
+const fn of_series<O: SeriesOptions>() -> Entry {
+    (O::Memory::KIND, |state| {
+        Ok(Box::new(SeriesScaler::<O>::from_state(state)?))
+    })
 }
 
 const KINDS: &[Entry] = &[
-    entry!(AdaptiveScaler),
-    entry!(EwmScaler),
-    entry!(MaxAbsScaler),
-    entry!(MinMaxScaler),
-    entry!(RobustScaler),
-    entry!(SlidingScaler),
-    entry!(StandardScaler),
+    (AdaptiveScaler::KIND, |state| {
+        Ok(Box::new(AdaptiveScaler::from_state(state)?))
+    }),
+    of_series::<EwmScalerOptions>(),
+    fitted::<MaxAbsScalerOptions>(),
+    fitted::<MinMaxScalerOptions>(),
+    fitted::<RobustScalerOptions>(),
+    of_series::<SlidingScalerOptions>(),
+    fitted::<StandardScalerOptions>(),
 ];
 
 /// The scaler that `state` is of, whichever of this crate it is.
@@ -41,12 +47,12 @@ pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
         Some((_, make)) => make(state),
         None => {
             let kinds: Vec<_> = KINDS.iter().map(|(kind, _)| *kind).collect();
-            check::scaling::known_kind(&kinds, state.kind())
+            check::known_kind(&kinds, state.kind())
         }
     }
 }
 
-/// The scaler in a file that [`save`](StandardScaler::save) wrote, whichever of this crate it is.
+/// The scaler in a file that [`save`](FittedScaler::save) wrote, whichever of this crate it is.
 ///
 /// # Errors
 /// A file that is not whole, or does not hold a scaler of this crate and version.

@@ -5,9 +5,9 @@ use datasketches::common::SearchCriteria;
 use datasketches::kll::{KllFloat, KllSketch};
 
 use super::affine::Map;
-use super::fitted::{Fitted, Rule, scaler};
+use super::check;
+use super::fitted::{FittedScaler, Rule};
 use super::{Nan, State};
-use crate::ops::check;
 
 type Sketch = KllSketch<KllFloat<f64>>;
 
@@ -22,10 +22,10 @@ pub struct RobustScalerOptions {
     pub with_scaling: bool,
     /// The two quantiles, in percent. Default `(25, 75)`: the interquartile range.
     pub quantile_range: (f64, f64),
-    /// The `k` of the sketch: up to this many values of a feature the quantiles are exact. A feature takes about `24 · k` bytes. From 8 to
-    /// 65535, default 4096.
+    /// The `k` of the sketch: up to this many values of a feature the quantiles are exact. A
+    /// feature takes about `24 · k` bytes. From 8 to 65535, default 4096.
     pub sketch_size: u16,
-    /// What becomes of NaN in the data that are fitted. Default: refused.
+    /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
 
@@ -41,21 +41,26 @@ impl Default for RobustScalerOptions {
     }
 }
 
-/// Scales every feature by its median and the distance of two quantiles, as scikit-learn's `RobustScaler`.
+/// Scales every feature by its median and the distance of two quantiles, as scikit-learn's
+/// `RobustScaler`.
 ///
 /// ```text
 /// y = (x − q(50)) / (q(b) − q(a))
 /// ```
 ///
 /// Where:
-/// - `q(p)` is the p-th percentile of the feature, between two values in proportion; `(a, b)` is `quantile_range`;
+/// - `q(p)` is the p-th percentile of the feature, between two values in proportion; `(a, b)` is
+///   `quantile_range`;
 /// - a distance of zero counts as 1.
 ///
-/// Data may come in any number of pieces, and are not kept: each feature has a KLL sketch (Karnin, Lang and Liberty, 2016,
-/// <https://arxiv.org/abs/1603.05346>). Up to [`sketch_size`](RobustScalerOptions::sketch_size) values, 4096 by default, the
-/// quantiles are exact. Beyond, a quantile is that of a rank which is off by at most [`rank_error`](Self::rank_error), 0.07 % by default, with a
-/// confidence of 99 %; the sketch draws random bits, which have no seed, so two fits then differ within that bound. Where a result must come out
-/// the same twice, choose a `sketch_size` of at least the number of values, up to 65 535.
+/// Data may come in any number of pieces, and are not kept: each feature has a KLL sketch (Karnin,
+/// Lang and Liberty, 2016,
+/// <https://arxiv.org/abs/1603.05346>). Up to [`sketch_size`](RobustScalerOptions::sketch_size)
+/// values, 4096 by default, the quantiles are exact. Beyond, a quantile is that of a rank which is
+/// off by at most [`rank_error`](Self::rank_error), 0.07 % by default, with a confidence of 99 %;
+/// the sketch draws random bits, which have no seed, so two fits then differ within that bound.
+/// Where a result must come out the same twice, choose a `sketch_size` of at least the number of
+/// values, up to 65 535.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -66,12 +71,7 @@ impl Default for RobustScalerOptions {
 /// assert_eq!((scaler.center()?, scaler.scale()?), (vec![3.], vec![2.]));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct RobustScaler {
-    fitted: Fitted<RobustScalerOptions>,
-}
-
-scaler!(RobustScaler, RobustScalerOptions, "1");
+pub type RobustScaler = FittedScaler<RobustScalerOptions>;
 
 impl RobustScaler {
     /// The median of each feature.
@@ -89,13 +89,13 @@ impl RobustScaler {
     pub fn quantile(&self, percent: f64) -> Result<Vec<f64>> {
         let holds = (0. ..=100.).contains(&percent);
         let kind = RobustScalerOptions::KIND;
-        check::scaling::option(kind, "percent", holds, "from 0 to 100", &percent)?;
+        check::option(kind, "percent", holds, "from 0 to 100", &percent)?;
         let now = self.fitted.snapshot();
         now.each(|sketch| Ok(quantiles(sketch, [percent])?[0]))
     }
 
-    /// How far a quantile may be from its rank, as a share of the number of values, with a confidence of 99 %: zero while all values are
-    /// kept.
+    /// Largest distance of a quantile from its rank, as a share of the number of values, with a
+    /// confidence of 99 %: zero while all values are kept.
     pub fn rank_error(&self) -> f64 {
         let now = self.fitted.snapshot();
         let sketches = now.statistics.iter().filter(|s| s.is_estimation_mode());
@@ -109,7 +109,8 @@ impl RobustScaler {
 fn quantiles<const N: usize>(sketch: &Sketch, percents: [f64; N]) -> Result<[f64; N]> {
     let view = sketch.sorted_view();
     let count = sketch.n() as f64;
-    // The value of a rank, counted from zero; by its middle, since it is a share that the sketch is asked for.
+    // The value of a rank, counted from zero; by its middle, since it is a share that the sketch is
+    // asked for.
     let at = |rank: f64| {
         let value = view.quantile((rank + 0.5) / count, SearchCriteria::Inclusive);
         match value {
@@ -139,7 +140,7 @@ impl Rule for RobustScalerOptions {
         let holds = 0. <= a && a < b && b <= 100.;
         let expected = "of two percentages from 0 to 100, the first below the second";
         let got = format!("({a}, {b})");
-        check::scaling::option(Self::KIND, "quantile_range", holds, expected, &got)?;
+        check::option(Self::KIND, "quantile_range", holds, expected, &got)?;
         self.empty().map(|_| ())
     }
 
@@ -149,7 +150,7 @@ impl Rule for RobustScalerOptions {
 
     fn empty(&self) -> Result<Sketch> {
         let (size, sketch) = (self.sketch_size, Sketch::new(self.sketch_size));
-        check::scaling::option(
+        check::option(
             Self::KIND,
             "sketch_size",
             sketch.is_ok(),
@@ -219,18 +220,17 @@ impl Rule for RobustScalerOptions {
         let mut rest = bytes.as_slice();
         let mut sketches = Vec::with_capacity(state.seen().len());
         for (i, seen) in state.seen().iter().enumerate() {
-            let one =
-                check::scaling::present(Self::KIND, "a sketch of each feature", next(&mut rest))?;
+            let one = check::present(Self::KIND, "a sketch of each feature", next(&mut rest))?;
             let sketch = Sketch::deserialize(one);
-            let sketch = check::scaling::well_formed(Self::KIND, "a sketch", sketch)?;
+            let sketch = check::well_formed(Self::KIND, "a sketch", sketch)?;
             let ends = [sketch.min_item(), sketch.max_item()];
             let finite = ends.iter().flatten().all(|v| v.is_finite());
             let holds = finite && sketch.n() == seen.values && sketch.k() == rule.sketch_size;
             let label = state.features().label(i);
-            check::scaling::saved_value(Self::KIND, "sketch", &label, sketch.n() as f64, holds)?;
+            check::saved_value(Self::KIND, "sketch", &label, sketch.n() as f64, holds)?;
             sketches.push(sketch);
         }
-        check::scaling::saved_length(Self::KIND, "bytes after the sketches", 0, rest.len())?;
+        check::saved_length(Self::KIND, "bytes after the sketches", 0, rest.len())?;
         Ok((rule, sketches))
     }
 }

@@ -2,19 +2,21 @@
 
 use candle_core::Result;
 
-use super::follow::{Causal, Following, Memory, scaler_of_series};
+use super::Causal;
+use super::check;
+use super::follow::{Memory, SeriesOptions, SeriesScaler};
 use super::window::Window;
 use super::{Moments, Nan, State};
-use crate::ops::check;
 
 /// Options of a [`SlidingScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct SlidingScalerOptions {
-    /// How many rows are remembered, at least 1.
+    /// Number of rows that are remembered, at least 1.
     pub window: usize,
-    /// What is taken off the number of values in the variance: 0 for the biased one, 1 for the unbiased. Default 0.
+    /// Number taken off that of the values in the variance: 0 for the biased one, 1 for the
+    /// unbiased. Default 0.
     #[cfg_attr(feature = "serde", serde(default))]
     pub ddof: usize,
     /// Whether a row counts among those that it is scaled by. Default: it does.
@@ -37,21 +39,23 @@ impl From<usize> for SlidingScalerOptions {
     }
 }
 
-/// Scales every feature of a series to zero mean and unit variance over the last rows, as river's `Rolling` of `Mean` and `Var` has them.
+/// Scales every feature of a series to zero mean and unit variance over the last rows, as river's
+/// `Rolling` of `Mean` and `Var` has them.
 ///
 /// ```text
 /// y = (x − μ) / σ        μ = Σ xᵢ / n        σ² = Σ (xᵢ − μ)² / (n − ddof)
 /// ```
 ///
 /// Where:
-/// - the sums are over the values in the window: the last `window` rows up to the row itself, or before it;
+/// - the sums are over the values in the window: the last `window` rows up to the row itself, or
+///   before it;
 /// - `n` is how many of them are numbers;
 /// - `σ` is 1 for a feature that does not vary there: whose standard deviation is below the
 ///   resolution of an `f64` at its mean; and where
 ///   there are no more than `ddof` values, which have no variance.
 ///
-/// A row costs the same whatever the window, and nothing is ever subtracted from a sum: after millions of rows the statistics are those of
-/// the window, to the rounding of one pass over it.
+/// A row costs the same whatever the window, and nothing is ever subtracted from a sum: after
+/// millions of rows the statistics are those of the window, to the rounding of one pass over it.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -69,25 +73,22 @@ impl From<usize> for SlidingScalerOptions {
 /// assert_eq!(scaler.transform(&next)?.to_vec2::<f64>()?, [[2.]]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct SlidingScaler {
-    following: Following<Window>,
-}
+pub type SlidingScaler = SeriesScaler<SlidingScalerOptions>;
 
-scaler_of_series!(
-    SlidingScaler,
-    SlidingScalerOptions,
-    "take EwmScaler, which weighs rows by their age"
-);
+impl SeriesOptions for SlidingScalerOptions {
+    type Memory = Window;
+}
 
 impl Memory for Window {
     const KIND: &'static str = "SlidingScaler";
+
+    const INSTEAD_OF_WEIGHTS: &'static str = "take EwmScaler, which weighs rows by their age";
 
     type Options = SlidingScalerOptions;
 
     fn check(options: &SlidingScalerOptions) -> Result<()> {
         let window = options.window;
-        check::scaling::option(Self::KIND, "window", window > 0, "of at least 1", &window)
+        check::option(Self::KIND, "window", window > 0, "of at least 1", &window)
     }
 
     fn nan(options: &SlidingScalerOptions) -> Nan {

@@ -3,10 +3,10 @@
 use candle_core::Result;
 
 use super::affine::{Map, scale_of};
+use super::check;
 use super::data::{moments_of, weighted_moments};
-use super::fitted::{Fitted, Rule, scaler};
+use super::fitted::{FittedScaler, Rule};
 use super::{Moments, Nan, State};
-use crate::ops::check;
 
 /// Options of a [`StandardScaler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub struct StandardScalerOptions {
     pub with_mean: bool,
     /// Divide by the standard deviation. Default `true`.
     pub with_std: bool,
-    /// What becomes of NaN in the data that are fitted. Default: refused.
+    /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,
 }
 
@@ -39,10 +39,12 @@ impl Default for StandardScalerOptions {
 ///
 /// Where:
 /// - `μ` is the mean of the feature, and `σ²` its biased variance (divided by n);
-/// - `σ` is 1 for a feature that does not vary: whose standard deviation is below the resolution of an `f64` at its mean.
+/// - `σ` is 1 for a feature that does not vary: whose standard deviation is below the resolution of
+///   an `f64` at its mean.
 ///
-/// Data are merged as count, mean and sum of squared distances (Chan, Golub and LeVeque, 1979), the mean in two numbers: a mean of 10⁹
-/// standard deviations leaves the variance as it is, and the order in which data come does not matter.
+/// Data are merged as count, mean and sum of squared distances (Chan, Golub and LeVeque, 1979), the
+/// mean in two numbers: a mean of 10⁹ standard deviations leaves the variance as it is, and the
+/// order in which data come does not matter.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -60,12 +62,7 @@ impl Default for StandardScalerOptions {
 /// assert!(wrong.unwrap_err().to_string().contains(r#"feature 1 "doors" is missing"#));
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct StandardScaler {
-    fitted: Fitted<StandardScalerOptions>,
-}
-
-scaler!(StandardScaler, StandardScalerOptions, "1");
+pub type StandardScaler = FittedScaler<StandardScalerOptions>;
 
 impl StandardScaler {
     /// The mean of each feature, also where it is not subtracted.
@@ -84,7 +81,8 @@ impl StandardScaler {
         self.fitted.each(|m| m.var())
     }
 
-    /// Count, mean and squared distances of each feature: the statistics that batch norm has of a batch. Empty before any data.
+    /// Count, mean and squared distances of each feature: the statistics that batch norm has of a
+    /// batch. Empty before any data.
     pub fn moments(&self) -> Vec<Moments> {
         self.fitted.snapshot().statistics.clone()
     }
@@ -179,10 +177,10 @@ impl Rule for StandardScalerOptions {
         for (i, seen) in state.seen().iter().enumerate() {
             let (label, weight) = (state.features().label(i), weight[i]);
             let holds = (weight > 0.) == (seen.values > 0);
-            check::scaling::saved_value(state.kind(), "weight", &label, weight, holds)?;
+            check::saved_value(state.kind(), "weight", &label, weight, holds)?;
             let moments = state.moments(i, [weight, mean[i], mean_error[i], m2[i]])?;
             let (largest, holds) = (Self::largest(&moments), Self::largest(&moments).is_finite());
-            check::scaling::saved_value(state.kind(), "m2", &label, largest, holds)?;
+            check::saved_value(state.kind(), "m2", &label, largest, holds)?;
             statistics.push(moments);
         }
         Ok((rule, statistics))

@@ -1,4 +1,4 @@
-//! What a scaler is made of, as it goes into a file.
+//! Content of a scaler, as it goes into a file.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -7,13 +7,12 @@ use std::str::FromStr;
 use candle_core::{DType, Device, Result, Tensor};
 use serde_json::{Map, Value, json};
 
-use super::{Features, Moments};
-use crate::ops::check;
+use super::{Features, Moments, check};
 
 /// Beyond this many values a count would not be exact as an `f64`.
-pub(super) const MOST_VALUES: u64 = 1 << 53;
+pub(crate) const MOST_VALUES: u64 = 1 << 53;
 
-/// How many values of a feature were seen, and how many that were none.
+/// Counts of the values of a feature that were seen, and of those that were NaN.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Values that the statistics are of.
@@ -23,7 +22,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Of both.
+    /// Counts of both.
     pub(crate) fn plus(self, other: Self) -> Self {
         Self {
             values: self.values.saturating_add(other.values),
@@ -46,16 +45,17 @@ impl Seen {
         for (i, (all, more)) in all.iter_mut().zip(more).enumerate() {
             *all = all.plus(*more);
             let (label, most) = (features.label(i), all.values.max(all.nan));
-            check::scaling::countable(layer, "values", &label, most, MOST_VALUES)?;
+            check::countable(layer, "values", &label, most, MOST_VALUES)?;
         }
         Ok(all)
     }
 }
 
-/// All that a scaler knows, apart from the scaler: what is saved, restored, merged, and sent between machines.
+/// All that a scaler knows, apart from the scaler: what is saved, restored, merged, and sent
+/// between machines.
 ///
-/// Statistics are tensors on the CPU, in `f64` or as integers, so that nothing is lost on the way. Options are text; Rust's text of an
-/// `f64` has all of its bits.
+/// Statistics are tensors on the CPU, in `f64` or as integers, so that nothing is lost on the way.
+/// Options are text; Rust's text of an `f64` has all of its bits.
 #[derive(Debug, Clone)]
 pub struct State {
     kind: String,
@@ -131,7 +131,7 @@ impl State {
         &self.features
     }
 
-    /// What was seen of each feature.
+    /// Counts of each feature.
     pub fn seen(&self) -> &[Seen] {
         &self.seen
     }
@@ -141,8 +141,8 @@ impl State {
     /// # Errors
     /// Another kind or version.
     pub fn require(&self, kind: &str, version: u32) -> Result<()> {
-        check::scaling::kind(kind, &self.kind)?;
-        check::scaling::version(kind, version, self.version)
+        check::kind(kind, &self.kind)?;
+        check::version(kind, version, self.version)
     }
 
     /// An option.
@@ -151,8 +151,8 @@ impl State {
     /// It is not there, or is not a `T`.
     pub fn option<T: FromStr<Err: Display>>(&self, name: &str) -> Result<T> {
         let what = format!("option {name:?}");
-        let text = check::scaling::present(&self.kind, &what, self.options.get(name))?;
-        check::scaling::well_formed(&self.kind, &what, text.parse())
+        let text = check::present(&self.kind, &what, self.options.get(name))?;
+        check::well_formed(&self.kind, &what, text.parse())
     }
 
     /// A tensor.
@@ -161,7 +161,7 @@ impl State {
     /// It is not there.
     pub fn tensor(&self, name: &str) -> Result<&Tensor> {
         let what = format!("tensor {name:?}");
-        check::scaling::present(&self.kind, &what, self.tensors.get(name))
+        check::present(&self.kind, &what, self.tensors.get(name))
     }
 
     /// The numbers of an `f64` tensor.
@@ -171,7 +171,7 @@ impl State {
     pub fn values(&self, name: &str, len: usize) -> Result<Vec<f64>> {
         let tensor = self.tensor(name)?;
         check::dtype(&self.kind, name, tensor, DType::F64)?;
-        check::scaling::saved_length(&self.kind, name, len, tensor.elem_count())?;
+        check::saved_length(&self.kind, name, len, tensor.elem_count())?;
         tensor.flatten_all()?.to_vec1()
     }
 
@@ -185,25 +185,27 @@ impl State {
         tensor.flatten_all()?.to_vec1()
     }
 
-    /// What was seen, as a scaler can go on from it: of every feature or of none, and no more than an `f64` can count.
+    /// Counts, as a scaler can go on from them: of every feature or of none, and no more than
+    /// an `f64` can count.
     ///
     /// # Errors
     /// Counts of other features, or counts that no data have.
-    pub(crate) fn counts(&self) -> Result<&[Seen]> {
+    pub fn counts(&self) -> Result<&[Seen]> {
         if !self.seen.is_empty() {
             let (expected, got) = (self.features.count(), self.seen.len());
-            check::scaling::saved_length(&self.kind, "counts", expected, got)?;
+            check::saved_length(&self.kind, "counts", expected, got)?;
         }
         for (i, seen) in self.seen.iter().enumerate() {
             let most = seen.values.max(seen.nan);
             let label = self.features.label(i);
             let holds = most <= MOST_VALUES;
-            check::scaling::saved_value(&self.kind, "count", &label, most as f64, holds)?;
+            check::saved_value(&self.kind, "count", &label, most as f64, holds)?;
         }
         Ok(&self.seen)
     }
 
-    /// The moments of a feature that these parts are of: count, mean, what the mean was rounded by, squared distances.
+    /// The moments of a feature that these parts are of: count, mean, what the mean was rounded by,
+    /// squared distances.
     ///
     /// # Errors
     /// A part that no data have.
@@ -216,7 +218,7 @@ impl State {
             ("mean", mean, (mean + mean_error).is_finite()),
             ("m2", m2, is_size(m2)),
         ] {
-            check::scaling::saved_value(&self.kind, what, &label, value, holds)?;
+            check::saved_value(&self.kind, what, &label, value, holds)?;
         }
         Ok(Moments::from_parts(count, mean, mean_error, m2))
     }
@@ -244,23 +246,23 @@ impl State {
     /// The state that [`metadata`](Self::metadata) and tensors describe.
     pub(crate) fn from_metadata(text: &str, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
         let fields: Map<String, Value> =
-            check::scaling::well_formed("State", "the metadata", serde_json::from_str(text))?;
+            check::well_formed("State", "the metadata", serde_json::from_str(text))?;
         let field = |layer: &str, name: &str| {
-            let value = check::scaling::present(layer, name, fields.get(name))?;
+            let value = check::present(layer, name, fields.get(name))?;
             Ok::<Value, candle_core::Error>(value.clone())
         };
         // A macro, since the type of each is inferred, which closures cannot.
         macro_rules! parsed {
             ($layer:expr, $name:literal) => {{
                 let value = serde_json::from_value(field($layer, $name)?);
-                check::scaling::well_formed($layer, $name, value)?
+                check::well_formed($layer, $name, value)?
             }};
         }
         let kind: String = parsed!("State", "kind");
         let layer = kind.as_str();
         let values: Vec<u64> = parsed!(layer, "values");
         let nan: Vec<u64> = parsed!(layer, "nan");
-        check::scaling::saved_length(layer, "nan", values.len(), nan.len())?;
+        check::saved_length(layer, "nan", values.len(), nan.len())?;
         let seen = values.into_iter().zip(nan);
         Ok(Self {
             version: parsed!(layer, "version"),

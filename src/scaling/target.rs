@@ -5,14 +5,16 @@ use std::fmt;
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::Scaler;
-use crate::ops::{self, check};
+use super::check;
+use super::moments::columns;
 
 const LAYER: &str = "TargetScaler";
 
 /// A scaler for what a model is to predict.
 ///
-/// Train against [`scale`](Self::scale)d targets, and [`invert`](Self::invert) predictions; a model with several outputs has its own scale for
-/// each. Both are differentiable, so a loss can be taken in either unit.
+/// Train against [`scale`](Self::scale)d targets, and [`invert`](Self::invert) predictions; a model
+/// with several outputs has its own scale for each. Both are differentiable, so a loss can be taken
+/// in either unit.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -34,8 +36,9 @@ pub struct TargetScaler {
     scaler: Box<dyn Scaler>,
 }
 
-/// How far predictions are off, on average.
+/// Average errors of predictions.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Deviation {
     /// The root of the mean squared error.
     pub rmse: f64,
@@ -45,12 +48,13 @@ pub struct Deviation {
 
 /// The error of one output of a model, in both units.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TargetError {
     /// The name of the output, or its index.
     pub output: String,
-    /// In units of the loss.
+    /// Errors in units of the loss.
     pub scaled: Deviation,
-    /// In the target's own units.
+    /// Errors in the target's own units.
     pub original: Deviation,
 }
 
@@ -133,13 +137,14 @@ impl TargetScaler {
         self.scaler.inverse_transform(predictions)
     }
 
-    /// How far scaled `predictions` are from `targets`, which are in their own units: of each output, in both units.
+    /// Distance of scaled `predictions` from `targets`, which are in their own units: of each
+    /// output, in both units.
     ///
     /// # Errors
-    /// Shapes that differ: `[N, 1]` against `[N]` is `N²` differences wherever it is broadcast, and most often a mistake. No samples. Those
-    /// of [`Scaler::transform`].
+    /// Shapes that differ: `[N, 1]` against `[N]` is `N²` differences wherever it is broadcast, and
+    /// most often a mistake. No samples. Those of [`Scaler::transform`].
     pub fn errors(&self, predictions: &Tensor, targets: &Tensor) -> Result<Vec<TargetError>> {
-        check::scaling::samples(LAYER, targets)?;
+        check::samples(LAYER, targets)?;
         check::float(LAYER, "predictions", predictions)?;
         check::shape(LAYER, "predictions", predictions, targets.dims())?;
         let wide = |t: &Tensor| t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
@@ -163,12 +168,12 @@ impl TargetScaler {
     }
 }
 
-/// Of each column of differences.
+/// Errors of each column of differences.
 fn deviations(differences: &Tensor) -> Result<Vec<Deviation>> {
     let width = differences.dims()[1..].iter().product();
     let count = differences.dims()[0] as f64;
     let mut sums = vec![(0., 0.); width];
-    ops::columns(differences, |column, values| {
+    columns(differences, |column, values| {
         let (squares, sizes) = &mut sums[column];
         *squares += values.iter().map(|d| d * d).sum::<f64>();
         *sizes += values.iter().map(|d| d.abs()).sum::<f64>();

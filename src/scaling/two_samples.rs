@@ -1,8 +1,9 @@
-//! How far two samples of one feature are apart.
+//! Distances between two samples of one feature.
 
 use std::cmp::Ordering;
 
-/// The greatest distance between the distribution functions of two samples, both ascending, neither empty.
+/// The greatest distance between the distribution functions of two samples, both ascending, neither
+/// empty.
 pub(super) fn ks_statistic(a: &[f64], b: &[f64]) -> f64 {
     let (mut i, mut j) = (0, 0);
     let mut greatest = 0i128;
@@ -27,9 +28,11 @@ pub(super) fn ks_statistic(a: &[f64], b: &[f64]) -> f64 {
 /// Up to this many pairs of values the p-value is exact.
 const EXACT: usize = 1 << 20;
 
-/// The probability that two samples of `m` and `n` values of one continuous distribution are at least `statistic` apart.
+/// The probability that two samples of `m` and `n` values of one continuous distribution are at
+/// least `statistic` apart.
 ///
-/// Exact where `m · n` is at most 2²⁰; beyond, Kolmogorov's limit `2 Σ (−1)ᵏ⁻¹ exp(−2 k² d² m n / (m + n))`.
+/// Exact where `m · n` is at most 2²⁰; beyond, Kolmogorov's limit
+/// `2 Σ (−1)ᵏ⁻¹ exp(−2 k² d² m n / (m + n))`.
 pub(super) fn ks_p_value(statistic: f64, m: usize, n: usize) -> f64 {
     match m.saturating_mul(n) <= EXACT {
         true => exact_p_value(statistic, m, n),
@@ -40,9 +43,10 @@ pub(super) fn ks_p_value(statistic: f64, m: usize, n: usize) -> f64 {
     }
 }
 
-/// Which sample the next value comes from is a draw without return, so that the orders of all values are the paths of a walk over a grid of
-/// `m` by `n`. The probability is that of the walks that leave the band `|i / m − j / n| < statistic`: a sum of positive terms, exact
-/// where it is small too.
+/// Which sample the next value comes from is a draw without return, so that the orders of all
+/// values are the paths of a walk over a grid of `m` by `n`. The probability is that of the walks
+/// that leave the band `|i / m − j / n| < statistic`: a sum of positive terms, exact where it is
+/// small too.
 fn exact_p_value(statistic: f64, m: usize, n: usize) -> f64 {
     // The distance in units of 1 / (m n), which it is a whole number of.
     let limit = (statistic * m as f64 * n as f64).round() as i64;
@@ -101,10 +105,11 @@ fn kolmogorov(x: f64) -> f64 {
     (2. * sum).clamp(0., 1.)
 }
 
-/// What a share of zero is taken as in the population stability index.
+/// Stand-in for a share of zero in the population stability index.
 pub(super) const EMPTY_SHARE: f64 = 1e-4;
 
-/// The population stability index `Σ (pᵢ − qᵢ) · ln(pᵢ / qᵢ)` of counts in the same bins; shares of zero count as 10⁻⁴.
+/// The population stability index `Σ (pᵢ − qᵢ) · ln(pᵢ / qᵢ)` of counts in the same bins; shares of
+/// zero count as 10⁻⁴.
 pub(super) fn population_stability(reference: &[u64], recent: &[u64]) -> f64 {
     let shares = |counts: &[u64]| -> Vec<f64> {
         let total = counts.iter().sum::<u64>() as f64;
@@ -118,8 +123,8 @@ pub(super) fn population_stability(reference: &[u64], recent: &[u64]) -> f64 {
     pairs.map(|(p, q)| (p - q) * (p / q).ln()).sum()
 }
 
-/// The inner edges of `bins` bins that hold about as many values each: quantiles of ascending values, by linear interpolation. Edges that
-/// fall together are one.
+/// The inner edges of `bins` bins that hold about as many values each: quantiles of ascending
+/// values, by linear interpolation. Edges that fall together are one.
 pub(super) fn quantile_edges(ascending: &[f64], bins: usize) -> Vec<f64> {
     let last = ascending.len() - 1;
     let quantile = |k: usize| {

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor};
 
 use super::drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
-use super::follow::Rows;
+use super::reference::{Column, LEAST_VALUES, Reference, aligned, ascending};
+use super::rows::Rows;
 use super::state::MOST_VALUES;
-use super::two_samples::{bin, ks_p_value, ks_statistic, population_stability, quantile_edges};
-use super::{Features, Moments, Seen, State};
-use crate::ops::check;
+use super::{Features, Seen, State, check};
 
 pub(super) const LAYER: &str = "DriftMonitor";
+
 const VERSION: u32 = 1;
 
 /// More bins than samples fill.
@@ -23,177 +23,20 @@ const MOST_BINS: usize = 10_000;
 /// A mean or a variance that differs by fewer standard errors than this may do so by chance.
 const STANDARD_ERRORS: f64 = 5.;
 
-/// Of one value there is no variance.
-const LEAST_VALUES: usize = 2;
-
-/// One feature of the reference.
-#[derive(Debug)]
-struct Column {
-    ascending: Vec<f64>,
-    spread: Spread,
-    /// The bins of the population stability index, and how many values are in each.
-    edges: Vec<f64>,
-    counts: Vec<u64>,
-}
-
-/// The values of a feature that are numbers, ascending.
-fn ascending(values: &[f64], feature: usize, features: usize) -> Vec<f64> {
-    let column = values.iter().skip(feature).step_by(features);
-    let mut numbers: Vec<f64> = column.copied().filter(|v| !v.is_nan()).collect();
-    numbers.sort_by(f64::total_cmp);
-    numbers
-}
-
-/// Columns as rows, one after the other, the last value of each in the last. A column with fewer
-/// values than another has NaN before them.
-fn aligned(columns: &[Vec<f64>]) -> Vec<f64> {
-    let features = columns.len();
-    let rows = columns.iter().map(Vec::len).max().unwrap_or(0);
-    let mut values = vec![f64::NAN; rows * features];
-    for (feature, column) in columns.iter().enumerate() {
-        let first = rows - column.len();
-        for (row, value) in column.iter().enumerate() {
-            values[(first + row) * features + feature] = *value;
-        }
-    }
-    values
-}
-
-fn counts(edges: &[f64], values: &[f64]) -> Vec<u64> {
-    let mut counts = vec![0; edges.len() + 1];
-    for value in values {
-        counts[bin(edges, *value)] += 1;
-    }
-    counts
-}
-
-/// `a / b`, and `same` where both are 0.
-fn ratio(a: f64, b: f64, same: f64) -> f64 {
-    match a == 0. && b == 0. {
-        true => same,
-        false => a / b,
-    }
-}
-
-/// The mean and the variance of values, and how much their squared distances from the mean differ
-/// among themselves.
-#[derive(Debug, Clone, Copy)]
-struct Spread {
-    moments: Moments,
-    /// 0 where it is below the resolution of an `f64` at the mean.
-    var: f64,
-    /// The kurtosis less 1: the variance of the squared distances in units of the squared variance.
-    /// 0 where nothing varies.
-    excess: f64,
-}
-
-impl Spread {
-    fn of(values: &[f64]) -> Self {
-        let moments = Moments::of_values(values);
-        let (mean, error, std) = (moments.mean(), moments.mean_error(), moments.var().sqrt());
-        let varies = std > f64::EPSILON * mean.abs();
-        // In standard deviations, whose fourth powers no value takes beyond `f64`.
-        let square = |v: &f64| ((v - mean - error) / std).powi(2);
-        let excess = || {
-            let squares: Vec<f64> = values.iter().map(square).collect();
-            Moments::of_values(&squares).var()
-        };
-        Self {
-            moments,
-            var: if varies { moments.var() } else { 0. },
-            excess: if varies { excess() } else { 0. },
-        }
-    }
-
-    /// By how much the mean of `now` is above this one; 0 where both are constants that rounding
-    /// alone tells apart.
-    fn shift(&self, now: &Self) -> f64 {
-        let (a, b) = (now.moments, self.moments);
-        let shift = (a.mean() - b.mean()) + (a.mean_error() - b.mean_error());
-        let rounding = f64::EPSILON * a.mean().abs().max(b.mean().abs());
-        match self.var == 0. && now.var == 0. && shift.abs() <= rounding {
-            true => 0.,
-            false => shift,
-        }
-    }
-
-    /// The distance of the means, and that of the variances, to `now`: each in its standard error,
-    /// by what both sets of values have
-    /// of it together.
-    fn distances(&self, now: &Self) -> [f64; 2] {
-        let scale = self.var.max(now.var).sqrt();
-        if scale == 0. {
-            return [ratio(self.shift(now), 0., 0.), 0.];
-        }
-        let part = |of: &Self| (of.var.sqrt() / scale).powi(2);
-        let (then, later) = (part(self), part(now));
-        let (m, n) = (self.moments.count(), now.moments.count());
-        let error = |of_then: f64, of_later: f64| {
-            let pooled = (of_then * m + of_later * n) / (m + n);
-            (pooled * (1. / m + 1. / n)).sqrt()
-        };
-        let of_squares = error(then * then * self.excess, later * later * now.excess);
-        [
-            self.shift(now) / scale / error(then, later),
-            ratio(later - then, of_squares, 0.),
-        ]
-    }
-}
-
-impl Column {
-    fn new(ascending: Vec<f64>, bins: usize) -> Self {
-        let edges = quantile_edges(&ascending, bins);
-        Self {
-            spread: Spread::of(&ascending),
-            counts: counts(&edges, &ascending),
-            edges,
-            ascending,
-        }
-    }
-
-    /// How far `recent`, ascending and not empty, is from this.
-    fn compare(&self, recent: &[f64], feature: usize, name: String) -> DriftReport {
-        let (then, now) = (self.spread, Spread::of(recent));
-        let [mean_z, variance_z] = then.distances(&now);
-        let ks_statistic = ks_statistic(&self.ascending, recent);
-        DriftReport {
-            feature,
-            name,
-            reference: self.ascending.len() as u64,
-            recent: recent.len() as u64,
-            mean_shift: ratio(then.shift(&now), then.var.sqrt(), 0.),
-            mean_z,
-            variance_ratio: ratio(now.var, then.var, 1.),
-            variance_z,
-            population_stability: population_stability(&self.counts, &counts(&self.edges, recent)),
-            ks_statistic,
-            ks_p_value: ks_p_value(ks_statistic, self.ascending.len(), recent.len()),
-        }
-    }
-}
-
-/// Rows, one after the other, and what each feature says of them.
-#[derive(Debug)]
-pub(super) struct Reference {
-    pub(super) values: Vec<f64>,
-    columns: Vec<Column>,
-    seen: Vec<Seen>,
-}
-
 /// A monitor at one moment.
 #[derive(Debug, Clone)]
 pub(super) struct Watch {
     pub(super) options: DriftOptions,
     pub(super) features: Features,
     pub(super) reference: Option<Arc<Reference>>,
-    /// Of each feature its last values. What is missing takes no place, so that a feature with gaps
+    /// Last values of each feature. What is missing takes no place, so that a feature with gaps
     /// has as many as one without.
     recent: Vec<VecDeque<f64>>,
-    /// Of each feature, whether a value came since it was last looked at: the same values are not
+    /// For each feature, whether a value came since it was last looked at: the same values are not
     /// told twice.
     fresh: Vec<bool>,
     pub(super) step: u64,
-    /// Of each feature, the step up to which there is no event.
+    /// Step of each feature up to which there is no event.
     quiet: Vec<u64>,
     /// Events of calls that returned an error in their place.
     pub(super) untold: Vec<DriftEvent>,
@@ -203,18 +46,18 @@ impl Watch {
     pub(super) fn new(options: DriftOptions) -> Result<Self> {
         let holds = (2..=MOST_BINS).contains(&options.bins);
         let expected = format!("between 2 and {MOST_BINS}");
-        check::scaling::option(LAYER, "bins", holds, &expected, &options.bins)?;
+        check::option(LAYER, "bins", holds, &expected, &options.bins)?;
         for (name, value, least) in [
             ("window", options.window, 2),
             ("min_count", options.min_count, 2),
             ("check_every", options.check_every, 1),
         ] {
             let expected = format!("of at least {least}");
-            check::scaling::option(LAYER, name, value >= least, &expected, &value)?;
+            check::option(LAYER, name, value >= least, &expected, &value)?;
         }
         let holds = options.min_count <= options.window;
         let got = options.min_count;
-        check::scaling::option(LAYER, "min_count", holds, "of at most the window", &got)?;
+        check::option(LAYER, "min_count", holds, "of at most the window", &got)?;
         for (name, threshold, least) in [
             ("mean_shift", options.mean_shift, 0.),
             ("variance_ratio", options.variance_ratio, 1.),
@@ -223,7 +66,7 @@ impl Watch {
         ] {
             let threshold = threshold.unwrap_or(least + 1.);
             let expected = format!("above {least}");
-            check::scaling::option(LAYER, name, threshold > least, &expected, &threshold)?;
+            check::option(LAYER, name, threshold > least, &expected, &threshold)?;
         }
         Ok(Self {
             options,
@@ -262,10 +105,10 @@ impl Watch {
 
     /// The values of `x` as rows of this watch.
     pub(super) fn rows(&self, x: &Tensor) -> Result<Rows> {
-        check::scaling::fitted(LAYER, self.reference.as_ref())?;
+        check::fitted(LAYER, self.reference.as_ref())?;
         let rows = Rows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)?;
         let steps = self.step.saturating_add(x.dims()[0] as u64);
-        check::scaling::countable(LAYER, "rows", &"all features", steps, MOST_VALUES)?;
+        check::countable(LAYER, "rows", &"all features", steps, MOST_VALUES)?;
         Ok(rows)
     }
 
@@ -275,8 +118,8 @@ impl Watch {
         let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
         for (feature, seen) in rows.seen.iter().enumerate() {
             let (label, values) = (features.label(feature), seen.values as usize);
-            check::series::enough_values(LAYER, &label, values, least.min(LEAST_VALUES))?;
-            check::series::enough_values(LAYER, &label, values, least)?;
+            check::enough_values(LAYER, &label, values, least.min(LEAST_VALUES))?;
+            check::enough_values(LAYER, &label, values, least)?;
         }
         self.fit(x)
     }
@@ -300,7 +143,7 @@ impl Watch {
         for feature in 0..count {
             let numbers = ascending(&values, feature, count);
             let label = features.label(feature);
-            check::series::enough_values(LAYER, &label, numbers.len(), LEAST_VALUES)?;
+            check::enough_values(LAYER, &label, numbers.len(), LEAST_VALUES)?;
             seen.push(Seen {
                 values: numbers.len() as u64,
                 nan: rows - numbers.len() as u64,
@@ -334,9 +177,8 @@ impl Watch {
     }
 
     /// Rows that could be the next reference: of each feature what `choose` takes of the values of
-    /// the reference and the recent ones. A
-    /// feature without new values, whose sensor is silent, keeps those of the reference, so that
-    /// the others need not wait for it.
+    /// the reference and the recent ones. A feature without new values, whose sensor is silent,
+    /// keeps those of the reference, so that the others need not wait for it.
     pub(super) fn next_reference(&self, choose: impl Fn(&[f64], &[f64]) -> Vec<f64>) -> Vec<f64> {
         let features = self.recent.len();
         let reference = self.reference.as_ref().map_or(&[][..], |r| &r.values);
@@ -464,12 +306,12 @@ impl Watch {
     }
 
     pub(super) fn report(&self) -> Result<Vec<DriftReport>> {
-        let reference = check::scaling::fitted(LAYER, self.reference.as_ref())?;
+        let reference = check::fitted(LAYER, self.reference.as_ref())?;
         let mut reports = vec![];
         for (feature, column) in reference.columns.iter().enumerate() {
             let numbers = self.recent_of(feature);
             let label = self.features.label(feature);
-            check::series::recent_values(LAYER, &label, numbers.len())?;
+            check::recent_values(LAYER, &label, numbers.len())?;
             reports.push(column.compare(&numbers, feature, label.to_string()));
         }
         Ok(reports)
@@ -546,7 +388,7 @@ impl Watch {
         })?;
         watch.features = state.features().clone();
         watch.step = state.option("step")?;
-        check::scaling::saved_value(
+        check::saved_value(
             LAYER,
             "step",
             &"all features",
@@ -561,13 +403,13 @@ impl Watch {
         watch.fit(reference)?;
         for (i, (saved, seen)) in state.seen().iter().zip(watch.seen()).enumerate() {
             let (label, holds) = (watch.features.label(i), *saved == seen);
-            check::scaling::saved_value(LAYER, "count", &label, saved.values as f64, holds)?;
+            check::saved_value(LAYER, "count", &label, saved.values as f64, holds)?;
         }
         if recent.elem_count() > 0 {
             let features = watch.features.of(LAYER, recent)?;
             let rows = Rows::of(LAYER, &features, watch.options.nan, recent)?;
             let most = watch.options.window.min(recent.dims()[0]);
-            check::scaling::saved_length(LAYER, "recent", most, recent.dims()[0])?;
+            check::saved_length(LAYER, "recent", most, recent.dims()[0])?;
             rows.each().for_each(|row| watch.push(row));
         }
         let features = watch.quiet.len();
@@ -576,7 +418,7 @@ impl Watch {
         let last = (watch.step).saturating_add(watch.options.cool_down as u64);
         for (i, quiet) in watch.quiet.iter().enumerate() {
             let (label, holds) = (watch.features.label(i), *quiet <= last);
-            check::scaling::saved_value(LAYER, "quiet", &label, *quiet as f64, holds)?;
+            check::saved_value(LAYER, "quiet", &label, *quiet as f64, holds)?;
         }
         Ok(watch)
     }
@@ -586,7 +428,7 @@ impl Watch {
 fn each<T: FromStr<Err: Display>>(state: &State, name: &str, features: usize) -> Result<Vec<T>> {
     let text: String = state.option(name)?;
     let values: std::result::Result<Vec<T>, _> = text.split(' ').map(str::parse).collect();
-    let values = check::scaling::well_formed(LAYER, name, values)?;
-    check::scaling::saved_length(LAYER, name, features, values.len())?;
+    let values = check::well_formed(LAYER, name, values)?;
+    check::saved_length(LAYER, name, features, values.len())?;
     Ok(values)
 }

@@ -2,19 +2,21 @@
 
 use candle_core::Result;
 
-use super::follow::of_series;
+use super::check;
+use super::rows::of_series;
 use super::{Moments, State};
-use crate::ops::check;
 
 /// The numbers that moments are made of.
 const PARTS: usize = 4;
 
 /// The rows that a window holds, summed so that the oldest can be left out.
 ///
-/// Taking an old value out of running moments is a subtraction that cancels, and what it loses stays lost. Here nothing is ever taken
-/// out: the sums of the older rows are kept for every place where the window may begin, and the sum of the newer rows is merged to them.
-/// Each row moves the sums of the next turn on by one place (Tangwongsan, Hirzel and Schneider, 2021, "In-order sliding-window
-/// aggregation in worst-case constant time", <https://doi.org/10.1007/s00778-021-00668-3>), so that no row costs more than another.
+/// Taking an old value out of running moments is a subtraction that cancels, and what it loses
+/// stays lost. Here nothing is ever taken out: the sums of the older rows are kept for every place
+/// where the window may begin, and the sum of the newer rows is merged to them. Each row moves the
+/// sums of the next turn on by one place (Tangwongsan, Hirzel and Schneider, 2021, "In-order
+/// sliding-window aggregation in worst-case constant time",
+/// <https://doi.org/10.1007/s00778-021-00668-3>), so that no row costs more than another.
 ///
 /// The rows, oldest first, stand in five stretches, each of which ends where the next begins:
 ///
@@ -26,7 +28,7 @@ const PARTS: usize = 4;
 /// | `done` | the moments of it and all up to `newer` |
 /// | `newer` | its own |
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Window {
+pub struct Window {
     /// The most rows that it holds.
     len: usize,
     features: usize,
@@ -38,9 +40,9 @@ pub(super) struct Window {
     done: usize,
     newer: usize,
     end: usize,
-    /// Of the rows from `right` to `newer`, while there are any at `left`.
+    /// Moments of the rows from `right` to `newer`, while there are any at `left`.
     middle: Vec<Moments>,
-    /// Of the rows from `newer` on.
+    /// Moments of the rows from `newer` on.
     recent: Vec<Moments>,
     /// While an attempt lasts: the sums that it has overwritten, with their places in the ring.
     overwritten: Option<Vec<(usize, Moments)>>,
@@ -64,7 +66,8 @@ impl Window {
         }
     }
 
-    /// Runs `f`, and takes back what it pushed if that fails: at the price of the rows that it pushed, however long the window.
+    /// Runs `f`, and takes back what it pushed if that fails: at the price of the rows that it
+    /// pushed, however long the window.
     pub(super) fn attempt<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         self.overwritten = Some(vec![]);
         let before = Self {
@@ -96,12 +99,13 @@ impl Window {
         }
     }
 
-    /// How many rows it holds.
+    /// Number of rows held.
     fn rows(&self) -> usize {
         self.end - self.front
     }
 
-    /// Takes one row in, and lets the oldest go where it is full. A value that is none counts as none.
+    /// Takes one row in, and lets the oldest go where it is full. A value that is none counts as
+    /// none.
     pub(super) fn push(&mut self, row: &[f64]) {
         if self.rows() == self.len {
             self.front += 1;
@@ -129,7 +133,8 @@ impl Window {
         join(self.ring[self.place(self.front) + feature], recent)
     }
 
-    /// The sums as they stand, the oldest row first, so that a restored window goes on with the same ones.
+    /// The sums as they stand, the oldest row first, so that a restored window goes on with the
+    /// same ones.
     pub(super) fn save(&self, state: State) -> Result<State> {
         let rows = (self.front..self.end).flat_map(|row| {
             let at = self.place(row);
@@ -147,8 +152,8 @@ impl Window {
     pub(super) fn restore(layer: &str, len: usize, features: usize, state: &State) -> Result<Self> {
         let text: String = state.option("stretches")?;
         let ends: std::result::Result<Vec<usize>, _> = text.split(' ').map(str::parse).collect();
-        let ends = check::scaling::well_formed(layer, "stretches", ends)?;
-        check::series::stretches(layer, &text, stretches_hold(&ends, len))?;
+        let ends = check::well_formed(layer, "stretches", ends)?;
+        check::stretches(layer, &text, stretches_hold(&ends, len))?;
         let [left, right, done, newer, end] = [0, 1, 2, 3, 4].map(|i| ends[i]);
         let moments = |name: &str, rows: usize| -> Result<Vec<Moments>> {
             // A product that is too large is the length of no tensor.
@@ -160,7 +165,7 @@ impl Window {
                 let sum = state.moments(feature, [p[0], p[1], p[2], p[3]])?;
                 let holds = sum.count().fract() == 0. && sum.count() <= end as f64;
                 let label = state.features().label(feature);
-                check::scaling::saved_value(layer, "count", &label, sum.count(), holds)?;
+                check::saved_value(layer, "count", &label, sum.count(), holds)?;
                 sums.push(of_series(state, feature, sum)?);
             }
             Ok(sums)
@@ -242,8 +247,9 @@ impl Window {
     }
 }
 
-/// Whether these are the ends of stretches that a window of `len` rows can have between two rows, the front being 0: as many rows have come since
-/// the last turn as sums of the next one have been moved on.
+/// Whether these are the ends of stretches that a window of `len` rows can have between two rows,
+/// the front being 0: as many rows have come since the last turn as sums of the next one have been
+/// moved on.
 fn stretches_hold(ends: &[usize], len: usize) -> bool {
     let &[left, right, done, newer, end] = ends else {
         return false;

@@ -222,6 +222,7 @@ fn each_metric_has_its_events() -> Result<()> {
                 DriftMetric::MeanShift | DriftMetric::PopulationStability => value > threshold,
                 DriftMetric::VarianceRatio => *value > *threshold || *value < 1. / threshold,
                 DriftMetric::KolmogorovSmirnov => value < threshold,
+                _ => panic!("{metric} has no rule here"),
             };
             assert!(
                 crossed && events[0].to_string().contains(&metric.to_string()),
@@ -450,6 +451,7 @@ fn a_scaler_is_fitted_to_the_rows_of_the_event() -> Result<()> {
                                 recent.reshape((10, 20))?.narrow(1, 19, 1)?.flatten_all()?;
                             Tensor::cat(&[before.clone(), twentieth], 0)?
                         }
+                        _ => panic!("{on_drift} has no rule here"),
                     };
                     let fresh = StandardScaler::default();
                     fresh.fit(&want)?;

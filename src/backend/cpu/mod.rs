@@ -15,7 +15,7 @@ use candle_core::{CpuStorage, DType, Result, WithDType};
 
 use super::{Backend, View};
 use crate::kernels::simd::{Elem, Plain, Real};
-use crate::ops::check;
+use crate::support::messages;
 
 /// The fused kernels of the CPU.
 pub(crate) struct Cpu;
@@ -60,7 +60,7 @@ macro_rules! with_native {
                 type $t = half::bf16;
                 $body
             }
-            _ => crate::ops::check::internal($layer, "a dtype that kernels know"),
+            _ => crate::support::messages::internal($layer, "a dtype that kernels know"),
         }
     };
 }
@@ -70,7 +70,7 @@ use with_native;
 fn elements<'a, T: WithDType>(arg: Arg<'a>) -> Result<&'a [T]> {
     match arg.layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(arg.storage)?[start..end]),
-        None => check::internal("kernel", "a contiguous tensor"),
+        None => messages::internal("kernel", "a contiguous tensor"),
     }
 }
 

@@ -16,7 +16,7 @@ use candle_core::{CpuStorage, DType, Result};
 use half::{bf16, f16};
 
 use super::{Backend, View};
-use crate::ops::check;
+use crate::support::messages;
 
 /// Plain loops on the CPU.
 pub(crate) struct Reference;
@@ -30,7 +30,7 @@ type Arg<'a> = View<'a, CpuStorage>;
 /// The elements of a contiguous argument.
 fn values(arg: Arg) -> Result<Vec<f64>> {
     let Some((start, end)) = arg.layout.contiguous_offsets() else {
-        return check::internal("reference", "a contiguous tensor");
+        return messages::internal("reference", "a contiguous tensor");
     };
     let places = start..end;
     Ok(match arg.storage {
@@ -38,7 +38,7 @@ fn values(arg: Arg) -> Result<Vec<f64>> {
         CpuStorage::BF16(v) => v[places].iter().map(|v| v.to_f64()).collect(),
         CpuStorage::F32(v) => v[places].iter().map(|v| f64::from(*v)).collect(),
         CpuStorage::F64(v) => v[places].to_vec(),
-        _ => check::internal("reference", "a dtype of floating point")?,
+        _ => messages::internal("reference", "a dtype of floating point")?,
     })
 }
 
@@ -54,7 +54,7 @@ fn stored(values: Vec<f64>, dtype: DType) -> Result<CpuStorage> {
         DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f64).collect()),
         DType::F32 => CpuStorage::F32(values.into_iter().map(|v| v as f32).collect()),
         DType::F64 => CpuStorage::F64(values),
-        _ => check::internal("reference", "a dtype of floating point")?,
+        _ => messages::internal("reference", "a dtype of floating point")?,
     })
 }
 

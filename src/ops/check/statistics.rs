@@ -1,0 +1,72 @@
+//! Checks of statistics, and of batches that have any.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::float;
+
+/// A mean of one value is that value, and its unbiased variance is 0/0: nothing is learned and the
+/// running statistics are lost.
+pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; \
+            use a larger batch, frozen() statistics, or GroupNorm",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A channel of one sample has no variance where it has one position. No batch is large enough to
+/// change that.
+pub(crate) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
+    if positions == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; \
+            each channel of a sample is normalized over its own positions, so a larger batch does \
+            not help: use larger maps (less stride or pooling before), LayerNorm over the \
+            channels, or GroupNorm with several channels in a group",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A variance that is divided by n − 1.
+pub(crate) fn more_values(layer: &str, of: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per {of}, whose variance is unbiased, got input \
+            size {:?}; set unbiased to false",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A running statistic as it comes from a checkpoint or a caller.
+pub(crate) fn statistic(layer: &str, name: &str, value: &Tensor, non_negative: bool) -> Result<()> {
+    float(layer, name, value)?;
+    let values = value
+        .flatten_all()?
+        .to_dtype(DType::F64)?
+        .to_vec1::<f64>()?;
+    for (channel, v) in values.into_iter().enumerate() {
+        if !v.is_finite() {
+            bail!("{layer}: expected {name} to be finite, got {v} at channel {channel}")
+        }
+        if non_negative && v < 0. {
+            bail!("{layer}: expected {name} to be at least 0, got {v} at channel {channel}")
+        }
+    }
+    Ok(())
+}
+
+/// A number of batches as it comes from a checkpoint, which may have made a float of it.
+pub(crate) fn counter(layer: &str, name: &str, value: &Tensor) -> Result<()> {
+    let count = value.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    if !(count >= 0. && count.fract() == 0.) {
+        bail!("{layer}: expected {name} to be a whole number of at least 0, got {count}")
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! Messages that are alike in every room: about dtypes, shapes and files.
+//!
+//! A message names the layer, says what was expected and what came, and, where there is one, the
+//! remedy.
+
+use std::fmt::Display;
+use std::path::Path;
+
+use candle_core::{DType, Result, Tensor, bail};
+
+/// The dtypes that the layers compute on.
+const FLOATS: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+
+pub(crate) fn float(layer: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !FLOATS.contains(&x.dtype()) {
+        bail!(
+            "{layer}: expected {name} with dtype F16, BF16, F32 or F64, got {:?}; convert it with \
+            to_dtype",
+            x.dtype()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn dtype(layer: &str, name: &str, value: &Tensor, expected: DType) -> Result<()> {
+    if value.dtype() != expected {
+        bail!(
+            "{layer}: expected {name} with dtype {expected:?}, got {:?}",
+            value.dtype()
+        )
+    }
+    Ok(())
+}
+
+pub(crate) fn shape(layer: &str, name: &str, value: &Tensor, expected: &[usize]) -> Result<()> {
+    if value.dims() != expected {
+        bail!(
+            "{layer}: expected {name} with shape {expected:?}, got {:?}",
+            value.dims()
+        )
+    }
+    Ok(())
+}
+
+/// Hint where one axis is missing.
+pub(crate) const NO_BATCH_AXIS: &str = "; if the batch axis is missing, add it with unsqueeze(0)";
+
+pub(crate) fn rank_at_least(layer: &str, x: &Tensor, rank: usize, form: &str) -> Result<()> {
+    if x.rank() < rank {
+        let hint = match form.starts_with("[N") && x.rank() + 1 == rank {
+            true => NO_BATCH_AXIS,
+            false => "",
+        };
+        bail!(
+            "{layer}: expected an input of rank at least {rank}, {form}, got {:?}{hint}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
+/// A state that only a fault of this crate can bring about.
+pub(crate) fn internal<T>(layer: &str, what: &str) -> Result<T> {
+    bail!("{layer}: expected {what}; this is a fault of candle-norm")
+}
+
+/// Outcome of reading a file.
+pub(crate) fn file<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    done: std::result::Result<T, E>,
+) -> Result<T> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(e) => bail!(
+            "{layer}: expected a whole safetensors file at {}, got: {e}",
+            path.display()
+        ),
+    }
+}
+
+/// Outcome of writing a file.
+pub(crate) fn written<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    done: std::result::Result<T, E>,
+) -> Result<T> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(e) => bail!(
+            "{layer}: expected to write a safetensors file at {}, got: {e}; what was there before \
+            is as it was",
+            path.display()
+        ),
+    }
+}
