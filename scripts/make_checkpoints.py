@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/checkpoints, the files that tests/checkpoints.rs loads.
+"""Writes tests/fixtures/checkpoints, the files that tests/models/checkpoints.rs loads.
 
     pip install torch numpy
     python scripts/make_checkpoints.py            # rewrites tests/fixtures/checkpoints

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/conformance/*.safetensors, the cases that tests/conformance.rs runs.
+"""Writes tests/fixtures/conformance/*.safetensors, the cases that tests/conformance/main.rs runs.
 
     pip install torch onnx numpy
     python scripts/make_conformance.py            # rewrites tests/fixtures/conformance

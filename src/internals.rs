@@ -5,7 +5,8 @@ use candle_core::{Result, Tensor};
 
 use crate::graph::recorder::{self, Handle};
 pub use crate::kernels::simd::Level;
-use crate::ops::{self, check};
+use crate::ops;
+use crate::support::messages;
 
 /// An op of [`ops`](crate::ops) with default options.
 #[derive(Debug, Clone)]
@@ -69,7 +70,7 @@ pub fn saved(
         }
         Op::WeightNorm { dim } => match weight {
             Some(g) => ops::weight_norm(x, g, *dim),
-            None => check::internal("WeightNorm", "a magnitude"),
+            None => messages::internal("WeightNorm", "a magnitude"),
         },
     })
 }
@@ -97,7 +98,7 @@ impl Saved {
         let mut grads = (self.handle)(dy)?.into_iter();
         match grads.next().flatten() {
             Some(dx) => Ok((dx, grads.next().flatten(), grads.next().flatten())),
-            None => check::internal("internals", "a gradient of the input"),
+            None => messages::internal("internals", "a gradient of the input"),
         }
     }
 }

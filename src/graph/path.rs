@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use candle_core::{Result, Tensor, bail};
 
+#[cfg(feature = "internals")]
 use crate::support::messages;
 
 /// Which implementation computes a layer.

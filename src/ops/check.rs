@@ -8,9 +8,7 @@ mod input;
 mod options;
 mod statistics;
 
-pub(crate) use crate::support::messages::{
-    NO_BATCH_AXIS, dtype, float, internal, rank_at_least, shape,
-};
+pub(crate) use crate::support::messages::{NO_BATCH_AXIS, dtype, float, rank_at_least, shape};
 pub(crate) use input::{
     Param, channels, countable, features, input, param_dtype, residual, same_device, trailing,
 };

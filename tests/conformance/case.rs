@@ -11,8 +11,9 @@
 //! | `scales` | a JSON object, output name to scale; an absent name takes the rms of the expected tensor, or 1 |
 //! | `source` | who computed the expected values |
 //!
-//! Tensors: the inputs and parameters by name, `dy` and, where the layer returns the sum too, `dsum` (without them the
-//! case is forward only), the state before the call, and `expected.NAME` in f64 for each output NAME that is compared.
+//! Tensors: the inputs and parameters by name, `dy` and, where the layer returns the sum too,
+//! `dsum` (without them the case is forward only), the state before the call, and `expected.NAME`
+//! in f64 for each output NAME that is compared.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Display;
@@ -64,7 +65,8 @@ pub(crate) struct Case {
 }
 
 impl Case {
-    /// Reads a file. What only the op can judge (names of tensors and configuration keys) is left to it.
+    /// Reads a file. What only the op can judge (names of tensors and configuration keys) is left
+    /// to it.
     pub(crate) fn read(name: String, path: &Path) -> Outcome<Self> {
         let bytes = std::fs::read(path).map_err(one_line)?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(one_line)?;
@@ -217,7 +219,8 @@ impl Config<'_> {
         self.take(key, "a string", |value| value.as_str().map(str::to_string))
     }
 
-    /// Nothing may be left over: a key that is not read would be a configuration that is not tested.
+    /// Nothing may be left over: a key that is not read would be a configuration that is not
+    /// tested.
     pub(crate) fn finish(self) -> Outcome<()> {
         match self.left.into_keys().next() {
             None => Ok(()),

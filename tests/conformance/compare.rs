@@ -53,7 +53,8 @@ fn values(t: &Tensor) -> Outcome<Vec<f64>> {
         .map_err(one_line)
 }
 
-/// How many tolerances lie between the two. NaN passes only against NaN, an infinity only against itself.
+/// How many tolerances lie between the two. NaN passes only against NaN, an infinity only against
+/// itself.
 fn error(got: f64, want: f64, tolerance: f64) -> f64 {
     let same = got == want || (got.is_nan() && want.is_nan());
     if same {

@@ -1,4 +1,5 @@
-//! The table of operations: what a case of each may hold, and how the public layer is built from it.
+//! The table of operations: what a case of each may hold, and how the public layer is built from
+//! it.
 
 use std::collections::HashMap;
 
@@ -30,7 +31,8 @@ pub(crate) struct Op {
     pub(crate) plan: fn(&Case) -> Outcome<Plan>,
 }
 
-/// Builds the layer from tensors by name, fresh for every run since layers keep state, and calls it.
+/// Builds the layer from tensors by name, fresh for every run since layers keep state, and calls
+/// it.
 pub(crate) type Plan = Box<dyn Fn(Inputs) -> Result<Outputs>>;
 
 /// The tensors of a case, those with a gradient tracked.
@@ -44,7 +46,8 @@ pub(crate) struct Outputs {
     pub(crate) state: Vec<(&'static str, Tensor)>,
 }
 
-/// The running statistics, in the order of [`Outputs::state`], with the dtype that they are stored in.
+/// The running statistics, in the order of [`Outputs::state`], with the dtype that they are stored
+/// in.
 pub(crate) const STATE: [(&str, DType); 3] = [
     ("running_mean", DType::F32),
     ("running_var", DType::F32),
@@ -339,7 +342,8 @@ fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
         }
         Some(dim) => return Err(format!("config key `dim` is {dim}, `v` has shape {dims:?}")),
     };
-    // A norm is one number for each index along `dim`; PyTorch's shape, a vector and [1] all say so.
+    // A norm is one number for each index along `dim`; PyTorch's shape, a vector and [1] all say
+    // so.
     if g.elem_count() != g_dims.iter().product::<usize>() {
         return Err(format!(
             "`g` has shape {:?}, must hold {g_dims:?}",
@@ -436,7 +440,8 @@ fn momentum(config: &mut Config<'_>, updates: bool) -> Outcome<Option<f64>> {
     }
 }
 
-/// The running statistics before the call. A training case that stores none starts from those of a new layer.
+/// The running statistics before the call. A training case that stores none starts from those of a
+/// new layer.
 fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<String, Tensor>> {
     let mut state: HashMap<String, Tensor> = STATE
         .iter()

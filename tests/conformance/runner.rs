@@ -17,8 +17,8 @@ use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, RESIDUAL, STATE};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Layout {
     Contiguous,
-    /// Every other element of a buffer, the elements between being NaN: whoever reads the buffer instead of
-    /// the view shows it.
+    /// Every other element of a buffer, the elements between being NaN: whoever reads the buffer
+    /// instead of the view shows it.
     EveryOther,
     /// The axes lie in memory in reverse order.
     Reversed,
@@ -198,7 +198,8 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     if op.fused && device()?.is_cpu() {
         paths.extend([Path::Fused, Path::Reference]);
     } else {
-        // Should the forced path run all the same, then either it fell back quietly or the table is behind.
+        // Should the forced path run all the same, then either it fell back quietly or the table is
+        // behind.
         let leaves = Leaves::new(case, op, Layout::Contiguous)?;
         if with_path(Path::Fused, || plan(leaves.inputs)).is_ok() {
             return Err("the fused path ran, which does not serve this case".to_string());
@@ -411,7 +412,8 @@ fn backward(case: &Case, outputs: &[(&str, Tensor)]) -> Outcome<Option<GradStore
                 output.dims()
             ));
         }
-        // In f64, where no loss of a half dtype overflows; the cotangent itself arrives at the output unrounded.
+        // In f64, where no loss of a half dtype overflows; the cotangent itself arrives at the
+        // output unrounded.
         let part = loss(output, cotangent).map_err(one_line)?;
         total = Some(match total {
             Some(total) => (total + part).map_err(one_line)?,

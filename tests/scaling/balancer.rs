@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use candle_norm::scaling::{Archive, LossBalancer, LossBalancerOptions, Seen};
 
-use crate::common::data::{tensor, values};
+use testkit::data::{tensor, values};
 
 fn terms(losses: &[f64]) -> Vec<Tensor> {
     let term = |l: &f64| Tensor::new(*l, &Device::Cpu).unwrap();

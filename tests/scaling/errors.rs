@@ -7,15 +7,12 @@ use candle_norm::scaling::{
 };
 
 use super::kinds::{KINDS, OF_SERIES, each, each_built, each_of_all, everything, rows};
-use crate::common::data::{tensor, values};
+use testkit::data::{tensor, values};
+use testkit::errors;
 
 #[track_caller]
 fn assert_message<T>(result: Result<T>, expected: &str) {
-    let message = match result {
-        Ok(_) => panic!("no error; expected {expected:?}"),
-        Err(e) => e.to_string(),
-    };
-    assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+    errors::assert_message(result, &[expected])
 }
 
 fn named() -> StandardScaler {

@@ -12,19 +12,13 @@ use candle_norm::scaling::{
 };
 
 use super::kinds::{each_of_all, everything, rows};
-use crate::common::data::Draw;
+use testkit::data::Draw;
+use testkit::errors::message;
 
 fn scratch() -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a scratch folder");
     let file = folder.path().join("scaler.safetensors");
     (folder, file)
-}
-
-fn message<T>(result: Result<T>) -> String {
-    match result {
-        Ok(_) => panic!("no error"),
-        Err(e) => e.to_string(),
-    }
 }
 
 #[test]
@@ -242,7 +236,8 @@ fn a_statistic_that_cannot_be_is_refused() {
     }
 }
 
-/// Scalers beside a model: each reads its own, and those that know nothing of scalers read the model.
+/// Scalers beside a model: each reads its own, and those that know nothing of scalers read the
+/// model.
 #[test]
 fn scalers_live_in_the_file_of_a_model() {
     let (_folder, file) = scratch();

@@ -11,7 +11,7 @@ use candle_norm::scaling::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::common::data::values;
+use testkit::data::values;
 
 /// The share of a value, or of 1, that may be off.
 const TOLERANCE: f64 = 1e-10;

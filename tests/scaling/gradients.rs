@@ -5,7 +5,7 @@ use candle_norm::gradcheck::gradcheck;
 use candle_norm::scaling::{MinMaxScaler, MinMaxScalerOptions, Scaler};
 
 use super::kinds::{each, rows};
-use crate::common::data::{tensor, values};
+use testkit::data::{tensor, values};
 
 const DATA: [f64; 12] = [1., 20., -3., 2.5, 80., 4., -1., 30., 9., 0.25, 55., 1.];
 
@@ -87,7 +87,8 @@ fn a_loss_in_original_units_trains() {
             .unwrap();
         let grads = loss.backward().unwrap();
         let grad = values(grads.get(&prediction).expect("a gradient")).unwrap();
-        // d/dy of mean (x(y) - t)²: 2 (x - t) / 3 · the scale, which is the distance of the inverses of 0 and 1.
+        // d/dy of mean (x(y) - t)²: 2 (x - t) / 3 · the scale, which is the distance of the
+        // inverses of 0 and 1.
         let ends = scaler.inverse_transform(&rows(&[0., 0., 0., 1., 1., 1.], 3));
         let (ends, x) = (values(&ends.unwrap()).unwrap(), values(&dollars).unwrap());
         for (i, target) in [1., 20., 3.].into_iter().enumerate() {

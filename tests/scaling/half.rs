@@ -5,7 +5,7 @@ use candle_norm::scaling::{HalfFinding, StandardScalerOptions};
 use candle_norm::scaling::{HalfProblem, MaxAbsScaler, Scaler, StandardScaler, half_precision};
 
 use super::kinds::rows;
-use crate::common::data::values;
+use testkit::data::values;
 
 /// A scaler that leaves data as they are.
 fn identity(data: &[f64], width: usize) -> StandardScaler {

@@ -7,7 +7,7 @@ use candle_norm::scaling::{
     SlidingScaler, SlidingScalerOptions, StandardScaler, StandardScalerOptions,
 };
 
-use crate::common::data::tensor;
+use testkit::data::tensor;
 
 /// How a kind is built without data.
 pub(crate) type Build = fn(Nan) -> Box<dyn Scaler>;

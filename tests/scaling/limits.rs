@@ -7,8 +7,8 @@ use candle_norm::scaling::{
 };
 
 use super::kinds::{each_of_all, rows};
-use crate::common::data::{tensor, values};
 use candle_core::DType;
+use testkit::data::{tensor, values};
 
 const MOST: u64 = 1 << 53;
 

@@ -8,7 +8,7 @@ use candle_norm::scaling::{
 use candle_norm::{BatchNorm, batch_norm};
 
 use super::kinds::{everything, rows};
-use crate::common::data::{bits, values};
+use testkit::data::{bits, values};
 
 /// A model with two modes and statistics of its own.
 #[derive(Debug)]

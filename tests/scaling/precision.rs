@@ -5,12 +5,12 @@ use candle_norm::ops::Moments;
 use candle_norm::scaling::{RobustScaler, RobustScalerOptions, Scaler, StandardScaler};
 
 use super::kinds::{each, rows};
-use crate::common::data::{Draw, tensor, values};
+use testkit::data::{Draw, tensor, values};
 
 const MILLION: usize = 1_000_000;
 
-/// Values at a mean of 10⁹ and a standard deviation of 1, and the variance of the values themselves: by their distances from 10⁹, which are
-/// exact.
+/// Values at a mean of 10⁹ and a standard deviation of 1, and the variance of the values
+/// themselves: by their distances from 10⁹, which are exact.
 fn far_from_zero() -> (Vec<f64>, f64) {
     let values: Vec<f64> = Draw::new(1)
         .normal(MILLION)
@@ -49,7 +49,8 @@ fn a_million_values_far_from_zero_keep_their_variance() {
     );
 }
 
-/// In `f32` the mean of 10⁶ has a rounding of 0.06, of which a standard deviation of 1 must not show anything.
+/// In `f32` the mean of 10⁶ has a rounding of 0.06, of which a standard deviation of 1 must not
+/// show anything.
 #[test]
 fn f32_data_are_centered_by_more_than_an_f32() {
     let data: Vec<f64> = (0..1000).map(|i| 1e6 + f64::from(i % 17) * 0.25).collect();
@@ -82,7 +83,8 @@ fn half_precision_data_are_summed_in_f64() {
     }
 }
 
-/// Half precision data go through a transform and its inverse with two roundings to their dtype, and no more.
+/// Half precision data go through a transform and its inverse with two roundings to their dtype,
+/// and no more.
 #[test]
 fn half_precision_data_come_back_to_their_rounding() {
     let numbers: Vec<f64> = Draw::new(2)
@@ -186,8 +188,8 @@ fn quantiles_of_a_stream_are_within_their_bound() {
         assert!(errors.iter().all(|e| *e < 2.), "{errors:?}");
         outside += usize::from(errors.iter().any(|e| *e > 1.));
     }
-    // Each quantile has a confidence of 99 %, and so all five of a sketch at least 95 %. Of 20 sketches 8 are outside with a probability below
-    // 4e-6.
+    // Each quantile has a confidence of 99 %, and so all five of a sketch at least 95 %. Of 20
+    // sketches 8 are outside with a probability below 4e-6.
     assert!(outside < 8, "{outside} of 20 sketches");
 }
 

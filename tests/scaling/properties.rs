@@ -3,19 +3,10 @@
 use candle_core::{DType, Tensor};
 use candle_norm::scaling::{Nan, Scaler, StandardScaler};
 use proptest::prelude::*;
-use proptest::test_runner::{Config, RngSeed};
 
 use super::kinds::{KINDS, each_built, rows};
-use crate::common::data::{Draw, values};
-
-fn config() -> Config {
-    Config {
-        cases: 60,
-        rng_seed: RngSeed::Fixed(20260),
-        failure_persistence: None,
-        ..Config::default()
-    }
-}
+use testkit::data::{Draw, values};
+use testkit::properties::config;
 
 /// Features of any center and spread, some of them constant.
 fn data(n: usize, width: usize, seed: u64) -> Vec<f64> {
@@ -64,7 +55,7 @@ fn pieces(n: usize, cuts: &[usize]) -> Vec<(usize, usize)> {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(config(60, 20260))]
 
     #[test]
     fn any_split_and_any_order_of_merging_is_the_fit_of_the_whole(
@@ -143,7 +134,8 @@ proptest! {
         let (dtype, tolerance) = dtype;
         let x = rows(&data(n, width, seed), width).to_dtype(dtype).unwrap();
         let numbers = values(&x).unwrap();
-        // What is lost is lost to the largest number on the way: that of the feature, or the scale of its center.
+        // What is lost is lost to the largest number on the way: that of the feature, or the scale
+        // of its center.
         let largest: Vec<f64> = (0..width)
             .map(|c| numbers.iter().skip(c).step_by(width).fold(0., |m: f64, v| m.max(v.abs())))
             .collect();

@@ -4,7 +4,7 @@ use candle_core::DType;
 use candle_norm::scaling::{MinMaxScaler, Nan, RobustScaler, StandardScaler, TargetScaler};
 
 use super::kinds::{each_built, rows};
-use crate::common::data::{tensor, values};
+use testkit::data::{tensor, values};
 
 #[test]
 fn the_error_is_reported_in_both_units_for_each_output() {

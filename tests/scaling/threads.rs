@@ -12,14 +12,15 @@ use candle_norm::scaling::{
 };
 
 use super::kinds::{each_built, each_of_all, rows};
-use crate::common::data::{bits, values};
+use testkit::data::{bits, values};
 
 /// Wide, so that there is time to be interrupted while the numbers are put together.
 const WIDTH: usize = 64;
 const STEPS: usize = 60;
 const READERS: usize = 3;
 
-/// Says that there is nothing more to come, also when a test fails on the way: who waits for it would wait for ever.
+/// Says that there is nothing more to come, also when a test fails on the way: who waits for it
+/// would wait for ever.
 struct End<'a>(&'a AtomicBool);
 
 impl Drop for End<'_> {
@@ -129,7 +130,8 @@ fn threads_that_feed_lose_nothing() {
     });
 }
 
-/// Options that are restored while data are read are not overwritten by those that the data were read by.
+/// Options that are restored while data are read are not overwritten by those that the data were
+/// read by.
 #[test]
 fn a_fit_does_not_undo_a_restore() {
     let clipping = MinMaxScaler::new(MinMaxScalerOptions {
@@ -153,7 +155,8 @@ fn a_fit_does_not_undo_a_restore() {
     }
 }
 
-/// Who asks several things of a scaler asks them of one and the same, while another thread gives it other features and other units.
+/// Who asks several things of a scaler asks them of one and the same, while another thread gives it
+/// other features and other units.
 #[test]
 fn reports_are_of_one_scaler() {
     let x = rows(&[1., 3.], 1);
@@ -185,7 +188,8 @@ fn reports_are_of_one_scaler() {
             assert!(wanted.contains(&ratio), "{ratio}, should be of {wanted:?}");
         }
     });
-    // Data of one feature, and a scaler that changes between one and three: an error or an answer, and no panic.
+    // Data of one feature, and a scaler that changes between one and three: an error or an answer,
+    // and no panic.
     let scaler = StandardScaler::default();
     scaler.fit(&x).unwrap();
     done.store(false, Ordering::Relaxed);

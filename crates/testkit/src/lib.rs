@@ -1,0 +1,17 @@
+//! What the test programs of candle-norm share: numbers and tensors of them ([`data`]), comparisons
+//! ([`compare`], [`errors`]), normalization in float64 ([`oracle`]), the layers by one signature
+//! ([`subjects`]), memory layouts ([`view`]), variables of a model ([`vars`]), settings of
+//! properties ([`properties`]), processes of their own ([`child`]) and a limit of time ([`watch`]).
+//!
+//! Everything here panics where a test should fail.
+
+pub mod child;
+pub mod compare;
+pub mod data;
+pub mod errors;
+pub mod oracle;
+pub mod properties;
+pub mod subjects;
+pub mod vars;
+pub mod view;
+pub mod watch;

@@ -1,0 +1,18 @@
+//! The layers one by one: values, gradients, edges, statistics, and what they say.
+
+mod add_norm;
+mod affine_bias;
+mod changed_inputs;
+mod conv1d;
+mod edges;
+mod folding;
+mod gradcheck;
+mod gradient_flow;
+mod layer_gradients;
+mod properties;
+mod recalibration;
+mod running_stats;
+mod second_order;
+mod sizes;
+mod switch_norm;
+mod weight_norm_start;

@@ -1,0 +1,125 @@
+//! What must hold of the layers for every input, tried on random ones: values against float64,
+//! identities between layers, symmetries, other forms of a layer, memory layouts, edges.
+//!
+//! The cases are the same on every run, unless `CANDLE_NORM_SEED` is set.
+
+mod edges;
+mod forms;
+mod identities;
+mod symmetries;
+mod values;
+mod views;
+
+use candle_core::DType;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::Config;
+
+use testkit::data::Draw;
+use testkit::subjects::{DTypes, Kind, Numbers, Subject};
+
+/// `cases` cases, the same on every run unless [`testkit::properties::SEED`] is set.
+fn config(cases: u32) -> Config {
+    testkit::properties::config(cases, 20150211)
+}
+
+const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
+
+/// Sizes that neither divide nor are divided by what an implementation may cut an axis into, up to
+/// 4096.
+const RAGGED: [usize; 13] = [
+    31, 32, 33, 37, 49, 64, 100, 127, 257, 1031, 1536, 2053, 4096,
+];
+
+/// Shapes of rank 2 to 5: mostly small ones, some with one long axis.
+fn shapes() -> impl Strategy<Value = Vec<usize>> {
+    let small = prop::collection::vec(1usize..8, 2..=5);
+    let long = (
+        prop::collection::vec(1usize..4, 2..=4),
+        any::<Index>(),
+        prop::sample::select(&RAGGED[..]),
+    );
+    let long = long.prop_map(|(mut dims, axis, size)| {
+        let axis = axis.index(dims.len());
+        dims[axis] = size;
+        dims
+    });
+    prop_oneof![3 => small, 2 => long]
+}
+
+/// Every layer that `dims` is an input of.
+fn kinds(dims: &[usize]) -> Vec<Kind> {
+    let rank = dims.len();
+    let per_channel = dims.iter().product::<usize>() / dims[1];
+    let space = per_channel / dims[0];
+    let mut kinds = vec![
+        Kind::LayerChannelsFirst,
+        Kind::LayerNoMean,
+        Kind::RmsChannelsFirst,
+        Kind::Switch,
+    ];
+    for axes in 1..rank {
+        kinds.push(Kind::Layer { axes });
+        let offset = if axes == 1 { 0. } else { 1. };
+        kinds.push(Kind::Rms { axes, offset });
+    }
+    for groups in (1..=dims[1]).filter(|groups| dims[1].is_multiple_of(*groups)) {
+        kinds.push(Kind::Group { groups });
+    }
+    if rank > 2 && space > 1 {
+        kinds.push(Kind::Instance);
+    }
+    if per_channel > 1 {
+        kinds.extend([Kind::Batch, Kind::BatchNoMean]);
+    }
+    kinds
+}
+
+/// A layer, an input shape, and a seed for its numbers.
+#[derive(Debug, Clone)]
+struct Case {
+    subject: Subject,
+    dims: Vec<usize>,
+    /// Whether there is a weight, and a bias.
+    affine: (bool, bool),
+    seed: u64,
+}
+
+impl Case {
+    /// Numbers whose rows have a mean of `mean` and a spread of 1.
+    fn numbers(&self, mean: f64) -> Numbers {
+        let mut draw = Draw::new(self.seed);
+        let n = self.dims.iter().product();
+        let params = self.subject.param_dims(&self.dims).iter().product();
+        Numbers {
+            x: draw.normal(n).into_iter().map(|z| mean + z).collect(),
+            dy: draw.normal(n),
+            weight: self.affine.0.then(|| draw.weight(params)),
+            bias: self.affine.1.then(|| draw.normal(params)),
+        }
+    }
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let affine = (any::<bool>(), any::<bool>());
+    let eps = prop::sample::select(vec![1e-5, 1e-3, 1e-12]);
+    (shapes(), any::<Index>(), affine, eps, any::<u64>()).prop_map(
+        |(dims, kind, affine, eps, seed)| Case {
+            subject: Subject::new(*kind.get(&kinds(&dims)), eps),
+            dims,
+            affine,
+            seed,
+        },
+    )
+}
+
+/// A dtype for inputs, and one for parameters that goes with it.
+fn dtypes() -> impl Strategy<Value = DTypes> {
+    let mixed = |input| DTypes {
+        input,
+        params: DType::F32,
+    };
+    let mut all: Vec<DTypes> = FLOATS.map(DTypes::from).to_vec();
+    all.extend([mixed(DType::F16), mixed(DType::BF16)]);
+    prop::sample::select(all)
+}

@@ -1,0 +1,90 @@
+//! What a call asks of the allocator: little for small inputs, and no copy of an input that a
+//! kernel can walk.
+
+use allocation_counter::AllocationInfo;
+use candle_core::{DType, Device, Result, Tensor};
+use candle_norm::ops;
+
+use testkit::data::noise;
+
+/// What `f` asks for on this thread, once it has run before.
+fn asked(f: impl Fn() -> Result<Tensor>) -> Result<AllocationInfo> {
+    f()?;
+    let mut result = None;
+    let asked = allocation_counter::measure(|| result = Some(f()));
+    result.transpose()?;
+    Ok(asked)
+}
+
+/// One row costs about what an addition of candle costs, in calls and in bytes.
+#[test]
+fn one_row_takes_few_allocations() -> Result<()> {
+    let x = noise(&[1, 768], DType::F32)?;
+    let (weight, bias) = (noise(&[768], DType::F32)?, noise(&[768], DType::F32)?);
+    let add = asked(|| &x + &x)?;
+    let (w, b) = (Some(&weight), Some(&bias));
+    let layer = asked(|| ops::layer_norm(&x, 768, w, b, 1e-5))?;
+    let rms = asked(|| ops::rms_norm(&x, 768, w, None, 0., ops::Cast::AfterWeight))?;
+    for (name, norm) in [("layer norm", layer), ("RMS norm", rms)] {
+        assert!(
+            norm.count_total <= add.count_total + 12,
+            "{name}: {norm:?}, an addition {add:?}"
+        );
+        assert!(
+            norm.bytes_total <= add.bytes_total + 2048,
+            "{name}: {norm:?}, an addition {add:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The output is of the size of the input; a copy would be another one.
+#[test]
+fn channels_last_input_of_batch_norm_is_not_copied() -> Result<()> {
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = one_thread.map_err(candle_core::Error::wrap)?;
+    pool.install(|| {
+        let x = noise(&[8, 40, 40, 64], DType::F32)?.permute((0, 3, 1, 2))?;
+        let size = (x.elem_count() * DType::F32.size_in_bytes()) as u64;
+        let (mean, var) = (
+            noise(&[64], DType::F32)?,
+            Tensor::ones(64, DType::F32, &Device::Cpu)?,
+        );
+        let training = asked(|| Ok(ops::batch_norm(&x, None, None, 1e-5)?.0))?;
+        let inference = asked(|| ops::batch_norm_inference(&x, &mean, &var, None, None, 1e-5))?;
+        for (name, asked) in [("training", training), ("inference", inference)] {
+            assert!(
+                asked.bytes_total < size * 3 / 2,
+                "{name}: {asked:?} for {size} bytes"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// The statistics of planes are formed without an output of their own, and half precision without a
+/// wider copy.
+#[test]
+fn switch_norm_allocates_its_output_and_little_else() -> Result<()> {
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = one_thread.map_err(candle_core::Error::wrap)?;
+    pool.install(|| {
+        let shares = Tensor::ones(3, DType::F32, &Device::Cpu)?;
+        let sources = ops::SwitchSources {
+            instance: true,
+            batch: ops::SwitchBatch::Own,
+            unbiased: true,
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            let x = noise(&[8, 16, 40, 40], dtype)?;
+            let size = (x.elem_count() * dtype.size_in_bytes()) as u64;
+            let norm = || ops::switch_norm(&x, None, None, [&shares, &shares], sources, 1e-5);
+            let asked = asked(|| Ok(norm()?.0))?;
+            assert!(
+                asked.bytes_total < size * 3 / 2,
+                "{dtype:?}: {asked:?} for {size} bytes"
+            );
+        }
+        Ok(())
+    })
+}
