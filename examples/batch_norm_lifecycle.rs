@@ -1,14 +1,16 @@
-//! The life of a batch normalization: trained, saved, loaded, frozen and fine-tuned, folded away.
+//! The life of a BatchNorm: train, save, load, freeze, fine-tune and fold.
 //!
-//! A network learns the digits. A copy of it meets images of a quarter of the contrast and is adapted to them in batches of
-//! 4, too few for statistics of their own: the statistics stay fixed, and only the scales and shifts of its norms are
-//! trained. At last the norms go into the layers before them.
+//! A network learns the digits. A copy of it receives images with a quarter of the contrast, and is
+//! adapted to them in batches of 4. Batches of 4 are too small for statistics of their own.
+//! Therefore the statistics stay fixed, and only the scales and shifts of the norms are trained. At
+//! the end, the norms are folded into the layers before them.
 //!
 //! ```text
 //! cargo run --release --example batch_norm_lifecycle
 //! ```
 //!
-//! Change `CONTRAST`, or fine-tune before freezing, to see what batches of 4 do to running statistics.
+//! Change `CONTRAST`, or fine-tune before freezing, to see what batches of 4 do to running
+//! statistics.
 
 mod common;
 

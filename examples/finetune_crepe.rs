@@ -1,16 +1,21 @@
-//! Fine-tuning a pretrained PyTorch network with BatchNorm: crepe, which hears the pitch of a tone.
+//! Fine-tuning a pretrained PyTorch network with BatchNorm: crepe, which recognizes the pitch of a
+//! tone.
 //!
-//! `scripts/convert_crepe.py` wrote its small weights, and what PyTorch answers to eight tones. Here the network is built under the same
-//! names and gives PyTorch's answers. Then it learns tones that it fails on: their lowest two harmonics are missing, as on a telephone,
-//! and there is as much noise as tone. Batches of 8 make poor statistics, so one run keeps the pretrained ones, and another does not.
+//! `scripts/convert_crepe.py` wrote its small weights, and PyTorch's outputs for eight tones. This
+//! example builds the network with the same names and gets the same outputs. Then it trains on
+//! tones that the network fails on: their lowest two harmonics are missing, as on a telephone, and
+//! the noise is as strong as the tone. Batches of 8 have poor statistics. Therefore one run keeps
+//! the pretrained statistics, and another does not.
 //!
 //! ```text
 //! cargo run --release --example finetune_crepe
 //! cargo run --release --example finetune_crepe -- --batch 2
 //! ```
 //!
-//! It reaches 85 % of such tones within half a semitone, with statistics frozen, from 61.5 % before. One run had 89.5 %, and 80.5 % with those of
-//! each batch of 8; with batches of 2, 77.5 and 59.5 %. Its outputs before are PyTorch's to 7e-7. Change the tones in `Tones::draw`, `FIXED`, or `--batch`.
+//! With frozen statistics, it recognizes 85 % of such tones within half a semitone, and 61.5 %
+//! before training. One run had 89.5 %, and 80.5 % with the statistics of each batch of 8; with
+//! batches of 2, 77.5 and 59.5 %. Before training, its outputs are PyTorch's to 7e-7. Change the
+//! tones in `Tones::draw`, `FIXED`, or `--batch`.
 
 mod common;
 

@@ -1,9 +1,9 @@
-//! A transformer of Llama's shape is fine-tuned from a checkpoint in bf16, with its parameters in
+//! Fine-tuning a transformer of Llama's shape from a checkpoint in bf16, with its parameters in
 //! f32.
 //!
-//! The network computes in bf16, and the optimizer changes parameters in f32 ("master weights"): an
-//! update that is smaller than 1/512 of a weight is lost when the weight itself is in bf16. The
-//! other run has its parameters in bf16 and shows what that costs.
+//! The network computes in bf16, and the optimizer updates parameters in f32 ("master weights"). If
+//! a weight were in bf16, an update of less than 1/512 of it would be lost. The other run has its
+//! parameters in bf16 and shows what this costs.
 //!
 //! ```text
 //! cargo run --release --example finetune_llama_bf16
@@ -13,12 +13,12 @@
 //! It reaches 3.7 bits a character on text that it was not trained on. One run had 4.796 bits
 //! before fine-tuning, 3.589 with parameters in f32, and 3.872 with parameters in bf16.
 //!
-//! To use it on a model of your own: `Linear` and `Embedding` hold parameters of any dtype and
-//! convert them for the computation, the norms of this crate take f32 parameters beside bf16
-//! activations, `load_into_strict` converts the file, and `optimizers` leaves norms out of weight
+//! To use it for a model of your own: `Linear` and `Embedding` hold parameters of any dtype and
+//! convert them for the computation. The norms of this crate take f32 parameters together with bf16
+//! activations. `load_into_strict` converts the file, and `optimizers` excludes norms from weight
 //! decay. The names of the tensors are those of Hugging Face.
 //!
-//! candle's `ops::softmax_last_dim` and `rotary_emb::rope` pass no gradients on: train with
+//! candle's `ops::softmax_last_dim` and `rotary_emb::rope` pass no gradients back. Train with
 //! `softmax` and `rope_slow`.
 
 mod common;

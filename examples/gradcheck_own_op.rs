@@ -1,14 +1,16 @@
 //! Checking the backward of an operation of your own.
 //!
-//! candle takes the gradient of a `CustomOp1` from its `bwd`, and takes it on trust: a rule that is wrong still trains, to a worse
-//! place. `gradcheck` compares it with what the forward says when each input element is moved a little. Here is SiLU,
-//! x · σ(x), with a right rule and with two wrong ones.
+//! candle takes the gradient of a `CustomOp1` from its `bwd` and does not check it. A network with
+//! a wrong gradient still trains, but to a worse result. `gradcheck` compares the gradient with the
+//! change of the forward when each input element is moved a little. This example has SiLU, x ·
+//! σ(x), with a correct gradient and with two wrong ones.
 //!
 //! ```text
 //! cargo run --release --example gradcheck_own_op
 //! ```
 //!
-//! Change `forward` and the rules to those of your operation. It needs an `f64` forward for the check.
+//! Replace `forward` and the gradients by those of your operation. The check needs a forward in
+//! `f64`.
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
 use candle_nn::ops::sigmoid;

@@ -1,15 +1,17 @@
 //! Loading a network that PyTorch trained.
 //!
-//! `scripts/make_digits_cnn.py` trains a network with BatchNorm2d, GroupNorm, LayerNorm and weight_norm on the digits and saves its
-//! state dict, and the logits that PyTorch has for the test images. Here the same network is built with candle and this
-//! crate under the same names. It loads by either of two ways, and gives PyTorch's logits.
+//! `scripts/make_digits_cnn.py` trains a network with BatchNorm2d, GroupNorm, LayerNorm and
+//! weight_norm on the digits. It saves the state dict, and PyTorch's logits for the test images.
+//! This example builds the same network with candle and this crate, with the same names. It loads
+//! the network in two ways, and both give PyTorch's logits.
 //!
 //! ```text
 //! cargo run --release --example pytorch_checkpoint
 //! ```
 //!
-//! For a model of your own, save with `safetensors.torch.save_file(model.state_dict(), path)`, and call `pp` with the names of
-//! its modules. Change a name in `Net::new` to see what either way says of a tensor that is not there.
+//! For a model of your own, save with `safetensors.torch.save_file(model.state_dict(), path)`, and
+//! call `pp` with the names of its modules. Change a name in `Net::new` to see how each way reports
+//! a missing tensor.
 
 mod common;
 

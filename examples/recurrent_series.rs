@@ -1,16 +1,19 @@
-//! An LSTM with LayerNorm inside its cell forecasts the CO2 in the air, half a year from the two years before.
+//! An LSTM with LayerNorm inside its cell forecasts the CO2 in the air, half a year ahead from two
+//! years of measurements.
 //!
-//! A window is 104 steps deep: what the cell adds up passes through the same weights 104 times, and LayerNorm keeps its scale
-//! (Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>). It uses no other sample and no other step.
+//! A window has 104 steps. The sums in the cell pass through the same weights 104 times, and
+//! LayerNorm keeps their scale (Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>). It
+//! uses no other sample and no other step.
 //!
 //! ```text
 //! cargo run --release --example recurrent_series
 //! cargo run --release --example recurrent_series -- --norm none
 //! ```
 //!
-//! It reaches a mean absolute error of 0.62 ppm over the second half of the series. Repeating last year's course has 0.63, repeating the
-//! last value 2.65. One run of each norm (`--norm`) had: layer 0.56, rms 0.56, group:4 0.57, none 0.61, and batch 1.58, since the running
-//! statistics of one layer have to serve all 104 steps.
+//! It reaches a mean absolute error of 0.62 ppm over the second half of the series. Repeating the
+//! values of the year before has 0.63, and repeating the last value has 2.65. One run of each norm
+//! (`--norm`) had: layer 0.56, rms 0.56, group:4 0.57, none 0.61, batch 1.58. In batch norm, the
+//! same running statistics must serve all 104 steps.
 //!
 //! Change the norm, `WINDOW`, `HIDDEN`, or the series in `run`.
 

@@ -1,16 +1,18 @@
 //! Replacing candle-nn's norms by changing one import.
 //!
-//! The same model, written once, is compiled over the norms of `candle_nn` and over those of `candle_norm`. Both start from the
-//! same values and give the same outputs. But candle-nn's `LayerNorm` and `RmsNorm` pass no gradient on, without an error:
-//! they and all that lies below them stay as they were drawn, and the head learns alone. It prints
-//! the table of the README.
+//! The same model, written once, is compiled with the norms of `candle_nn` and with those of
+//! `candle_norm`. Both start from the same values and give the same outputs. But candle-nn's
+//! `LayerNorm` and `RmsNorm` pass no gradient back, and report no error. They and all layers before
+//! them keep their initial values, and only the head learns. The example prints the table of the
+//! README.
 //!
 //! ```text
 //! cargo run --release --example replace_candle_nn
 //! ```
 //!
-//! In a model of your own, change `use candle_nn::{LayerNorm, layer_norm}` to `use candle_norm::{LayerNorm, layer_norm}`, and
-//! likewise for `RmsNorm`, `BatchNorm` and `GroupNorm`. Here, change `EPOCHS`, or the layers of `model`.
+//! In a model of your own, change `use candle_nn::{LayerNorm, layer_norm}` to
+//! `use candle_norm::{LayerNorm, layer_norm}`. Do the same for `RmsNorm`, `BatchNorm` and
+//! `GroupNorm`. Here, change `EPOCHS`, or the layers of `model`.
 
 mod common;
 

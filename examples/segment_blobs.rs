@@ -1,19 +1,19 @@
-//! A U-Net segments blobs in images whose contrast varies a hundredfold, trained two images at a
-//! time.
+//! A U-Net segments blobs in images whose contrast varies a hundredfold, trained with two images in
+//! a batch.
 //!
 //! ```text
 //! cargo run --release --example segment_blobs
 //! cargo run --release --example segment_blobs -- --norm none,batch,group:4,instance,layer
 //! ```
 //!
-//! Each norm gets the better of two learning rates, chosen on images of their own, and is then
+//! Each norm has the better of two learning rates, which is chosen on separate images. Then it is
 //! trained with three seeds. The score is the Dice coefficient, the overlap of the predicted and
 //! the true blobs: 1 is perfect, 0 is none.
 //!
 //! It reaches 0.9 with `--norm group:4`. Three seeds of each had, as the median with the range:
 //! layer 0.916 (0.874 to 0.917), group:4 0.915 (0.903 to 0.919), instance 0.910 (0.904 to 0.914),
-//! none 0.845 (0.173 to 0.875), batch 0.777 (0.690 to 0.786). Each norm does best at 0.01, the
-//! higher of the two rates.
+//! none 0.845 (0.173 to 0.875), batch 0.777 (0.690 to 0.786). Each norm is best at 0.01, the higher
+//! of the two rates.
 //!
 //! Change the norms, `--batch`, or the range of the contrast in `Blobs::draw`.
 

@@ -1,16 +1,20 @@
-//! Instance norm against a shift of contrast and brightness, and adaptive instance norm, which moves such a style to another.
+//! Instance norm against a shift of contrast and brightness, and adaptive instance norm, which
+//! changes one style to another.
 //!
-//! A classifier learns digits of one contrast and brightness and meets others. Instance norm takes mean and scale out of every channel
-//! of every image, and with them the shift; batch norm takes out those of the training data, and the shift stays.
-//! Adaptive instance norm (AdaIN) then gives each image the mean and deviation of a training image, whatever norm the classifier has.
+//! A classifier learns digits of one contrast and brightness, and is tested on others. Instance
+//! norm removes mean and scale of every channel of every image, and with them the shift. Batch norm
+//! removes those of the training data, and the shift stays. Adaptive instance norm (AdaIN) gives
+//! each image the mean and standard deviation of a training image. It works with any norm in the
+//! classifier.
 //!
 //! ```text
 //! cargo run --release --example style_shift
 //! cargo run --release --example style_shift -- --norm batch,group:1
 //! ```
 //!
-//! With instance norm it reaches 93 % of the shifted digits. One run of each had, plain, shifted, and moved by AdaIN: instance 94.8,
-//! 94.8 and 94.8 %; batch 96.4, 47.4 and 95.8 %; layer 94.4, 53.8 and 94.4 %; none 91.8, 53.6 and 92.0 %.
+//! With instance norm it reaches 93 % of the shifted digits. One run of each had, unshifted,
+//! shifted, and shifted with AdaIN: instance 94.8, 94.8 and 94.8 %; batch 96.4, 47.4 and 95.8 %;
+//! layer 94.4, 53.8 and 94.4 %; none 91.8, 53.6 and 92.0 %.
 //!
 //! Change the shift in `shifted`, or the norms.
 

@@ -1,16 +1,20 @@
-//! Weight norm in a policy: a cart learns to balance a pole, with weight norm, without a norm, and with layer norm.
+//! Weight norm in a policy: a cart learns to balance a pole, with weight norm, without a norm, and
+//! with layer norm.
 //!
-//! Actor and critic (REINFORCE with a learned baseline): the policy picks left or right, the value network says how long the pole will
-//! stand, and an action is made likelier if the pole stood longer than that. Batches are of steps that follow each other, so batch
-//! statistics would mix what the pole did early and late; weight norm takes none of the data, and layer norm none of other steps.
+//! The method is actor and critic (REINFORCE with a learned baseline). The policy chooses left or
+//! right, and the value network predicts how long the pole will stand. An action becomes more
+//! likely if the pole stood longer than predicted. A batch has steps that follow each other. Batch
+//! statistics would mix early and late states of the pole. Weight norm uses no statistics of the
+//! data, and layer norm uses none of other steps.
 //!
 //! ```text
 //! cargo run --release --example cartpole
 //! cargo run --release --example cartpole -- --norm weight,rms
 //! ```
 //!
-//! With weight norm the pole stands for 450 of 500 steps, in the mean over 20 starts and 3 seeds. One run of each had: weight, none and
-//! layer 500, rms 499, after about as many updates: the task is too small to need a norm. It shows the loop, not a difference.
+//! With weight norm the pole stands for 450 of 500 steps, as the mean over 20 starts and 3 seeds.
+//! One run of each had: weight, none and layer 500, rms 499, after about as many updates. The task
+//! is too small to need a norm. The example shows the training loop, not a difference.
 //!
 //! Change `HIDDEN` in `policy.rs`, `LEARNING_RATE`, or the norm.
 

@@ -1,4 +1,4 @@
-//! The pole, how it is played, and how a policy learns from it.
+//! The pole, the game, and the training of a policy.
 
 use candle_core::{D, DType, Device, ModuleT, Result, Tensor};
 use candle_nn::ops::{log_softmax, softmax};

@@ -1,4 +1,4 @@
-//! A claim: what is said, how it is measured, and the rule that the verdict comes from.
+//! A claim: its text, its experiment, and the rule for its verdict.
 
 use candle_core::Result;
 

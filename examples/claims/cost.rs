@@ -1,4 +1,4 @@
-//! What layers cost: claim 20, and the clock for claim 17.
+//! Costs of layers: claim 20, and the timer for claim 17.
 
 use std::time::Instant;
 

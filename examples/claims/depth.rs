@@ -1,4 +1,4 @@
-//! Claims about deep stacks and how they start, on digits: 12, 23.
+//! Claims about deep stacks and their initialization, on digits: 12, 23.
 
 use candle_core::Result;
 use candle_nn::{ModuleT, loss::cross_entropy};

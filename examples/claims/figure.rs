@@ -1,4 +1,4 @@
-//! The figure of a claim: curves over what is varied, or a row of dots for each arm.
+//! The figure of a claim: curves over the varied quantity, or a row of dots for each variant.
 
 use std::fmt::Write;
 

@@ -1,4 +1,5 @@
-//! What all experiments share: seeds, the search for a learning rate, two threads, a bar, and measurements as values.
+//! Parts of all experiments: seeds, the search for a learning rate, two threads, a progress bar,
+//! and measurements as values.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,13 +1,15 @@
-//! What articles and tutorials say of normalization, and what the guide of this crate says, measured.
+//! Experiments for claims about normalization from articles, tutorials and the guide of this crate.
 //!
-//!     cargo run --release --example claims                  # all, into docs/claims.md, docs/claims.html and docs/claims/
-//!     cargo run --release --example claims -- --claim 14    # one of them, into target/claims
-//!     cargo run --release --example claims -- --quick       # all of them, roughly, into target/claims
-//!     cargo run --release --example claims -- --redraw      # none of them: the figures from the
-//!     tables in docs/claims.md
+//!     cargo run --release --example claims                 # all claims, into docs
+//!     cargo run --release --example claims -- --claim 14   # one claim, into target/claims
+//!     cargo run --release --example claims -- --quick      # all, roughly, into target/claims
+//!     cargo run --release --example claims -- --redraw     # new figures from docs/claims.md
 //!
-//! A claim is a value: what is varied, what is held fixed, the experiment, and the rule that its verdict follows by. What was measured is kept in
-//! `target/claims/cache`, so that an interrupted run goes on where it was, and pages are written anew without measuring anew.
+//! The first command writes `docs/claims.md`, `docs/claims.html` and `docs/claims/`.
+//!
+//! A claim is a value. It has what is varied, what is held fixed, the experiment, and the rule for
+//! its verdict. Results are kept in `target/claims/cache`. Therefore an interrupted run continues
+//! where it stopped, and pages can be written again without new measurements.
 
 #[path = "../common/axis.rs"]
 mod axis;

@@ -1,4 +1,4 @@
-//! The networks, and starts that are the same on every run.
+//! The networks, and initial values that are the same on every run.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 

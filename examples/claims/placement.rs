@@ -1,4 +1,4 @@
-//! What the guide advises on the place of a norm in a network, on digits: 29, 30, 38, 39, 40.
+//! Claims of the guide about the place of a norm in a network, on digits: 29, 30, 38, 39, 40.
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::loss::cross_entropy;

@@ -1,4 +1,4 @@
-//! What the guide advises for training, on digits: 25, 26, 27, 31.
+//! Claims of the guide about training, on digits: 25, 26, 27, 31.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Var};

@@ -1,4 +1,4 @@
-//! What the guide advises on half precision and on eps, on digits: 32, 33, 34.
+//! Claims of the guide about half precision and eps, on digits: 32, 33, 34.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, bail};

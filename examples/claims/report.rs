@@ -1,4 +1,4 @@
-//! What is written: a page in Markdown with a figure a claim, and the same as one HTML file.
+//! The output: a page in Markdown with a figure for each claim, and the same as one HTML file.
 
 use std::error::Error;
 use std::fmt::Write as _;

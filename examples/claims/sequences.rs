@@ -1,4 +1,5 @@
-//! Claims about norms in networks of sequences: 15, 17. A digit is read as a sequence of its eight rows.
+//! Claims about norms in networks for sequences: 15, 17. A digit is read as a sequence of its eight
+//! rows.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ops::softmax;

@@ -1,4 +1,4 @@
-//! What the guide advises on running statistics, on digits: 28, 35, 36, 37.
+//! Claims of the guide about running statistics, on digits: 28, 35, 36, 37.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::ModuleT;

@@ -1,4 +1,4 @@
-//! Training on digits and on cars, and what is measured on the way.
+//! Training on digits and on cars, and the measurements during training.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};

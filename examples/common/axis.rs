@@ -1,4 +1,4 @@
-//! Axes that are linear or logarithmic, with round values at their ticks.
+//! Linear and logarithmic axes, with round values at their ticks.
 
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
 use plotters::coord::types::RangedCoordf64;

@@ -1,4 +1,5 @@
-//! What the examples share: the digits, how they are learned, a start that is the same on every run, and how a run is shown.
+//! Parts that the examples have in common: the digits, training on them, initial values that are
+//! the same on every run, and the output of a run.
 #![allow(dead_code)] // Each example uses some of it.
 
 use std::env;

@@ -1,5 +1,5 @@
-//! Colors of the figures: each norm has its own in all of them, in light and in dark mode. What is
-//! no norm takes the others in order.
+//! Colors of the figures, in light and in dark mode. Each norm has the same color in all figures.
+//! Curves of other things take the remaining colors in order.
 
 use std::fmt::Write;
 

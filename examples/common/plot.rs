@@ -1,4 +1,5 @@
-//! Line charts as SVG whose colors are left to a style sheet, so that one drawing serves light, dark and print.
+//! Line charts as SVG. A style sheet sets the colors, so one drawing works in light mode, in dark
+//! mode and in print.
 #![allow(dead_code)] // Each example uses some of it.
 
 use crate::axis::Axis;

@@ -1,4 +1,4 @@
-//! Series in time, embedded in the program.
+//! Time series, embedded in the program.
 #![allow(dead_code)] // Each example uses some of it.
 
 use candle_core::{Device, Error, Result, Tensor, bail};

@@ -1,4 +1,4 @@
-//! From the records of the runs to the lines of the charts.
+//! The lines of the charts, computed from the records of the runs.
 
 use crate::plot::Curve;
 use crate::summary::{Arm, Spread};

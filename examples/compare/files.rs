@@ -1,4 +1,4 @@
-//! Where the report goes, and its numbers as CSV.
+//! The files of the report, and its numbers as CSV.
 
 use crate::model::LAYERS;
 use crate::summary::{Arm, Summary};

@@ -1,13 +1,15 @@
-//! Which normalization trains this network best? The same small classifier of handwritten digits, once per kind.
+//! Training one small classifier of handwritten digits with each kind of normalization.
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --norm none,batch,group:4 --lr 0.05
 //!
-//! Every kind gets the same initial weights and the same images in the same order, for several seeds. It prints a table
-//! and writes a report with the curves of accuracy, loss and gradient norms (HTML, and the numbers as CSV).
+//! Every kind has the same initial weights and the same images in the same order, for several
+//! seeds. The example prints a table. It writes a report with the curves of accuracy, loss and
+//! gradient norms (HTML, and the numbers as CSV).
 //!
-//! To compare on your own data and network change two files: `data.rs` loads the images, `model.rs` is the network, whose
-//! layers are built through a `NormConfig` and so change their norm by value. `train.rs` is the training loop.
+//! To compare on your own data and network, change two files. `data.rs` loads the images.
+//! `model.rs` is the network, whose layers are built through a `NormConfig`, so the norm is a
+//! value. `train.rs` is the training loop.
 
 #[path = "../common/axis.rs"]
 mod axis;

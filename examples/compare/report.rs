@@ -1,4 +1,4 @@
-//! The report: one HTML file that needs no other.
+//! The report: one HTML file that needs no other file.
 
 use crate::common::ROUGH;
 use crate::data::{TEST_SIZE, TRAIN_SIZE};

@@ -1,4 +1,4 @@
-//! What the runs of one kind come to, in numbers.
+//! The figures of all runs of one kind.
 
 use crate::train::{Run, Step};
 

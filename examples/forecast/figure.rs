@@ -1,4 +1,4 @@
-//! The series with its alarms, and the errors along the way, as SVG.
+//! The series with its alarms, and the errors over time, as SVG.
 
 use std::error::Error;
 use std::ops::Range;

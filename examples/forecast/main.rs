@@ -1,12 +1,15 @@
-//! Which normalization forecasts a series whose level moves? The same small network, once for each.
+//! Forecasts of a series whose level changes: one small network, trained with each of several
+//! normalizations.
 //!
 //!     cargo run --release --example forecast
 //!     cargo run --release --example forecast -- --model linear --quick
 //!
-//! The first half of each data set trains the network; then it walks through the second half, row by row, and forecasts the next rows from
-//! what was known at each. Stock closes and CO2 leave the range that they were trained on; a drift monitor says when.
+//! The first half of each data set trains the network. Then the example walks through the second
+//! half, row by row, and forecasts the next rows from the rows so far. Stock closes and CO2 leave
+//! the range of the training data, and a drift monitor reports when.
 //!
-//! It prints a table and writes a figure of each data set (SVG): the series with the monitor's alarms, and the error along the way.
+//! The example prints a table and writes a figure of each data set (SVG): the series with the
+//! monitor's alarms, and the error over time.
 
 #[path = "../common/axis.rs"]
 mod axis;

@@ -1,4 +1,5 @@
-//! The network: the next rows of a series from its last ones, the same network for every series.
+//! The network: it predicts the next rows of a series from its last rows. It is the same for every
+//! series.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::rnn::{GRU, GRUConfig, RNN, gru};

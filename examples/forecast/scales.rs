@@ -1,4 +1,4 @@
-//! What the windows of each row are normalized by: for each row, from what was known when it came.
+//! The statistics that normalize the windows of each row, from data that are known at that row.
 
 use candle_core::{Device, Result, Tensor};
 use candle_norm::scaling::{

@@ -1,4 +1,4 @@
-//! Training on the first rows, and forecasting through the others.
+//! Training on the first rows, and forecasting over the other rows.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{AdamW, Optimizer};

@@ -1,11 +1,14 @@
-//! What does scaling do for a regression? The same network on the prices of used cars, scaled in eight ways.
+//! Effects of scaling on a regression: one network on the prices of used cars, scaled in eight
+//! ways.
 //!
 //!     cargo run --release --example regression
 //!     cargo run --release --example regression -- --steps 4000 --lr 0.001
 //!
-//! Inputs raw, by the min-max of each batch, by a fitted min-max, by a fitted z-score; prices in dollars or by a z-score. Every way gets the same
-//! initial weights and the same cars in the same order. It prints a table and what the usual mistakes cost, draws the error against the
-//! steps, and saves the best way as one file, which a second process loads and answers from.
+//! Inputs are raw, scaled by the min-max of each batch, by a fitted min-max, or by a fitted
+//! z-score. Prices are in dollars or z-scored. Every way has the same initial weights and the same
+//! cars in the same order. The example prints a table, and what the usual mistakes cost. It draws
+//! the error over the steps. It saves the best way as one file, and a second process loads this
+//! file and predicts from it.
 
 #[path = "../common/axis.rs"]
 mod axis;

@@ -1,4 +1,4 @@
-//! The usual mistakes, each with what it costs here.
+//! The usual mistakes, and what each of them costs in this example.
 
 use crate::data::Split;
 use crate::report::{Arm, median};

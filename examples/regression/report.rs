@@ -1,4 +1,4 @@
-//! What is printed and drawn.
+//! The printed output and the figures.
 
 use crate::axis::Axis;
 use crate::palette;

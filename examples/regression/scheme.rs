@@ -1,4 +1,4 @@
-//! The ways to scale that are compared.
+//! The ways of scaling that are compared.
 
 use crate::data::Split;
 use candle_core::{Result, Tensor};

@@ -1,4 +1,5 @@
-//! One model, trained in one way: the same network, start, batches and optimizer for all.
+//! Training of one model. Network, initial values, batches and optimizer are the same for all ways
+//! of scaling.
 
 use crate::common::initialize;
 use crate::data::{Cars, Split};
