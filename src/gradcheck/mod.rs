@@ -90,7 +90,7 @@ use candle_core::{Result, Tensor, bail};
 use leaf::Leaf;
 use rand::{SeedableRng, rngs::StdRng};
 use report::Outputs;
-use run::{Cotangent, Run, repeat, values_of};
+use run::{Cotangent, Evaluation, repeat, values_of};
 
 /// Checks the gradient of `f` at `inputs` with the default settings, over the full Jacobian.
 ///
@@ -167,7 +167,7 @@ impl GradCheck {
             .map(|(index, input)| Leaf::new(index, input))
             .collect::<Result<Vec<_>>>()?;
 
-        let run = Run::new(&f, &leaves)?;
+        let run = Evaluation::new(&f, &leaves)?;
         let cotangents = self.cotangents(run.len());
         let analytic = (cotangents.iter())
             .map(|cotangent| run.gradients(cotangent))

@@ -165,8 +165,7 @@ impl Outputs {
 /// Findings of [`GradCheck::check`](super::GradCheck::check).
 ///
 /// Its text names the worst disagreement: the input and its element, the part of the output, both
-/// values, and the error in units of the tolerance; then what else than the backward may be behind
-/// it.
+/// values, and the error in units of the tolerance; then other possible causes than the backward.
 #[derive(Debug, Clone, PartialEq)]
 #[must_use = "a report is a verdict only through `passed` or `into_result`"]
 #[non_exhaustive]

@@ -46,14 +46,14 @@ impl Cotangent {
 }
 
 /// One evaluation of the function on variables, with the graph that leads back to them.
-pub(super) struct Run<'a> {
+pub(super) struct Evaluation<'a> {
     leaves: &'a [Leaf],
     variables: Vec<Var>,
     output: Tensor,
     values: Vec<f64>,
 }
 
-impl<'a> Run<'a> {
+impl<'a> Evaluation<'a> {
     pub(super) fn new<F>(f: &F, leaves: &'a [Leaf]) -> Result<Self>
     where
         F: Fn(&[Tensor]) -> Result<Tensor>,
@@ -135,12 +135,12 @@ impl<'a> Run<'a> {
 
 /// Evaluates once more and refuses a function whose output or gradient has other bits than the
 /// first time.
-pub(super) fn repeat<F>(f: &F, leaves: &[Leaf], first: &Run<'_>, seed: u64) -> Result<()>
+pub(super) fn repeat<F>(f: &F, leaves: &[Leaf], first: &Evaluation<'_>, seed: u64) -> Result<()>
 where
     F: Fn(&[Tensor]) -> Result<Tensor>,
 {
     let bits = |values: &[f64]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-    let second = Run::new(f, leaves)?;
+    let second = Evaluation::new(f, leaves)?;
     if first.dims() != second.dims() || bits(&first.values) != bits(&second.values) {
         bail!(
             "gradcheck: the function is not deterministic, a second evaluation on the same inputs \

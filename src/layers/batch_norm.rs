@@ -350,9 +350,8 @@ impl BatchNorm {
             let center = self.options.remove_mean;
             return Ok(ops::batch_norm_with(x, weight, bias, eps, center)?.0);
         }
-        let statistics = self.stats.snapshot()?;
-        let statistics = (&statistics.mean, &statistics.var);
-        ops::normalize_with(LAYER, 2, x, statistics, weight, bias, eps)
+        let [mean, var] = self.stats.mean_and_var()?;
+        ops::normalize_with(LAYER, 2, x, (&mean, &var), weight, bias, eps)
     }
 
     fn check_input(&self, x: &Tensor) -> Result<()> {

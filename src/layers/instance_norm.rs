@@ -196,9 +196,8 @@ impl ModuleT for InstanceNorm {
         check::channels(LAYER, xs, self.num_features())?;
         let (weight, bias, options) = (self.weight(), self.bias(), &self.options);
         if options.track_running_stats && !train {
-            let statistics = self.stats.snapshot()?;
-            let statistics = (&statistics.mean, &statistics.var);
-            return ops::normalize_with(LAYER, 3, xs, statistics, weight, bias, options.eps);
+            let [mean, var] = self.stats.mean_and_var()?;
+            return ops::normalize_with(LAYER, 3, xs, (&mean, &var), weight, bias, options.eps);
         }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
         self.stats.observe_as(xs, statistics, Taken::OfSamples)?;

@@ -8,7 +8,7 @@ use super::options::Names;
 use super::running_stats::RunningStats;
 use crate::ops::check;
 
-/// A normalization layer, whichever it is. A `Box<dyn Norm>` is itself a [`ModuleT`].
+/// A normalization layer of any kind. A `Box<dyn Norm>` is itself a [`ModuleT`].
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};

@@ -87,7 +87,7 @@ pub(crate) const ALIASES: [&[&str]; 6] = [
     DIRECTION,
 ];
 
-/// The name of `names` under which the file behind `vb` has a tensor, else the one that is written.
+/// The name of `names` under which the file of `vb` has a tensor, else the one that is written.
 ///
 /// Names but the first are those of files. Variables of a `VarMap` are made under any name for any
 /// purpose: a `gamma` beside a norm is no weight of it.

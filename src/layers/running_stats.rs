@@ -83,29 +83,62 @@ impl State {
     fn counter(&self) -> Result<i64> {
         self.num_batches_tracked.to_scalar::<i64>()
     }
+
+    /// The counter with one more batch. At the end of its range it stays there.
+    fn next_counter(&self) -> Result<Tensor> {
+        let count = &self.num_batches_tracked;
+        match count.device() {
+            Device::Cpu => Tensor::new(self.counter()?.saturating_add(1), &Device::Cpu),
+            // Nothing on the device's stream waits for the host.
+            _ => incremented(&count.as_detached_tensor()),
+        }
+    }
+}
+
+fn incremented(count: &Tensor) -> Result<Tensor> {
+    count + count.lt(i64::MAX)?.to_dtype(DType::I64)?
 }
 
 impl Inner {
     /// The caller holds the write lock, of which `state` is the proof.
-    fn set(&self, state: &State, mean: &Tensor, var: &Tensor, count: i64) -> Result<()> {
-        let counter = Tensor::new(count, self.mean.device())?;
+    fn set(&self, state: &State, mean: &Tensor, var: &Tensor, counter: &Tensor) -> Result<()> {
         self.mean.set(mean)?;
         self.var.set(var)?;
-        state.num_batches_tracked.set(&counter)
+        state.num_batches_tracked.set(counter)
+    }
+
+    /// A counter beside the statistics.
+    fn counter(&self, count: i64) -> Result<Tensor> {
+        Tensor::new(count, self.mean.device())
     }
 
     fn momentum(&self, state: &State) -> Option<f64> {
         state.momentum.unwrap_or(self.momentum)
     }
 
-    /// The weight of the next batch, and the number of batches with it.
-    fn next(&self, state: &State) -> Result<(f64, i64)> {
-        let tracked = state.counter()?.saturating_add(1);
-        let momentum = match self.momentum(state) {
-            Some(m) if state.recalibrations == 0 => m,
-            _ => 1. / tracked.max(1) as f64,
-        };
-        Ok((momentum, tracked))
+    /// The weight of the next batch. Only the cumulative average reads the counter.
+    fn next_momentum(&self, state: &State) -> Result<f64> {
+        match self.momentum(state) {
+            Some(momentum) if state.recalibrations == 0 => Ok(momentum),
+            _ => Ok(1. / state.counter()?.saturating_add(1).max(1) as f64),
+        }
+    }
+
+    /// Copies of mean and variance that no later update reaches. The caller holds a lock, of which
+    /// the state is the proof.
+    fn copies(&self, _: &State) -> Result<[Tensor; 2]> {
+        Ok([
+            self.mean.as_detached_tensor().copy()?,
+            self.var.as_detached_tensor().copy()?,
+        ])
+    }
+
+    fn check_variance(&self, var: &Tensor) -> Result<()> {
+        // Elsewhere the check would wait for the device at every inference.
+        match var.device().is_cpu() && var.elem_count() > 0 {
+            true => non_negative(self.layer, RUNNING_VAR[0], var),
+            false => Ok(()),
+        }
     }
 }
 
@@ -276,19 +309,25 @@ impl RunningStats {
     /// A negative running variance, which only a direct write to the variable can leave.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let inner = &*self.0;
-        let snapshot = {
+        let ([mean, var], num_batches_tracked) = {
             let state = inner.shared.read();
-            Snapshot {
-                mean: inner.mean.as_detached_tensor().copy()?,
-                var: inner.var.as_detached_tensor().copy()?,
-                num_batches_tracked: state.counter()?,
-            }
+            (inner.copies(&state)?, state.counter()?)
         };
-        // Elsewhere the check would wait for the device at every inference.
-        if snapshot.var.device().is_cpu() && snapshot.var.elem_count() > 0 {
-            non_negative(inner.layer, RUNNING_VAR[0], &snapshot.var)?;
-        }
-        Ok(snapshot)
+        inner.check_variance(&var)?;
+        Ok(Snapshot {
+            mean,
+            var,
+            num_batches_tracked,
+        })
+    }
+
+    /// Copies of mean and variance, both from between two updates: a [`snapshot`](Self::snapshot)
+    /// without the counter, which would be read from the device.
+    pub(crate) fn mean_and_var(&self) -> Result<[Tensor; 2]> {
+        let inner = &*self.0;
+        let [mean, var] = inner.copies(&inner.shared.read())?;
+        inner.check_variance(&var)?;
+        Ok([mean, var])
     }
 
     /// Back to zero mean, unit variance and no batches.
@@ -298,8 +337,9 @@ impl RunningStats {
     pub fn reset(&self) -> Result<()> {
         let inner = &*self.0;
         let (zero, one) = (inner.mean.zeros_like()?, inner.var.ones_like()?);
+        let counter = inner.counter(0)?;
         let state = inner.shared.write();
-        inner.set(&state, &zero.detach(), &one.detach(), 0)
+        inner.set(&state, &zero.detach(), &one.detach(), &counter)
     }
 
     /// The statistics by the names that they are saved under.
@@ -323,7 +363,7 @@ impl RunningStats {
     /// The weight that the next batch gets.
     pub(crate) fn next_momentum(&self) -> f64 {
         let state = self.0.shared.read();
-        self.0.next(&state).map_or(1., |(momentum, _)| momentum)
+        self.0.next_momentum(&state).unwrap_or(1.)
     }
 
     /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
@@ -385,7 +425,7 @@ impl RunningStats {
     pub(super) fn update(&self, batch: &Batch) -> Result<()> {
         let inner = &*self.0;
         let state = inner.shared.write();
-        let (momentum, tracked) = inner.next(&state)?;
+        let (momentum, counter) = (inner.next_momentum(&state)?, state.next_counter()?);
         let blend = |running: &Var, batch: &Tensor| {
             (running.as_detached_tensor() * (1. - momentum))? + (batch * momentum)?
         };
@@ -394,7 +434,7 @@ impl RunningStats {
             None => inner.mean.as_detached_tensor().copy()?,
         };
         let var = blend(&inner.var, &batch.var)?;
-        inner.set(&state, &mean, &var, tracked)
+        inner.set(&state, &mean, &var, &counter)
     }
 
     /// Puts back what [`snapshot`](Self::snapshot) copied: mean, variance and the number of
@@ -438,13 +478,9 @@ impl RunningStats {
     /// Sets what was there before, whatever it was.
     pub(crate) fn put(&self, before: &Snapshot) -> Result<()> {
         let inner = &*self.0;
+        let counter = inner.counter(before.num_batches_tracked)?;
         let state = inner.shared.write();
-        inner.set(
-            &state,
-            &before.mean,
-            &before.var,
-            before.num_batches_tracked,
-        )
+        inner.set(&state, &before.mean, &before.var, &counter)
     }
 }
 
@@ -492,7 +528,7 @@ impl Drop for Recalibrating<'_> {
     }
 }
 
-/// A statistic of a batch, when the layer was asked to refuse what would poison it.
+/// A statistic of a batch, when the layer refuses values that are not finite.
 fn finite_batch(layer: &str, statistic: &Tensor, of: &str) -> Result<()> {
     let statistic = statistic.flatten_all()?.to_dtype(DType::F64)?;
     let values = statistic.to_vec1::<f64>()?;
@@ -513,4 +549,23 @@ fn non_negative(layer: &str, name: &str, value: &Tensor) -> Result<()> {
         bail!("{layer}: expected {name} to be at least 0, got {lowest}")
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_on_a_device_counts_as_one_of_the_host() -> Result<()> {
+        for (count, next) in [
+            (0, 1),
+            (41, 42),
+            (i64::MAX - 1, i64::MAX),
+            (i64::MAX, i64::MAX),
+        ] {
+            let counter = incremented(&Tensor::new(count, &Device::Cpu)?)?;
+            assert_eq!(counter.to_scalar::<i64>()?, next);
+        }
+        Ok(())
+    }
 }

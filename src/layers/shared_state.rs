@@ -21,9 +21,9 @@ pub(super) struct State {
     counter_of_model: bool,
     /// Momentum of `set_momentum`, in place of the momentum of each layer.
     pub(super) momentum: Option<Option<f64>>,
-    /// While statistics are recalibrated, the cumulative average stands in for any momentum.
+    /// While statistics are recalibrated, the cumulative average replaces any momentum.
     pub(super) recalibrations: usize,
-    /// Whether any of the layers asked for it.
+    /// Whether one of the layers refuses batches that are not finite.
     pub(super) refuse_non_finite: bool,
 }
 

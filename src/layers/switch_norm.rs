@@ -130,7 +130,8 @@ impl NormOptions for SwitchNormOptions {
 ///
 /// Where:
 /// - k runs over instance (space), layer (channels and space) and batch (samples and space);
-/// - `m = softmax(mean_weight)` and `v = softmax(var_weight)` are the shares that the layer learns;
+/// - `m = softmax(mean_weight)` and `v = softmax(var_weight)` are mixing weights, which the layer
+///   learns;
 /// - in inference, the statistics of the batch are the running ones, to which each training batch
 ///   adds `momentum` of its own;
 /// - `w` and `b` are `weight` and `bias`, one value a channel, if `affine` has them;
@@ -243,7 +244,7 @@ impl SwitchNorm {
         &self.var_weight
     }
 
-    /// The shares of the means of instance, layer and batch, as far as they are mixed.
+    /// The mixing weights of the means of instance, layer and batch, as far as they are mixed.
     ///
     /// # Errors
     /// Only those of the device.
@@ -251,7 +252,7 @@ impl SwitchNorm {
         ops::shares(&self.mean_weight)
     }
 
-    /// The shares of the variances of instance, layer and batch, as far as they are mixed.
+    /// The mixing weights of the variances of instance, layer and batch, as far as they are mixed.
     ///
     /// # Errors
     /// Only those of the device.
@@ -355,11 +356,8 @@ impl ModuleT for SwitchNorm {
 
 /// The running mean and variance of each channel as they are now.
 fn batch_statistics(stats: &RunningStats) -> Result<[Tensor; 2]> {
-    let statistics = stats.snapshot()?;
-    Ok([
-        statistics.mean.flatten_all()?,
-        statistics.var.flatten_all()?,
-    ])
+    let [mean, var] = stats.mean_and_var()?;
+    Ok([mean.flatten_all()?, var.flatten_all()?])
 }
 
 /// A [`SwitchNorm`] whose statistics of the batch no longer change: those that it mixes with the

@@ -227,7 +227,7 @@ pub fn without_updates<T>(f: impl FnOnce() -> T) -> T {
 /// For gradients that are accumulated over micro-batches. BatchNorm's running mean and variance are
 /// then what one batch of all of them had left, `(Σ (nₖ − 1) vₖ + Σ nₖ (mₖ − m)²) / (n − 1)`, where
 /// an update for each micro-batch would leave out how far their means mₖ are from the mean m of all
-/// n values. SwitchNorm's are pooled likewise, InstanceNorm's averaged over all samples.
+/// n values. SwitchNorm's are pooled in the same way, InstanceNorm's averaged over all samples.
 /// Micro-batches may differ in size. The update has the weight of one batch, and counts as one.
 ///
 /// Only the statistics for inference are pooled. **Each micro-batch is still normalized by its own

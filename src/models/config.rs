@@ -17,38 +17,16 @@ use crate::{
 /// The variants of [`NormConfig`], each with the type that implements [`NormOptions`] for it. A
 /// variant holds that type itself, or its fields.
 macro_rules! norms {
-    ($(
-        $(#[$doc:meta])*
-        $variant:ident $fields:tt: $spec:ident,
-    )*) => {
-        /// The normalization that a model uses: a value that comes from a command line or a
-        /// configuration file.
-        ///
-        /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups),
-        /// `"instance"`, `"rms"`, `"switch"` or `"weight"`, with default options; with the feature
-        /// `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
-        ///
-        /// Read are also the names of the classes in PyTorch and of papers, in any case, with
-        /// blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`, `"layer_norm"`, `"RMSNorm"`,
-        /// `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d` says nothing here:
-        /// every layer serves every rank.
-        ///
-        /// Which axes a layer runs along depends on the data, so it is never guessed:
-        /// [`channels`](Self::channels) builds the layer for `[N, C, *]`,
-        /// [`features`](Self::features) the one for `[*, F]`.
-        ///
-        /// ```
-        /// use candle_norm::{BatchNormOptions, NormConfig};
-        ///
-        /// let norm: NormConfig = "group:8".parse()?;
-        /// assert_eq!(norm.to_string(), "group:8");
-        /// let cumulative = BatchNormOptions { momentum: None, ..Default::default() };
-        /// assert_eq!(NormConfig::Batch(cumulative).to_string(), "batch");
-        /// assert_eq!("BatchNorm2d".parse::<NormConfig>()?.to_string(), "batch");
-        /// let error = "grup:8".parse::<NormConfig>().unwrap_err().to_string();
-        /// assert!(error.contains(r#"did you mean "group:8"?"#));
-        /// # Ok::<(), candle_core::Error>(())
-        /// ```
+    (
+        $(#[$meta:meta])*
+        pub enum NormConfig {
+            $(
+                $(#[$doc:meta])*
+                $variant:ident $fields:tt: $spec:ident,
+            )*
+        }
+    ) => {
+        $(#[$meta])*
         #[derive(Debug, Clone, Copy, PartialEq)]
         #[non_exhaustive]
         pub enum NormConfig {
@@ -145,25 +123,55 @@ macro_rules! norms {
 }
 
 norms! {
-    /// [`BatchNorm`](crate::BatchNorm).
-    Batch(BatchNormOptions): BatchNormOptions,
-    /// [`LayerNorm`](crate::LayerNorm).
-    Layer(LayerNormOptions): LayerNormOptions,
-    /// [`GroupNorm`](crate::GroupNorm).
-    Group {
-        /// The number of groups that the channels form.
-        num_groups: usize,
-        /// The rest of its configuration.
-        options: GroupNormOptions,
-    }: GroupNormSpec,
-    /// [`InstanceNorm`](crate::InstanceNorm).
-    Instance(InstanceNormOptions): InstanceNormOptions,
-    /// [`RmsNorm`](crate::RmsNorm).
-    Rms(RmsNormOptions): RmsNormOptions,
-    /// [`SwitchNorm`](crate::SwitchNorm).
-    Switch(SwitchNormOptions): SwitchNormOptions,
-    /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
-    Weight(WeightNormOptions): WeightNormOptions,
+    /// The normalization that a model uses: a value that comes from a command line or a
+    /// configuration file.
+    ///
+    /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups),
+    /// `"instance"`, `"rms"`, `"switch"` or `"weight"`, with default options; with the feature
+    /// `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
+    ///
+    /// Read are also the names of the classes in PyTorch and of papers, in any case, with
+    /// blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`, `"layer_norm"`, `"RMSNorm"`,
+    /// `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d` says nothing here:
+    /// every layer serves every rank.
+    ///
+    /// Which axes a layer runs along depends on the data, so it is never guessed:
+    /// [`channels`](Self::channels) builds the layer for `[N, C, *]`,
+    /// [`features`](Self::features) the one for `[*, F]`.
+    ///
+    /// ```
+    /// use candle_norm::{BatchNormOptions, NormConfig};
+    ///
+    /// let norm: NormConfig = "group:8".parse()?;
+    /// assert_eq!(norm.to_string(), "group:8");
+    /// let cumulative = BatchNormOptions { momentum: None, ..Default::default() };
+    /// assert_eq!(NormConfig::Batch(cumulative).to_string(), "batch");
+    /// assert_eq!("BatchNorm2d".parse::<NormConfig>()?.to_string(), "batch");
+    /// let error = "grup:8".parse::<NormConfig>().unwrap_err().to_string();
+    /// assert!(error.contains(r#"did you mean "group:8"?"#));
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub enum NormConfig {
+        /// [`BatchNorm`](crate::BatchNorm).
+        Batch(BatchNormOptions): BatchNormOptions,
+        /// [`LayerNorm`](crate::LayerNorm).
+        Layer(LayerNormOptions): LayerNormOptions,
+        /// [`GroupNorm`](crate::GroupNorm).
+        Group {
+            /// The number of groups that the channels form.
+            num_groups: usize,
+            /// The rest of its configuration.
+            options: GroupNormOptions,
+        }: GroupNormSpec,
+        /// [`InstanceNorm`](crate::InstanceNorm).
+        Instance(InstanceNormOptions): InstanceNormOptions,
+        /// [`RmsNorm`](crate::RmsNorm).
+        Rms(RmsNormOptions): RmsNormOptions,
+        /// [`SwitchNorm`](crate::SwitchNorm).
+        Switch(SwitchNormOptions): SwitchNormOptions,
+        /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
+        Weight(WeightNormOptions): WeightNormOptions,
+    }
 }
 
 /// [`NormOptions`] of any layer.

@@ -1,4 +1,4 @@
-//! Running statistics that are computed anew.
+//! Recomputed running statistics.
 
 use candle_core::{Result, Tensor};
 

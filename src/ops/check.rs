@@ -1,5 +1,5 @@
 //! Rules that the inputs and options of several layers must meet, and the messages of those that do
-//! not. A rule of one layer alone stands in the file of that layer.
+//! not. A rule of one layer alone is in the file of that layer.
 //!
 //! A message names the layer, says what was expected and what came, and, where there is one, the
 //! remedy.

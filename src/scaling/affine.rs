@@ -40,12 +40,12 @@ pub(super) fn scale_of(mean: f64, var: f64) -> f64 {
 
 /// A [`Map`] of each feature, and the range that the result is cut to, if it is.
 #[derive(Debug, Clone)]
-pub(super) struct Affine {
+pub(super) struct Maps {
     pub(super) maps: Vec<Map>,
     pub(super) clip: Option<[f64; 2]>,
 }
 
-impl Affine {
+impl Maps {
     pub(super) fn transform(&self, layer: &str, features: &Features, x: &Tensor) -> Result<Tensor> {
         along_features(layer, features, x, |x| {
             let map = self.on(layer, features, &x)?;

@@ -162,7 +162,7 @@ impl Archive {
     }
 
     /// The tensors that belong to no state: the variables of a model.
-    pub(crate) fn others(&self) -> HashMap<String, Tensor> {
+    pub fn others(&self) -> HashMap<String, Tensor> {
         let starts = self.starts();
         let others = (self.tensors.iter()).filter(|(name, _)| !belongs(name, &starts));
         others.map(|(n, t)| (n.clone(), t.clone())).collect()

@@ -140,7 +140,7 @@ impl EwmScaler {
     /// No data yet.
     pub fn effective_count(&self) -> Result<Vec<f64>> {
         self.following.of_memory(|memory| {
-            let count = |w: &Weight| w.moments.count() * w.moments.count() / w.squares;
+            let count = |w: &WeightedPast| w.moments.count() * w.moments.count() / w.squares;
             memory.0.iter().map(count).collect()
         })
     }
@@ -152,7 +152,7 @@ impl EwmScaler {
 /// value makes of them is known when it comes. Nor is anything taken off a sum: `W² − Σ wᵢ²` is
 /// `2 Σ wᵢ wⱼ` over pairs, which is what is kept of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Weight {
+struct WeightedPast {
     /// Their count is the sum of the weights.
     moments: Moments,
     /// The sum of the squares of the weights.
@@ -166,7 +166,7 @@ struct Weight {
     gap: f64,
 }
 
-impl Weight {
+impl WeightedPast {
     fn of(value: f64) -> Self {
         Self {
             moments: one(value),
@@ -218,7 +218,7 @@ impl Weight {
 
 /// The weighted past of every feature.
 #[derive(Debug, Clone)]
-pub struct Weighted(Vec<Weight>);
+pub struct Weighted(Vec<WeightedPast>);
 
 impl Memory for Weighted {
     const KIND: &'static str = LAYER;
@@ -241,7 +241,7 @@ impl Memory for Weighted {
     }
 
     fn new(_: &EwmScalerOptions, features: usize) -> Self {
-        Self(vec![Weight::default(); features])
+        Self(vec![WeightedPast::default(); features])
     }
 
     fn push(&mut self, options: &EwmScalerOptions, row: &[f64]) {
@@ -251,7 +251,7 @@ impl Memory for Weighted {
     }
 
     fn statistics(&self, options: &EwmScalerOptions, feature: usize) -> (Moments, Option<f64>) {
-        let Weight { moments, var, .. } = self.0[feature];
+        let WeightedPast { moments, var, .. } = self.0[feature];
         match options.bias {
             true => (moments, Some(moments.var())),
             false => (moments, var),
@@ -267,7 +267,7 @@ impl Memory for Weighted {
                 0 => v == 0.,
                 values => v > 0. && v <= values as f64,
             };
-            let Weight {
+            let WeightedPast {
                 moments,
                 squares,
                 pairs,
@@ -300,7 +300,7 @@ impl Memory for Weighted {
         let Some(Self(weights)) = memory else {
             return Ok(state);
         };
-        let each = |of: fn(&Weight) -> f64| weights.iter().map(of).collect::<Vec<_>>();
+        let each = |of: fn(&WeightedPast) -> f64| weights.iter().map(of).collect::<Vec<_>>();
         state
             .with_values("weight", &each(|w| w.moments.count()))?
             .with_values("weight_squares", &each(|w| w.squares))?
@@ -333,7 +333,7 @@ impl Memory for Weighted {
             let label = state.features().label(i);
             check::saved_value(LAYER, "weight", &label, weight[i], weight[i] >= 0.)?;
             let moments = state.moments(i, [weight[i], mean[i], mean_error[i], m2[i]])?;
-            weights.push(Weight {
+            weights.push(WeightedPast {
                 moments: of_series(state, i, moments)?,
                 squares: squares[i],
                 pairs: pairs[i],

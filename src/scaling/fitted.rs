@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use candle_core::{DType, Result, Tensor};
 
-use super::affine::{Affine, Map};
+use super::affine::{Map, Maps};
 use super::check;
 use super::data::{Nan, each_feature, sample_weights};
 use super::optimistic::optimistic;
@@ -54,16 +54,16 @@ pub trait Rule: Debug + Clone + PartialEq + Send + Sync + 'static {
 
 /// A scaler at one moment.
 #[derive(Debug, Clone)]
-pub(super) struct Snapshot<R: Rule> {
+pub(super) struct Fit<R: Rule> {
     pub(super) rule: R,
     pub(super) features: Features,
     seen: Vec<Seen>,
     pub(super) statistics: Vec<R::Statistic>,
     /// Follows from the statistics when it is first asked for.
-    affine: OnceLock<Affine>,
+    affine: OnceLock<Maps>,
 }
 
-impl<R: Rule> Snapshot<R> {
+impl<R: Rule> Fit<R> {
     fn new(rule: R, features: Features) -> Self {
         Self {
             rule,
@@ -149,7 +149,7 @@ impl<R: Rule> Snapshot<R> {
     }
 
     /// The map of each feature.
-    pub(super) fn affine(&self) -> Result<&Affine> {
+    pub(super) fn affine(&self) -> Result<&Maps> {
         let fitted = Some(&self.seen).filter(|seen| !seen.is_empty());
         check::fitted(R::KIND, fitted)?;
         if let Some(affine) = self.affine.get() {
@@ -165,18 +165,18 @@ impl<R: Rule> Snapshot<R> {
             });
         }
         let clip = self.rule.clip();
-        Ok(self.affine.get_or_init(|| Affine { maps, clip }))
+        Ok(self.affine.get_or_init(|| Maps { maps, clip }))
     }
 }
 
 /// A scaler: a snapshot that is replaced as a whole.
 #[derive(Debug)]
-pub(super) struct Fitted<R: Rule>(RwLock<Arc<Snapshot<R>>>);
+pub(super) struct Fitted<R: Rule>(RwLock<Arc<Fit<R>>>);
 
 impl<R: Rule> Fitted<R> {
     pub(super) fn new(rule: R) -> Result<Self> {
         rule.check()?;
-        Ok(Self::of(Snapshot::new(rule, Features::default())))
+        Ok(Self::of(Fit::new(rule, Features::default())))
     }
 
     /// A scaler of the default options of a rule, which are sound.
@@ -184,29 +184,29 @@ impl<R: Rule> Fitted<R> {
     where
         R: Default,
     {
-        Self::of(Snapshot::new(R::default(), Features::default()))
+        Self::of(Fit::new(R::default(), Features::default()))
     }
 
-    fn of(snapshot: Snapshot<R>) -> Self {
+    fn of(snapshot: Fit<R>) -> Self {
         Self(RwLock::new(Arc::new(snapshot)))
     }
 
     pub(super) fn from_state(state: &State) -> Result<Self> {
-        Ok(Self::of(Snapshot::restored(state)?))
+        Ok(Self::of(Fit::restored(state)?))
     }
 
     pub(super) fn named(self, names: Vec<String>) -> Result<Self> {
         let snapshot = self.snapshot();
         let features = Features::named(R::KIND, names)?;
         let features = snapshot.features.joined(R::KIND, &features)?;
-        Ok(Self::of(Snapshot {
+        Ok(Self::of(Fit {
             features,
             ..(*snapshot).clone()
         }))
     }
 
     /// The scaler as it is now; nothing that happens later reaches it.
-    pub(super) fn snapshot(&self) -> Arc<Snapshot<R>> {
+    pub(super) fn snapshot(&self) -> Arc<Fit<R>> {
         self.0
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -220,7 +220,7 @@ impl<R: Rule> Fitted<R> {
 
     /// Replaces the snapshot by what `next` makes of it, unless that fails. Writers wait for each
     /// other, so that none is lost.
-    fn replace(&self, next: impl FnOnce(&Snapshot<R>) -> Result<Snapshot<R>>) -> Result<()> {
+    fn replace(&self, next: impl FnOnce(&Fit<R>) -> Result<Fit<R>>) -> Result<()> {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(next(&current)?);
         Ok(())
@@ -231,7 +231,7 @@ impl<R: Rule> Fitted<R> {
     }
 
     pub(super) fn partial_fit(&self, x: &Tensor, weights: Option<&Tensor>) -> Result<()> {
-        self.take(x, weights, Features::clone, Snapshot::with)
+        self.take(x, weights, Features::clone, Fit::with)
     }
 
     /// Replaces the snapshot by what `next` makes of it and of the statistics of `x`, whose
@@ -241,7 +241,7 @@ impl<R: Rule> Fitted<R> {
         x: &Tensor,
         weights: Option<&Tensor>,
         known: impl Fn(&Features) -> Features,
-        next: impl FnOnce(&Snapshot<R>, Snapshot<R>) -> Result<Snapshot<R>>,
+        next: impl FnOnce(&Fit<R>, Fit<R>) -> Result<Fit<R>>,
     ) -> Result<()> {
         check::samples(R::KIND, x)?;
         let weights = weights.map(|w| sample_weights(R::KIND, x, w)).transpose()?;
@@ -249,7 +249,7 @@ impl<R: Rule> Fitted<R> {
             &self.0,
             Arc::clone,
             |now| {
-                Snapshot::of(
+                Fit::of(
                     now.rule.clone(),
                     &known(&now.features),
                     x,
@@ -267,7 +267,7 @@ impl<R: Rule> Fitted<R> {
     }
 
     pub(super) fn merge(&self, other: &State) -> Result<()> {
-        let more = Snapshot::restored(other)?;
+        let more = Fit::restored(other)?;
         self.replace(|current| current.with(more))
     }
 
@@ -297,7 +297,7 @@ impl<R: Rule> Fitted<R> {
     pub(super) fn reset(&self) {
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let features = current.features.without_axes();
-        *current = Arc::new(Snapshot::new(current.rule.clone(), features));
+        *current = Arc::new(Fit::new(current.rule.clone(), features));
     }
 
     pub(super) fn state(&self) -> Result<State> {
@@ -308,10 +308,10 @@ impl<R: Rule> Fitted<R> {
     }
 
     pub(super) fn restore(&self, state: &State) -> Result<()> {
-        let restored = Snapshot::<R>::restored(state)?;
+        let restored = Fit::<R>::restored(state)?;
         self.replace(|current| {
             let features = current.features.joined(R::KIND, &restored.features)?;
-            Ok(Snapshot {
+            Ok(Fit {
                 features,
                 ..restored
             })

@@ -6,9 +6,9 @@ use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
 use candle_core::{Result, Tensor};
 
-use super::affine::{Affine, Map, scale_of};
+use super::affine::{Map, Maps, scale_of};
 use super::optimistic::optimistic;
-use super::rows::Rows;
+use super::rows::SeriesRows;
 use super::{Causal, Features, Moments, Nan, Scaler, Seen, SeriesStats, State, check};
 
 const VERSION: u32 = 1;
@@ -93,7 +93,7 @@ impl<M: Memory> Course<M> {
     }
 
     /// Takes rows in.
-    fn follow(&mut self, features: Features, rows: &Rows) -> Result<()> {
+    fn follow(&mut self, features: Features, rows: &SeriesRows) -> Result<()> {
         let seen = Seen::and_more(M::KIND, &features, &self.seen, &rows.seen)?;
         let known = self.memory.is_some();
         let mut memory = self.take_memory(rows);
@@ -118,7 +118,7 @@ impl<M: Memory> Course<M> {
     fn follow_with<T>(
         &mut self,
         features: Features,
-        rows: &Rows,
+        rows: &SeriesRows,
         judge: impl FnOnce(Vec<Option<Map>>) -> Result<T>,
     ) -> Result<T> {
         let seen = Seen::and_more(M::KIND, &features, &self.seen, &rows.seen)?;
@@ -147,7 +147,7 @@ impl<M: Memory> Course<M> {
         judged
     }
 
-    fn take_memory(&mut self, rows: &Rows) -> M {
+    fn take_memory(&mut self, rows: &SeriesRows) -> M {
         let memory = self.memory.take();
         memory.unwrap_or_else(|| M::new(&self.options, rows.seen.len()))
     }
@@ -236,14 +236,14 @@ impl<M: Memory> Following<M> {
         &self,
         x: &Tensor,
         known: impl Fn(&Features) -> Features,
-        to: impl FnOnce(&mut Course<M>, Features, Rows) -> Result<T>,
+        to: impl FnOnce(&mut Course<M>, Features, SeriesRows) -> Result<T>,
     ) -> Result<T> {
         optimistic(
             &self.0,
             |course| (course.features.clone(), course.options),
             |(features, options)| {
                 let of_x = known(features).of(M::KIND, x)?;
-                Rows::of(M::KIND, &of_x, M::nan(options), x)
+                SeriesRows::of(M::KIND, &of_x, M::nan(options), x)
             },
             |course, (features, options)| {
                 course.options == *options && course.features.names() == features.names()
@@ -269,7 +269,7 @@ impl<M: Memory> Following<M> {
     }
 
     /// The map of now.
-    fn affine(&self) -> Result<(Affine, Features)> {
+    fn affine(&self) -> Result<(Maps, Features)> {
         self.read(|course| {
             let memory = check::fitted(M::KIND, course.memory.as_ref())?;
             let mut maps = vec![];
@@ -277,7 +277,7 @@ impl<M: Memory> Following<M> {
             maps.extend(found.map(|map| map.unwrap_or(Map::UNKNOWN)));
             let known = maps.iter().any(Map::is_known);
             check::known(M::KIND, &course.features.label(0), known)?;
-            Ok((Affine { maps, clip: None }, course.features.clone()))
+            Ok((Maps { maps, clip: None }, course.features.clone()))
         })
     }
 

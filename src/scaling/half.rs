@@ -101,7 +101,7 @@ impl fmt::Display for HalfFinding {
 pub fn half_precision(scaler: &dyn Scaler, x: &Tensor) -> Result<Vec<HalfFinding>> {
     check::samples(scaler.kind(), x)?;
     let x = x.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
-    // Features and data of one and the same scaler, whoever feeds it meanwhile.
+    // Features and data of one state of the scaler, also while other threads feed it.
     let scaler = scaler.snapshot();
     let (y, features) = (scaler.transform(&x)?, scaler.features());
     let width = y.dims()[1..].iter().product();

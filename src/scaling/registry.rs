@@ -38,7 +38,7 @@ const KINDS: &[Entry] = &[
     fitted::<StandardScalerOptions>(),
 ];
 
-/// The scaler that `state` is of, whichever of this crate it is.
+/// The scaler of any kind of this crate that `state` is of.
 ///
 /// # Errors
 /// A state of no scaler of this crate, of another version, or one that is damaged.

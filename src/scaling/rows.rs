@@ -28,14 +28,14 @@ pub(super) fn of_series(state: &State, feature: usize, moments: Moments) -> Resu
 }
 
 /// Rows of a series, checked.
-pub(super) struct Rows {
+pub(super) struct SeriesRows {
     /// One row after the other.
     pub(super) values: Vec<f64>,
     /// Counts of each feature.
     pub(super) seen: Vec<Seen>,
 }
 
-impl Rows {
+impl SeriesRows {
     /// The rows of `x`, which has the features.
     pub(super) fn of(layer: &str, features: &Features, nan: Nan, x: &Tensor) -> Result<Self> {
         check::samples(layer, x)?;

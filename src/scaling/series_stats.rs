@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use super::affine::{Affine, Map};
+use super::affine::{Map, Maps};
 use super::{Features, check};
 
 /// Statistics that each row of a series was scaled by.
@@ -11,7 +11,7 @@ pub struct SeriesStats {
     layer: &'static str,
     /// The rows as features of one sample.
     features: Features,
-    affine: Affine,
+    affine: Maps,
     /// NaN where nothing was known of a feature, else 0; none where all was.
     unknown: Option<Vec<f64>>,
 }
@@ -29,7 +29,7 @@ impl SeriesStats {
         };
         let maps = maps.into_iter().map(|m| m.unwrap_or(neutral)).collect();
         let features = Features::default().of(layer, &x.unsqueeze(0)?)?;
-        let affine = Affine { maps, clip: None };
+        let affine = Maps { maps, clip: None };
         affine.check(layer, &features, x.dtype())?;
         Ok(Self {
             layer,

@@ -149,7 +149,7 @@ impl TargetScaler {
         check::shape(LAYER, "predictions", predictions, targets.dims())?;
         let wide = |t: &Tensor| t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
         let (predictions, targets) = (wide(predictions)?, wide(targets)?);
-        // Both units and the names of one and the same scaler, whoever feeds it meanwhile.
+        // Both units and the names of one state of the scaler, also while other threads feed it.
         let now = self.scaler.snapshot();
         let scaled = deviations(&(&predictions - now.transform(&targets)?)?)?;
         let original = deviations(&(now.inverse_transform(&predictions)? - &targets)?)?;

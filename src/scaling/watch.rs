@@ -9,7 +9,7 @@ use candle_core::{Device, Result, Tensor};
 
 use super::drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
 use super::reference::{Column, LEAST_VALUES, Reference, aligned, ascending};
-use super::rows::Rows;
+use super::rows::SeriesRows;
 use super::state::MOST_VALUES;
 use super::{Features, Seen, State, check};
 
@@ -104,9 +104,9 @@ impl Watch {
     }
 
     /// The values of `x` as rows of this watch.
-    pub(super) fn rows(&self, x: &Tensor) -> Result<Rows> {
+    pub(super) fn rows(&self, x: &Tensor) -> Result<SeriesRows> {
         check::fitted(LAYER, self.reference.as_ref())?;
-        let rows = Rows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)?;
+        let rows = SeriesRows::of(LAYER, &self.features.of(LAYER, x)?, self.options.nan, x)?;
         let steps = self.step.saturating_add(x.dims()[0] as u64);
         check::countable(LAYER, "rows", &"all features", steps, MOST_VALUES)?;
         Ok(rows)
@@ -115,7 +115,7 @@ impl Watch {
     /// Takes `x` as the reference, which has `least` values of each feature at least.
     pub(super) fn fit_to(&mut self, x: &Tensor, least: usize) -> Result<()> {
         let features = self.features.without_axes().of(LAYER, x)?;
-        let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
+        let rows = SeriesRows::of(LAYER, &features, self.options.nan, x)?;
         for (feature, seen) in rows.seen.iter().enumerate() {
             let (label, values) = (features.label(feature), seen.values as usize);
             check::enough_values(LAYER, &label, values, least.min(LEAST_VALUES))?;
@@ -126,7 +126,7 @@ impl Watch {
 
     pub(super) fn fit(&mut self, x: &Tensor) -> Result<()> {
         let features = self.features.without_axes().of(LAYER, x)?;
-        let rows = Rows::of(LAYER, &features, self.options.nan, x)?;
+        let rows = SeriesRows::of(LAYER, &features, self.options.nan, x)?;
         let reference = self.referring(&features, rows.values)?;
         self.features = features;
         self.quiet = vec![0; reference.columns.len()];
@@ -221,7 +221,7 @@ impl Watch {
         }
     }
 
-    /// Puts the values of a row behind those of their features.
+    /// Appends the values of a row to those of their features.
     fn push(&mut self, row: &[f64]) {
         for (feature, value) in row.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
             let recent = &mut self.recent[feature];
@@ -407,7 +407,7 @@ impl Watch {
         }
         if recent.elem_count() > 0 {
             let features = watch.features.of(LAYER, recent)?;
-            let rows = Rows::of(LAYER, &features, watch.options.nan, recent)?;
+            let rows = SeriesRows::of(LAYER, &features, watch.options.nan, recent)?;
             let most = watch.options.window.min(recent.dims()[0]);
             check::saved_length(LAYER, "recent", most, recent.dims()[0])?;
             rows.each().for_each(|row| watch.push(row));

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 pub(super) use crate::ops::check::{dim, float, same_device, shape};
 
-/// A checkpoint for a layer that was asked for without a bias.
+/// A checkpoint for a layer that is built without a bias.
 pub(super) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
     match stored {
         Some(stored) => bail!(
@@ -96,8 +96,8 @@ pub(super) fn variable(layer: &str, param: &Tensor) -> Result<()> {
 /// A norm that is built alone, as one that goes around a layer cannot be.
 pub(super) fn goes_around<T>(layer: &str) -> Result<T> {
     bail!(
-        "{layer}: expected a norm that follows a layer, got \"weight\", which goes around one; build \
-         the two together with NormConfig::linear, conv1d, conv2d, conv_transpose1d or \
+        "{layer}: expected a norm that follows a layer, got \"weight\", which goes around one; \
+         build the two together with NormConfig::linear, conv1d, conv2d, conv_transpose1d or \
          conv_transpose2d"
     )
 }

@@ -299,7 +299,7 @@ impl<L: Weighted> WeightNorm<L> {
     }
 }
 
-/// A norm that goes around its layer, whichever that is.
+/// A norm that goes around a layer of any kind.
 pub(crate) trait Around: Norm {
     /// The layer with the weight of now, of plain values.
     fn baked(&self) -> Result<Plain>;

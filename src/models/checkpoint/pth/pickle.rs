@@ -110,7 +110,7 @@ impl Limits {
         }
     }
 
-    /// `operation` turned `before` objects on the machine's stack into `after`.
+    /// Takes in an operation that left `after` objects of `before` on the machine's stack.
     fn take(&mut self, operation: u8, code: &[u8], before: usize, after: usize) -> Result<()> {
         let id = match (operation, code) {
             (b'q' | b'h', [_, id, ..]) => u32::from(*id),
