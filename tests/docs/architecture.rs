@@ -21,8 +21,11 @@ const BESIDE: [(&str, &[&str]); 2] = [
     ("files.rs", &[]),
 ];
 
+/// Whether a word must not occur in a room.
+type Forbidden = fn(&str) -> bool;
+
 /// Words that must not occur in a room.
-const NEVER: [(&str, fn(&str) -> bool); 6] = [
+const NEVER: [(&str, Forbidden); 6] = [
     ("layers", below_tensors),
     ("models", below_tensors),
     ("scaling", below_tensors),

@@ -40,12 +40,15 @@ pub struct Layer {
 /// A [`Kind`], and shapes of inputs that it takes.
 pub type Inputs = (Kind, &'static [&'static [usize]]);
 
+/// A function that builds a layer for inputs of a shape, with variables.
+pub type Build = fn(&[usize], VarBuilder) -> Result<Box<dyn Norm>>;
+
 /// A layer with some of its options, for inputs `[N, C, *]` of rank 3 or more and C an even number.
 pub struct Form {
     /// Name in the messages of tests.
     pub name: &'static str,
     /// Builds the layer for inputs of a shape, with variables.
-    pub build: fn(&[usize], VarBuilder) -> Result<Box<dyn Norm>>,
+    pub build: Build,
     /// Elements that share statistics in training, and whether these are about the mean.
     pub kind: fn(&[usize]) -> Kind,
     /// Parameters that the layer has.

@@ -75,34 +75,31 @@ impl Tracked {
 
 fn batch(features: usize, remove_mean: bool, s: Settings, vb: VarBuilder) -> Result<BatchNorm> {
     let options = BatchNormOptions {
-        eps: s.eps,
         momentum: s.momentum,
         refuse_non_finite: s.refuse_non_finite,
         remove_mean,
-        ..Default::default()
+        ..s.eps.into()
     };
     candle_norm::batch_norm(features, options, vb)
 }
 
 fn instance(features: usize, s: Settings, vb: VarBuilder) -> Result<InstanceNorm> {
     let options = InstanceNormOptions {
-        eps: s.eps,
         momentum: s.momentum,
         refuse_non_finite: s.refuse_non_finite,
         affine: Affine::WeightAndBias,
         track_running_stats: true,
-        ..Default::default()
+        ..s.eps.into()
     };
     candle_norm::instance_norm(features, options, vb)
 }
 
 fn switch(features: usize, spatial_dims: usize, s: Settings, vb: VarBuilder) -> Result<SwitchNorm> {
     let options = SwitchNormOptions {
-        eps: s.eps,
         momentum: s.momentum,
         refuse_non_finite: s.refuse_non_finite,
         spatial_dims,
-        ..Default::default()
+        ..s.eps.into()
     };
     candle_norm::switch_norm(features, options, vb)
 }
