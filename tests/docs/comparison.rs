@@ -37,7 +37,7 @@ fn layer_norm_and_rms_norm_pass_gradients_on() -> Result<()> {
         let reached = vars.all_vars().iter().any(|v| gradients.get(v).is_some());
         at_fault(
             !reached && gradients.get(&x).is_none(),
-            "the gradients of its row norms",
+            "the gradients of LayerNorm and RmsNorm",
         );
     }
     let ours = layer_norm(8, 1e-5, vb.pp("layer"))?.forward(&x)?.sqr()?
@@ -96,7 +96,7 @@ fn batch_norm_trains_and_evaluates_in_half_precision() -> Result<()> {
         let theirs = candle_nn::batch_norm(3, 1e-5, vb(&vars, dtype))?;
         at_fault(
             theirs.running_var().dtype() == dtype,
-            "the dtype of its running statistics",
+            "the dtype of the running statistics of BatchNorm",
         );
     }
     Ok(())
