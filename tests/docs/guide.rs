@@ -237,18 +237,6 @@ struct Place {
     nth: usize,
 }
 
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            target,
-            row,
-            column,
-            nth,
-        } = self;
-        write!(f, "{target}\t{row}\t{column}\t{nth}")
-    }
-}
-
 /// The first words of a paragraph, without its marks.
 fn beginning(paragraph: &str) -> String {
     let words = paragraph.split_whitespace();
@@ -465,8 +453,39 @@ fn figures_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/docs/figures.tsv")
 }
 
-/// The places of `figures.tsv`, by heading and number of the figure.
-fn known_places() -> BTreeMap<(String, usize), Place> {
+/// Where a figure of the guide comes from.
+#[derive(Debug)]
+struct Source {
+    place: Place,
+    /// A loss may be given as a number without its sign: `|2|` in the last column.
+    unsigned: bool,
+}
+
+impl Source {
+    /// The figure that a number of this place makes in the guide.
+    fn figure<'a>(&self, number: &'a str) -> &'a str {
+        match self.unsigned {
+            true => number.trim_start_matches('−'),
+            false => number,
+        }
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Place {
+            target,
+            row,
+            column,
+            nth,
+        } = &self.place;
+        let sign = if self.unsigned { "|" } else { "" };
+        write!(f, "{target}\t{row}\t{column}\t{sign}{nth}{sign}")
+    }
+}
+
+/// The lines of `figures.tsv`, by heading and number of the figure.
+fn known_sources() -> BTreeMap<(String, usize), Source> {
     let text = fs::read_to_string(figures_file()).unwrap_or_default();
     let entry = |line: &str| {
         let columns: Vec<&str> = line.split('\t').collect();
@@ -478,9 +497,11 @@ fn known_places() -> BTreeMap<(String, usize), Place> {
             target: target.to_string(),
             row: row.to_string(),
             column: column.to_string(),
-            nth: number(nth),
+            nth: number(nth.trim_matches('|')),
         };
-        ((heading.to_string(), number(count)), place)
+        let unsigned = nth.starts_with('|');
+        let source = Source { place, unsigned };
+        ((heading.to_string(), number(count)), source)
     };
     text.lines().map(entry).collect()
 }
@@ -498,29 +519,35 @@ fn every_figure_is_in_what_is_linked_beside_it() {
         .collect();
     let count: usize = sources.values().map(Vec::len).sum();
     assert_eq!(numbers.len(), count, "two numbers in one place");
-    let mut known = known_places();
+    let mut known = known_sources();
     let mode = std::env::var("CANDLE_NORM_GUIDE").unwrap_or_default();
     let (mut guide, mut wrong) = (GUIDE.to_string(), vec![]);
     // From the end, so that what is written leaves the places before it where they are.
     for figure in cited.iter().rev() {
-        let place = known.get(&figure.key());
-        let place = place.filter(|place| figure.beside.contains(&place.target));
-        let number = place.and_then(|place| numbers.get(place));
+        let source = known.get(&figure.key());
+        let source = source.filter(|source| figure.beside.contains(&source.place.target));
+        let number = source.and_then(|source| {
+            let number = numbers.get(&source.place)?;
+            Some(source.figure(number))
+        });
         match (number, mode.as_str()) {
-            (Some(number), _) if **number == figure.figure => {}
+            (Some(number), _) if number == figure.figure => {}
             (Some(number), "write") => guide.replace_range(figure.range.clone(), number),
             (_, "anchor") => {
                 let others = known
                     .iter()
                     .filter(|((heading, _), _)| *heading == figure.heading);
-                let taken: Vec<&Place> = others.map(|(_, place)| place).collect();
+                let taken: Vec<&Place> = others.map(|(_, source)| &source.place).collect();
                 match figure.likely(&sources, &taken) {
-                    Some(place) => drop(known.insert(figure.key(), place)),
+                    Some(place) => {
+                        let unsigned = false;
+                        known.insert(figure.key(), Source { place, unsigned });
+                    }
                     None => wrong.push(format!("{}: {} is nowhere", figure.heading, figure.figure)),
                 }
             }
             (number, _) => wrong.push(format!(
-                "{}: {} should be {number:?}, by {place:?}",
+                "{}: {} should be {number:?}, by {source:?}",
                 figure.heading, figure.figure
             )),
         }
@@ -528,8 +555,8 @@ fn every_figure_is_in_what_is_linked_beside_it() {
     if mode == "anchor" {
         let keys: HashSet<_> = cited.iter().map(Cited::key).collect();
         known.retain(|key, _| keys.contains(key));
-        let line = |((heading, nth), place): (&(String, usize), &Place)| {
-            format!("{heading}\t{nth}\t{place}\n")
+        let line = |((heading, nth), source): (&(String, usize), &Source)| {
+            format!("{heading}\t{nth}\t{source}\n")
         };
         let text: String = known.iter().map(line).collect();
         fs::write(figures_file(), text).expect("a file that can be written");
