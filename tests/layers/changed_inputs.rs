@@ -7,27 +7,12 @@ use candle_norm::{Path, ops, with_path};
 use testkit::compare::{assert_near, assert_same_bits};
 use testkit::data::{Draw, tensor, values};
 use testkit::subjects::{Kind, Params, Subject, backward, gradient};
+use testkit::table::{LAYERS, shapes};
 
-const KINDS: [(Kind, &[usize]); 12] = [
-    (Kind::Layer { axes: 1 }, &[4, 33]),
-    (Kind::LayerChannelsFirst, &[2, 7, 9]),
-    (Kind::LayerNoMean, &[4, 33]),
-    (
-        Kind::Rms {
-            axes: 1,
-            offset: 1.,
-        },
-        &[4, 33],
-    ),
-    (Kind::RmsChannelsFirst, &[2, 7, 9]),
-    (Kind::Group { groups: 2 }, &[2, 4, 9]),
-    (Kind::Instance, &[2, 4, 9]),
-    (Kind::Batch, &[4, 3, 17]),
-    (Kind::Batch, &[9, 3]),
-    (Kind::BatchNoMean, &[4, 3, 17]),
-    (Kind::Switch, &[3, 4, 9]),
-    (Kind::Switch, &[9, 3]),
-];
+/// Every kind of every layer, at shapes for one thread.
+fn inputs() -> impl Iterator<Item = (Kind, &'static [usize])> {
+    LAYERS.iter().flat_map(|layer| shapes(layer.short))
+}
 
 fn var(dims: &[usize], seed: u64, dtype: DType) -> Result<Var> {
     let numbers = Draw::new(seed).weight(dims.iter().product());
@@ -88,7 +73,7 @@ fn assert_refused<T>(result: Result<T>, layer: &str) {
 /// As an optimizer does it between two backwards, or in another thread.
 #[test]
 fn a_weight_that_is_set_does_not_reach_into_a_pending_gradient() -> Result<()> {
-    for (kind, dims) in KINDS {
+    for (kind, dims) in inputs() {
         for path in [Path::Fused, Path::Composed] {
             for dtype in [DType::F64, DType::F32, DType::BF16] {
                 let want = gradients(kind, dims, dtype, Set::Nothing, path)?;
@@ -104,9 +89,9 @@ fn a_weight_that_is_set_does_not_reach_into_a_pending_gradient() -> Result<()> {
 
 #[test]
 fn an_input_that_is_set_is_refused_by_the_fused_path() -> Result<()> {
-    for (kind, dims) in KINDS {
+    for (kind, dims) in inputs() {
         // What is turned first is a copy.
-        let turned = matches!(kind, Kind::LayerChannelsFirst | Kind::RmsChannelsFirst);
+        let turned = kind.is_channels_first();
         for set in [Set::Input, Set::Both] {
             for dtype in [DType::F64, DType::F32] {
                 let want = gradients(kind, dims, dtype, Set::Nothing, Path::Fused)?;
@@ -127,7 +112,7 @@ fn an_input_that_is_set_is_refused_by_the_fused_path() -> Result<()> {
 /// In half precision a layer may compute on a copy: the gradient is that of the forward, or none.
 #[test]
 fn an_input_in_half_precision_that_is_set_changes_no_gradient() -> Result<()> {
-    for (kind, dims) in KINDS {
+    for (kind, dims) in inputs() {
         for dtype in [DType::F16, DType::BF16] {
             let want = gradients(kind, dims, dtype, Set::Nothing, Path::Fused)?;
             match gradients(kind, dims, dtype, Set::Both, Path::Fused) {
@@ -146,7 +131,7 @@ fn an_input_in_half_precision_that_is_set_changes_no_gradient() -> Result<()> {
 #[test]
 fn an_input_that_is_set_does_not_reach_into_a_pending_gradient_of_the_composed_path() -> Result<()>
 {
-    for (kind, dims) in KINDS {
+    for (kind, dims) in inputs() {
         for set in [Set::Input, Set::Both] {
             for dtype in [DType::F64, DType::F32, DType::BF16] {
                 let want = gradients(kind, dims, dtype, Set::Nothing, Path::Composed)?;

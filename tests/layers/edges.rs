@@ -11,60 +11,17 @@ use candle_norm::{
 
 use testkit::data::{noise, values};
 use testkit::errors::assert_message;
+use testkit::subjects::Subject;
+use testkit::table::{self, Form};
+use testkit::tracked::{DEFAULTS, Settings};
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
-/// Every normalization of a `[N, 4, H, W]` input, with its parameters in `vars`; LayerNorm and
-/// RmsNorm over `[4, H, W]`.
-fn layers(
-    vars: &VarMap,
-    dtype: DType,
-    dims: &[usize],
-) -> Result<Vec<(&'static str, Box<dyn Norm>)>> {
-    let vb = vb(vars, dtype);
-    let affine = Affine::WeightAndBias;
-    let tracked = InstanceNormOptions {
-        affine,
-        track_running_stats: true,
-        ..Default::default()
-    };
-    let plain = InstanceNormOptions {
-        affine,
-        ..Default::default()
-    };
-    let channels_first = LayerNormOptions {
-        channels_first: true,
-        ..Default::default()
-    };
-    let untracked = BatchNormOptions {
-        track_running_stats: false,
-        ..Default::default()
-    };
-    Ok(vec![
-        ("batch", Box::new(batch_norm(dims[1], 1e-5, vb.pp("b"))?)),
-        (
-            "batch untracked",
-            Box::new(batch_norm(dims[1], untracked, vb.pp("bu"))?),
-        ),
-        ("layer", Box::new(layer_norm(&dims[1..], 1e-5, vb.pp("l"))?)),
-        (
-            "layer channels first",
-            Box::new(layer_norm(dims[1], channels_first, vb.pp("lc"))?),
-        ),
-        ("rms", Box::new(rms_norm(&dims[1..], 1e-5, vb.pp("r"))?)),
-        ("group", Box::new(group_norm(2, dims[1], 1e-5, vb.pp("g"))?)),
-        (
-            "instance",
-            Box::new(instance_norm(dims[1], plain, vb.pp("i"))?),
-        ),
-        (
-            "instance tracked",
-            Box::new(instance_norm(dims[1], tracked, vb.pp("it"))?),
-        ),
-        ("switch", Box::new(switch_norm(dims[1], 1e-5, vb.pp("s"))?)),
-    ])
+/// A form of the table, built for an input of a shape, with its parameters in `vars`.
+fn build(form: &Form, vars: &VarMap, dtype: DType, dims: &[usize]) -> Result<Box<dyn Norm>> {
+    (form.build)(dims, vb(vars, dtype))
 }
 
 fn set(vars: &VarMap, name: &str, value: f64) -> Result<()> {
@@ -129,8 +86,9 @@ fn an_empty_batch_gives_an_empty_output_and_zero_gradients() -> Result<()> {
             [2, 0, 3, 3],
         ] {
             for train in [true, false] {
-                let vars = VarMap::new();
-                for (name, norm) in layers(&vars, dtype, &dims)? {
+                for (_, form) in table::forms() {
+                    let name = form.name;
+                    let norm = build(form, &VarMap::new(), dtype, &dims)?;
                     let x = Var::from_tensor(&Tensor::zeros(&dims, dtype, &CPU)?)?;
                     let before = state(&*norm)?;
                     let y = norm.forward_t(&x, train)?;
@@ -698,16 +656,22 @@ fn a_constant_row_is_the_bias_exactly() -> Result<()> {
     for dtype in DTYPES {
         let largest = if dtype == DType::F16 { 65504. } else { 1e15 };
         for constant in [0., 1., 0.1, -3.7, 1e-4, largest, -largest] {
-            let vars = VarMap::new();
-            for (name, norm) in layers(&vars, dtype, &dims)? {
-                if name == "rms" {
+            for (_, form) in table::forms() {
+                let oracle = Subject::new((form.kind)(&dims), 1e-5).oracle(&dims);
+                if !oracle.is_centered() {
                     continue;
                 }
+                let vars = VarMap::new();
+                let (name, norm) = (form.name, build(form, &vars, dtype, &dims)?);
                 set(&vars, "weight", 1.5)?;
                 set(&vars, "bias", 0.25)?;
+                let bias = match form.affine {
+                    Affine::Bias | Affine::WeightAndBias => 0.25,
+                    Affine::None | Affine::Weight => 0.,
+                };
                 let x = Var::from_tensor(&Tensor::full(constant, &dims, &CPU)?.to_dtype(dtype)?)?;
                 let y = norm.forward_t(&x, true)?;
-                let exact = values(&y)?.iter().all(|y| *y == 0.25);
+                let exact = values(&y)?.iter().all(|y| *y == bias);
                 assert!(
                     exact,
                     "{name} {dtype:?}: {constant} gives {:?}",
@@ -767,48 +731,37 @@ fn rows_of_zeros_stay_zero_under_rms_and_weight_norm() -> Result<()> {
 #[test]
 fn what_is_not_finite_stays_in_its_row_group_or_channel() -> Result<()> {
     let dims = [3, 4, 2, 5];
-    let plane = 10;
-    // The value is at sample 1, channel 2, position 3.
-    let at = (4 + 2) * plane + 3;
+    // Sample 1, channel 2, position 3.
+    let at = (4 + 2) * 10 + 3;
     for dtype in DTYPES {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let mut data = values(&noise(&dims, dtype)?)?;
             data[at] = bad;
             let x = Tensor::from_vec(data, &dims, &CPU)?.to_dtype(dtype)?;
-            let vars = VarMap::new();
-            for (name, norm) in layers(&vars, dtype, &dims)? {
+            for (_, form) in table::forms() {
+                let oracle = Subject::new((form.kind)(&dims), 1e-5).oracle(&dims);
+                let norm = build(form, &VarMap::new(), dtype, &dims)?;
                 let x = Var::from_tensor(&x)?;
                 let y = norm.forward_t(&x, true)?;
                 let grads = (&y * noise(&dims, dtype)?)?.sum_all()?.backward()?;
                 let dx = values(grads.get(&x).unwrap())?;
                 for (i, (y, dx)) in values(&y)?.into_iter().zip(dx).enumerate() {
-                    let (sample, channel, position) = (i / (4 * plane), i / plane % 4, i % plane);
-                    let reached = match name {
-                        "batch" | "batch untracked" => channel == 2,
-                        "layer" | "rms" => sample == 1,
-                        "layer channels first" => sample == 1 && position == 3,
-                        "group" => sample == 1 && channel >= 2,
-                        "instance" | "instance tracked" => sample == 1 && channel == 2,
-                        // By the layer and by the batch.
-                        "switch" => sample == 1 || channel == 2,
-                        other => panic!("no rule for {other}"),
-                    };
-                    if name == "switch" {
-                        // Each sample has the channel, and each channel the sample: the mixture
+                    let what = format!("{} {dtype:?} {bad} at {i}: {y}, dx {dx}", form.name);
+                    let reached = oracle.reaches(at, i);
+                    if oracle.is_mixture() {
+                        // The rows of one partition cross those of another, so that the mixture
                         // carries the gradient everywhere.
-                        assert!(dx.is_nan(), "{name} {dtype:?} {bad} at {i}: dx is {dx}");
+                        assert!(dx.is_nan(), "{what}");
+                    } else if !reached {
+                        assert!(dx.is_finite(), "{what}");
                     }
                     if !reached {
-                        let back = dx.is_finite() || name == "switch";
-                        assert!(y.is_finite() && back, "{name} {dtype:?} {bad} at {i}");
-                    } else if name == "rms" && bad.is_infinite() {
+                        assert!(y.is_finite(), "{what}");
+                    } else if !oracle.is_centered() && bad.is_infinite() {
                         // x / inf is 0, inf / inf is not a number.
-                        assert!(
-                            if i == at { y.is_nan() } else { y == 0. },
-                            "{name} {dtype:?} {bad} at {i}: {y}"
-                        );
+                        assert!(if i == at { y.is_nan() } else { y == 0. }, "{what}");
                     } else {
-                        assert!(y.is_nan(), "{name} {dtype:?} {bad} at {i}: {y}");
+                        assert!(y.is_nan(), "{what}");
                     }
                 }
             }
@@ -819,26 +772,12 @@ fn what_is_not_finite_stays_in_its_row_group_or_channel() -> Result<()> {
 
 #[test]
 fn a_batch_that_is_not_finite_can_be_refused() -> Result<()> {
-    let vars = VarMap::new();
-    let batch = BatchNormOptions {
+    let settings = Settings {
         refuse_non_finite: true,
-        ..Default::default()
+        ..DEFAULTS
     };
-    let instance = InstanceNormOptions {
-        refuse_non_finite: true,
-        track_running_stats: true,
-        ..Default::default()
-    };
-    let switch = SwitchNormOptions {
-        refuse_non_finite: true,
-        ..Default::default()
-    };
-    let norms: [Box<dyn Norm>; 3] = [
-        Box::new(batch_norm(2, batch, vb(&vars, DType::F32).pp("b"))?),
-        Box::new(instance_norm(2, instance, vb(&vars, DType::F32).pp("i"))?),
-        Box::new(switch_norm(2, switch, vb(&vars, DType::F32).pp("s"))?),
-    ];
-    for norm in norms {
+    for which in table::tracked() {
+        let norm = which.build(2, settings, vb(&VarMap::new(), DType::F32))?;
         norm.forward_t(&noise(&[2, 2, 3], DType::F32)?, true)?;
         let before = state(&*norm)?;
         for bad in [f32::NAN, f32::INFINITY] {
@@ -865,9 +804,10 @@ fn the_largest_values_are_finite_and_right() -> Result<()> {
         (DType::F64, 1e100, 1e-11),
     ] {
         let x = (noise(&dims, DType::F64)? * scale)?.to_dtype(dtype)?;
-        let (vars, wide) = (VarMap::new(), VarMap::new());
-        let exact = layers(&wide, DType::F64, &dims)?;
-        for ((name, norm), (_, exact)) in layers(&vars, dtype, &dims)?.into_iter().zip(exact) {
+        for (_, form) in table::forms() {
+            let norm = build(form, &VarMap::new(), dtype, &dims)?;
+            let exact = build(form, &VarMap::new(), DType::F64, &dims)?;
+            let name = form.name;
             let want = exact.forward_t(&x.to_dtype(DType::F64)?, true)?;
             let x = Var::from_tensor(&x)?;
             let y = norm.forward_t(&x, true)?;
@@ -919,13 +859,11 @@ fn any_layout_gives_the_values_of_its_contiguous_copy() -> Result<()> {
         ];
         for (view, x) in views {
             assert!(!x.is_contiguous() || view == "sliced");
-            let vars = VarMap::new();
-            let copies = VarMap::new();
-            for train in [true, false] {
-                for ((name, norm), (_, copy)) in layers(&vars, dtype, &dims)?
-                    .into_iter()
-                    .zip(layers(&copies, dtype, &dims)?)
-                {
+            for (_, form) in table::forms() {
+                let name = form.name;
+                let norm = build(form, &VarMap::new(), dtype, &dims)?;
+                let copy = build(form, &VarMap::new(), dtype, &dims)?;
+                for train in [true, false] {
                     let y = norm.forward_t(&x, train)?;
                     assert!(y.is_contiguous(), "{name}");
                     let want = copy.forward_t(&x.force_contiguous()?, train)?;

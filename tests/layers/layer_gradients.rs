@@ -3,14 +3,18 @@
 mod case;
 mod weight_norm;
 
-use candle_core::{Result, Tensor};
-use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder};
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
     NormConfig, RmsNormOptions, SwitchNormOptions, batch_norm, group_norm, instance_norm,
     layer_norm, layer_norm_no_bias, rms_norm,
 };
 use case::{Case, check_all};
+use testkit::table;
+use testkit::vars::{state, vb};
 
 const AFFINE: [Affine; 4] = [
     Affine::None,
@@ -18,6 +22,39 @@ const AFFINE: [Affine; 4] = [
     Affine::Bias,
     Affine::WeightAndBias,
 ];
+
+/// Every form of the table, in training and in inference.
+#[test]
+fn forms_of_the_table() -> Result<()> {
+    let mut cases = vec![];
+    for (_, form) in table::forms() {
+        for dims in [&[2, 4, 3][..], &[2, 4, 2, 3]] {
+            // Its variables say what it finds in a checkpoint.
+            let vars = VarMap::new();
+            (form.build)(dims, vb(&vars, DType::F64))?;
+            let (params, statistics): (Vec<_>, Vec<_>) = (state(&vars).into_iter())
+                .partition(|(name, _)| !name.contains("running_") && !name.contains("num_batches"));
+            let params: BTreeMap<_, _> = params.into_iter().collect();
+            for train in [true, false] {
+                let forward = move |vb: VarBuilder, x: &Tensor| {
+                    let norm = (form.build)(x.dims(), vb)?;
+                    norm.forward_t(x, train)
+                };
+                let mut case = Case::new(format!("{}, train {train}", form.name), dims, forward);
+                for (name, stored) in &params {
+                    case = case.param(name, &stored.dims);
+                }
+                for (name, stored) in &statistics {
+                    if name == "running_mean" {
+                        case = case.statistics_of(&stored.dims);
+                    }
+                }
+                cases.push(case);
+            }
+        }
+    }
+    check_all(cases)
+}
 
 #[test]
 fn batch_norms() -> Result<()> {

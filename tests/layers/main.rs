@@ -15,4 +15,5 @@ mod running_stats;
 mod second_order;
 mod sizes;
 mod switch_norm;
+mod table;
 mod weight_norm_start;

@@ -16,7 +16,8 @@ use proptest::sample::Index;
 use proptest::test_runner::Config;
 
 use testkit::data::Draw;
-use testkit::subjects::{DTypes, Kind, Numbers, Subject};
+use testkit::subjects::{DTypes, Numbers, Subject};
+use testkit::table::kinds;
 
 /// `cases` cases, the same on every run unless [`testkit::properties::SEED`] is set.
 fn config(cases: u32) -> Config {
@@ -45,34 +46,6 @@ fn shapes() -> impl Strategy<Value = Vec<usize>> {
         dims
     });
     prop_oneof![3 => small, 2 => long]
-}
-
-/// Every layer that `dims` is an input of.
-fn kinds(dims: &[usize]) -> Vec<Kind> {
-    let rank = dims.len();
-    let per_channel = dims.iter().product::<usize>() / dims[1];
-    let space = per_channel / dims[0];
-    let mut kinds = vec![
-        Kind::LayerChannelsFirst,
-        Kind::LayerNoMean,
-        Kind::RmsChannelsFirst,
-        Kind::Switch,
-    ];
-    for axes in 1..rank {
-        kinds.push(Kind::Layer { axes });
-        let offset = if axes == 1 { 0. } else { 1. };
-        kinds.push(Kind::Rms { axes, offset });
-    }
-    for groups in (1..=dims[1]).filter(|groups| dims[1].is_multiple_of(*groups)) {
-        kinds.push(Kind::Group { groups });
-    }
-    if rank > 2 && space > 1 {
-        kinds.push(Kind::Instance);
-    }
-    if per_channel > 1 {
-        kinds.extend([Kind::Batch, Kind::BatchNoMean]);
-    }
-    kinds
 }
 
 /// A layer, an input shape, and a seed for its numbers.

@@ -5,89 +5,20 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_nn::VarMap;
 use candle_norm::{
-    Affine, BatchNorm, BatchNormOptions, InstanceNormOptions, Norm, Path, RunningStats, Snapshot,
-    SwitchNormOptions, batch_norm, instance_norm, pool_updates, switch_norm, with_path,
-    without_updates,
+    BatchNorm, BatchNormOptions, Norm, Path, RunningStats, Snapshot, batch_norm, pool_updates,
+    with_path, without_updates,
 };
 
 use testkit::compare::assert_near;
 use testkit::data::{Draw, bits, tensor, values};
+use testkit::table;
+use testkit::tracked::{self, DEFAULTS, Settings};
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
 const PATHS: [Path; 2] = [Path::Fused, Path::Composed];
-
-/// The norms that keep statistics, in all the ways in which they form them.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Tracked {
-    Batch,
-    BatchNoMean,
-    Instance,
-    Switch,
-    /// Without instances, whose variances are biased.
-    SwitchFlat,
-}
-
-const TRACKED: [Tracked; 5] = [
-    Tracked::Batch,
-    Tracked::BatchNoMean,
-    Tracked::Instance,
-    Tracked::Switch,
-    Tracked::SwitchFlat,
-];
-
-#[derive(Debug, Clone, Copy)]
-struct Settings {
-    momentum: Option<f64>,
-    refuse_non_finite: bool,
-}
-
-const DEFAULTS: Settings = Settings {
-    momentum: Some(0.1),
-    refuse_non_finite: false,
-};
-
-impl Tracked {
-    fn build(self, features: usize, settings: Settings, vb: VarBuilder) -> Result<Box<dyn Norm>> {
-        let Settings {
-            momentum,
-            refuse_non_finite,
-        } = settings;
-        Ok(match self {
-            Tracked::Batch | Tracked::BatchNoMean => {
-                let options = BatchNormOptions {
-                    momentum,
-                    refuse_non_finite,
-                    remove_mean: self == Tracked::Batch,
-                    ..Default::default()
-                };
-                Box::new(batch_norm(features, options, vb)?)
-            }
-            Tracked::Instance => {
-                let options = InstanceNormOptions {
-                    momentum,
-                    refuse_non_finite,
-                    affine: Affine::WeightAndBias,
-                    track_running_stats: true,
-                    ..Default::default()
-                };
-                Box::new(instance_norm(features, options, vb)?)
-            }
-            Tracked::Switch | Tracked::SwitchFlat => {
-                let spatial_dims = if self == Tracked::Switch { 1 } else { 0 };
-                let options = SwitchNormOptions {
-                    momentum,
-                    refuse_non_finite,
-                    spatial_dims,
-                    ..Default::default()
-                };
-                Box::new(switch_norm(features, options, vb)?)
-            }
-        })
-    }
-}
 
 fn stats(norm: &dyn Norm) -> &RunningStats {
     norm.running_stats().expect("statistics are tracked")
@@ -129,7 +60,7 @@ fn forwards_in_the_scope_update_nothing() -> Result<()> {
 
 #[test]
 fn every_layer_leaves_its_statistics_alone_in_the_scope() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         for path in PATHS {
             let vars = VarMap::new();
             let norm = which.build(3, DEFAULTS, vb(&vars, DType::F64))?;
@@ -185,7 +116,7 @@ fn a_scope_is_one_of_its_thread() -> Result<()> {
         momentum: None,
         ..DEFAULTS
     };
-    let norm = Tracked::Batch.build(3, options, vb(&vars, DType::F64))?;
+    let norm = tracked::BATCH.build(3, options, vb(&vars, DType::F64))?;
     let x = noise(1)?;
     thread::scope(|scope| {
         for t in 0..8 {
@@ -220,7 +151,7 @@ fn threads_that_pool_lose_no_update() -> Result<()> {
         momentum: None,
         ..DEFAULTS
     };
-    let norm = Tracked::Batch.build(3, options, vb(&vars, DType::F64))?;
+    let norm = tracked::BATCH.build(3, options, vb(&vars, DType::F64))?;
     let x = noise(1)?;
     thread::scope(|scope| {
         for _ in 0..8 {
@@ -236,7 +167,7 @@ fn threads_that_pool_lose_no_update() -> Result<()> {
             });
         }
     });
-    let whole = Tracked::Batch.build(3, options, vb(&VarMap::new(), DType::F64))?;
+    let whole = tracked::BATCH.build(3, options, vb(&VarMap::new(), DType::F64))?;
     whole.forward_t(&x, true)?;
     let (got, want) = (stats(&*norm).snapshot()?, stats(&*whole).snapshot()?);
     assert_eq!(got.num_batches_tracked, 400);
@@ -290,7 +221,7 @@ fn micro_batches_are_pooled_to_the_whole_batch() -> Result<()> {
 /// and after other batches.
 #[test]
 fn any_pieces_of_a_batch_are_pooled_to_it() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         for momentum in [Some(0.3), None] {
             for (path, dtype, bound) in [
                 (Path::Fused, DType::F64, 1e-12),
@@ -343,14 +274,14 @@ fn pooling_about_a_large_mean() -> Result<()> {
         momentum: Some(1.),
         ..DEFAULTS
     };
-    let norm = Tracked::Batch.build(3, settings, vb(&VarMap::new(), DType::F32))?;
+    let norm = tracked::BATCH.build(3, settings, vb(&VarMap::new(), DType::F32))?;
     pool_updates(|| {
         for i in 0..8 {
             norm.forward_t(&x.narrow(0, i, 1)?, true)?;
         }
         Ok(())
     })?;
-    let whole = Tracked::Batch.build(3, settings, vb(&VarMap::new(), DType::F64))?;
+    let whole = tracked::BATCH.build(3, settings, vb(&VarMap::new(), DType::F64))?;
     whole.forward_t(&x.to_dtype(DType::F64)?, true)?;
     let (got, want) = (stats(&*norm).snapshot()?, stats(&*whole).snapshot()?);
     for (got, want) in [(got.mean, want.mean), (got.var, want.var)] {
@@ -364,7 +295,7 @@ fn pooling_about_a_large_mean() -> Result<()> {
 /// Each micro-batch is normalized by its own statistics, pooled or not.
 #[test]
 fn pooling_does_not_change_outputs() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         let norm = which.build(3, DEFAULTS, vb(&VarMap::new(), DType::F64))?;
         let x = noise(5)?.narrow(0, 0, 2)?;
         let pooled = pool_updates(|| norm.forward_t(&x, true))?;
@@ -379,7 +310,7 @@ fn pooling_does_not_change_outputs() -> Result<()> {
 
 #[test]
 fn what_fails_midway_pools_nothing() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         let vars = VarMap::new();
         let settings = Settings {
             refuse_non_finite: true,
@@ -461,7 +392,7 @@ fn scopes_nest() -> Result<()> {
 
 #[test]
 fn a_snapshot_can_be_put_back() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         for dtype in [DType::F64, DType::F32, DType::F16] {
             let norm = which.build(3, DEFAULTS, vb(&VarMap::new(), dtype))?;
             norm.forward_t(&noise(1)?.to_dtype(dtype)?, true)?;
@@ -549,7 +480,7 @@ fn frozen_layers_keep_their_snapshot() -> Result<()> {
 /// Of whatever layer, and whatever the layer was built with.
 #[test]
 fn a_momentum_that_is_set_holds_for_all_layers_of_the_variables() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         let vars = VarMap::new();
         let build = |momentum| {
             let settings = Settings {
@@ -603,7 +534,7 @@ fn a_momentum_that_is_set_holds_for_all_layers_of_the_variables() -> Result<()> 
 /// Statistics are protected as soon as one layer that has them asks for it.
 #[test]
 fn refusal_of_what_is_not_finite_holds_for_all_layers_of_the_variables() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         for order in [[true, false], [false, true]] {
             let vars = VarMap::new();
             let layers = order.map(|refuse_non_finite| {
@@ -661,7 +592,7 @@ fn layers_of_given_variables_share_a_counter() -> Result<()> {
 /// Layers of the same variables pool together.
 #[test]
 fn layers_of_the_same_variables_pool_together() -> Result<()> {
-    for which in TRACKED {
+    for which in table::tracked() {
         let vars = VarMap::new();
         let build = |vars: &VarMap| which.build(3, DEFAULTS, vb(vars, DType::F64));
         let (first, second) = (build(&vars)?, build(&vars)?);
@@ -706,7 +637,7 @@ fn pooled_statistics_that_are_not_finite_are_refused() -> Result<()> {
         refuse_non_finite: true,
         ..DEFAULTS
     };
-    let norm = Tracked::Batch.build(3, settings, vb(&VarMap::new(), DType::F32))?;
+    let norm = tracked::BATCH.build(3, settings, vb(&VarMap::new(), DType::F32))?;
     let before = state(&*norm)?;
     let error = pool_updates(|| {
         for level in [-1e25, 1e25] {

@@ -15,6 +15,7 @@ use candle_norm::{Cast, FrozenNorm, Path, batch_norm, ops, with_path};
 use testkit::child;
 use testkit::data::{Draw, tensor, values, variable};
 use testkit::subjects::{Kind, Params, Subject};
+use testkit::table::{Layer, shapes};
 
 const SWITCH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
 
@@ -136,7 +137,7 @@ fn add_norm() {
 }
 
 /// The layer, in training, by its input, its weight and its bias, and with a bias alone.
-fn check_layer(kind: Kind, dims: &[usize]) -> Result<()> {
+fn check_kind(kind: Kind, dims: &[usize]) -> Result<()> {
     let subject = Subject::new(kind, 1e-2);
     let param_dims = subject.param_dims(dims);
     let mut draw = Draw::new(2);
@@ -166,47 +167,21 @@ fn check_layer(kind: Kind, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn layer_norm() {
-    in_a_process_of_its_own("layer_norm", || {
-        check_layer(Kind::Layer { axes: 1 }, &[3, 5])?;
-        check_layer(Kind::Layer { axes: 2 }, &[2, 3, 4])?;
-        // Cut into parts.
-        check_layer(Kind::Layer { axes: 1 }, &[2, 37])?;
-        check_layer(Kind::LayerChannelsFirst, &[2, 3, 4])?;
-        check_layer(Kind::LayerNoMean, &[3, 5])
+/// Every kind of a layer.
+fn check_layer(layer: &'static Layer) {
+    in_a_process_of_its_own(&format!("each::{}", layer.name), || {
+        for (kind, dims) in shapes(layer.tiny) {
+            check_kind(kind, dims)?;
+        }
+        Ok(())
     })
 }
 
-#[test]
-fn rms_norm() {
-    in_a_process_of_its_own("rms_norm", || {
-        check_layer(
-            Kind::Rms {
-                axes: 1,
-                offset: 0.,
-            },
-            &[3, 5],
-        )?;
-        check_layer(
-            Kind::Rms {
-                axes: 2,
-                offset: 1.,
-            },
-            &[2, 3, 4],
-        )?;
-        check_layer(Kind::RmsChannelsFirst, &[2, 3, 4])
-    })
+mod each {
+    testkit::each_layer!(super::check_layer);
 }
 
-#[test]
-fn group_norm() {
-    in_a_process_of_its_own("group_norm", || {
-        check_layer(Kind::Group { groups: 2 }, &[2, 4, 3])?;
-        check_layer(Kind::Group { groups: 1 }, &[2, 4])
-    })
-}
-
+/// With the shares as inputs, and the statistics of the batch from elsewhere.
 #[test]
 fn switch_norm() {
     in_a_process_of_its_own("switch_norm", || {
@@ -244,20 +219,6 @@ fn switch_norm() {
             }
         }
         Ok(())
-    })
-}
-
-#[test]
-fn instance_norm() {
-    in_a_process_of_its_own("instance_norm", || check_layer(Kind::Instance, &[2, 3, 5]))
-}
-
-#[test]
-fn batch_norm_in_training() {
-    in_a_process_of_its_own("batch_norm_in_training", || {
-        check_layer(Kind::Batch, &[6, 3])?;
-        check_layer(Kind::Batch, &[2, 3, 4])?;
-        check_layer(Kind::BatchNoMean, &[2, 3, 4])
     })
 }
 

@@ -13,7 +13,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::{Path, ops, with_path};
 
 use testkit::data::{Draw, tensor, values};
-use testkit::subjects::{Kind, Params, Subject, backward, gradient};
+use testkit::subjects::{Params, Subject, backward, gradient};
+use testkit::table::{Layer, shapes};
 use testkit::watch::ends_within;
 
 /// What a step of training takes: some microseconds, so that this is thousands of times as long as
@@ -133,9 +134,11 @@ fn check(
     race(format!("{what}, one storage"), steps, vec![base], step);
 }
 
-/// A layer with weight and bias, on inputs of a shape for one thread and of one for several.
-fn check_layer(kind: Kind, shapes: [&[usize]; 2]) {
-    for (dims, steps) in shapes.into_iter().zip([100, 15]) {
+/// A layer with weight and bias, on inputs for one thread and on inputs for several.
+fn check_layer(layer: &'static Layer) {
+    let short = shapes(layer.short).map(|input| (input, 100));
+    let long = shapes(layer.long).map(|input| (input, 15));
+    for ((kind, dims), steps) in short.chain(long) {
         let subject = Subject::new(kind, 1e-3);
         let param = subject.param_dims(dims).to_vec();
         let shapes = [dims.to_vec(), param.clone(), param];
@@ -149,23 +152,7 @@ fn check_layer(kind: Kind, shapes: [&[usize]; 2]) {
     }
 }
 
-#[test]
-fn layer_norm() {
-    let shapes: [&[usize]; 2] = [&[4, 33], &[65, 1031]];
-    check_layer(Kind::Layer { axes: 1 }, shapes);
-    check_layer(Kind::LayerNoMean, shapes);
-    check_layer(Kind::LayerChannelsFirst, [&[2, 7, 9], &[2, 65, 257]]);
-}
-
-#[test]
-fn rms_norm() {
-    let rms = Kind::Rms {
-        axes: 1,
-        offset: 1.,
-    };
-    check_layer(rms, [&[4, 33], &[65, 1031]]);
-    check_layer(Kind::RmsChannelsFirst, [&[2, 7, 9], &[2, 65, 257]]);
-}
+testkit::each_layer!(check_layer);
 
 /// The input and the residual share a storage, and the parameters are read before.
 #[test]
@@ -187,22 +174,6 @@ fn add_norm() {
     }
 }
 
-#[test]
-fn group_norm() {
-    check_layer(Kind::Group { groups: 2 }, [&[2, 4, 9], &[9, 6, 1031]]);
-}
-
-#[test]
-fn instance_norm() {
-    check_layer(Kind::Instance, [&[2, 4, 9], &[9, 6, 1031]]);
-}
-
-#[test]
-fn switch_norm() {
-    check_layer(Kind::Switch, [&[2, 4, 9], &[9, 6, 1031]]);
-    check_layer(Kind::Switch, [&[9, 3], &[1031, 33]]);
-}
-
 /// The shares are variables too, and parts of the storage of the input.
 #[test]
 fn shares_of_switch_norm() {
@@ -219,13 +190,6 @@ fn shares_of_switch_norm() {
             Ok(ops::switch_norm(&t[0], weight, bias, shares, sources, 1e-3)?.0)
         });
     }
-}
-
-#[test]
-fn batch_norm() {
-    check_layer(Kind::Batch, [&[4, 3, 17], &[9, 6, 1031]]);
-    check_layer(Kind::Batch, [&[9, 3], &[1031, 33]]);
-    check_layer(Kind::BatchNoMean, [&[4, 3, 17], &[9, 6, 1031]]);
 }
 
 /// The statistics are set too.

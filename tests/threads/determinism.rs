@@ -13,6 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use testkit::data::{Draw, bits, tensor, variable};
 use testkit::subjects::{DTypes, Kind, Numbers, Subject, backward, gradient};
+use testkit::table::{Layer, RAGGED_ROWS};
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
@@ -96,46 +97,21 @@ fn check(case: usize, kind: Kind, dims: &[usize]) {
     }
 }
 
-fn check_all(kinds: &[Kind], shapes: &[&[usize]]) {
-    for kind in kinds {
+/// Every kind of a layer at its ragged shapes.
+fn check_layer(layer: &'static Layer) {
+    for (kind, shapes) in layer.ragged {
         for (case, dims) in shapes.iter().enumerate() {
             check(case, *kind, dims);
         }
     }
 }
 
-/// Rows and columns of less than 2^14 elements, of that many less and more one, and of several
-/// blocks.
-const ROWS: [&[usize]; 8] = [
-    &[3, 17],
-    &[9, 1031],
-    &[127, 129],
-    &[113, 145],
-    &[1031, 49],
-    &[4099, 17],
-    &[5, 10_007],
-    &[65, 769],
-];
-
-#[test]
-fn layer_norm() {
-    check_all(&[Kind::Layer { axes: 1 }, Kind::LayerNoMean], &ROWS);
-    check_all(&[Kind::Layer { axes: 2 }], &[&[33, 5, 7], &[129, 3, 49]]);
-}
-
-#[test]
-fn rms_norm() {
-    let rms = Kind::Rms {
-        axes: 1,
-        offset: 1.,
-    };
-    check_all(&[rms], &ROWS);
-}
+testkit::each_layer!(check_layer);
 
 /// Both outputs, and the gradients through both.
 #[test]
 fn add_norm() {
-    for (case, dims) in ROWS.iter().enumerate() {
+    for (case, dims) in RAGGED_ROWS.iter().enumerate() {
         let n = dims.iter().product();
         for dtype in DTYPES {
             let mut draw = Draw::new(case as u64);
@@ -167,56 +143,6 @@ fn add_norm() {
             });
         }
     }
-}
-
-#[test]
-fn channels_first() {
-    let kinds = [Kind::LayerChannelsFirst, Kind::RmsChannelsFirst];
-    check_all(&kinds, &[&[3, 17, 65], &[5, 33, 201]]);
-}
-
-#[test]
-fn group_norm() {
-    let shapes: [&[usize]; 6] = [
-        &[3, 6, 100],
-        &[33, 12, 49],
-        &[257, 6, 7],
-        &[4099, 6],
-        &[1, 6, 10_007],
-        &[3, 6, 2, 1031],
-    ];
-    let kinds = [1, 3, 6].map(|groups| Kind::Group { groups });
-    check_all(&kinds[1..2], &shapes);
-    check_all(&[kinds[0], kinds[2]], &shapes[2..5]);
-}
-
-#[test]
-fn instance_norm() {
-    check_all(
-        &[Kind::Instance],
-        &[
-            &[3, 5, 1031],
-            &[33, 17, 49],
-            &[257, 3, 31],
-            &[65, 65, 5],
-            &[1, 1, 50_021],
-            &[1, 3, 20_011],
-        ],
-    );
-}
-
-#[test]
-fn switch_norm() {
-    check_all(
-        &[Kind::Switch],
-        &[
-            &[3, 5, 1031],
-            &[33, 17, 49],
-            &[65, 65, 5],
-            &[1, 3, 20_011],
-            &[1031, 49],
-        ],
-    );
 }
 
 /// The gradients of what is mixed by, and what running statistics take.
@@ -252,23 +178,6 @@ fn shares_of_switch_norm() {
             });
         }
     }
-}
-
-#[test]
-fn batch_norm() {
-    let planes: [&[usize]; 8] = [
-        &[9, 5, 7],
-        &[33, 7, 5, 7],
-        &[9, 33, 7, 9],
-        &[5, 257, 17],
-        &[50_021, 1],
-        &[1, 1, 50_021],
-        &[2, 3, 10_007],
-        &[1031, 3, 2, 7],
-    ];
-    check_all(&[Kind::Batch], &ROWS);
-    check_all(&[Kind::Batch], &planes);
-    check_all(&[Kind::BatchNoMean], &planes[2..5]);
 }
 
 /// What running statistics take.

@@ -11,94 +11,72 @@ use std::thread;
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarBuilder, VarMap};
 use candle_norm::{
-    Affine, BatchNorm, BatchNormOptions, InstanceNorm, InstanceNormOptions, Path, RunningStats,
-    Snapshot, SwitchNorm, SwitchNormOptions, batch_norm, instance_norm, ops, recalibrate,
-    switch_norm, with_path,
+    Affine, BatchNormOptions, InstanceNormOptions, Path, RunningStats, Snapshot, SwitchNormOptions,
+    batch_norm, instance_norm, ops, recalibrate, switch_norm, with_path,
 };
 
 use testkit::child;
 use testkit::compare::assert_same_bits;
 use testkit::data::{Draw, bits, tensor, values, variable};
 use testkit::subjects::{Kind, Numbers, Subject, backward, gradient};
+use testkit::table::{self, LAYERS, shapes};
+use testkit::tracked::{self, DEFAULTS, Settings, Shared, Tracked};
 use testkit::watch::without_deadlock;
 
 const THREADS: usize = 8;
 
-/// The norms that keep statistics.
-#[derive(Debug, Clone, Copy)]
-enum Tracked {
-    Batch,
-    Instance,
-    Switch,
+/// A layer that keeps statistics, and all of its clones.
+struct Layer {
+    norm: Box<dyn Shared>,
+    freezes: bool,
 }
 
-const TRACKED: [Tracked; 3] = [Tracked::Batch, Tracked::Instance, Tracked::Switch];
+impl Clone for Layer {
+    fn clone(&self) -> Self {
+        Self {
+            norm: self.norm.share(),
+            freezes: self.freezes,
+        }
+    }
+}
 
-/// One of them, by one signature.
-#[derive(Clone)]
-enum Layer {
-    Batch(BatchNorm),
-    Instance(InstanceNorm),
-    /// By the statistics of the batch almost alone.
-    Switch(SwitchNorm),
+/// The layers whose statistics are what the tests here compute.
+fn tracked() -> impl Iterator<Item = &'static Tracked> {
+    table::tracked().filter(|which| which.moments)
 }
 
 impl Layer {
+    /// What mixes statistics takes those of the batch almost alone.
     fn build(
-        which: Tracked,
+        which: &Tracked,
         channels: usize,
         momentum: Option<f64>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        Ok(match which {
-            Tracked::Batch => {
-                let options = BatchNormOptions {
-                    momentum,
-                    eps: 1e-12,
-                    ..Default::default()
-                };
-                Self::Batch(batch_norm(channels, options, vb)?)
+        let settings = Settings {
+            eps: 1e-12,
+            momentum,
+            ..DEFAULTS
+        };
+        let norm = which.build(channels, settings, vb)?;
+        for (name, share) in norm.parameters() {
+            if ["mean_weight", "var_weight"].contains(&name) {
+                let batch = tensor(&[-20., -20., 20.], &[3], share.dtype())?;
+                Var::from_tensor(&share)?.set(&batch)?;
             }
-            Tracked::Instance => {
-                let options = InstanceNormOptions {
-                    momentum,
-                    eps: 1e-12,
-                    affine: Affine::WeightAndBias,
-                    track_running_stats: true,
-                    ..Default::default()
-                };
-                Self::Instance(instance_norm(channels, options, vb)?)
-            }
-            Tracked::Switch => {
-                let options = SwitchNormOptions {
-                    momentum,
-                    eps: 1e-12,
-                    ..Default::default()
-                };
-                let layer = switch_norm(channels, options, vb)?;
-                for share in [layer.mean_weight(), layer.var_weight()] {
-                    let batch = tensor(&[-20., -20., 20.], &[3], share.dtype())?;
-                    Var::from_tensor(share)?.set(&batch)?;
-                }
-                Self::Switch(layer)
-            }
+        }
+        Ok(Self {
+            norm,
+            freezes: which.freezes,
         })
     }
 
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        match self {
-            Self::Batch(layer) => layer.forward_t(x, train),
-            Self::Instance(layer) => layer.forward_t(x, train),
-            Self::Switch(layer) => layer.forward_t(x, train),
-        }
+        self.norm.forward_t(x, train)
     }
 
     fn stats(&self) -> &RunningStats {
-        let stats = match self {
-            Self::Batch(layer) => layer.running_stats(),
-            Self::Instance(layer) => layer.running_stats(),
-            Self::Switch(layer) => layer.running_stats(),
-        };
+        let stats = self.norm.running_stats();
         stats.expect("statistics are tracked")
     }
 
@@ -108,12 +86,8 @@ impl Layer {
 
     /// With the statistics of now, where the layer has such a form.
     fn frozen(&self) -> Option<candle_norm::FrozenNorm> {
-        let frozen = match self {
-            Self::Batch(layer) => layer.frozen(),
-            Self::Instance(layer) => layer.frozen(),
-            Self::Switch(_) => return None,
-        };
-        Some(frozen.expect("statistics that are sound"))
+        let frozen = || self.norm.frozen().expect("statistics that are sound");
+        self.freezes.then(frozen)
     }
 }
 
@@ -125,7 +99,7 @@ fn batch_of(k: f64, dtype: DType) -> Result<Tensor> {
     tensor(&[0., 2. * k].repeat(CHANNELS), &[1, CHANNELS, 2], dtype)
 }
 
-fn model(which: Tracked, momentum: Option<f64>, dtype: DType) -> Result<(Layer, VarMap)> {
+fn model(which: &Tracked, momentum: Option<f64>, dtype: DType) -> Result<(Layer, VarMap)> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
     Ok((Layer::build(which, CHANNELS, momentum, vb)?, vars))
@@ -176,7 +150,7 @@ fn assert_grand_mean(layer: &Layer, batches: &[f64], tolerance: f64) {
 #[test]
 fn threads_lose_no_update() {
     without_deadlock(|| {
-        for which in TRACKED {
+        for which in tracked() {
             for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5), (DType::F16, 1e-5)]
             {
                 let (layer, _vars) = model(which, None, dtype).unwrap();
@@ -192,7 +166,7 @@ fn threads_lose_no_update() {
 #[test]
 fn layers_of_the_same_variables_share_statistics() {
     without_deadlock(|| {
-        for which in TRACKED {
+        for which in tracked() {
             let vars = VarMap::new();
             let build = || {
                 let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu)
@@ -225,9 +199,9 @@ fn assert_whole(mean: &Tensor, var: &Tensor) {
     );
 }
 
-/// Reads statistics in every way that there is, until told to stop. Returns how many different ones
-/// it saw.
-fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
+/// Reads statistics in every way that there is, until told to stop, and counts how many different
+/// ones it sees.
+fn read_statistics(layer: &Layer, stop: &AtomicBool, seen: &AtomicUsize) {
     let zeros = Tensor::zeros((1, CHANNELS, 2), DType::F64, &Device::Cpu).unwrap();
     // (0 − k) / √(2k²), whatever k is.
     let assert_inferred = |y: Tensor| {
@@ -238,8 +212,7 @@ fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
             );
         }
     };
-    let (mut seen, mut last) = (0, 0.);
-    let mut newest = 0;
+    let (mut last, mut newest) = (0., 0);
     while !stop.load(Ordering::Relaxed) {
         let s = layer.snapshot();
         assert_whole(&s.mean, &s.var);
@@ -254,34 +227,41 @@ fn read_statistics(layer: &Layer, stop: &AtomicBool) -> usize {
             assert_inferred(frozen.forward(&zeros).unwrap());
         }
         let k = values(&s.mean).unwrap()[0];
-        seen += usize::from(k != last);
+        seen.fetch_add(usize::from(k != last), Ordering::Relaxed);
         last = k;
     }
-    seen
 }
 
 #[test]
 fn readers_see_no_half_update() {
     without_deadlock(|| {
-        for which in TRACKED {
+        for which in tracked() {
             // Every batch replaces the statistics.
             let (layer, _vars) = model(which, Some(1.), DType::F64).unwrap();
             layer
                 .forward_t(&batch_of(1., DType::F64).unwrap(), true)
                 .unwrap();
             let stop = AtomicBool::new(false);
+            let seen = [(); 4].map(|()| AtomicUsize::new(0));
+            let mut rounds = 0;
             thread::scope(|scope| {
-                let readers: Vec<_> = (0..4)
-                    .map(|_| scope.spawn(|| read_statistics(&layer, &stop)))
-                    .collect();
-                train_in_parallel(&numbers_up_to(3000), DType::F64, |_| layer.clone());
+                let read = |seen| read_statistics(&layer, &stop, seen);
+                let readers = (seen.each_ref()).map(|seen| scope.spawn(move || read(seen)));
+                // A reader that saw no update shows nothing.
+                while rounds == 0 || seen.iter().any(|seen| seen.load(Ordering::Relaxed) < 2) {
+                    train_in_parallel(&numbers_up_to(3000), DType::F64, |_| layer.clone());
+                    rounds += 1;
+                    if readers.iter().any(|reader| reader.is_finished()) {
+                        break;
+                    }
+                }
                 stop.store(true, Ordering::Relaxed);
                 for reader in readers {
-                    let seen = reader.join().unwrap();
-                    assert!(seen > 1, "a reader that saw no update shows nothing");
+                    reader.join().unwrap();
                 }
             });
-            assert_eq!(layer.snapshot().num_batches_tracked, 3001);
+            let batches = 1 + 3000 * rounds;
+            assert_eq!(layer.snapshot().num_batches_tracked, batches);
         }
     })
 }
@@ -290,7 +270,7 @@ fn readers_see_no_half_update() {
 #[test]
 #[should_panic(expected = "with variances")]
 fn a_torn_pair_is_seen() {
-    let (layer, vars) = model(Tracked::Batch, Some(1.), DType::F64).unwrap();
+    let (layer, vars) = model(&tracked::BATCH, Some(1.), DType::F64).unwrap();
     layer
         .forward_t(&batch_of(3., DType::F64).unwrap(), true)
         .unwrap();
@@ -305,7 +285,7 @@ fn a_torn_pair_is_seen() {
 #[test]
 fn resets_among_training_and_reading() {
     without_deadlock(|| {
-        let (layer, _vars) = model(Tracked::Batch, Some(1.), DType::F64).unwrap();
+        let (layer, _vars) = model(&tracked::BATCH, Some(1.), DType::F64).unwrap();
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let reader = scope.spawn(|| {
@@ -342,15 +322,11 @@ fn resets_among_training_and_reading() {
 #[test]
 fn a_panic_elsewhere_leaves_the_layer_usable() {
     without_deadlock(|| {
-        let (layer, _vars) = model(Tracked::Batch, None, DType::F64).unwrap();
+        let (layer, _vars) = model(&tracked::BATCH, None, DType::F64).unwrap();
         let shared = Arc::new(layer.clone());
         let in_thread = Arc::clone(&shared);
         let panicked = thread::spawn(move || {
-            let norms: [&dyn candle_norm::Norm; 1] = match &*in_thread {
-                Layer::Batch(layer) => [layer],
-                Layer::Instance(layer) => [layer],
-                Layer::Switch(layer) => [layer],
-            };
+            let norms: [&dyn candle_norm::Norm; 1] = [&*in_thread.norm];
             let batches = [batch_of(1., DType::F64).unwrap()];
             let _ = recalibrate(&norms, batches, |_| panic!("a model that fails"));
         });
@@ -386,9 +362,9 @@ fn small_model(dtype: DType) -> Result<([Layer; 3], VarMap, Tensor)> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
     let layers = [
-        Layer::build(Tracked::Batch, 3, Some(0.1), vb.pp("batch"))?,
-        Layer::build(Tracked::Instance, 3, Some(0.1), vb.pp("instance"))?,
-        Layer::build(Tracked::Switch, 3, Some(0.1), vb.pp("switch"))?,
+        Layer::build(&tracked::BATCH, 3, Some(0.1), vb.pp("batch"))?,
+        Layer::build(&tracked::INSTANCE, 3, Some(0.1), vb.pp("instance"))?,
+        Layer::build(&tracked::SWITCH, 3, Some(0.1), vb.pp("switch"))?,
     ];
     let x = Draw::new(1)
         .normal(60)
@@ -613,7 +589,9 @@ fn statistics_are_the_variables_of_the_model() -> Result<()> {
 /// A digest of everything that the layers give on inputs large enough to be split among threads.
 fn digest() -> Result<u64> {
     let mut hasher = DefaultHasher::new();
-    for (kind, dims) in [
+    let table = (LAYERS.iter()).flat_map(|layer| shapes(layer.long));
+    let table = table.map(|(kind, dims)| (kind, dims.to_vec()));
+    let larger = [
         (Kind::Layer { axes: 1 }, vec![300, 1031]),
         (Kind::LayerChannelsFirst, vec![20, 16, 1031]),
         (
@@ -628,7 +606,8 @@ fn digest() -> Result<u64> {
         (Kind::Switch, vec![20, 16, 1031]),
         (Kind::Batch, vec![20, 16, 1031]),
         (Kind::Batch, vec![4099, 64]),
-    ] {
+    ];
+    for (kind, dims) in table.chain(larger) {
         let subject = Subject::new(kind, 1e-5);
         let params = subject.param_dims(&dims).iter().product();
         let mut draw = Draw::new(4);

@@ -31,7 +31,8 @@ mod tests {
     #[test]
     fn every_part_is_looked_for() {
         let error = || -> Result<()> { candle_core::bail!("expected 2, got 3") };
-        assert_eq!(message(error()), "expected 2, got 3");
+        // A backtrace may follow.
+        assert!(message(error()).starts_with("expected 2, got 3"));
         assert_message(error(), &["expected 2", "got 3"]);
         assert!(catch_unwind(|| assert_message(error(), &["expected 2", "got 4"])).is_err());
         assert!(catch_unwind(|| assert_message(Ok(()), &[])).is_err());

@@ -1,7 +1,8 @@
 //! What the test programs of candle-norm share: numbers and tensors of them ([`data`]), comparisons
 //! ([`compare`], [`errors`]), normalization in float64 ([`oracle`]), the layers by one signature
-//! ([`subjects`]), memory layouts ([`view`]), variables of a model ([`vars`]), settings of
-//! properties ([`properties`]), processes of their own ([`child`]) and a limit of time ([`watch`]).
+//! ([`subjects`]) and in a table ([`table`], [`tracked`]), memory layouts ([`view`]), variables of
+//! a model ([`vars`]), settings of properties ([`properties`]), processes of their own ([`child`]),
+//! a limit of time ([`watch`]) and the faults of candle ([`faults`]).
 //!
 //! Everything here panics where a test should fail.
 
@@ -9,9 +10,12 @@ pub mod child;
 pub mod compare;
 pub mod data;
 pub mod errors;
+pub mod faults;
 pub mod oracle;
 pub mod properties;
 pub mod subjects;
+pub mod table;
+pub mod tracked;
 pub mod vars;
 pub mod view;
 pub mod watch;

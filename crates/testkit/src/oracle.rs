@@ -255,6 +255,22 @@ impl Norm {
         }
     }
 
+    /// Whether rows are centered.
+    pub fn is_centered(&self) -> bool {
+        self.center
+    }
+
+    /// Whether the statistics of an element are mixtures of those of several rows.
+    pub fn is_mixture(&self) -> bool {
+        self.sources.len() > 1
+    }
+
+    /// Whether one element has a part in the output at another: whether any row has both.
+    pub fn reaches(&self, from: usize, to: usize) -> bool {
+        let shared = |source: &Source| source.rows[from] == source.rows[to];
+        self.sources.iter().any(shared)
+    }
+
     fn weight(&self, weight: Option<&[f64]>, slot: usize) -> f64 {
         weight.map_or(1., |w| w[slot] + self.offset)
     }
@@ -451,6 +467,18 @@ mod tests {
         assert_eq!(along(&[2, 3], &[1]), [0, 1, 2, 0, 1, 2]);
         assert_eq!(along(&[2, 2, 2], &[0, 2]), [0, 1, 0, 1, 2, 3, 2, 3]);
         assert_eq!(along(&[2, 2], &[]), [0; 4]);
+    }
+
+    #[test]
+    fn elements_reach_those_of_their_rows() {
+        let dims = [2, 2, 2];
+        let reached = |norm: Norm| (0..8).filter(|to| norm.reaches(3, *to)).collect::<Vec<_>>();
+        assert_eq!(reached(Norm::layer(&dims, 2, 1.)), [0, 1, 2, 3]);
+        assert_eq!(reached(Norm::batch(&dims, 1.)), [2, 3, 6, 7]);
+        let shares: [&[f64]; 2] = [&[0.; 3]; 2];
+        let mixed = Norm::switch(&dims, shares, 1.);
+        assert!(mixed.is_mixture() && !Norm::batch(&dims, 1.).is_mixture());
+        assert_eq!(reached(mixed), [0, 1, 2, 3, 6, 7]);
     }
 
     #[test]

@@ -157,6 +157,13 @@ fn statistics(model: DType) -> DType {
     }
 }
 
+impl Kind {
+    /// Whether rows lie across memory, along axis 1.
+    pub fn is_channels_first(self) -> bool {
+        matches!(self, Kind::LayerChannelsFirst | Kind::RmsChannelsFirst)
+    }
+}
+
 impl Subject {
     /// A layer with its ε.
     pub fn new(kind: Kind, eps: f64) -> Self {

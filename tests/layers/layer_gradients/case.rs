@@ -12,7 +12,7 @@ pub(crate) struct Case {
     name: String,
     input: Vec<usize>,
     /// What `forward` finds in its `VarBuilder`, by name and shape.
-    params: Vec<(&'static str, Vec<usize>)>,
+    params: Vec<(String, Vec<usize>)>,
     /// The shape of the running statistics that `forward` finds, for itself and for a norm that is
     /// part of it.
     statistics: Option<Vec<usize>>,
@@ -39,8 +39,8 @@ impl Case {
         }
     }
 
-    pub(crate) fn param(mut self, name: &'static str, shape: &[usize]) -> Self {
-        self.params.push((name, shape.to_vec()));
+    pub(crate) fn param(mut self, name: &str, shape: &[usize]) -> Self {
+        self.params.push((name.to_string(), shape.to_vec()));
         self
     }
 
