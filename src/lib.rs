@@ -103,6 +103,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+use candle_norm_kernels as kernels;
+
 mod averaged;
 pub mod checkpoint;
 mod files;
@@ -112,8 +114,6 @@ pub mod gradcheck;
 #[allow(rustdoc::broken_intra_doc_links)]
 #[cfg(doc)]
 pub mod guide;
-#[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
-mod kernels;
 mod layers;
 pub mod nn;
 mod norm;

@@ -1,4 +1,5 @@
-//! The sources keep to their rooms: `layers/` calls `ops/`, `ops/` calls `kernels/`, and no arrow points back.
+//! The sources keep to their rooms: `layers/` calls `ops/`, `ops/` calls `kernels/`, and no arrow
+//! points back. The room `kernels/` is the crate `crates/kernels`.
 //!
 //! | room | may name | never |
 //! | --- | --- | --- |
@@ -219,7 +220,7 @@ fn heads(tokens: &[Token]) -> Vec<String> {
 
 /// A source file of the library.
 struct Source {
-    /// From `src` on, with `/`.
+    /// From `src` on, with `/`; of the kernels, after `kernels/`.
     path: String,
     tokens: Vec<Token>,
 }
@@ -237,8 +238,15 @@ impl Source {
 }
 
 fn sources() -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut folders = vec![root.clone()];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let library = sources_below(&root.join("src"), "");
+    let kernels = sources_below(&root.join("crates/kernels/src"), "kernels/");
+    library.into_iter().chain(kernels).collect()
+}
+
+/// The sources of a crate, as the room `room` or as all rooms.
+fn sources_below(root: &Path, room: &str) -> Vec<Source> {
+    let mut folders = vec![root.to_path_buf()];
     let mut found = vec![];
     while let Some(folder) = folders.pop() {
         let entries = fs::read_dir(&folder).expect("a folder of sources");
@@ -249,17 +257,17 @@ fn sources() -> Vec<Source> {
                 folders.push(path);
             } else if path.extension().is_some_and(|e| e == "rs") {
                 let text = fs::read_to_string(&path).expect("a source file");
-                let relative = path.strip_prefix(&root).expect("below the root");
+                let relative = path.strip_prefix(root).expect("below the root");
                 let parts: Vec<_> = relative.iter().map(|p| p.to_string_lossy()).collect();
                 found.push(Source {
-                    path: parts.join("/"),
+                    path: format!("{room}{}", parts.join("/")),
                     tokens: tokens(&text),
                 });
             }
         }
     }
     assert!(
-        found.iter().any(|s| s.path == "lib.rs"),
+        found.iter().any(|s| s.path == format!("{room}lib.rs")),
         "no sources below {}",
         root.display()
     );
@@ -332,7 +340,7 @@ fn broken_rules(source: &Source) -> Vec<String> {
         let drops_gradients = word.starts_with("apply_op")
             && word.ends_with("no_bwd")
             && source.path != "ops/fused.rs";
-        // The root declares the module, and only ops calls it.
+        // The root names the crate, and only ops calls it.
         let kernels_outside = word == "kernels" && !["kernels", "ops", "lib.rs"].contains(&room);
         if unsafe_outside || drops_gradients || kernels_outside {
             broken.push(format!("{} says `{word}`", source.path));

@@ -13,10 +13,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape
 use super::fused::{self, Accumulator, Native, Params, Slot, elements, with_native};
 use super::row_norm::{Cast, RowNorm, Rows, RowsOf, checked, normalize_rows};
 use super::{Route, check, composed};
-use crate::kernels::affine::Affine;
-use crate::kernels::rows::{self, RowSpec};
-use crate::kernels::simd::Real;
-use crate::kernels::stats::Stats;
+use crate::kernels::{AffinePair, RowSpec, Stats};
 
 /// The rows of `x + residual`, normalized as `norm` says, and the sum.
 pub(crate) fn add_row_norm(
@@ -89,7 +86,7 @@ fn copied<A: Accumulator>(param: &Tensor, offset: f64) -> Result<Vec<A>> {
     let wide = param.detach().to_dtype(A::DTYPE)?.flatten_all()?;
     let mut values = wide.to_vec1::<A>()?;
     if offset != 0. {
-        let offset = Real::from_f64(offset);
+        let offset = A::from_f64(offset);
         for v in &mut values {
             *v += offset;
         }
@@ -125,12 +122,12 @@ impl<T: Native> CustomOp2 for Add<T> {
         residual: &CpuStorage,
         residual_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let affine = Affine {
+        let affine = AffinePair {
             weight: self.weight.as_deref(),
             bias: self.bias.as_deref(),
         };
         let (x, residual) = ((x, x_layout), (residual, residual_layout));
-        let added = rows::add_forward::<T>(elements(x)?, elements(residual)?, affine, self.spec);
+        let added = T::rows_add_forward(elements(x)?, elements(residual)?, affine, self.spec);
         self.rest.put(Rest {
             rounded: added.rounded,
             y: added.y,

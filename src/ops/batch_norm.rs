@@ -7,11 +7,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor};
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::group_norm::shape_of;
 use super::{Route, check, composed, route};
-use crate::kernels::affine::Affine;
-use crate::kernels::channels;
-use crate::kernels::grads::Wanted;
-use crate::kernels::shape::{Order, Shape};
-use crate::kernels::stats::{Statistics, Stats};
+use crate::kernels::{AffinePair, Order, Shape, Statistics, Stats, Wanted};
 
 /// What a batch contributes to running statistics.
 #[derive(Debug, Clone)]
@@ -262,7 +258,7 @@ impl Channels {
             self.params.weight(&args[1..])?,
             self.params.bias(&args[1..])?,
         );
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
@@ -274,7 +270,7 @@ impl Channels {
             Source::Given(stats) => Statistics::Given(stats),
         };
         let (x, order) = input::<T>(args[0])?;
-        let (y, stats) = channels::forward(x, order, self.shape, affine, statistics);
+        let (y, stats) = T::channels_forward(x, order, self.shape, affine, statistics);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
@@ -286,14 +282,14 @@ impl Channels {
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.params.weight(&args[2..])?;
         let weight = weight.as_deref();
-        let (x, dy) = (input::<T>(args[0])?, elements(args[1])?);
+        let ((x, order), dy) = (input::<T>(args[0])?, elements(args[1])?);
         let stats = fused::saved(self.layer, &self.stats)?;
         let own = match self.source {
             Source::Own { center, .. } => Some(center),
             Source::Given(_) => None,
         };
         let wanted = Wanted { own, params };
-        let grads = channels::backward(x, dy, self.shape, weight, stats, wanted);
+        let grads = T::channels_backward(x, order, dy, self.shape, weight, stats, wanted);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }

@@ -14,15 +14,15 @@ use candle_core::{
 };
 
 use super::{check, composed};
-use crate::kernels::simd::{Elem, Real};
+use crate::kernels::Float;
 
 /// An element type that both candle and the kernels know.
-pub(super) trait Native: WithDType + Elem<Acc: Accumulator> {}
-impl<T: WithDType + Elem<Acc: Accumulator>> Native for T {}
+pub(super) trait Native: WithDType + Float<Acc: Accumulator> {}
+impl<T: WithDType + Float<Acc: Accumulator>> Native for T {}
 
 /// What the kernels compute in.
-pub(super) trait Accumulator: Real + WithDType {}
-impl<T: Real + WithDType> Accumulator for T {}
+pub(super) trait Accumulator: WithDType + Float<Acc = Self> {}
+impl<T: WithDType + Float<Acc = T>> Accumulator for T {}
 
 /// Runs `$body` with `$t` as the element type of dtype `$dtype`.
 macro_rules! with_native {
@@ -67,7 +67,7 @@ pub(super) fn elements<'a, T: WithDType>((storage, layout): Arg<'a>) -> Result<&
 
 /// The elements of a parameter in the precision that it is multiplied in.
 pub(super) fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> {
-    let wide = |v: f64| Real::from_f64(v);
+    let wide = |v: f64| A::from_f64(v);
     Ok(match arg.0 {
         CpuStorage::F16(_) => elements::<half::f16>(arg)?
             .iter()

@@ -6,10 +6,7 @@ use candle_core::{CpuStorage, Result, Tensor};
 
 use super::fused::{self, Arg, FusedOp, Native, Params, elements, with_native};
 use super::{Route, check, composed, route};
-use crate::kernels::affine::Affine;
-use crate::kernels::groups::{self, GroupSpec};
-use crate::kernels::shape::Shape;
-use crate::kernels::stats::Stats;
+use crate::kernels::{AffinePair, GroupSpec, Shape, Stats};
 
 /// Group normalization of `x` over `num_groups` groups of channels on axis 1.
 ///
@@ -104,11 +101,11 @@ impl Groups {
             self.params.weight(&args[1..])?,
             self.params.bias(&args[1..])?,
         );
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let (y, stats) = groups::forward::<T>(elements(args[0])?, affine, self.spec);
+        let (y, stats) = T::groups_forward(elements(args[0])?, affine, self.spec);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
@@ -117,7 +114,7 @@ impl Groups {
         let weight = self.params.weight(&args[2..])?;
         let (x, dy) = (elements(args[0])?, elements(args[1])?);
         let stats = self.stats()?;
-        let grads = groups::backward::<T>(x, dy, weight.as_deref(), stats, self.spec);
+        let grads = T::groups_backward(x, dy, weight.as_deref(), stats, self.spec);
         let dparams = self.params.pick(grads.dweight, grads.dbias);
         Ok((T::to_cpu_storage_owned(grads.dx), dparams))
     }

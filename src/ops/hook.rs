@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 
 use super::fused::Handle;
-pub use crate::kernels::simd::Level;
+pub use crate::kernels::Level;
 
 /// An op of this module with default options.
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::batch_norm::BatchStatistics;
 use super::group_norm::Groups;
 use super::{Route, check, composed, fused, route};
-use crate::kernels::stats::Stats;
+use crate::kernels::Stats;
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///

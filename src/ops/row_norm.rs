@@ -3,15 +3,12 @@
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
+use candle_core::{CpuStorage, DType, Result, Shape, Tensor, WithDType};
 
 use super::fused::{self, Accumulator, Arg, FusedOp, Native, Params, Slot, elements, with_native};
 use super::turn::swapped;
 use super::{Route, check, composed, route};
-use crate::kernels::affine::Affine;
-use crate::kernels::rows::{self, RowSpec};
-use crate::kernels::simd::{Elem, Real};
-use crate::kernels::stats::Stats;
+use crate::kernels::{AffinePair, Gradients, RowSpec, Stats};
 
 /// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -243,7 +240,7 @@ impl Rows {
     fn weight<'a, A: Accumulator>(&self, params: &[Arg<'a>]) -> Result<Option<Cow<'a, [A]>>> {
         let mut weight = self.params.weight::<A>(params)?;
         if let (Some(weight), true) = (&mut weight, self.norm.offset != 0.) {
-            let offset = Real::from_f64(self.norm.offset);
+            let offset = A::from_f64(self.norm.offset);
             for w in weight.to_mut() {
                 *w += offset;
             }
@@ -254,26 +251,37 @@ impl Rows {
     fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
         let weight = self.weight(&args[1..])?;
         let bias = self.params.bias(&args[1..])?;
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let (y, stats) = rows::forward::<T>(elements(args[0])?, affine, self.spec);
+        let (y, stats) = T::rows_forward(elements(args[0])?, affine, self.spec);
         let _ = self.stats.set(stats);
         Ok(T::to_cpu_storage_owned(y))
     }
 
-    fn backward_of<X: Native, T: Native<Acc = X::Acc>>(
+    fn backward_of<T: Native>(
         &self,
         args: &[Arg],
-        wanted: bool,
+        params: bool,
     ) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let weight = self.weight(&args[2..])?;
-        let (x, dy) = (elements::<X>(args[0])?, elements::<T>(args[1])?);
-        let stats = fused::saved(self.norm.layer, &self.stats)?;
-        let grads = rows::backward(x, dy, weight.as_deref(), stats, self.spec, wanted);
+        let (weight, dy) = (weight.as_deref(), elements(args[1])?);
+        let (spec, stats) = (self.spec, fused::saved(self.norm.layer, &self.stats)?);
+        Ok(if fused::dtype(&args[0]) == self.output {
+            let x = elements(args[0])?;
+            self.storages(T::rows_backward(x, dy, weight, stats, spec, params))
+        } else {
+            let x = elements(args[0])?;
+            self.storages(T::rows_backward_unrounded(
+                x, dy, weight, stats, spec, params,
+            ))
+        })
+    }
+
+    fn storages<X: WithDType>(&self, grads: Gradients<X>) -> (CpuStorage, Vec<Vec<f64>>) {
         let dparams = self.params.pick(grads.dweight, grads.dbias);
-        Ok((X::to_cpu_storage_owned(grads.dx), dparams))
+        (X::to_cpu_storage_owned(grads.dx), dparams)
     }
 }
 
@@ -295,11 +303,7 @@ impl FusedOp for Rows {
 
     fn backward(&self, args: &[Arg], wanted: &[bool]) -> Result<(CpuStorage, Vec<Vec<f64>>)> {
         let params = wanted[1..].contains(&true);
-        let rounded = fused::dtype(&args[0]) == self.output;
-        with_native!(self.output, self.norm.layer, T => match rounded {
-            true => self.backward_of::<T, T>(args, params),
-            false => self.backward_of::<<T as Elem>::Acc, T>(args, params),
-        })
+        with_native!(self.output, self.norm.layer, T => self.backward_of::<T>(args, params))
     }
 
     fn backward_composed(&self, args: &[&Tensor], dy: &Tensor) -> Result<Vec<Tensor>> {

@@ -7,7 +7,6 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use super::batch_norm::{BatchStatistics, normalize_with};
 use super::fused::{self, Native, elements, with_native};
 use super::{Route, check, composed, route};
-use crate::kernels::slice_moments;
 
 const LAYER: &str = "SwitchNorm";
 
@@ -364,7 +363,7 @@ struct PlaneMoments {
 
 impl PlaneMoments {
     fn of<T: Native>(&self, x: fused::Arg, len: usize) -> Result<Vec<f64>> {
-        let moments = slice_moments::of_rows::<T>(elements(x)?, len);
+        let moments = T::row_moments(elements(x)?, len);
         let means: Vec<f64> = moments.iter().map(|m| m.mean()).collect();
         let vars = moments.iter().map(|m| m.var());
         let values = means.iter().copied().chain(vars).collect();

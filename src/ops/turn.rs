@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::fused::{self, elements, with_native};
-use crate::kernels::transpose::transposed;
+use crate::kernels::Float;
 
 const NAME: &str = "swap axes";
 
@@ -29,7 +29,7 @@ impl CustomOp1 for Turn {
         let (a, b, c) = layout.shape().dims3()?;
         let values = with_native!(fused::dtype(&x), NAME, T => {
             use candle_core::WithDType;
-            Ok(T::to_cpu_storage_owned(transposed(elements::<T>(x)?, [a, b, c])))
+            Ok(T::to_cpu_storage_owned(T::transposed(elements(x)?, [a, b, c])))
         })?;
         Ok((values, Shape::from((a, c, b))))
     }

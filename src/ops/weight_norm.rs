@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Result, Tensor};
 
 use super::fused::{self, Arg, FusedOp, Native, elements, widened, with_native};
 use super::{Route, check, composed, route};
-use crate::kernels::weight;
+use crate::kernels::Length;
 
 /// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for `dim: None`.
 ///
@@ -135,13 +135,13 @@ fn row_scale(v: &Tensor) -> Result<Tensor> {
 /// Weight norm of the rows of a contiguous tensor as a node of the graph.
 struct Rows {
     len: usize,
-    lengths: OnceLock<Vec<weight::Length>>,
+    lengths: OnceLock<Vec<Length>>,
 }
 
 impl Rows {
     fn forward_of<T: Native>(&self, args: &[Arg]) -> Result<CpuStorage> {
         let (v, g) = (elements::<T>(args[0])?, widened::<T::Acc>(args[1])?);
-        let (w, lengths) = weight::forward(v, &g, self.len);
+        let (w, lengths) = T::weight_forward(v, &g, self.len);
         let _ = self.lengths.set(lengths);
         Ok(T::to_cpu_storage_owned(w))
     }
@@ -150,7 +150,7 @@ impl Rows {
         let (v, dw) = (elements::<T>(args[0])?, elements(args[1])?);
         let g = widened::<T::Acc>(args[2])?;
         let lengths = fused::saved(self.name(), &self.lengths)?;
-        let (dv, dg) = weight::backward(v, dw, &g, lengths, self.len);
+        let (dv, dg) = T::weight_backward(v, dw, &g, lengths, self.len);
         Ok((T::to_cpu_storage_owned(dv), vec![dg]))
     }
 }

@@ -15,9 +15,20 @@ impl<E: Elem> Kernel for OfSlice<'_, E> {
     }
 }
 
-/// The moments of a slice of any length, on the calling thread.
-pub(crate) fn of_slice<E: Elem>(x: &[E]) -> Moments {
-    Level::current().run(OfSlice(x))
+impl Moments {
+    /// The moments of `values`, formed on the calling thread.
+    ///
+    /// ```
+    /// use candle_norm_kernels::Moments;
+    ///
+    /// let whole = Moments::of_values(&[1., 2., 4., 9.]);
+    /// assert_eq!((whole.count(), whole.mean(), whole.var()), (4., 4., 9.5));
+    /// let parts = Moments::of_values(&[1., 2.]).merge(Moments::of_values(&[4., 9.]));
+    /// assert_eq!(parts, whole);
+    /// ```
+    pub fn of_values(values: &[f64]) -> Self {
+        Level::current().run(OfSlice(values))
+    }
 }
 
 struct OfRows<'a, E> {

@@ -4,7 +4,7 @@
 //! The tensor is taken as rows of `channels · inner` columns. Lanes run along the columns, sums
 //! down the rows; columns of one channel are merged at the end.
 
-use super::affine::Affine;
+use super::affine::AffinePair;
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
 use super::grads::{Gradients, InputGrad, Wanted};
@@ -34,7 +34,7 @@ struct Factors<T> {
 }
 
 impl<T: Real> Factors<T> {
-    fn new(shape: Shape, stats: &[Stats], affine: Affine<T>) -> Self {
+    fn new(shape: Shape, stats: &[Stats], affine: AffinePair<T>) -> Self {
         let weight = |c: usize| affine.weight.map_or(1., |w| w[c].to_f64());
         Self {
             high: per_column(shape, |c| parts::<T>(stats[c].mean).0.to_f64()),
@@ -143,7 +143,7 @@ fn merged(blocks: &[Moments], shape: Shape) -> Vec<Moments> {
 pub(crate) fn forward<E: Elem>(
     x: &[E],
     shape: Shape,
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
     let width = shape.channels * shape.inner;
@@ -276,7 +276,7 @@ pub(crate) fn backward<E: Elem>(
     let width = shape.channels * shape.inner;
     let per_block = rows_per_block(shape.outer, width);
     let size = per_block * width;
-    let factors = &Factors::<E::Acc>::new(shape, stats, Affine { weight, bias: None });
+    let factors = &Factors::<E::Acc>::new(shape, stats, AffinePair { weight, bias: None });
     let mut blocks = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
     let pairs = x.chunks(size).zip(dy.chunks(size));
     let sums = pairs.zip(blocks.chunks_mut(2 * width));

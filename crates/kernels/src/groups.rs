@@ -5,7 +5,7 @@
 //! Planes too short for lanes take the weight and bias of every column of a group from an array
 //! instead.
 
-use super::affine::{Affine, Normal, ScaledNormal};
+use super::affine::{AffinePair, Normal, ScaledNormal};
 use super::buffer::{Part, fill};
 use super::grads::{Gradients, InputGrad};
 use super::loops::{ColumnValues, map, map2, sums2};
@@ -16,10 +16,13 @@ use super::stats::Stats;
 
 /// What is normalized by its own statistics.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct GroupSpec {
-    pub(crate) shape: Shape,
-    pub(crate) num_groups: usize,
-    pub(crate) eps: f64,
+pub struct GroupSpec {
+    /// The axes of the tensor.
+    pub shape: Shape,
+    /// How many groups the channels of a sample make.
+    pub num_groups: usize,
+    /// Added to the variance.
+    pub eps: f64,
 }
 
 impl GroupSpec {
@@ -67,7 +70,7 @@ impl GroupSpec {
 /// `y`, and what each group was normalized by.
 pub(crate) fn forward<E: Elem>(
     x: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: GroupSpec,
 ) -> (Vec<E>, Vec<Stats>) {
     let len = spec.len();
@@ -104,7 +107,7 @@ struct GroupsForward<'a, E: Elem> {
     stats: &'a mut [Stats],
     /// The first group.
     first: usize,
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     weight: &'a [E::Acc],
     bias: &'a [E::Acc],
     spec: GroupSpec,

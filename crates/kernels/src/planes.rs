@@ -7,7 +7,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::affine::{Affine, ScaledNormal};
+use super::affine::{AffinePair, ScaledNormal};
 use super::buffer::fill_interleaved;
 use super::grads::{Gradients, InputGrad, Wanted};
 use super::loops::{map, map2, run_sums2};
@@ -28,7 +28,7 @@ fn channels_per_job(shape: Shape, together: usize) -> usize {
 pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     reader: impl Fn() -> R,
     shape: Shape,
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
     let per_job = channels_per_job(shape, R::CHANNELS);
@@ -58,7 +58,7 @@ struct PlanesForward<'a, E: Elem, R> {
     y: Shared<'a, E>,
     shape: Shape,
     first: usize,
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     statistics: Statistics<'a>,
     stats: &'a mut [Stats],
 }

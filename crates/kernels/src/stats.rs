@@ -6,11 +6,13 @@ use super::simd::{Elem, Isa, Real};
 
 /// What a row, group or channel is normalized by.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stats {
-    pub(crate) mean: Mean,
-    /// Biased; the mean square where the mean is not subtracted.
-    pub(crate) var: f64,
-    pub(crate) inv_std: f64,
+pub struct Stats {
+    /// The mean; zero where it is not subtracted.
+    pub mean: Mean,
+    /// The biased variance; the mean square where the mean is not subtracted.
+    pub var: f64,
+    /// `1 / √(var + ε)`.
+    pub inv_std: f64,
 }
 
 impl Stats {
@@ -20,8 +22,9 @@ impl Stats {
         inv_std: 0.,
     };
 
+    /// Those of a mean and a biased variance.
     #[inline(always)]
-    pub(crate) fn new(mean: Mean, var: f64, eps: f64) -> Self {
+    pub fn new(mean: Mean, var: f64, eps: f64) -> Self {
         Self {
             mean,
             var,
@@ -56,9 +59,14 @@ impl Stats {
 
 /// Where the statistics of the channels of a batch come from.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Statistics<'a> {
+pub enum Statistics<'a> {
     /// The batch, those of each channel, about their means or about zero.
-    Own { center: bool, eps: f64 },
+    Own {
+        /// Subtract the mean.
+        center: bool,
+        /// Added to the variance.
+        eps: f64,
+    },
     /// The caller, one for each channel.
     Given(&'a [Stats]),
 }

@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::affine::{Affine, Normal};
+use super::affine::{AffinePair, Normal};
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
 use super::grads::{Gradients, InputGrad};
@@ -15,20 +15,21 @@ use super::stats::Stats;
 
 /// What layer norm and RMS norm differ in.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RowSpec {
+pub struct RowSpec {
     /// The length of a row.
-    pub(crate) len: usize,
+    pub len: usize,
     /// Subtract the mean.
-    pub(crate) center: bool,
-    pub(crate) eps: f64,
+    pub center: bool,
+    /// Added to the variance.
+    pub eps: f64,
     /// Round the normalized value to the element before it is multiplied by the weight.
-    pub(crate) round_first: bool,
+    pub round_first: bool,
 }
 
 /// `y` for all rows of `x`, and what they were normalized by.
 pub(crate) fn forward<E: Elem>(
     x: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: RowSpec,
 ) -> (Vec<E>, Vec<Stats>) {
     let rows = x.len() / spec.len;
@@ -66,7 +67,7 @@ struct RowsForward<'a, E: Elem> {
     x: &'a [E],
     y: Part<'a, E>,
     stats: &'a mut [Stats],
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
 }
 
@@ -92,7 +93,7 @@ struct Normalizer<'a, I: Isa, T: Real> {
 
 impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     #[inline(always)]
-    fn new(isa: I, affine: Affine<'a, T>, spec: RowSpec) -> Self {
+    fn new(isa: I, affine: AffinePair<'a, T>, spec: RowSpec) -> Self {
         Self {
             weight: affine.weight.map(
                 #[inline(always)]
@@ -164,23 +165,26 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     }
 }
 
-/// What [`add_forward`] gives of all rows.
-pub(crate) struct Added<E: Elem> {
-    /// Before it is rounded to the element.
-    pub(crate) sum: Vec<E::Acc>,
-    /// Empty where there is nothing to be rounded.
-    pub(crate) rounded: Vec<E>,
-    pub(crate) y: Vec<E>,
-    pub(crate) stats: Vec<Stats>,
+/// A sum and its norm.
+#[derive(Debug, Clone)]
+pub struct Added<E, A> {
+    /// The sum before it is rounded to the element.
+    pub sum: Vec<A>,
+    /// The sum; empty where there is nothing to be rounded.
+    pub rounded: Vec<E>,
+    /// The normalized sum.
+    pub y: Vec<E>,
+    /// What each row was normalized by.
+    pub stats: Vec<Stats>,
 }
 
 /// `x + residual`, and [`forward`] of that sum, row by row.
 pub(crate) fn add_forward<E: Elem>(
     x: &[E],
     residual: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: RowSpec,
-) -> Added<E> {
+) -> Added<E, E::Acc> {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert_eq!(x.len(), residual.len());
@@ -226,7 +230,7 @@ struct AddedRowsForward<'a, E: Elem> {
     rounded: Option<Part<'a, E>>,
     y: Part<'a, E>,
     stats: &'a mut [Stats],
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
 }
 

@@ -1,7 +1,7 @@
 //! Batch norm of `[outer, channels, inner]`: each channel by its statistics over samples and space,
 //! or by given ones.
 
-use super::affine::Affine;
+use super::affine::AffinePair;
 use super::grads::{Gradients, Wanted};
 use super::readers::{InPlace, Transposed};
 use super::shape::{Order, Shape};
@@ -15,7 +15,7 @@ pub(crate) fn forward<E: Elem>(
     x: &[E],
     order: Order,
     shape: Shape,
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
     assert_eq!(x.len(), shape.elements());
@@ -35,7 +35,8 @@ pub(crate) fn forward<E: Elem>(
 /// The gradients of `x`, whatever its order, and of weight and bias, from `dy`: `dx` and `dy` have
 /// their channels first.
 pub(crate) fn backward<E: Elem>(
-    (x, order): (&[E], Order),
+    x: &[E],
+    order: Order,
     dy: &[E],
     shape: Shape,
     weight: Option<&[E::Acc]>,
