@@ -363,7 +363,7 @@ struct PlaneMoments {
 
 impl PlaneMoments {
     fn of<T: Native>(&self, x: fused::Arg, len: usize) -> Result<Vec<f64>> {
-        let moments = T::row_moments(elements(x)?, len);
+        let moments = T::row_moments(elements(x)?, len, true);
         let means: Vec<f64> = moments.iter().map(|m| m.mean()).collect();
         let vars = moments.iter().map(|m| m.var());
         let values = means.iter().copied().chain(vars).collect();

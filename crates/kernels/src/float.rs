@@ -12,9 +12,10 @@ use super::moments::Moments;
 use super::rows::{Added, RowSpec};
 use super::shape::{Order, Shape};
 use super::simd::Elem;
+use super::spread::{Frame, GradSums};
 use super::stats::{Statistics, Stats};
 use super::weight::Length;
-use super::{channels, groups, rows, slice_moments, transpose, weight};
+use super::{channels, groups, rows, slice_moments, spread, transpose, weight};
 
 mod sealed {
     pub trait Sealed {}
@@ -139,6 +140,34 @@ kernels! {
         wanted: Wanted,
     ) -> Gradients<Self> = channels::backward::<Self>;
 
+    /// The moments of each channel, for statistics that are merged with those of others; about zero
+    /// where they are not `center`ed.
+    fn channel_moments(x: &[Self], order: Order, shape: Shape, center: bool) -> Vec<Moments>
+        = channels::moments::<Self>;
+
+    /// The sums of `dy · x̂` and of `dy` of each channel: the gradients of weight and bias, and
+    /// what [`channel_grad_input`](Self::channel_grad_input) takes the means of.
+    fn channel_grad_sums(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        stats: &[Stats],
+    ) -> [Vec<f64>; 2] = channels::grad_sums::<Self>;
+
+    /// `dx`, with its channels first, from the `means` of `dy · x̂` and of `dy` of each channel
+    /// over all elements that its statistics were formed of; the second is zero where the mean is
+    /// not subtracted.
+    fn channel_grad_input(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        means: &[[f64; 2]],
+    ) -> Vec<Self> = channels::grad_input::<Self>;
+
     /// Weight norm, `g · v / ‖v‖` for each row of `len` elements of `v`: the weight, and the
     /// lengths of the rows.
     fn weight_forward(v: &[Self], g: &[Self::Acc], len: usize) -> (Vec<Self>, Vec<Length>)
@@ -153,8 +182,36 @@ kernels! {
         len: usize,
     ) -> (Vec<Self>, Vec<f64>) = weight::backward::<Self>;
 
-    /// The moments of each row of `len` elements.
-    fn row_moments(x: &[Self], len: usize) -> Vec<Moments> = slice_moments::of_rows::<Self>;
+    /// The moments of each row of `len` elements; about zero where they are not `center`ed.
+    fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>
+        = slice_moments::of_rows::<Self>;
+
+    /// `y = x̂ · weight + bias`, by given statistics, or by none: scale and shift.
+    fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
+        = spread::normalize::<Self>;
+
+    /// The gradients of weight and bias of [`normalize`](Self::normalize), if `params` are wanted,
+    /// and the sums that [`grad_input`](Self::grad_input) takes the means of.
+    fn grad_sums(
+        x: &[Self],
+        dy: &[Self],
+        frame: Frame,
+        weight: Option<&[Self::Acc]>,
+        params: bool,
+    ) -> GradSums = spread::grad_sums::<Self>;
+
+    /// The gradient of the input of [`normalize`](Self::normalize).
+    ///
+    /// Where the statistics move with `x`, `means` has those of the sums of each
+    /// [set](GradSums::sets), over all elements that the statistics were formed of; the second is
+    /// zero where the mean is not subtracted.
+    fn grad_input(
+        x: &[Self],
+        dy: &[Self],
+        frame: Frame,
+        weight: Option<&[Self::Acc]>,
+        means: Option<&[[f64; 2]]>,
+    ) -> Vec<Self> = spread::grad_input::<Self>;
 
     /// `x`, which is `[outer, rows, columns]`, as `[outer, columns, rows]`.
     fn transposed(x: &[Self], dims: [usize; 3]) -> Vec<Self> = transpose::transposed::<Self>;

@@ -49,6 +49,7 @@ mod rows;
 mod weight;
 
 mod channels;
+mod spread;
 
 mod float;
 
@@ -60,6 +61,7 @@ pub use moments::{Mean, Moments};
 pub use rows::{Added, RowSpec};
 pub use shape::{Order, Shape};
 pub use simd::Level;
+pub use spread::{Frame, GradSums, NormalizedBy, Spread};
 pub use stats::{Statistics, Stats};
 pub use weight::Length;
 

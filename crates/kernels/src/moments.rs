@@ -1,7 +1,7 @@
 //! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub
 //! and LeVeque do.
 
-use super::loops::{RUN, run_sums};
+use super::loops::{RUN, run_sums, sums};
 use super::simd::{Elem, Isa, Lanes, Real, splat};
 
 /// A mean in two numbers, of which the second is what the first was rounded by: twice the precision
@@ -61,6 +61,22 @@ impl Moments {
             all = all.merge(Self::of_run(isa, run.len(), || std::iter::once(run)));
         }
         all
+    }
+
+    /// The moments about zero of a slice of any length: the variance is then the mean square.
+    #[inline(always)]
+    pub(crate) fn of_squares<E: Elem, I: Isa>(isa: I, x: &[E]) -> Self {
+        let [m2] = sums(
+            isa,
+            x,
+            #[inline(always)]
+            |v| [v * v],
+        );
+        Self {
+            count: x.len() as f64,
+            mean: Mean::default(),
+            m2,
+        }
     }
 
     /// The moments of slices of together `count` elements, about [`RUN`] of them.

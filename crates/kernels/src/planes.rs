@@ -4,6 +4,7 @@
 //! A channel is taken from its first sample to its last, by a thread that then still has it in
 //! cache for the next pass. A [`Reader`] finds its elements.
 
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -53,6 +54,50 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     (y, stats)
 }
 
+/// The moments of each channel; about zero where they are not `center`ed.
+pub(crate) fn moments<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    shape: Shape,
+    center: bool,
+) -> Vec<Moments> {
+    let per_job = channels_per_job(shape, R::CHANNELS);
+    let mut moments = vec![Moments::default(); shape.channels];
+    let jobs = moments.chunks_mut(per_job).enumerate();
+    let jobs = jobs.map(|(job, moments)| PlanesMoments {
+        reader: reader(),
+        shape,
+        first: job * per_job,
+        center,
+        moments,
+        elements: PhantomData,
+    });
+    par::run(shape.elements(), jobs);
+    moments
+}
+
+struct PlanesMoments<'a, E, R> {
+    reader: R,
+    shape: Shape,
+    first: usize,
+    center: bool,
+    moments: &'a mut [Moments],
+    elements: PhantomData<E>,
+}
+
+impl<E: Elem, R: Reader<E>> Kernel for PlanesMoments<'_, E, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        for (i, moments) in self.moments.chunks_mut(R::CHANNELS).enumerate() {
+            let first = self.first + i * R::CHANNELS;
+            let channels = first..first + moments.len();
+            let all = few_moments(isa, &mut self.reader, self.shape, channels, self.center);
+            moments.copy_from_slice(&all[..moments.len()]);
+        }
+    }
+}
+
 struct PlanesForward<'a, E: Elem, R> {
     reader: R,
     y: Shared<'a, E>,
@@ -76,7 +121,7 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
                 Statistics::Given(given) => stats.copy_from_slice(&given[channels.clone()]),
                 Statistics::Own { center, eps } => {
                     let reader = &mut self.reader;
-                    let moments = moments(isa, reader, shape, channels.clone(), center);
+                    let moments = few_moments(isa, reader, shape, channels.clone(), center);
                     for (stats, moments) in stats.iter_mut().zip(moments) {
                         *stats = Stats::new(moments.mean, moments.var(), eps);
                     }
@@ -128,7 +173,7 @@ unsafe fn parts<'a, E>(
 
 /// The moments of each of a few channels; about zero where they are not centered.
 #[inline(always)]
-fn moments<E: Elem, I: Isa>(
+fn few_moments<E: Elem, I: Isa>(
     isa: I,
     reader: &mut impl Reader<E>,
     shape: Shape,
@@ -157,69 +202,117 @@ pub(crate) struct Batch<'a, E: Elem> {
     pub(crate) shape: Shape,
     pub(crate) weight: Option<&'a [E::Acc]>,
     pub(crate) stats: &'a [Stats],
-    pub(crate) wanted: Wanted,
+}
+
+impl<'a, E: Elem> Batch<'a, E> {
+    /// One job for every few channels, with their parts of both sums.
+    fn jobs<R: Reader<E>>(
+        self,
+        reader: impl Fn() -> R,
+        [along, sum]: [&'a mut [f64]; 2],
+    ) -> impl Iterator<Item = (ChannelJob<'a, E, R>, [&'a mut [f64]; 2])> {
+        let per_job = channels_per_job(self.shape, R::CHANNELS);
+        let sums = along.chunks_mut(per_job).zip(sum.chunks_mut(per_job));
+        sums.enumerate().map(move |(job, (along, sum))| {
+            let job = ChannelJob {
+                batch: self,
+                reader: reader(),
+                first: job * per_job,
+            };
+            (job, [along, sum])
+        })
+    }
 }
 
 /// The gradients of what `reader` gives, with the channels of `dx` first, and of weight and bias.
 pub(crate) fn backward<E: Elem, R: Reader<E> + Send>(
     reader: impl Fn() -> R,
     batch: Batch<E>,
+    wanted: Wanted,
 ) -> Gradients<E> {
     let shape = batch.shape;
-    let per_job = channels_per_job(shape, R::CHANNELS);
     let mut dweight = vec![0f64; shape.channels];
     let mut dbias = vec![0f64; shape.channels];
     // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
     // every sample.
     let dx = unsafe {
         fill_interleaved(shape.elements(), |dx| {
-            let sums = dweight.chunks_mut(per_job).zip(dbias.chunks_mut(per_job));
-            let jobs = sums
-                .enumerate()
-                .map(|(job, (dweight, dbias))| PlanesBackward {
-                    batch,
-                    reader: reader(),
-                    dx,
-                    first: job * per_job,
-                    dweight,
-                    dbias,
-                });
+            let jobs = batch.jobs(reader, [&mut dweight, &mut dbias]);
+            let jobs = jobs.map(|(job, sums)| PlanesBackward {
+                job,
+                dx,
+                sums,
+                wanted,
+            });
             par::run(shape.elements(), jobs);
         })
     };
     Gradients { dx, dweight, dbias }
 }
 
-impl<E: Elem> Batch<'_, E> {
-    #[inline(always)]
-    fn weight_of(&self, channel: usize) -> f64 {
-        self.weight.map_or(1., |w| w[channel].to_f64())
-    }
+/// The sums of `dy · x̂` and of `dy` of each channel.
+pub(crate) fn grad_sums<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    batch: Batch<E>,
+) -> [Vec<f64>; 2] {
+    let channels = batch.shape.channels;
+    let (mut along, mut sum) = (vec![0f64; channels], vec![0f64; channels]);
+    let jobs = batch.jobs(reader, [&mut along, &mut sum]);
+    let jobs = jobs.map(|(job, sums)| PlanesGradSums { job, sums });
+    par::run(batch.shape.elements(), jobs);
+    [along, sum]
+}
 
-    /// The sums of `dy · x̂` and of `dy` over a run.
-    #[inline(always)]
-    fn sums<I: Isa>(&self, isa: I, reader: &impl Reader<E>, channel: usize, run: &Run) -> [f64; 2] {
-        let stats = self.stats[channel];
-        let center = Center::<I, E::Acc>::new(isa, stats.mean);
-        let dy = self.shape.slices(self.dy, channel, run);
-        let [along, sum] = run_sums2(
-            isa,
-            reader.slices(channel, run).zip(dy),
-            0,
-            #[inline(always)]
-            |_, x, dy| [dy * center.distance_from_high(x), dy],
-        );
-        [stats.along::<E::Acc>([along, sum]), sum]
+/// `dx`, with its channels first, from the means of `dy · x̂` and of `dy` of each channel.
+pub(crate) fn grad_input<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    batch: Batch<E>,
+    means: &[[f64; 2]],
+) -> Vec<E> {
+    let shape = batch.shape;
+    let per_job = channels_per_job(shape, R::CHANNELS);
+    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
+    // every sample.
+    unsafe {
+        fill_interleaved(shape.elements(), |dx| {
+            let jobs = means.chunks(per_job).enumerate();
+            let jobs = jobs.map(|(job, means)| PlanesInputGrad {
+                job: ChannelJob {
+                    batch,
+                    reader: reader(),
+                    first: job * per_job,
+                },
+                dx,
+                means,
+            });
+            par::run(shape.elements(), jobs);
+        })
     }
 }
 
-struct PlanesBackward<'a, E: Elem, R> {
+/// Some neighboring channels of a batch on their way backward.
+struct ChannelJob<'a, E: Elem, R> {
     batch: Batch<'a, E>,
     reader: R,
-    dx: Shared<'a, E>,
+    /// The first of them.
     first: usize,
-    dweight: &'a mut [f64],
-    dbias: &'a mut [f64],
+}
+
+/// The channels of a job that a reader with `R::CHANNELS` takes together, counted from its first.
+#[inline(always)]
+fn together<E: 'static, R: Reader<E>>(channels: usize) -> impl Iterator<Item = Range<usize>> {
+    let starts = (0..channels).step_by(R::CHANNELS);
+    starts.map(
+        #[inline(always)]
+        move |i| i..(i + R::CHANNELS).min(channels),
+    )
+}
+
+struct PlanesBackward<'a, E: Elem, R> {
+    job: ChannelJob<'a, E, R>,
+    dx: Shared<'a, E>,
+    sums: [&'a mut [f64]; 2],
+    wanted: Wanted,
 }
 
 impl<E: Elem, R: Reader<E>> Kernel for PlanesBackward<'_, E, R> {
@@ -227,49 +320,108 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesBackward<'_, E, R> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        for i in (0..self.dweight.len()).step_by(R::CHANNELS) {
-            let mine = i..(i + R::CHANNELS).min(self.dweight.len());
-            match self.batch.wanted {
+        let count = self.job.batch.shape.per_channel();
+        for mine in together::<E, R>(self.sums[0].len()) {
+            match self.wanted {
                 Wanted {
                     own: Some(center), ..
-                } => self.through_own(isa, mine, center),
-                Wanted { own: None, params } => self.through_given(isa, mine, params),
+                } => {
+                    self.job.add_sums(isa, mine.clone(), &mut self.sums);
+                    let [along, sum] = &self.sums;
+                    self.job.write_input_grad(
+                        isa,
+                        mine,
+                        self.dx,
+                        #[inline(always)]
+                        |i| [along[i] / count, if center { sum[i] / count } else { 0. }],
+                    );
+                }
+                Wanted { own: None, params } => {
+                    let sums = params.then_some(&mut self.sums);
+                    self.job.through_given(isa, mine, self.dx, sums);
+                }
             }
         }
     }
 }
 
-impl<E: Elem, R: Reader<E>> PlanesBackward<'_, E, R> {
-    /// The channels `mine` of this job, whose statistics move with `x`: first the sums, then the
-    /// gradient.
+struct PlanesGradSums<'a, E: Elem, R> {
+    job: ChannelJob<'a, E, R>,
+    sums: [&'a mut [f64]; 2],
+}
+
+impl<E: Elem, R: Reader<E>> Kernel for PlanesGradSums<'_, E, R> {
+    type Output = ();
+
     #[inline(always)]
-    fn through_own<I: Isa>(&mut self, isa: I, mine: Range<usize>, centered: bool) {
-        let shape = self.batch.shape;
-        for run in shape.runs() {
+    fn run<I: Isa>(mut self, isa: I) {
+        for mine in together::<E, R>(self.sums[0].len()) {
+            self.job.add_sums(isa, mine, &mut self.sums);
+        }
+    }
+}
+
+struct PlanesInputGrad<'a, E: Elem, R> {
+    job: ChannelJob<'a, E, R>,
+    dx: Shared<'a, E>,
+    means: &'a [[f64; 2]],
+}
+
+impl<E: Elem, R: Reader<E>> Kernel for PlanesInputGrad<'_, E, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        for mine in together::<E, R>(self.means.len()) {
+            self.job.write_input_grad(
+                isa,
+                mine,
+                self.dx,
+                #[inline(always)]
+                |i| self.means[i],
+            );
+        }
+    }
+}
+
+impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
+    /// Adds the sums of `dy · x̂` and of `dy` of the channels `mine` to those of the job.
+    #[inline(always)]
+    fn add_sums<I: Isa>(&mut self, isa: I, mine: Range<usize>, sums: &mut [&mut [f64]; 2]) {
+        for run in self.batch.shape.runs() {
             self.read(mine.clone(), &run);
             for i in mine.clone() {
-                self.add_sums(isa, i, &run);
+                self.add_run(isa, i, &run, sums);
             }
         }
+    }
+
+    /// Writes `dx` of the channels `mine` from the means of `dy · x̂` and of `dy` of each.
+    #[inline(always)]
+    fn write_input_grad<I: Isa>(
+        &mut self,
+        isa: I,
+        mine: Range<usize>,
+        dx: Shared<E>,
+        means: impl Fn(usize) -> [f64; 2],
+    ) {
+        let shape = self.batch.shape;
         for run in shape.runs() {
             self.read(mine.clone(), &run);
             for i in mine.clone() {
                 let channel = self.first + i;
                 let stats = self.batch.stats[channel];
                 let center = Center::<I, E::Acc>::new(isa, stats.mean);
-                let count = shape.per_channel();
-                let mean = if centered { self.dbias[i] / count } else { 0. };
-                let along = self.dweight[i] / count * stats.inv_std;
-                let scale = stats.inv_std * self.batch.weight_of(channel);
+                let [along, mean] = means(i);
                 let grad = InputGrad {
                     mean: splat::<I, _>(isa, E::Acc::from_f64(mean)),
-                    along: splat::<I, _>(isa, E::Acc::from_f64(along)),
-                    scale: splat::<I, _>(isa, E::Acc::from_f64(scale)),
+                    along: splat::<I, _>(isa, E::Acc::from_f64(along * stats.inv_std)),
+                    scale: splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel))),
                 };
                 let pairs = self.reader.slices(channel, &run);
                 let pairs = pairs.zip(shape.slices(self.batch.dy, channel, &run));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
-                let parts = unsafe { parts(self.dx, shape, channel, &run) };
+                let parts = unsafe { parts(dx, shape, channel, &run) };
                 for ((x, dy), dx) in pairs.zip(parts) {
                     map2(
                         isa,
@@ -284,23 +436,29 @@ impl<E: Elem, R: Reader<E>> PlanesBackward<'_, E, R> {
         }
     }
 
-    /// The channels `mine` of this job, whose statistics stay: all in one sweep.
+    /// Writes `dx` of the channels `mine`, whose statistics do not move with `x`, and adds their
+    /// sums in the same sweep.
     #[inline(always)]
-    fn through_given<I: Isa>(&mut self, isa: I, mine: Range<usize>, params: bool) {
+    fn through_given<I: Isa>(
+        &mut self,
+        isa: I,
+        mine: Range<usize>,
+        dx: Shared<E>,
+        mut sums: Option<&mut [&mut [f64]; 2]>,
+    ) {
         let shape = self.batch.shape;
         for run in shape.runs() {
-            if params {
+            if sums.is_some() {
                 self.read(mine.clone(), &run);
             }
             for i in mine.clone() {
-                if params {
-                    self.add_sums(isa, i, &run);
+                if let Some(sums) = &mut sums {
+                    self.add_run(isa, i, &run, sums);
                 }
                 let channel = self.first + i;
-                let scale = self.batch.stats[channel].inv_std * self.batch.weight_of(channel);
-                let scale = splat::<I, _>(isa, E::Acc::from_f64(scale));
+                let scale = splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel)));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
-                let parts = unsafe { parts(self.dx, shape, channel, &run) };
+                let parts = unsafe { parts(dx, shape, channel, &run) };
                 for (dy, dx) in shape.slices(self.batch.dy, channel, &run).zip(parts) {
                     map(
                         isa,
@@ -314,16 +472,34 @@ impl<E: Elem, R: Reader<E>> PlanesBackward<'_, E, R> {
         }
     }
 
+    /// What `dy` of a channel is multiplied by.
+    #[inline(always)]
+    fn scale(&self, channel: usize) -> f64 {
+        let weight = self.batch.weight.map_or(1., |w| w[channel].to_f64());
+        self.batch.stats[channel].inv_std * weight
+    }
+
     #[inline(always)]
     fn read(&mut self, mine: Range<usize>, run: &Run) {
         let channels = self.first + mine.start..self.first + mine.end;
         self.reader.read(channels, run);
     }
 
+    /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i`.
     #[inline(always)]
-    fn add_sums<I: Isa>(&mut self, isa: I, i: usize, run: &Run) {
-        let [along, sum] = self.batch.sums(isa, &self.reader, self.first + i, run);
-        self.dweight[i] += along;
-        self.dbias[i] += sum;
+    fn add_run<I: Isa>(&self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
+        let channel = self.first + i;
+        let stats = self.batch.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let dy = self.batch.shape.slices(self.batch.dy, channel, run);
+        let [along, sum] = run_sums2(
+            isa,
+            self.reader.slices(channel, run).zip(dy),
+            0,
+            #[inline(always)]
+            |_, x, dy| [dy * center.distance_from_high(x), dy],
+        );
+        sums[0][i] += stats.along::<E::Acc>([along, sum]);
+        sums[1][i] += sum;
     }
 }

@@ -7,7 +7,7 @@ use super::affine::{AffinePair, Normal};
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
 use super::grads::{Gradients, InputGrad};
-use super::loops::{ColumnValues, map, map2, store_tail, sums2, tail};
+use super::loops::{ColumnFactor, ColumnValues, map, map2, store_tail, sums2, tail};
 use super::moments::Moments;
 use super::par;
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Real, splat, zero};
@@ -342,7 +342,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, len) = (self.spec, self.spec.len);
         let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
-        let weight = ColumnFactor(self.weight.map(|w| ColumnValues::new(isa, w)));
+        let weight = ColumnFactor::new(isa, self.weight);
         let pairs = self
             .x
             .chunks(ROWS_BACKWARD * len)
@@ -369,21 +369,6 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
             sums.added(isa, stats.len());
         }
         sums.finish(isa);
-    }
-}
-
-/// The weight of each column, or one.
-#[derive(Clone, Copy)]
-struct ColumnFactor<'a, I: Isa, T: Real>(Option<ColumnValues<'a, I, T>>);
-
-impl<I: Isa, T: Real> ColumnFactor<'_, I, T> {
-    /// `v` times the weights of chunk `k`.
-    #[inline(always)]
-    fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
-        match &self.0 {
-            Some(weight) => v * weight.at(k),
-            None => v,
-        }
     }
 }
 

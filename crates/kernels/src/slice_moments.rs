@@ -34,6 +34,7 @@ impl Moments {
 struct OfRows<'a, E> {
     x: &'a [E],
     len: usize,
+    center: bool,
     moments: &'a mut [Moments],
 }
 
@@ -43,13 +44,16 @@ impl<E: Elem> Kernel for OfRows<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         for (x, moments) in self.x.chunks_exact(self.len).zip(self.moments) {
-            *moments = Moments::of(isa, x);
+            *moments = match self.center {
+                true => Moments::of(isa, x),
+                false => Moments::of_squares(isa, x),
+            };
         }
     }
 }
 
-/// The moments of each row of `len` elements.
-pub(crate) fn of_rows<E: Elem>(x: &[E], len: usize) -> Vec<Moments> {
+/// The moments of each row of `len` elements; about zero where they are not `center`ed.
+pub(crate) fn of_rows<E: Elem>(x: &[E], len: usize, center: bool) -> Vec<Moments> {
     let rows = x.len() / len;
     assert_eq!(x.len(), rows * len);
     let per_block = par::items_per_block(rows, len);
@@ -57,7 +61,12 @@ pub(crate) fn of_rows<E: Elem>(x: &[E], len: usize) -> Vec<Moments> {
     let blocks = x.chunks(per_block * len).zip(moments.chunks_mut(per_block));
     par::run(
         x.len(),
-        blocks.map(|(x, moments)| OfRows { x, len, moments }),
+        blocks.map(|(x, moments)| OfRows {
+            x,
+            len,
+            center,
+            moments,
+        }),
     );
     moments
 }

@@ -1,6 +1,5 @@
 //! What elements are normalized by.
 
-use super::loops::sums;
 use super::moments::{Mean, Moments, about_mean};
 use super::simd::{Elem, Isa, Real};
 
@@ -22,6 +21,13 @@ impl Stats {
         inv_std: 0.,
     };
 
+    /// Those that leave elements as they are.
+    pub(crate) const IDENTITY: Self = Self {
+        var: 1.,
+        inv_std: 1.,
+        ..Self::NONE
+    };
+
     /// Those of a mean and a biased variance.
     #[inline(always)]
     pub fn new(mean: Mean, var: f64, eps: f64) -> Self {
@@ -35,19 +41,11 @@ impl Stats {
     /// Those of a row: about its mean, or about zero if it is not `center`ed.
     #[inline(always)]
     pub(crate) fn of_row<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Self {
-        let (mean, var) = if center {
-            let moments = Moments::of(isa, x);
-            (moments.mean, moments.var())
-        } else {
-            let [squares] = sums(
-                isa,
-                x,
-                #[inline(always)]
-                |v| [v * v],
-            );
-            (Mean::default(), squares / x.len() as f64)
+        let moments = match center {
+            true => Moments::of(isa, x),
+            false => Moments::of_squares(isa, x),
         };
-        Self::new(mean, var, eps)
+        Self::new(moments.mean, moments.var(), eps)
     }
 
     /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
