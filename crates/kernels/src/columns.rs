@@ -141,15 +141,7 @@ pub(crate) fn forward<E: Elem>(
     let size = rows_per_block(shape.outer, width) * width;
     let stats: Vec<Stats> = match statistics {
         Statistics::Given(given) => given.to_vec(),
-        Statistics::Own { center, eps } => {
-            let moments = moments(x, shape, center).into_iter();
-            moments
-                .map(
-                    #[inline(always)]
-                    |m| Stats::new(m.mean, m.var(), eps),
-                )
-                .collect()
-        }
+        Statistics::Own { center, eps } => Stats::of_moments(&moments(x, shape, center), eps),
     };
     let factors = &Factors::<E::Acc>::new(shape, &stats, affine);
     let y = fill(x.len(), size, |y| {

@@ -188,7 +188,7 @@ kernels! {
 
     /// `y = x̂ · weight + bias`, by given statistics, or by none: scale and shift.
     fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
-        = spread::normalize::<Self>;
+        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false);
 
     /// The gradients of weight and bias of [`normalize`](Self::normalize), if `params` are wanted,
     /// and the sums that [`grad_input`](Self::grad_input) takes the means of.
@@ -198,7 +198,9 @@ kernels! {
         frame: Frame,
         weight: Option<&[Self::Acc]>,
         params: bool,
-    ) -> GradSums = spread::grad_sums::<Self>;
+    ) -> GradSums = |x, dy, frame, weight, params| {
+        spread::grad_sums::<Self, Self>(x, dy, frame, weight, params, false)
+    };
 
     /// The gradient of the input of [`normalize`](Self::normalize).
     ///
@@ -211,7 +213,7 @@ kernels! {
         frame: Frame,
         weight: Option<&[Self::Acc]>,
         means: Option<&[[f64; 2]]>,
-    ) -> Vec<Self> = spread::grad_input::<Self>;
+    ) -> Vec<Self> = spread::grad_input::<Self, Self>;
 
     /// `x`, which is `[outer, rows, columns]`, as `[outer, columns, rows]`.
     fn transposed(x: &[Self], dims: [usize; 3]) -> Vec<Self> = transpose::transposed::<Self>;

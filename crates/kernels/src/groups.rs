@@ -12,7 +12,9 @@ use super::loops::{ColumnValues, map, map2, sums2};
 use super::par;
 use super::shape::Shape;
 use super::simd::{Elem, Isa, Kernel, LANES, Real, splat};
+use super::spread::{Frame, NormalizedBy, Spread};
 use super::stats::Stats;
+use super::{slice_moments, spread};
 
 /// What is normalized by its own statistics.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +30,15 @@ pub struct GroupSpec {
 impl GroupSpec {
     fn channels_per_group(self) -> usize {
         self.shape.channels / self.num_groups
+    }
+
+    /// The tensor as a frame.
+    fn frame(self, stats: &[Stats]) -> Frame<'_> {
+        Frame {
+            shape: self.shape,
+            by: NormalizedBy::Groups(stats),
+            spread: Spread::Channel,
+        }
     }
 
     /// The elements of a group.
@@ -77,6 +88,11 @@ pub(crate) fn forward<E: Elem>(
     assert_eq!(x.len(), spec.shape.elements());
     assert!(affine.fits(spec.shape.channels));
     let rows = x.len() / len;
+    if par::divides(rows, len) {
+        let stats = Stats::of_moments(&slice_moments::of_rows(x, len, true), spec.eps);
+        let y = spread::normalize(x, spec.frame(&stats), affine, false);
+        return (y, stats);
+    }
     let per_block = par::items_per_block(rows, len);
     let size = per_block * len;
     let mut stats = vec![Stats::NONE; rows];
@@ -169,7 +185,17 @@ pub(crate) fn backward<E: Elem>(
     assert_eq!(x.len(), dy.len());
     assert_eq!(stats.len(), rows);
     assert!(weight.is_none_or(|w| w.len() == channels));
-    let per_block = par::items_per_block(rows, len);
+    if par::divides(rows, len) {
+        let frame = spec.frame(stats);
+        let sums = spread::grad_sums(x, dy, frame, weight, true, false);
+        let means = spread::means(&sums.sets, len as f64, true);
+        return Gradients {
+            dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
+            dweight: sums.dweight,
+            dbias: sums.dbias,
+        };
+    }
+    let per_block = par::items_per_summing_block(rows, len);
     let size = per_block * len;
     let spread = &spec.spread(weight);
     let mut partial = vec![0f64; 2 * channels * rows.div_ceil(per_block)];

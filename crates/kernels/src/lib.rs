@@ -39,6 +39,7 @@ mod transpose;
 mod affine;
 mod grads;
 mod readers;
+mod spread;
 
 mod columns;
 mod groups;
@@ -49,7 +50,6 @@ mod rows;
 mod weight;
 
 mod channels;
-mod spread;
 
 mod float;
 

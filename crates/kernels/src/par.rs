@@ -10,18 +10,40 @@ use super::simd::{Kernel, Level};
 /// Below this many elements the calling thread is done before another would have begun.
 const SERIAL: usize = 1 << 14;
 
-/// At most this many blocks, so that what they leave to be combined stays small.
-const BLOCKS: usize = 64;
+/// At most this many blocks: two for each core of a large machine.
+const BLOCKS: usize = 256;
+
+/// At most this many blocks with sums of their own, one for each core of a large machine, ..
+const SUMMING_BLOCKS: usize = 128;
+
+/// .. and more than this many only where each has many items, beside which its sums are small.
+const FEW_SUMMING_BLOCKS: usize = 64;
+const MANY_ITEMS: usize = 128;
 
 /// The least elements of a block.
 const BLOCK: usize = 1 << 12;
 
 /// How many of `count` items of `len` elements make a block.
 pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
-    count
-        .div_ceil(BLOCKS)
-        .max(BLOCK.div_ceil(len.max(1)))
-        .max(1)
+    let least = BLOCK.div_ceil(len.max(1)).max(1);
+    count.div_ceil(BLOCKS).max(least)
+}
+
+/// How many of `count` items of `len` elements make a block that leaves sums to be combined.
+pub(crate) fn items_per_summing_block(count: usize, len: usize) -> usize {
+    let least = BLOCK.div_ceil(len.max(1)).max(1);
+    let many = count.div_ceil(FEW_SUMMING_BLOCKS).min(MANY_ITEMS);
+    count.div_ceil(SUMMING_BLOCKS).max(many).max(least)
+}
+
+/// The elements of a part of a row, group or channel that is divided.
+pub(crate) const PART: usize = 1 << 14;
+
+/// Whether `count` rows, groups or channels of `len` elements are divided, each into parts of
+/// [`PART`] elements: where there are too few for the threads of a machine, and they are too long
+/// to stay in the cache from one pass to the next, or very few.
+pub(crate) fn divides(count: usize, len: usize) -> bool {
+    (count < 16 && len >= 1 << 18) || (count <= 4 && len >= 1 << 16)
 }
 
 /// Calls `f` with every job, in parallel where `elements`, what all of them touch, are worth it.

@@ -56,6 +56,39 @@ impl<E: Elem> Kernel for OfRows<'_, E> {
 pub(crate) fn of_rows<E: Elem>(x: &[E], len: usize, center: bool) -> Vec<Moments> {
     let rows = x.len() / len;
     assert_eq!(x.len(), rows * len);
+    if par::divides(rows, len) {
+        return of_divided_rows(x, len, center);
+    }
+    of_whole_rows(x, len, center)
+}
+
+/// Rows that are divided: the moments of all parts, merged in their order.
+fn of_divided_rows<E: Elem>(x: &[E], len: usize, center: bool) -> Vec<Moments> {
+    let parts: Vec<_> = x
+        .chunks(len)
+        .flat_map(|row| row.chunks(par::PART))
+        .collect();
+    let mut moments = vec![Moments::default(); parts.len()];
+    let jobs = parts.into_iter().zip(moments.chunks_mut(1));
+    let jobs = jobs.map(|(x, moments)| OfRows {
+        x,
+        len: x.len(),
+        center,
+        moments,
+    });
+    par::run(x.len(), jobs);
+    let rows = moments.chunks(len.div_ceil(par::PART));
+    rows.map(|parts| {
+        parts
+            .iter()
+            .copied()
+            .fold(Moments::default(), Moments::merge)
+    })
+    .collect()
+}
+
+fn of_whole_rows<E: Elem>(x: &[E], len: usize, center: bool) -> Vec<Moments> {
+    let rows = x.len() / len;
     let per_block = par::items_per_block(rows, len);
     let mut moments = vec![Moments::default(); rows];
     let blocks = x.chunks(per_block * len).zip(moments.chunks_mut(per_block));

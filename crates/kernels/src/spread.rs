@@ -63,6 +63,16 @@ pub enum NormalizedBy<'a> {
     Groups(&'a [Stats]),
 }
 
+impl NormalizedBy<'_> {
+    /// How many sets of statistics there are.
+    pub(crate) fn count(self) -> usize {
+        match self {
+            NormalizedBy::Nothing => 0,
+            NormalizedBy::Channels(stats) | NormalizedBy::Groups(stats) => stats.len(),
+        }
+    }
+}
+
 /// A tensor as [`Float::normalize`](super::Float::normalize) takes it.
 #[derive(Debug, Clone, Copy)]
 pub struct Frame<'a> {
@@ -108,10 +118,34 @@ struct Planes<'a> {
     each: bool,
     /// How often a value of the caller's stands in a slot, side by side.
     repeat: usize,
+    /// The elements of the pieces that a plane is divided into: all of it, if it is not.
+    piece: usize,
+}
+
+/// The parts of an output, block by block.
+type BlockParts<'p, T> = Box<dyn Iterator<Item = Part<'p, T>> + 'p>;
+
+/// The first element of a block: of a plane, or of a piece of one.
+#[derive(Debug, Clone, Copy)]
+struct Start {
+    plane: usize,
+    column: usize,
 }
 
 impl<'a> Planes<'a> {
     fn new(frame: Frame<'a>) -> Self {
+        let planes = Self::of_slots(frame);
+        let inner = planes.shape.inner;
+        Self {
+            piece: match par::divides(planes.count(), inner) {
+                true => par::PART,
+                false => inner,
+            },
+            ..planes
+        }
+    }
+
+    fn of_slots(frame: Frame<'a>) -> Self {
         let Frame { shape, by, spread } = frame;
         let (slots, each) = match spread {
             Spread::Column => (Slots::One, true),
@@ -126,6 +160,7 @@ impl<'a> Planes<'a> {
             slots,
             each,
             repeat: 1,
+            piece: shape.inner,
         };
         let groups = match by {
             NormalizedBy::Nothing => 1,
@@ -156,6 +191,46 @@ impl<'a> Planes<'a> {
     /// How many planes there are.
     fn count(self) -> usize {
         self.shape.outer * self.shape.channels
+    }
+
+    fn is_divided(self) -> bool {
+        self.piece < self.shape.inner
+    }
+
+    /// Lengths of what is cut into blocks, and of blocks: planes and pieces of them, or many planes
+    /// and the same.
+    fn lengths(self) -> [usize; 2] {
+        let inner = self.shape.inner;
+        if self.is_divided() {
+            return [inner, self.piece];
+        }
+        [par::items_per_block(self.count(), inner) * inner; 2]
+    }
+
+    /// The blocks of a tensor.
+    fn blocks<T>(self, x: &[T]) -> impl Iterator<Item = &[T]> {
+        let [whole, block] = self.lengths();
+        x.chunks(whole).flat_map(move |x| x.chunks(block))
+    }
+
+    /// Where each block starts.
+    fn starts(self) -> impl Iterator<Item = Start> {
+        let ([whole, block], inner) = (self.lengths(), self.shape.inner);
+        let len = self.shape.elements();
+        let wholes = (0..len).step_by(whole);
+        let starts = wholes.flat_map(move |at| (at..(at + whole).min(len)).step_by(block));
+        starts.map(move |at| Start {
+            plane: at / inner,
+            column: at % inner,
+        })
+    }
+
+    /// A tensor whose blocks `jobs` writes.
+    fn fill<T: Copy>(self, jobs: impl for<'p> FnOnce(BlockParts<'p, T>)) -> Vec<T> {
+        let [whole, block] = self.lengths();
+        fill(self.shape.elements(), whole, |wholes| {
+            jobs(Box::new(wholes.flat_map(move |part| part.divide(block))));
+        })
     }
 
     /// Which of the statistics a plane is normalized by.
@@ -191,6 +266,7 @@ impl<'a> Planes<'a> {
     fn planes_of_slots(self) -> Vec<StepBy<Range<usize>>> {
         let (count, channels) = (self.count(), self.shape.channels);
         match self.slots {
+            Slots::One if self.is_divided() => vec![(0..count).step_by(1)],
             Slots::One => {
                 let per_part = rows_per_block(count, self.shape.inner);
                 let starts = (0..count).step_by(per_part);
@@ -230,14 +306,13 @@ impl<'a> Planes<'a> {
         }
     }
 
-    /// The values of the slot of a plane, one for each column.
+    /// The values of the slot of a plane, one for each of `len` columns from the start on.
     #[inline(always)]
-    fn columns<T>(self, values: Option<&[T]>, plane: usize) -> Option<&[T]> {
-        let inner = self.shape.inner;
-        let start = self.slot(plane) * inner;
+    fn columns<T>(self, values: Option<&[T]>, start: Start, len: usize) -> Option<&[T]> {
+        let first = self.slot(start.plane) * self.shape.inner + start.column;
         values.map(
             #[inline(always)]
-            |values| &values[start..start + inner],
+            |values| &values[first..first + len],
         )
     }
 
@@ -264,8 +339,13 @@ fn check<T>(frame: Frame, elements: usize, params: [Option<&[T]>; 2]) {
     }
 }
 
-/// `y = x̂ · weight + bias`.
-pub(crate) fn normalize<E: Elem>(x: &[E], frame: Frame, affine: AffinePair<E::Acc>) -> Vec<E> {
+/// `y = x̂ · weight + bias`, with `x̂` rounded to the element first, if it is to be.
+pub(crate) fn normalize<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    frame: Frame,
+    affine: AffinePair<X::Acc>,
+    round: bool,
+) -> Vec<E> {
     check(frame, x.len(), [affine.weight, affine.bias]);
     let planes = Planes::new(frame);
     let (weight, bias) = (planes.in_slots(affine.weight), planes.in_slots(affine.bias));
@@ -273,60 +353,58 @@ pub(crate) fn normalize<E: Elem>(x: &[E], frame: Frame, affine: AffinePair<E::Ac
         weight: weight.as_deref(),
         bias: bias.as_deref(),
     };
-    let per_block = par::items_per_block(planes.count(), planes.shape.inner);
-    let size = per_block * planes.shape.inner;
-    fill(x.len(), size, |y| {
-        let blocks = x.chunks(size).zip(y).enumerate();
-        let blocks = blocks.map(|(block, (x, y))| SpreadNormalize {
+    planes.fill(|y| {
+        let blocks = planes.starts().zip(planes.blocks(x)).zip(y);
+        let blocks = blocks.map(|((start, x), y)| SpreadNormalize {
             x,
             y,
-            first: block * per_block,
+            start,
             planes,
             affine,
+            round,
         });
         par::run(x.len(), blocks);
     })
 }
 
-struct SpreadNormalize<'a, E: Elem> {
-    x: &'a [E],
+struct SpreadNormalize<'a, X: Elem, E> {
+    x: &'a [X],
     y: Part<'a, E>,
-    /// The first plane.
-    first: usize,
+    start: Start,
     planes: Planes<'a>,
-    affine: AffinePair<'a, E::Acc>,
+    affine: AffinePair<'a, X::Acc>,
+    round: bool,
 }
 
-impl<E: Elem> Kernel for SpreadNormalize<'_, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadNormalize<'_, X, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        let (planes, inner) = (self.planes, self.planes.shape.inner);
-        for (i, x) in self.x.chunks_exact(inner).enumerate() {
-            let plane = self.first + i;
-            let stats = planes.stats(plane);
+        let (planes, mut start) = (self.planes, self.start);
+        for x in self.x.chunks(planes.shape.inner) {
+            let stats = planes.stats(start.plane);
             if planes.each {
-                let normal = Normal::<I, E::Acc>::new(isa, stats);
+                let normal = Normal::<I, X::Acc>::new(isa, stats);
                 let [weight, bias] = [self.affine.weight, self.affine.bias].map(
                     #[inline(always)]
                     |values| {
-                        planes.columns(values, plane).map(
+                        planes.columns(values, start, x.len()).map(
                             #[inline(always)]
                             |values| ColumnValues::new(isa, values),
                         )
                     },
                 );
                 self.y.write(
-                    inner,
+                    x.len(),
                     #[inline(always)]
-                    |y| normal.write(isa, x, y, false, weight, bias),
+                    |y| normal.write(isa, x, y, self.round, weight, bias),
                 );
             } else {
-                let slot = planes.slot(plane);
-                let normal = ScaledNormal::<I, E::Acc>::new(isa, stats, self.affine, slot);
+                let slot = planes.slot(start.plane);
+                let normal = ScaledNormal::<I, X::Acc>::new(isa, stats, self.affine, slot);
                 self.y.write(
-                    inner,
+                    x.len(),
                     #[inline(always)]
                     |y| {
                         map(
@@ -339,53 +417,52 @@ impl<E: Elem> Kernel for SpreadNormalize<'_, E> {
                     },
                 );
             }
+            start.plane += 1;
         }
     }
 }
 
 /// The gradients of weight and bias, if `params` are wanted, and the sums that `grad_input` takes
-/// the means of.
-pub(crate) fn grad_sums<E: Elem>(
-    x: &[E],
+/// the means of. `round` is that of [`normalize`].
+pub(crate) fn grad_sums<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
     dy: &[E],
     frame: Frame,
-    weight: Option<&[E::Acc]>,
+    weight: Option<&[X::Acc]>,
     params: bool,
+    round: bool,
 ) -> GradSums {
     check(frame, x.len(), [weight, None]);
     assert!(dy.len() == x.len());
     let planes = Planes::new(frame);
     let weight = planes.in_slots(weight);
     let weight = weight.as_deref();
-    let sets = match frame.by {
-        NormalizedBy::Nothing => 0,
-        NormalizedBy::Channels(stats) | NormalizedBy::Groups(stats) => stats.len(),
-    };
     let mut all = GradSums {
         dweight: vec![],
         dbias: vec![],
-        sets: vec![[0.; 2]; sets],
+        sets: vec![[0.; 2]; frame.by.count()],
     };
     if params && planes.each {
-        [all.dweight, all.dbias] = column_grads(x, dy, planes).map(|sums| planes.of_values(sums));
+        [all.dweight, all.dbias] =
+            column_grads(x, dy, planes, round).map(|sums| planes.of_values(sums));
     } else if params {
         let count = frame.spread.count(frame.shape);
         (all.dweight, all.dbias) = (vec![0.; count], vec![0.; count]);
     }
     let from_planes = params && !planes.each;
-    if !from_planes && sets == 0 {
+    if !from_planes && all.sets.is_empty() {
         return all;
     }
-    for (plane, [along, sum]) in plane_sums(x, dy, planes, weight).into_iter().enumerate() {
+    let sums = plane_sums(x, dy, planes, weight);
+    for (plane, [along, sum]) in sums.into_iter().enumerate() {
         if from_planes {
             all.dweight[planes.slot(plane)] += along;
             all.dbias[planes.slot(plane)] += sum;
         }
         if let Some(set) = all.sets.get_mut(planes.set(plane)) {
-            let factor = if planes.each {
-                1.
-            } else {
-                planes.factor(weight, plane)
+            let factor = match planes.each {
+                true => 1.,
+                false => planes.factor(weight, plane),
             };
             set[0] += along * factor;
             set[1] += sum * factor;
@@ -395,52 +472,56 @@ pub(crate) fn grad_sums<E: Elem>(
 }
 
 /// The sums of `g · x̂` and of `g` of each plane; where a plane has one weight, without it.
-fn plane_sums<E: Elem>(
-    x: &[E],
+fn plane_sums<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
     dy: &[E],
     planes: Planes,
-    weight: Option<&[E::Acc]>,
+    weight: Option<&[X::Acc]>,
 ) -> Vec<[f64; 2]> {
-    let per_block = par::items_per_block(planes.count(), planes.shape.inner);
-    let size = per_block * planes.shape.inner;
-    let mut sums = vec![[0f64; 2]; planes.count()];
-    let pairs = x.chunks(size).zip(dy.chunks(size));
-    let blocks = pairs.zip(sums.chunks_mut(per_block)).enumerate();
-    let blocks = blocks.map(|(block, ((x, dy), sums))| SpreadPlaneSums {
+    let pieces = planes.shape.inner.div_ceil(planes.piece);
+    let per_block = planes.lengths()[1].div_ceil(planes.shape.inner);
+    let mut sums = vec![[0f64; 2]; planes.count() * pieces];
+    let pairs = planes.blocks(x).zip(planes.blocks(dy));
+    let blocks = planes.starts().zip(pairs).zip(sums.chunks_mut(per_block));
+    let blocks = blocks.map(|((start, (x, dy)), sums)| SpreadPlaneSums {
         x,
         dy,
-        first: block * per_block,
+        start,
         planes,
         weight,
         sums,
     });
     par::run(x.len(), blocks);
-    sums
+    let planes = sums.chunks(pieces);
+    let added = planes.map(|pieces| {
+        let add = |a: [f64; 2], b: &[f64; 2]| [a[0] + b[0], a[1] + b[1]];
+        pieces[1..].iter().fold(pieces[0], add)
+    });
+    added.collect()
 }
 
-struct SpreadPlaneSums<'a, E: Elem> {
-    x: &'a [E],
+struct SpreadPlaneSums<'a, X: Elem, E> {
+    x: &'a [X],
     dy: &'a [E],
-    /// The first plane.
-    first: usize,
+    start: Start,
     planes: Planes<'a>,
-    weight: Option<&'a [E::Acc]>,
+    weight: Option<&'a [X::Acc]>,
     sums: &'a mut [[f64; 2]],
 }
 
-impl<E: Elem> Kernel for SpreadPlaneSums<'_, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadPlaneSums<'_, X, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (planes, inner) = (self.planes, self.planes.shape.inner);
-        let pairs = self.x.chunks_exact(inner).zip(self.dy.chunks_exact(inner));
-        for (i, ((x, dy), sums)) in pairs.zip(self.sums).enumerate() {
-            let plane = self.first + i;
-            let stats = planes.stats(plane);
-            let normal = Normal::<I, E::Acc>::new(isa, stats);
+        let (planes, mut start) = (self.planes, self.start);
+        let inner = planes.shape.inner;
+        let pairs = self.x.chunks(inner).zip(self.dy.chunks(inner));
+        for ((x, dy), sums) in pairs.zip(self.sums) {
+            let stats = planes.stats(start.plane);
+            let normal = Normal::<I, X::Acc>::new(isa, stats);
             let weight = self.weight.filter(|_| planes.each);
-            let weight = ColumnFactor::new(isa, planes.columns(weight, plane));
+            let weight = ColumnFactor::new(isa, planes.columns(weight, start, x.len()));
             let [along, sum] = sums2(
                 isa,
                 x,
@@ -451,67 +532,89 @@ impl<E: Elem> Kernel for SpreadPlaneSums<'_, E> {
                     [g * normal.mean.distance_from_high(x), g]
                 },
             );
-            *sums = [stats.along::<E::Acc>([along, sum]), sum];
+            *sums = [stats.along::<X::Acc>([along, sum]), sum];
+            start.plane += 1;
         }
     }
 }
 
 /// The sums of `dy · x̂` and of `dy` of each column of each slot.
-fn column_grads<E: Elem>(x: &[E], dy: &[E], planes: Planes) -> [Vec<f64>; 2] {
-    let inner = planes.shape.inner;
+fn column_grads<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    dy: &[E],
+    planes: Planes,
+    round: bool,
+) -> [Vec<f64>; 2] {
+    let (inner, piece) = (planes.shape.inner, planes.piece);
     let slots = planes.planes_of_slots();
     let mut sums = vec![0f64; 2 * inner * slots.len()];
-    let per_job = par::items_per_block(slots.len(), x.len() / slots.len());
+    let (per_job, part) = match planes.is_divided() {
+        true => (1, 2 * piece),
+        false => {
+            let slots_per_job = par::items_per_block(slots.len(), x.len() / slots.len());
+            (slots_per_job, slots_per_job * 2 * inner)
+        }
+    };
     let jobs = slots
         .chunks(per_job)
         .zip(sums.chunks_mut(per_job * 2 * inner));
-    let jobs = jobs.map(|(slots, sums)| SpreadColumnSums {
-        x,
-        dy,
-        planes,
-        slots,
-        sums,
+    let jobs = jobs.flat_map(|(slots, sums)| {
+        let parts = sums.chunks_mut(part).enumerate();
+        parts.map(move |(i, sums)| SpreadColumnSums {
+            x,
+            dy,
+            planes,
+            slots,
+            columns: i * piece..(i * piece + piece).min(inner),
+            round,
+            sums,
+        })
     });
     par::run(x.len(), jobs);
-    if planes.slots == Slots::One {
+    if planes.slots == Slots::One && slots.len() > 1 {
         let mut dweight = combined(&sums, 2 * inner);
         let dbias = dweight.split_off(inner);
         return [dweight, dbias];
     }
     let (mut dweight, mut dbias) = (vec![], vec![]);
-    for sums in sums.chunks(2 * inner) {
-        let (along, sum) = sums.split_at(inner);
+    for sums in sums
+        .chunks(2 * inner)
+        .flat_map(|sums| sums.chunks(2 * piece))
+    {
+        let (along, sum) = sums.split_at(sums.len() / 2);
         dweight.extend_from_slice(along);
         dbias.extend_from_slice(sum);
     }
     [dweight, dbias]
 }
 
-struct SpreadColumnSums<'a, E> {
-    x: &'a [E],
+struct SpreadColumnSums<'a, X, E> {
+    x: &'a [X],
     dy: &'a [E],
     planes: Planes<'a>,
     slots: &'a [StepBy<Range<usize>>],
+    columns: Range<usize>,
+    round: bool,
     sums: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for SpreadColumnSums<'_, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadColumnSums<'_, X, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (planes, inner) = (self.planes, self.planes.shape.inner);
-        for (slot, sums) in self.slots.iter().zip(self.sums.chunks_mut(2 * inner)) {
-            let mut columns = ColumnSums::<I, E::Acc, 2>::new(isa, sums);
+        let (planes, width) = (self.planes, self.columns.len());
+        for (slot, sums) in self.slots.iter().zip(self.sums.chunks_mut(2 * width)) {
+            let mut columns = ColumnSums::<I, X::Acc, 2>::new(isa, sums);
             for plane in slot.clone() {
-                let normal = Normal::<I, E::Acc>::new(isa, planes.stats(plane));
-                let span = plane * inner..(plane + 1) * inner;
+                let normal = Normal::<I, X::Acc>::new(isa, planes.stats(plane));
+                let first = plane * planes.shape.inner + self.columns.start;
                 columns.add2(
                     isa,
-                    &self.x[span.clone()],
-                    &self.dy[span],
+                    &self.x[first..first + width],
+                    &self.dy[first..first + width],
                     #[inline(always)]
-                    |_, x, dy| [dy * normal.of(x), dy],
+                    |_, x, dy| [dy * normal.rounded::<E>(isa, x, self.round), dy],
                 );
             }
             columns.finish(isa);
@@ -519,34 +622,38 @@ impl<E: Elem> Kernel for SpreadColumnSums<'_, E> {
     }
 }
 
+/// The means of sums over `count` elements; the second is zero where the mean is not `center`ed.
+pub(crate) fn means(sums: &[[f64; 2]], count: f64, center: bool) -> Vec<[f64; 2]> {
+    let means = sums
+        .iter()
+        .map(|[along, sum]| [along / count, if center { sum / count } else { 0. }]);
+    means.collect()
+}
+
 /// `dx`, from the means of `g · x̂` and of `g` of each set, if its statistics move with `x`.
-pub(crate) fn grad_input<E: Elem>(
-    x: &[E],
+pub(crate) fn grad_input<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
     dy: &[E],
     frame: Frame,
-    weight: Option<&[E::Acc]>,
+    weight: Option<&[X::Acc]>,
     means: Option<&[[f64; 2]]>,
-) -> Vec<E> {
+) -> Vec<X> {
     check(frame, x.len(), [weight, None]);
     assert!(dy.len() == x.len());
-    let sets = match frame.by {
-        NormalizedBy::Nothing => 0,
-        NormalizedBy::Channels(stats) | NormalizedBy::Groups(stats) => stats.len(),
-    };
+    let sets = frame.by.count();
     assert!(means.is_none_or(|means| means.len() == sets));
     let means = means.filter(|_| sets > 0);
     let planes = Planes::new(frame);
     let weight = planes.in_slots(weight);
     let weight = weight.as_deref();
-    let per_block = par::items_per_block(planes.count(), planes.shape.inner);
-    let size = per_block * planes.shape.inner;
-    fill(x.len(), size, |dx| {
-        let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx).enumerate();
-        let blocks = blocks.map(|(block, ((x, dy), dx))| SpreadInputGrad {
+    planes.fill(|dx| {
+        let pairs = planes.blocks(x).zip(planes.blocks(dy));
+        let blocks = planes.starts().zip(pairs).zip(dx);
+        let blocks = blocks.map(|((start, (x, dy)), dx)| SpreadInputGrad {
             x,
             dy,
             dx,
-            first: block * per_block,
+            start,
             planes,
             weight,
             means,
@@ -555,38 +662,39 @@ pub(crate) fn grad_input<E: Elem>(
     })
 }
 
-struct SpreadInputGrad<'a, E: Elem> {
-    x: &'a [E],
+struct SpreadInputGrad<'a, X: Elem, E> {
+    x: &'a [X],
     dy: &'a [E],
-    dx: Part<'a, E>,
-    /// The first plane.
-    first: usize,
+    dx: Part<'a, X>,
+    start: Start,
     planes: Planes<'a>,
-    weight: Option<&'a [E::Acc]>,
+    weight: Option<&'a [X::Acc]>,
     means: Option<&'a [[f64; 2]]>,
 }
 
-impl<E: Elem> Kernel for SpreadInputGrad<'_, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadInputGrad<'_, X, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
-        let (planes, inner) = (self.planes, self.planes.shape.inner);
-        let pairs = self.x.chunks_exact(inner).zip(self.dy.chunks_exact(inner));
-        for (i, (x, dy)) in pairs.enumerate() {
-            let plane = self.first + i;
+        let (planes, mut start) = (self.planes, self.start);
+        let inner = planes.shape.inner;
+        let pairs = self.x.chunks(inner).zip(self.dy.chunks(inner));
+        for (x, dy) in pairs {
+            let plane = start.plane;
             let stats = planes.stats(plane);
-            let normal = Normal::<I, E::Acc>::new(isa, stats);
+            let normal = Normal::<I, X::Acc>::new(isa, stats);
             let weight = self.weight.filter(|_| planes.each);
-            let weight = ColumnFactor::new(isa, planes.columns(weight, plane));
+            let weight = ColumnFactor::new(isa, planes.columns(weight, start, x.len()));
             let factor = match planes.each {
                 true => 1.,
                 false => planes.factor(self.weight, plane),
             };
+            start.plane += 1;
             let Some(means) = self.means else {
-                let scale = splat::<I, _>(isa, E::Acc::from_f64(stats.inv_std * factor));
+                let scale = splat::<I, _>(isa, X::Acc::from_f64(stats.inv_std * factor));
                 self.dx.write(
-                    inner,
+                    x.len(),
                     #[inline(always)]
                     |dx| {
                         map(
@@ -602,13 +710,13 @@ impl<E: Elem> Kernel for SpreadInputGrad<'_, E> {
             };
             let [along, mean] = means[planes.set(plane)];
             let grad = InputGrad {
-                mean: splat::<I, _>(isa, E::Acc::from_f64(mean)),
-                along: splat::<I, _>(isa, E::Acc::from_f64(along)),
+                mean: splat::<I, _>(isa, X::Acc::from_f64(mean)),
+                along: splat::<I, _>(isa, X::Acc::from_f64(along)),
                 scale: normal.inv_std,
             };
-            let factor = splat::<I, _>(isa, E::Acc::from_f64(factor));
+            let factor = splat::<I, _>(isa, X::Acc::from_f64(factor));
             self.dx.write(
-                inner,
+                x.len(),
                 #[inline(always)]
                 |dx| {
                     map2(
@@ -622,5 +730,43 @@ impl<E: Elem> Kernel for SpreadInputGrad<'_, E> {
                 },
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks(outer: usize, channels: usize, inner: usize) -> usize {
+        let planes = Planes::new(Frame {
+            shape: Shape {
+                outer,
+                channels,
+                inner,
+            },
+            by: NormalizedBy::Nothing,
+            spread: Spread::Channel,
+        });
+        let starts: Vec<_> = planes.starts().collect();
+        let x = vec![0u8; outer * channels * inner];
+        assert_eq!(planes.blocks(&x).count(), starts.len());
+        let elements = starts.iter().map(|at| at.plane * inner + at.column);
+        assert!(elements.is_sorted());
+        starts.len()
+    }
+
+    #[test]
+    fn a_machine_of_many_cores_has_work() {
+        assert!(blocks(1, 1, 1 << 23) >= 128);
+        assert!(blocks(1, 3, 1 << 20) >= 128);
+        assert!(blocks(32, 3, 224 * 224) >= 96);
+        assert!(blocks(1, 256, 56 * 56) >= 128);
+        assert!(blocks(512, 64, 7 * 7) >= 128);
+    }
+
+    #[test]
+    fn small_tensors_are_few_blocks() {
+        assert_eq!(blocks(1, 1, 4096), 1);
+        assert_eq!(blocks(4, 1, 768), 1);
     }
 }

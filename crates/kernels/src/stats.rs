@@ -48,6 +48,15 @@ impl Stats {
         Self::new(moments.mean, moments.var(), eps)
     }
 
+    /// Those of each of some moments.
+    pub(crate) fn of_moments(moments: &[Moments], eps: f64) -> Vec<Self> {
+        let stats = moments.iter().map(
+            #[inline(always)]
+            |m| Self::new(m.mean, m.var(), eps),
+        );
+        stats.collect()
+    }
+
     /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
     #[inline(always)]
     pub(crate) fn along<T: Real>(self, [about_high, sum]: [f64; 2]) -> f64 {

@@ -252,6 +252,23 @@ fn shapes() -> impl Iterator<Item = Shape> {
     })
 }
 
+/// Shapes of which rows, groups or channels are divided among threads.
+fn divided() -> impl Iterator<Item = Shape> {
+    [
+        (1, 2, 70_001),
+        (2, 3, 50_001),
+        (3, 1, 65_549),
+        (700, 2, 130),
+        (9, 2, 33_000),
+    ]
+    .into_iter()
+    .map(|(outer, channels, inner)| Shape {
+        outer,
+        channels,
+        inner,
+    })
+}
+
 fn ways(shape: Shape) -> Vec<By> {
     let groups = (1..=shape.channels).filter(|groups| shape.channels.is_multiple_of(*groups));
     let groups = groups.map(By::Groups);
@@ -265,7 +282,7 @@ fn ways(shape: Shape) -> Vec<By> {
 const FORMS: [[bool; 2]; 4] = [[true, true], [true, false], [false, true], [false, false]];
 
 fn every_spread<T: Number>() {
-    for (case, shape) in shapes().enumerate() {
+    for (case, shape) in shapes().chain(divided().take(3)).enumerate() {
         let n = shape.outer * shape.channels * shape.inner;
         let (x, dy) = (noise::<T>(n, 1, 0.5), noise::<T>(n, 2, 0.));
         let (x64, dy64) = (wide(&x), wide(&dy));
@@ -333,7 +350,7 @@ fn channel_passes<T: Number>() {
         channels: 37,
         inner: 211,
     };
-    for shape in shapes().chain([large]) {
+    for shape in shapes().chain([large]).chain(divided()) {
         let n = shape.outer * shape.channels * shape.inner;
         let dy = noise::<T>(n, 2, 0.);
         let weight = noise::<T::Acc>(shape.channels, 3, 1.);
@@ -446,7 +463,7 @@ fn halves_of_a_batch_are_normalized_by_their_joint_moments() {
 }
 
 fn row_and_group_passes<T: Number>() {
-    for shape in shapes() {
+    for shape in shapes().chain(divided()) {
         let n = shape.outer * shape.channels * shape.inner;
         let (x, dy) = (noise::<T>(n, 1, 30.), noise::<T>(n, 2, 0.));
 
@@ -591,12 +608,13 @@ fn same_bits<T: Number>() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
         pool.build().expect("threads")
     });
-    for (outer, channels, inner) in [(3, 4, 1), (257, 33, 5), (5, 37, 211), (2, 3, 9001)] {
-        let shape = Shape {
-            outer,
-            channels,
-            inner,
-        };
+    let undivided = [(3, 4, 1), (257, 33, 5), (5, 37, 211), (2, 3, 9001)];
+    let undivided = undivided.map(|(outer, channels, inner)| Shape {
+        outer,
+        channels,
+        inner,
+    });
+    for shape in undivided.into_iter().chain(divided()) {
         let run = || everything::<T>(shape);
         let want = pools[0]
             .install(|| Level::Baseline.force(run))
