@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::graph::recorder::{self, Handle};
-pub use crate::kernels::simd::Level;
+pub use crate::kernels::Level;
 use crate::ops;
 use crate::support::messages;
 

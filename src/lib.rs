@@ -106,6 +106,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+use candle_norm_kernels as kernels;
+
 mod backend;
 mod computations;
 pub mod gradcheck;
@@ -118,8 +120,6 @@ pub mod guide;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;
-#[allow(unsafe_code)] // and nowhere else: lanes, threads and uncleared buffers need it
-mod kernels;
 mod layers;
 mod models;
 pub mod nn;

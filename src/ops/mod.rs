@@ -27,6 +27,7 @@ pub use group_norm::group_norm;
 pub use instance_norm::instance_norm;
 pub(crate) use instance_norm::instance_norm_by;
 pub(crate) use moments::columns;
+#[doc(inline)]
 pub use moments::{Moments, moments};
 pub(crate) use row_norm::{RowNorm, row_norm};
 pub use row_norm::{layer_norm, rms_norm};

@@ -3,62 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::check;
-use crate::kernels::moments::Mean;
-pub use crate::kernels::moments::Moments;
-use crate::kernels::slice_moments;
-
-impl Moments {
-    /// The moments of `values`.
-    ///
-    /// ```
-    /// use candle_norm::ops::Moments;
-    ///
-    /// let whole = Moments::of_values(&[1., 2., 4., 9.]);
-    /// assert_eq!((whole.count(), whole.mean(), whole.var()), (4., 4., 9.5));
-    /// let parts = Moments::of_values(&[1., 2.]).merge(Moments::of_values(&[4., 9.]));
-    /// assert_eq!(parts, whole);
-    /// ```
-    pub fn of_values(values: &[f64]) -> Self {
-        slice_moments::of_slice(values)
-    }
-
-    /// How many values.
-    pub fn count(self) -> f64 {
-        self.count
-    }
-
-    /// The mean.
-    pub fn mean(self) -> f64 {
-        self.mean.high
-    }
-
-    /// What [`mean`](Self::mean) was rounded by.
-    pub fn mean_error(self) -> f64 {
-        self.mean.low
-    }
-
-    /// The sum of the squared distances from the mean.
-    pub fn m2(self) -> f64 {
-        self.m2
-    }
-
-    /// The variance by n − 1 in place of n, which is NaN for one value.
-    pub fn unbiased_var(self) -> f64 {
-        self.m2.max(0.) / (self.count - 1.)
-    }
-
-    /// Moments from what [`count`](Self::count), [`mean`](Self::mean), [`mean_error`](Self::mean_error) and [`m2`](Self::m2) returned.
-    pub fn from_parts(count: f64, mean: f64, mean_error: f64, m2: f64) -> Self {
-        Self {
-            count,
-            mean: Mean {
-                high: mean,
-                low: mean_error,
-            },
-            m2,
-        }
-    }
-}
+pub use crate::kernels::Moments;
 
 /// The moments of each feature of `x`, in `f64` whatever the dtype.
 ///

@@ -5,11 +5,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source};
-use crate::kernels::affine::Affine;
-use crate::kernels::channels;
-use crate::kernels::grads::Wanted;
-use crate::kernels::shape::{Order, Shape};
-use crate::kernels::stats::{self, Stats};
+use crate::kernels::{self, AffinePair, Order, Shape, Stats, Wanted};
 
 impl From<ChannelAxes> for Shape {
     fn from(axes: ChannelAxes) -> Self {
@@ -56,13 +52,13 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
 impl Channels {
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
         let given: Vec<Stats>;
         let statistics = match &self.source {
-            Source::Own { center } => stats::Statistics::Own {
+            Source::Own { center } => kernels::Statistics::Own {
                 center: *center,
                 eps: self.eps,
             },
@@ -71,11 +67,11 @@ impl Channels {
                 given = channels
                     .map(|(mean, var)| Stats::new(mean.into(), var, self.eps))
                     .collect();
-                stats::Statistics::Given(&given)
+                kernels::Statistics::Given(&given)
             }
         };
         let (x, order) = input::<T>(args.x)?;
-        let (y, saved) = channels::forward(x, order, self.axes.into(), affine, statistics);
+        let (y, saved) = T::channels_forward(x, order, self.axes.into(), affine, statistics);
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
@@ -87,7 +83,7 @@ impl Channels {
         from: Backward<CpuStorage, Vec<Stats>>,
     ) -> Result<Gradients<CpuStorage>> {
         let weight = parameter(from.weight)?;
-        let (x, dy) = (input::<T>(from.x)?, elements(from.dy)?);
+        let ((x, order), dy) = (input::<T>(from.x)?, elements(from.dy)?);
         let wanted = Wanted {
             own: match self.source {
                 Source::Own { center } => Some(center),
@@ -95,8 +91,8 @@ impl Channels {
             },
             params: from.params,
         };
-        let shape = self.axes.into();
-        let grads = channels::backward(x, dy, shape, weight.as_deref(), from.saved, wanted);
+        let (shape, weight) = (self.axes.into(), weight.as_deref());
+        let grads = T::channels_backward(x, order, dy, shape, weight, from.saved, wanted);
         Ok(stored(grads, from.params))
     }
 }

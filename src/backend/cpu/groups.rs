@@ -5,9 +5,7 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Gradients, Groups};
-use crate::kernels::affine::Affine;
-use crate::kernels::groups::{self, GroupSpec};
-use crate::kernels::stats::Stats;
+use crate::kernels::{AffinePair, GroupSpec, Stats};
 
 impl Groups {
     fn spec(&self) -> GroupSpec {
@@ -20,11 +18,11 @@ impl Groups {
 
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let (y, saved) = groups::forward::<T>(elements(args.x)?, affine, self.spec());
+        let (y, saved) = T::groups_forward(elements(args.x)?, affine, self.spec());
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
@@ -37,7 +35,7 @@ impl Groups {
     ) -> Result<Gradients<CpuStorage>> {
         let weight = parameter(from.weight)?;
         let (x, dy) = (elements(from.x)?, elements(from.dy)?);
-        let grads = groups::backward::<T>(x, dy, weight.as_deref(), from.saved, self.spec());
+        let grads = T::groups_backward(x, dy, weight.as_deref(), from.saved, self.spec());
         Ok(stored(grads, from.params))
     }
 }

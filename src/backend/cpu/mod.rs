@@ -14,7 +14,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Result, WithDType};
 
 use super::{Backend, View};
-use crate::kernels::simd::{Elem, Plain, Real};
+use crate::computations::Gradients;
+use crate::kernels::{self, Float};
 use crate::support::messages;
 
 /// The fused kernels of the CPU.
@@ -33,12 +34,12 @@ impl Arg<'_> {
 }
 
 /// An element type that both candle and the kernels know.
-trait Native: WithDType + Elem<Acc: Accumulator> + Plain {}
-impl<T: WithDType + Elem<Acc: Accumulator> + Plain> Native for T {}
+trait Native: WithDType + Float<Acc: Accumulator> {}
+impl<T: WithDType + Float<Acc: Accumulator>> Native for T {}
 
 /// The type that the kernels compute in.
-trait Accumulator: Real + WithDType {}
-impl<T: Real + WithDType> Accumulator for T {}
+trait Accumulator: WithDType + Float<Acc = Self> {}
+impl<T: WithDType + Float<Acc = T>> Accumulator for T {}
 
 /// Runs `$body` with `$t` as the element type of dtype `$dtype`.
 macro_rules! with_native {
@@ -79,15 +80,15 @@ fn widened<'a, A: Accumulator>(arg: Arg<'a>) -> Result<Cow<'a, [A]>> {
     Ok(match arg.storage {
         CpuStorage::F16(_) => elements::<half::f16>(arg)?
             .iter()
-            .map(|v| Real::from_f64(v.to_f64()))
+            .map(|v| A::from_f64(v.to_f64()))
             .collect(),
         CpuStorage::BF16(_) => elements::<half::bf16>(arg)?
             .iter()
-            .map(|v| Real::from_f64(v.to_f64()))
+            .map(|v| A::from_f64(v.to_f64()))
             .collect(),
         CpuStorage::F32(_) if A::DTYPE == DType::F64 => elements::<f32>(arg)?
             .iter()
-            .map(|v| Real::from_f64(f64::from(*v)))
+            .map(|v| A::from_f64(f64::from(*v)))
             .collect(),
         _ => Cow::Borrowed(elements::<A>(arg)?),
     })
@@ -99,12 +100,9 @@ fn parameter<'a, A: Accumulator>(arg: Option<Arg<'a>>) -> Result<Option<Cow<'a, 
 }
 
 /// Gradients of the kernels as storages; those of parameters only where they were asked for.
-fn stored<T: WithDType>(
-    grads: crate::kernels::grads::Gradients<T>,
-    params: bool,
-) -> crate::computations::Gradients<CpuStorage> {
+fn stored<T: WithDType>(grads: kernels::Gradients<T>, params: bool) -> Gradients<CpuStorage> {
     let stored = |grad| params.then_some(CpuStorage::F64(grad));
-    crate::computations::Gradients {
+    Gradients {
         dx: T::to_cpu_storage_owned(grads.dx),
         dweight: stored(grads.dweight),
         dbias: stored(grads.dbias),

@@ -1,20 +1,15 @@
 //! The moments of planes as outputs.
 
-use candle_core::{CpuStorage, Result};
+use candle_core::{CpuStorage, Result, WithDType};
 
 use super::{Arg, Cpu, Native, elements, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Gradients, PlaneMoments};
-use crate::kernels::affine::Affine;
-use crate::kernels::channels;
-use crate::kernels::shape::{Order, Shape};
-use crate::kernels::simd::Real;
-use crate::kernels::slice_moments;
-use crate::kernels::stats::{Statistics, Stats};
+use crate::kernels::{AffinePair, Order, Shape, Statistics, Stats};
 
 impl PlaneMoments {
     fn forward_of<T: Native>(&self, x: Arg) -> Result<Forward<CpuStorage, Vec<f64>>> {
-        let moments = slice_moments::of_rows::<T>(elements(x)?, self.len);
+        let moments = T::row_moments(elements(x)?, self.len, true);
         let means: Vec<f64> = moments.iter().map(|m| m.mean()).collect();
         let vars = moments.iter().map(|m| m.var());
         let y = means.iter().copied().chain(vars).collect();
@@ -32,11 +27,11 @@ impl PlaneMoments {
         let (means, dy) = (from.saved, elements::<f64>(from.dy)?);
         let scaled = |grads: &[f64], factor: f64| -> Vec<T::Acc> {
             let scaled = grads.iter().map(|d| d * (factor / self.len as f64));
-            scaled.map(T::Acc::from_f64).collect()
+            scaled.map(<T::Acc as WithDType>::from_f64).collect()
         };
         let (dmean, dvar) = dy.split_at(means.len());
         let (shift, scale) = (scaled(dmean, 1.), scaled(dvar, 2.));
-        let affine = Affine {
+        let affine = AffinePair {
             weight: Some(&scale),
             bias: Some(&shift),
         };
@@ -50,7 +45,7 @@ impl PlaneMoments {
         };
         let x = elements::<T>(from.x)?;
         let order = Order::ChannelsFirst;
-        let (dx, _) = channels::forward(x, order, shape, affine, Statistics::Given(&given));
+        let (dx, _) = T::channels_forward(x, order, shape, affine, Statistics::Given(&given));
         Ok(Gradients {
             dx: T::to_cpu_storage_owned(dx),
             dweight: None,

@@ -7,10 +7,7 @@ use candle_core::{CpuStorage, Result, WithDType};
 use super::{Accumulator, Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{AddOn, Added, Backward, Forward, On};
 use crate::computations::{Args, Cast, Gradients, Rows};
-use crate::kernels::affine::Affine;
-use crate::kernels::rows::{self, RowSpec};
-use crate::kernels::simd::{Elem, Real};
-use crate::kernels::stats::Stats;
+use crate::kernels::{AffinePair, RowSpec, Stats};
 
 impl Rows {
     fn spec(&self) -> RowSpec {
@@ -26,7 +23,7 @@ impl Rows {
     fn factor<'a, A: Accumulator>(&self, weight: Option<Arg<'a>>) -> Result<Option<Cow<'a, [A]>>> {
         let mut weight = parameter::<A>(weight)?;
         if let (Some(weight), true) = (&mut weight, self.offset != 0.) {
-            let offset: A = Real::from_f64(self.offset);
+            let offset = A::from_f64(self.offset);
             for w in weight.to_mut() {
                 *w += offset;
             }
@@ -36,26 +33,34 @@ impl Rows {
 
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (self.factor(args.weight)?, parameter(args.bias)?);
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let (y, saved) = rows::forward::<T>(elements(args.x)?, affine, self.spec());
+        let (y, saved) = T::rows_forward(elements(args.x)?, affine, self.spec());
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
         })
     }
 
-    fn backward_of<X: Native, T: Native<Acc = X::Acc>>(
+    fn backward_of<T: Native>(
         &self,
         from: Backward<CpuStorage, Vec<Stats>>,
     ) -> Result<Gradients<CpuStorage>> {
+        let Backward { saved, params, .. } = from;
         let weight = self.factor(from.weight)?;
-        let (x, dy) = (elements::<X>(from.x)?, elements::<T>(from.dy)?);
+        let (weight, dy) = (weight.as_deref(), elements::<T>(from.dy)?);
         let spec = self.spec();
-        let grads = rows::backward(x, dy, weight.as_deref(), from.saved, spec, from.params);
-        Ok(stored(grads, from.params))
+        if from.x.dtype() == self.output {
+            let x = elements(from.x)?;
+            let grads = T::rows_backward(x, dy, weight, saved, spec, params);
+            Ok(stored(grads, params))
+        } else {
+            let x = elements(from.x)?;
+            let grads = T::rows_backward_unrounded(x, dy, weight, saved, spec, params);
+            Ok(stored(grads, params))
+        }
     }
 
     fn add_forward_of<T: Native>(
@@ -64,12 +69,12 @@ impl Rows {
         residual: Arg,
     ) -> Result<Added<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (self.factor(args.weight)?, parameter(args.bias)?);
-        let affine = Affine {
+        let affine = AffinePair {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
         let (x, residual) = (elements::<T>(args.x)?, elements(residual)?);
-        let added = rows::add_forward(x, residual, affine, self.spec());
+        let added = T::rows_add_forward(x, residual, affine, self.spec());
         let is_rounded = T::DTYPE != <T::Acc as WithDType>::DTYPE;
         Ok(Added {
             sum: <T::Acc as WithDType>::to_cpu_storage_owned(added.sum),
@@ -90,11 +95,7 @@ impl On<Cpu> for Rows {
     }
 
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
-        let rounded = from.x.dtype() == self.output;
-        with_native!(self.output, self.layer, T => match rounded {
-            true => self.backward_of::<T, T>(from),
-            false => self.backward_of::<<T as Elem>::Acc, T>(from),
-        })
+        with_native!(self.output, self.layer, T => self.backward_of::<T>(from))
     }
 }
 

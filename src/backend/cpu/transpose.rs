@@ -5,13 +5,13 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, elements, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Computation, Gradients, Transpose};
-use crate::kernels::transpose;
 
 fn transposed(x: Arg) -> Result<CpuStorage> {
     let (a, b, c) = x.layout.shape().dims3()?;
     with_native!(x.dtype(), Transpose.layer(), T => {
         use candle_core::WithDType;
-        Ok(T::to_cpu_storage_owned(transpose::transposed(elements::<T>(x)?, [a, b, c])))
+        use crate::kernels::Float;
+        Ok(T::to_cpu_storage_owned(T::transposed(elements::<T>(x)?, [a, b, c])))
     })
 }
 

@@ -5,12 +5,12 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, Native, elements, widened, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Computation, Gradients, WeightRows, argument};
-use crate::kernels::weight::{self, Length};
+use crate::kernels::Length;
 
 impl WeightRows {
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Length>>> {
         let g = widened::<T::Acc>(argument(self, args.weight)?)?;
-        let (w, saved) = weight::forward::<T>(elements(args.x)?, &g, self.len);
+        let (w, saved) = T::weight_forward(elements(args.x)?, &g, self.len);
         Ok(Forward {
             y: T::to_cpu_storage_owned(w),
             saved,
@@ -23,7 +23,7 @@ impl WeightRows {
     ) -> Result<Gradients<CpuStorage>> {
         let g = widened::<T::Acc>(argument(self, from.weight)?)?;
         let (v, dw) = (elements::<T>(from.x)?, elements(from.dy)?);
-        let (dv, dg) = weight::backward(v, dw, &g, from.saved, self.len);
+        let (dv, dg) = T::weight_backward(v, dw, &g, from.saved, self.len);
         Ok(Gradients {
             dx: T::to_cpu_storage_owned(dv),
             dweight: from.params.then_some(CpuStorage::F64(dg)),

@@ -7,15 +7,18 @@ use super::simd::LANES;
 
 /// The three axes of a contiguous tensor with channels.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Shape {
-    pub(crate) outer: usize,
-    pub(crate) channels: usize,
-    pub(crate) inner: usize,
+pub struct Shape {
+    /// Samples.
+    pub outer: usize,
+    /// Channels of a sample.
+    pub channels: usize,
+    /// Elements of a channel of a sample, its plane.
+    pub inner: usize,
 }
 
 /// How the elements of a batch lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Order {
+pub enum Order {
     /// `[outer, channels, inner]`.
     ChannelsFirst,
     /// `[outer, inner, channels]`; for [planes](Shape::has_planes) only.
@@ -49,7 +52,7 @@ impl Shape {
     }
 
     /// Whether a channel has as many neighbors in memory as there are lanes.
-    pub(crate) fn has_planes(self) -> bool {
+    pub fn has_planes(self) -> bool {
         self.inner >= LANES
     }
 

@@ -8,7 +8,7 @@ use super::simd::{Elem, Isa, Kernel, Real, Vector, splat};
 /// The length of a row after `scale`, a power of two that keeps its squares from over- and
 /// underflow.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Length {
+pub struct Length {
     norm: f64,
     scale: f64,
 }

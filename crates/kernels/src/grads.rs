@@ -4,21 +4,25 @@ use std::ops::{Mul, Sub};
 
 /// The gradients of a layer: of the input, and, as far as they are wanted, of weight and bias in
 /// `f64`.
-pub(crate) struct Gradients<E> {
-    pub(crate) dx: Vec<E>,
-    pub(crate) dweight: Vec<f64>,
-    pub(crate) dbias: Vec<f64>,
+#[derive(Debug, Clone)]
+pub struct Gradients<E> {
+    /// Of the input.
+    pub dx: Vec<E>,
+    /// Of the weight.
+    pub dweight: Vec<f64>,
+    /// Of the bias.
+    pub dbias: Vec<f64>,
 }
 
 /// What the backward of a batch accounts for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
+pub struct Wanted {
     /// Whether the statistics are the batch's own, which move with `x`, and then whether the mean
     /// is among them.
-    pub(crate) own: Option<bool>,
+    pub own: Option<bool>,
     /// Whether anybody wants the gradients of weight or bias; statistics of the batch need these
     /// sums anyway.
-    pub(crate) params: bool,
+    pub params: bool,
 }
 
 /// `dx = scale · (g − mean − normal · along)`.

@@ -3,37 +3,44 @@
 
 use std::mem::MaybeUninit;
 
-use super::affine::{Affine, Normal};
+use super::affine::{AffinePair, Normal};
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
 use super::grads::{Gradients, InputGrad};
-use super::loops::{ColumnValues, map, map2, store_tail, sums2, tail};
+use super::loops::{ColumnFactor, ColumnValues, map, map2, store_tail, sums2, tail};
 use super::moments::Moments;
 use super::par;
+use super::shape::Shape;
 use super::simd::{Elem, Isa, Kernel, LANES, Lanes, Real, splat, zero};
+use super::spread::{Frame, NormalizedBy, Spread};
 use super::stats::Stats;
+use super::{slice_moments, spread};
 
 /// What layer norm and RMS norm differ in.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RowSpec {
+pub struct RowSpec {
     /// The length of a row.
-    pub(crate) len: usize,
+    pub len: usize,
     /// Subtract the mean.
-    pub(crate) center: bool,
-    pub(crate) eps: f64,
+    pub center: bool,
+    /// Added to the variance.
+    pub eps: f64,
     /// Round the normalized value to the element before it is multiplied by the weight.
-    pub(crate) round_first: bool,
+    pub round_first: bool,
 }
 
 /// `y` for all rows of `x`, and what they were normalized by.
 pub(crate) fn forward<E: Elem>(
     x: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: RowSpec,
 ) -> (Vec<E>, Vec<Stats>) {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert!(affine.fits(spec.len));
+    if par::divides(rows, spec.len) {
+        return forward_divided(x, affine, spec);
+    }
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
     let mut stats = vec![Stats::NONE; rows];
@@ -48,6 +55,31 @@ pub(crate) fn forward<E: Elem>(
         });
         par::run(x.len(), blocks);
     });
+    (y, stats)
+}
+
+/// Rows as a frame.
+fn frame(stats: &[Stats], len: usize) -> Frame<'_> {
+    Frame {
+        shape: Shape {
+            outer: stats.len(),
+            channels: 1,
+            inner: len,
+        },
+        by: NormalizedBy::Groups(stats),
+        spread: Spread::Column,
+    }
+}
+
+/// [`forward`] of rows that are divided among threads, pass by pass.
+fn forward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    affine: AffinePair<X::Acc>,
+    spec: RowSpec,
+) -> (Vec<E>, Vec<Stats>) {
+    let moments = slice_moments::of_rows(x, spec.len, spec.center);
+    let stats = Stats::of_moments(&moments, spec.eps);
+    let y = spread::normalize(x, frame(&stats, spec.len), affine, spec.round_first);
     (y, stats)
 }
 
@@ -66,7 +98,7 @@ struct RowsForward<'a, E: Elem> {
     x: &'a [E],
     y: Part<'a, E>,
     stats: &'a mut [Stats],
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
 }
 
@@ -92,7 +124,7 @@ struct Normalizer<'a, I: Isa, T: Real> {
 
 impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     #[inline(always)]
-    fn new(isa: I, affine: Affine<'a, T>, spec: RowSpec) -> Self {
+    fn new(isa: I, affine: AffinePair<'a, T>, spec: RowSpec) -> Self {
         Self {
             weight: affine.weight.map(
                 #[inline(always)]
@@ -164,23 +196,26 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     }
 }
 
-/// What [`add_forward`] gives of all rows.
-pub(crate) struct Added<E: Elem> {
-    /// Before it is rounded to the element.
-    pub(crate) sum: Vec<E::Acc>,
-    /// Empty where there is nothing to be rounded.
-    pub(crate) rounded: Vec<E>,
-    pub(crate) y: Vec<E>,
-    pub(crate) stats: Vec<Stats>,
+/// A sum and its norm.
+#[derive(Debug, Clone)]
+pub struct Added<E, A> {
+    /// The sum before it is rounded to the element.
+    pub sum: Vec<A>,
+    /// The sum; empty where there is nothing to be rounded.
+    pub rounded: Vec<E>,
+    /// The normalized sum.
+    pub y: Vec<E>,
+    /// What each row was normalized by.
+    pub stats: Vec<Stats>,
 }
 
 /// `x + residual`, and [`forward`] of that sum, row by row.
 pub(crate) fn add_forward<E: Elem>(
     x: &[E],
     residual: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: RowSpec,
-) -> Added<E> {
+) -> Added<E, E::Acc> {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert_eq!(x.len(), residual.len());
@@ -188,6 +223,16 @@ pub(crate) fn add_forward<E: Elem>(
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
     let rounds = size_of::<E>() != size_of::<E::Acc>();
+    if par::divides(rows, spec.len) {
+        let (sum, rounded) = added(x, residual, rounds);
+        let (y, stats) = forward_divided(&sum, affine, spec);
+        return Added {
+            sum,
+            rounded,
+            y,
+            stats,
+        };
+    }
     let mut stats = vec![Stats::NONE; rows];
     let (mut y, mut rounded) = (vec![], vec![]);
     let sum = fill(x.len(), size, |sum| {
@@ -218,6 +263,81 @@ pub(crate) fn add_forward<E: Elem>(
     }
 }
 
+/// `x + residual`, and the same rounded to the element if it `rounds`.
+fn added<E: Elem>(x: &[E], residual: &[E], rounds: bool) -> (Vec<E::Acc>, Vec<E>) {
+    let mut rounded = vec![];
+    let sum = fill(x.len(), par::PART, |sum| {
+        let len = if rounds { x.len() } else { 0 };
+        rounded = fill(len, par::PART, |mut rounded| {
+            let inputs = x.chunks(par::PART).zip(residual.chunks(par::PART));
+            let blocks = inputs.zip(sum).map(|((x, residual), sum)| Add {
+                x,
+                residual,
+                sum,
+                rounded: rounded.next(),
+            });
+            par::run(x.len(), blocks);
+        });
+    });
+    (sum, rounded)
+}
+
+struct Add<'a, E: Elem> {
+    x: &'a [E],
+    residual: &'a [E],
+    sum: Part<'a, E::Acc>,
+    /// The sum rounded to the element, if that is another type.
+    rounded: Option<Part<'a, E>>,
+}
+
+impl<E: Elem> Kernel for Add<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let len = self.x.len();
+        self.sum.write(
+            len,
+            #[inline(always)]
+            |sum| write_sum(isa, [self.x, self.residual], sum, self.rounded.as_mut()),
+        );
+    }
+}
+
+/// Writes a sum, and the same rounded to the element.
+#[inline(always)]
+fn write_sum<'o, E: Elem, I: Isa>(
+    isa: I,
+    [x, residual]: [&[E]; 2],
+    sum: &'o mut [MaybeUninit<E::Acc>],
+    rounded: Option<&mut Part<E>>,
+) -> &'o mut [E::Acc] {
+    let sum = map2(
+        isa,
+        x,
+        residual,
+        sum,
+        #[inline(always)]
+        |_, x, residual| x + residual,
+    );
+    if let Some(rounded) = rounded {
+        rounded.write(
+            x.len(),
+            #[inline(always)]
+            |rounded| {
+                map(
+                    isa,
+                    &*sum,
+                    rounded,
+                    #[inline(always)]
+                    |_, sum| sum,
+                )
+            },
+        );
+    }
+    sum
+}
+
 struct AddedRowsForward<'a, E: Elem> {
     x: &'a [E],
     residual: &'a [E],
@@ -226,7 +346,7 @@ struct AddedRowsForward<'a, E: Elem> {
     rounded: Option<Part<'a, E>>,
     y: Part<'a, E>,
     stats: &'a mut [Stats],
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
 }
 
@@ -246,29 +366,7 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
                 len,
                 #[inline(always)]
                 |sum| {
-                    let sum = map2(
-                        isa,
-                        x,
-                        residual,
-                        sum,
-                        #[inline(always)]
-                        |_, x, residual| x + residual,
-                    );
-                    if let Some(rounded) = &mut self.rounded {
-                        rounded.write(
-                            len,
-                            #[inline(always)]
-                            |rounded| {
-                                map(
-                                    isa,
-                                    &*sum,
-                                    rounded,
-                                    #[inline(always)]
-                                    |_, sum| sum,
-                                )
-                            },
-                        );
-                    }
+                    let sum = write_sum(isa, [x, residual], sum, self.rounded.as_mut());
                     *stats = norm.row(isa, &*sum, &mut self.y);
                     sum
                 },
@@ -291,6 +389,9 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     assert_eq!(x.len(), stats.len() * len);
     assert_eq!(x.len(), dy.len());
     assert!(weight.is_none_or(|w| w.len() == len));
+    if par::divides(stats.len(), len) {
+        return backward_divided(x, dy, weight, stats, spec, params);
+    }
     let per_block = if params {
         rows_per_block(stats.len(), len)
     } else {
@@ -319,6 +420,25 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     Gradients { dx, dweight, dbias }
 }
 
+/// [`backward`] of rows that are divided among threads, pass by pass.
+fn backward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    dy: &[E],
+    weight: Option<&[X::Acc]>,
+    stats: &[Stats],
+    spec: RowSpec,
+    params: bool,
+) -> Gradients<X> {
+    let frame = frame(stats, spec.len);
+    let sums = spread::grad_sums(x, dy, frame, weight, params, spec.round_first);
+    let means = spread::means(&sums.sets, spec.len as f64, spec.center);
+    Gradients {
+        dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
+        dweight: sums.dweight,
+        dbias: sums.dbias,
+    }
+}
+
 struct RowsBackward<'a, X: Elem, E> {
     x: &'a [X],
     dy: &'a [E],
@@ -338,7 +458,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, len) = (self.spec, self.spec.len);
         let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
-        let weight = ColumnFactor(self.weight.map(|w| ColumnValues::new(isa, w)));
+        let weight = ColumnFactor::new(isa, self.weight);
         let pairs = self
             .x
             .chunks(ROWS_BACKWARD * len)
@@ -365,21 +485,6 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
             sums.added(isa, stats.len());
         }
         sums.finish(isa);
-    }
-}
-
-/// The weight of each column, or one.
-#[derive(Clone, Copy)]
-struct ColumnFactor<'a, I: Isa, T: Real>(Option<ColumnValues<'a, I, T>>);
-
-impl<I: Isa, T: Real> ColumnFactor<'_, I, T> {
-    /// `v` times the weights of chunk `k`.
-    #[inline(always)]
-    fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
-        match &self.0 {
-            Some(weight) => v * weight.at(k),
-            None => v,
-        }
     }
 }
 

@@ -9,19 +9,27 @@ use super::stats::Stats;
 
 /// The weight and bias of each column or channel, in the accumulator's precision.
 #[derive(Debug)]
-pub(crate) struct Affine<'a, T> {
-    pub(crate) weight: Option<&'a [T]>,
-    pub(crate) bias: Option<&'a [T]>,
+pub struct AffinePair<'a, T> {
+    /// The factors; none is one everywhere.
+    pub weight: Option<&'a [T]>,
+    /// The summands; none is zero everywhere.
+    pub bias: Option<&'a [T]>,
 }
 
-impl<T> Clone for Affine<'_, T> {
+impl<T> Clone for AffinePair<'_, T> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<T> Copy for Affine<'_, T> {}
+impl<T> Copy for AffinePair<'_, T> {}
 
-impl<T> Affine<'_, T> {
+impl<T> AffinePair<'_, T> {
+    /// Neither weight nor bias.
+    pub const NONE: Self = Self {
+        weight: None,
+        bias: None,
+    };
+
     /// Whether weight and bias, as far as there are any, have `len` values.
     pub(crate) fn fits(&self, len: usize) -> bool {
         let params = [self.weight, self.bias].into_iter().flatten();
@@ -116,7 +124,7 @@ pub(crate) struct ScaledNormal<I: Isa, T: Real> {
 
 impl<I: Isa, T: Real> ScaledNormal<I, T> {
     #[inline(always)]
-    pub(crate) fn new(isa: I, stats: Stats, affine: Affine<T>, channel: usize) -> Self {
+    pub(crate) fn new(isa: I, stats: Stats, affine: AffinePair<T>, channel: usize) -> Self {
         let weight = affine.weight.map_or(1., |w| w[channel].to_f64());
         Self {
             center: Center::new(isa, stats.mean),

@@ -4,7 +4,7 @@
 //! The tensor is taken as rows of `channels · inner` columns. Lanes run along the columns, sums
 //! down the rows; columns of one channel are merged at the end.
 
-use super::affine::Affine;
+use super::affine::AffinePair;
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
 use super::grads::{Gradients, InputGrad, Wanted};
@@ -34,7 +34,7 @@ struct Factors<T> {
 }
 
 impl<T: Real> Factors<T> {
-    fn new(shape: Shape, stats: &[Stats], affine: Affine<T>) -> Self {
+    fn new(shape: Shape, stats: &[Stats], affine: AffinePair<T>) -> Self {
         let weight = |c: usize| affine.weight.map_or(1., |w| w[c].to_f64());
         Self {
             high: per_column(shape, |c| parts::<T>(stats[c].mean).0.to_f64()),
@@ -85,12 +85,8 @@ impl<I: Isa, T: Real> FactorLanes<'_, I, T> {
     }
 }
 
-/// What each channel is normalized by: what is given, or what `x` gives.
-fn channel_stats<E: Elem>(x: &[E], shape: Shape, statistics: Statistics) -> Vec<Stats> {
-    let (center, eps) = match statistics {
-        Statistics::Given(given) => return given.to_vec(),
-        Statistics::Own { center, eps } => (center, eps),
-    };
+/// The moments of each channel; about zero where they are not `center`ed.
+pub(crate) fn moments<E: Elem>(x: &[E], shape: Shape, center: bool) -> Vec<Moments> {
     let width = shape.channels * shape.inner;
     let per_block = rows_per_block(shape.outer, width);
     let mut blocks = vec![Moments::default(); shape.outer.div_ceil(per_block) * width];
@@ -99,12 +95,7 @@ fn channel_stats<E: Elem>(x: &[E], shape: Shape, statistics: Statistics) -> Vec<
         x.len(),
         jobs.map(|(x, moments)| ColumnMoments { x, moments, center }),
     );
-    let moments = merged(&blocks, shape);
-    let stats = moments.iter().map(
-        #[inline(always)]
-        |m| Stats::new(m.mean, m.var(), eps),
-    );
-    stats.collect()
+    merged(&blocks, shape)
 }
 
 /// The moments of each channel, from those that each block has of its columns.
@@ -143,12 +134,15 @@ fn merged(blocks: &[Moments], shape: Shape) -> Vec<Moments> {
 pub(crate) fn forward<E: Elem>(
     x: &[E],
     shape: Shape,
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
     let width = shape.channels * shape.inner;
     let size = rows_per_block(shape.outer, width) * width;
-    let stats = channel_stats(x, shape, statistics);
+    let stats: Vec<Stats> = match statistics {
+        Statistics::Given(given) => given.to_vec(),
+        Statistics::Own { center, eps } => Stats::of_moments(&moments(x, shape, center), eps),
+    };
     let factors = &Factors::<E::Acc>::new(shape, &stats, affine);
     let y = fill(x.len(), size, |y| {
         let blocks = x.chunks(size).zip(y);
@@ -273,37 +267,91 @@ pub(crate) fn backward<E: Elem>(
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
+    let Some(center) = wanted.own else {
+        return through_given(x, dy, shape, weight, stats, wanted.params);
+    };
+    let [dweight, dbias] = grad_sums(x, dy, shape, stats);
+    let count = shape.per_channel();
+    let means = dweight.iter().zip(&dbias);
+    let means: Vec<_> = means
+        .map(|(along, sum)| [along / count, if center { sum / count } else { 0. }])
+        .collect();
+    let dx = grad_input(x, dy, shape, weight, stats, &means);
+    Gradients { dx, dweight, dbias }
+}
+
+/// The gradients through statistics that do not move with `x`: all in one sweep.
+fn through_given<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+    params: bool,
+) -> Gradients<E> {
     let width = shape.channels * shape.inner;
     let per_block = rows_per_block(shape.outer, width);
     let size = per_block * width;
-    let factors = &Factors::<E::Acc>::new(shape, stats, Affine { weight, bias: None });
-    let mut blocks = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
+    let factors = &Factors::<E::Acc>::new(shape, stats, AffinePair { weight, bias: None });
+    let mut sums = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
+    let dx = fill(x.len(), size, |dx| {
+        let pairs = x.chunks(size).zip(dy.chunks(size));
+        let blocks = pairs.zip(sums.chunks_mut(2 * width)).zip(dx);
+        let blocks = blocks.map(|(((x, dy), sums), dx)| ColumnsGivenBackward {
+            sums: ColumnGradSums {
+                x,
+                dy,
+                factors,
+                sums,
+            },
+            dx,
+            params,
+        });
+        par::run(x.len(), blocks);
+    });
+    let [dweight, dbias] = per_channel::<E::Acc>(shape, stats, &sums);
+    Gradients { dx, dweight, dbias }
+}
+
+/// The sums of `dy · x̂` and of `dy` of each channel.
+pub(crate) fn grad_sums<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    shape: Shape,
+    stats: &[Stats],
+) -> [Vec<f64>; 2] {
+    let width = shape.channels * shape.inner;
+    let per_block = rows_per_block(shape.outer, width);
+    let size = per_block * width;
+    let factors = &Factors::<E::Acc>::new(shape, stats, AffinePair::NONE);
+    let mut sums = vec![0f64; 2 * shape.outer.div_ceil(per_block) * width];
     let pairs = x.chunks(size).zip(dy.chunks(size));
-    let sums = pairs.zip(blocks.chunks_mut(2 * width));
-    let sums = sums.map(|((x, dy), sums)| ColumnGradSums {
+    let blocks = pairs.zip(sums.chunks_mut(2 * width));
+    let blocks = blocks.map(|((x, dy), sums)| ColumnGradSums {
         x,
         dy,
         factors,
         sums,
     });
-    let Some(center) = wanted.own else {
-        let dx = fill(x.len(), size, |dx| {
-            let blocks = sums.zip(dx).map(|(sums, dx)| ColumnsGivenBackward {
-                sums,
-                dx,
-                params: wanted.params,
-            });
-            par::run(x.len(), blocks);
-        });
-        let [dweight, dbias] = per_channel::<E::Acc>(shape, stats, &blocks);
-        return Gradients { dx, dweight, dbias };
-    };
-    par::run(x.len(), sums);
-    let [dweight, dbias] = per_channel::<E::Acc>(shape, stats, &blocks);
-    let count = shape.per_channel();
-    let mean = &per_column(shape, |c| if center { dbias[c] / count } else { 0. });
-    let along = &per_column(shape, |c| dweight[c] / count * stats[c].inv_std);
-    let dx = fill(x.len(), size, |dx| {
+    par::run(x.len(), blocks);
+    per_channel::<E::Acc>(shape, stats, &sums)
+}
+
+/// `dx` from the means of `dy · x̂` and of `dy` of each channel.
+pub(crate) fn grad_input<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+    means: &[[f64; 2]],
+) -> Vec<E> {
+    let width = shape.channels * shape.inner;
+    let size = rows_per_block(shape.outer, width) * width;
+    let factors = &Factors::<E::Acc>::new(shape, stats, AffinePair { weight, bias: None });
+    let along = &per_column(shape, |c| means[c][0] * stats[c].inv_std);
+    let mean = &per_column(shape, |c| means[c][1]);
+    fill(x.len(), size, |dx| {
         let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx);
         let blocks = blocks.map(|((x, dy), dx)| ColumnsInputGrad {
             x,
@@ -314,8 +362,7 @@ pub(crate) fn backward<E: Elem>(
             along,
         });
         par::run(x.len(), blocks);
-    });
-    Gradients { dx, dweight, dbias }
+    })
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel, from those that each block has of its

@@ -5,26 +5,40 @@
 //! Planes too short for lanes take the weight and bias of every column of a group from an array
 //! instead.
 
-use super::affine::{Affine, Normal, ScaledNormal};
+use super::affine::{AffinePair, Normal, ScaledNormal};
 use super::buffer::{Part, fill};
 use super::grads::{Gradients, InputGrad};
 use super::loops::{ColumnValues, map, map2, sums2};
 use super::par;
 use super::shape::Shape;
 use super::simd::{Elem, Isa, Kernel, LANES, Real, splat};
+use super::spread::{Frame, NormalizedBy, Spread};
 use super::stats::Stats;
+use super::{slice_moments, spread};
 
 /// What is normalized by its own statistics.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct GroupSpec {
-    pub(crate) shape: Shape,
-    pub(crate) num_groups: usize,
-    pub(crate) eps: f64,
+pub struct GroupSpec {
+    /// The axes of the tensor.
+    pub shape: Shape,
+    /// How many groups the channels of a sample make.
+    pub num_groups: usize,
+    /// Added to the variance.
+    pub eps: f64,
 }
 
 impl GroupSpec {
     fn channels_per_group(self) -> usize {
         self.shape.channels / self.num_groups
+    }
+
+    /// The tensor as a frame.
+    fn frame(self, stats: &[Stats]) -> Frame<'_> {
+        Frame {
+            shape: self.shape,
+            by: NormalizedBy::Groups(stats),
+            spread: Spread::Channel,
+        }
     }
 
     /// The elements of a group.
@@ -67,13 +81,18 @@ impl GroupSpec {
 /// `y`, and what each group was normalized by.
 pub(crate) fn forward<E: Elem>(
     x: &[E],
-    affine: Affine<E::Acc>,
+    affine: AffinePair<E::Acc>,
     spec: GroupSpec,
 ) -> (Vec<E>, Vec<Stats>) {
     let len = spec.len();
     assert_eq!(x.len(), spec.shape.elements());
     assert!(affine.fits(spec.shape.channels));
     let rows = x.len() / len;
+    if par::divides(rows, len) {
+        let stats = Stats::of_moments(&slice_moments::of_rows(x, len, true), spec.eps);
+        let y = spread::normalize(x, spec.frame(&stats), affine, false);
+        return (y, stats);
+    }
     let per_block = par::items_per_block(rows, len);
     let size = per_block * len;
     let mut stats = vec![Stats::NONE; rows];
@@ -104,7 +123,7 @@ struct GroupsForward<'a, E: Elem> {
     stats: &'a mut [Stats],
     /// The first group.
     first: usize,
-    affine: Affine<'a, E::Acc>,
+    affine: AffinePair<'a, E::Acc>,
     weight: &'a [E::Acc],
     bias: &'a [E::Acc],
     spec: GroupSpec,
@@ -166,7 +185,17 @@ pub(crate) fn backward<E: Elem>(
     assert_eq!(x.len(), dy.len());
     assert_eq!(stats.len(), rows);
     assert!(weight.is_none_or(|w| w.len() == channels));
-    let per_block = par::items_per_block(rows, len);
+    if par::divides(rows, len) {
+        let frame = spec.frame(stats);
+        let sums = spread::grad_sums(x, dy, frame, weight, true, false);
+        let means = spread::means(&sums.sets, len as f64, true);
+        return Gradients {
+            dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
+            dweight: sums.dweight,
+            dbias: sums.dbias,
+        };
+    }
+    let per_block = par::items_per_summing_block(rows, len);
     let size = per_block * len;
     let spread = &spec.spread(weight);
     let mut partial = vec![0f64; 2 * channels * rows.div_ceil(per_block)];

@@ -65,6 +65,29 @@ impl<'a, I: Isa, T: Real> ColumnValues<'a, I, T> {
     }
 }
 
+/// A factor for each column, or one.
+#[derive(Clone, Copy)]
+pub(crate) struct ColumnFactor<'a, I: Isa, T: Real>(Option<ColumnValues<'a, I, T>>);
+
+impl<'a, I: Isa, T: Real> ColumnFactor<'a, I, T> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, values: Option<&'a [T]>) -> Self {
+        Self(values.map(
+            #[inline(always)]
+            |v| ColumnValues::new(isa, v),
+        ))
+    }
+
+    /// `v` times the factors of chunk `k`.
+    #[inline(always)]
+    pub(crate) fn times(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
+        match &self.0 {
+            Some(factor) => v * factor.at(k),
+            None => v,
+        }
+    }
+}
+
 /// `out = f(k, x)` for each chunk `k` of `x` and for its tail.
 #[inline(always)]
 pub(crate) fn map<'o, E: Elem, O: Elem<Acc = E::Acc>, I: Isa>(

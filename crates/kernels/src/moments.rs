@@ -1,15 +1,17 @@
 //! Mean and variance, in two passes over a run that stays in cache; runs are merged as Chan, Golub
 //! and LeVeque do.
 
-use super::loops::{RUN, run_sums};
+use super::loops::{RUN, run_sums, sums};
 use super::simd::{Elem, Isa, Lanes, Real, splat};
 
 /// A mean in two numbers, of which the second is what the first was rounded by: twice the precision
 /// of `f64`, and so of every accumulator.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Mean {
-    pub(crate) high: f64,
-    pub(crate) low: f64,
+pub struct Mean {
+    /// The mean, rounded.
+    pub high: f64,
+    /// What `high` leaves of it.
+    pub low: f64,
 }
 
 impl Mean {
@@ -59,6 +61,22 @@ impl Moments {
             all = all.merge(Self::of_run(isa, run.len(), || std::iter::once(run)));
         }
         all
+    }
+
+    /// The moments about zero of a slice of any length: the variance is then the mean square.
+    #[inline(always)]
+    pub(crate) fn of_squares<E: Elem, I: Isa>(isa: I, x: &[E]) -> Self {
+        let [m2] = sums(
+            isa,
+            x,
+            #[inline(always)]
+            |v| [v * v],
+        );
+        Self {
+            count: x.len() as f64,
+            mean: Mean::default(),
+            m2,
+        }
     }
 
     /// The moments of slices of together `count` elements, about [`RUN`] of them.
@@ -134,6 +152,44 @@ impl Moments {
         Self {
             count: count as f64,
             mean: Mean::default(),
+            m2,
+        }
+    }
+
+    /// How many values.
+    pub fn count(self) -> f64 {
+        self.count
+    }
+
+    /// The mean.
+    pub fn mean(self) -> f64 {
+        self.mean.high
+    }
+
+    /// What [`mean`](Self::mean) was rounded by.
+    pub fn mean_error(self) -> f64 {
+        self.mean.low
+    }
+
+    /// The sum of the squared distances from the mean.
+    pub fn m2(self) -> f64 {
+        self.m2
+    }
+
+    /// The variance by n − 1 in place of n, which is NaN for one value.
+    pub fn unbiased_var(self) -> f64 {
+        self.m2.max(0.) / (self.count - 1.)
+    }
+
+    /// Moments from what [`count`](Self::count), [`mean`](Self::mean),
+    /// [`mean_error`](Self::mean_error) and [`m2`](Self::m2) returned.
+    pub fn from_parts(count: f64, mean: f64, mean_error: f64, m2: f64) -> Self {
+        Self {
+            count,
+            mean: Mean {
+                high: mean,
+                low: mean_error,
+            },
             m2,
         }
     }

@@ -127,17 +127,17 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
 
     /// Adds `f(k, x, y)` for each chunk `k` of two rows.
     #[inline(always)]
-    pub(crate) fn add2<E: Elem<Acc = T>>(
+    pub(crate) fn add2<E: Elem<Acc = T>, F: Elem<Acc = T>>(
         &mut self,
         isa: I,
         x: &[E],
-        y: &[E],
+        y: &[F],
         f: impl Fn(usize, Lanes<I, T>, Lanes<I, T>) -> [Lanes<I, T>; N],
     ) {
         let (whole, rest) = self.chunks.split_at_mut(self.totals.len() / N / LANES);
         let chunks = x.as_chunks().0.iter().zip(y.as_chunks().0);
         for ((k, sums), (x, y)) in whole.iter_mut().enumerate().zip(chunks) {
-            *sums = plus::<I, T, N>(*sums, f(k, E::load(isa, x), E::load(isa, y)));
+            *sums = plus::<I, T, N>(*sums, f(k, E::load(isa, x), F::load(isa, y)));
         }
         for sums in rest {
             *sums = plus::<I, T, N>(*sums, f(whole.len(), tail(isa, x), tail(isa, y)));
@@ -198,7 +198,7 @@ pub(crate) fn whole_chunks<const R: usize, E>(rows: &[E], width: usize) -> [&[[E
 /// combining these costs little beside forming them.
 pub(crate) fn rows_per_block(rows: usize, width: usize) -> usize {
     let enough = ROWS_PER_RUN.min(rows.div_ceil(4));
-    par::items_per_block(rows, width)
+    par::items_per_summing_block(rows, width)
         .max(enough)
         .next_multiple_of(4)
 }

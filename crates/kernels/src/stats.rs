@@ -1,16 +1,17 @@
 //! What elements are normalized by.
 
-use super::loops::sums;
 use super::moments::{Mean, Moments, about_mean};
 use super::simd::{Elem, Isa, Real};
 
 /// What a row, group or channel is normalized by.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stats {
-    pub(crate) mean: Mean,
-    /// Biased; the mean square where the mean is not subtracted.
-    pub(crate) var: f64,
-    pub(crate) inv_std: f64,
+pub struct Stats {
+    /// The mean; zero where it is not subtracted.
+    pub mean: Mean,
+    /// The biased variance; the mean square where the mean is not subtracted.
+    pub var: f64,
+    /// `1 / √(var + ε)`.
+    pub inv_std: f64,
 }
 
 impl Stats {
@@ -20,8 +21,16 @@ impl Stats {
         inv_std: 0.,
     };
 
+    /// Those that leave elements as they are.
+    pub(crate) const IDENTITY: Self = Self {
+        var: 1.,
+        inv_std: 1.,
+        ..Self::NONE
+    };
+
+    /// Those of a mean and a biased variance.
     #[inline(always)]
-    pub(crate) fn new(mean: Mean, var: f64, eps: f64) -> Self {
+    pub fn new(mean: Mean, var: f64, eps: f64) -> Self {
         Self {
             mean,
             var,
@@ -32,19 +41,20 @@ impl Stats {
     /// Those of a row: about its mean, or about zero if it is not `center`ed.
     #[inline(always)]
     pub(crate) fn of_row<E: Elem, I: Isa>(isa: I, x: &[E], center: bool, eps: f64) -> Self {
-        let (mean, var) = if center {
-            let moments = Moments::of(isa, x);
-            (moments.mean, moments.var())
-        } else {
-            let [squares] = sums(
-                isa,
-                x,
-                #[inline(always)]
-                |v| [v * v],
-            );
-            (Mean::default(), squares / x.len() as f64)
+        let moments = match center {
+            true => Moments::of(isa, x),
+            false => Moments::of_squares(isa, x),
         };
-        Self::new(mean, var, eps)
+        Self::new(moments.mean, moments.var(), eps)
+    }
+
+    /// Those of each of some moments.
+    pub(crate) fn of_moments(moments: &[Moments], eps: f64) -> Vec<Self> {
+        let stats = moments.iter().map(
+            #[inline(always)]
+            |m| Self::new(m.mean, m.var(), eps),
+        );
+        stats.collect()
     }
 
     /// `Σ w · x̂` from `Σ w · (x − high)` and `Σ w`.
@@ -56,9 +66,14 @@ impl Stats {
 
 /// Where the statistics of the channels of a batch come from.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Statistics<'a> {
+pub enum Statistics<'a> {
     /// The batch, those of each channel, about their means or about zero.
-    Own { center: bool, eps: f64 },
+    Own {
+        /// Subtract the mean.
+        center: bool,
+        /// Added to the variance.
+        eps: f64,
+    },
     /// The caller, one for each channel.
     Given(&'a [Stats]),
 }

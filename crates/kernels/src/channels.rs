@@ -1,0 +1,237 @@
+//! Batch norm of `[outer, channels, inner]`: each channel by its statistics over samples and space,
+//! or by given ones.
+//!
+//! Planes too short for lanes go through [`columns`], and all others through [`planes`], with a
+//! reader for the order of `x`. Few long channels are divided among threads: by [`spread`], plane
+//! by plane, or by [`columns`], sample by sample.
+
+use std::borrow::Cow;
+
+use super::affine::AffinePair;
+use super::grads::{Gradients, Wanted};
+use super::moments::Moments;
+use super::readers::{InPlace, Transposed};
+use super::shape::{Order, Shape};
+use super::simd::{Elem, Real};
+use super::spread::{Frame, NormalizedBy, Spread};
+use super::stats::{Statistics, Stats};
+use super::{columns, par, planes, slice_moments, spread, transpose};
+
+/// How channels are gone through.
+enum Way {
+    Columns,
+    Divided,
+    InPlace,
+    Transposed,
+}
+
+impl Way {
+    fn of(order: Order, shape: Shape) -> Self {
+        /// Planes from this length on are worth moments and sums of their own.
+        const LONG: usize = 1 << 8;
+        assert!(order == Order::ChannelsFirst || shape.has_planes());
+        let divides = par::divides(shape.channels, shape.outer * shape.inner);
+        let first = order == Order::ChannelsFirst;
+        if !shape.has_planes() || (divides && first && shape.inner < LONG) {
+            Way::Columns
+        } else if divides && shape.inner >= LONG {
+            Way::Divided
+        } else if first {
+            Way::InPlace
+        } else {
+            Way::Transposed
+        }
+    }
+}
+
+/// `x` with its channels first.
+fn channels_first<E: Elem>(x: &[E], order: Order, shape: Shape) -> Cow<'_, [E]> {
+    match order {
+        Order::ChannelsFirst => Cow::Borrowed(x),
+        Order::ChannelsLast => Cow::Owned(transpose::transposed(
+            x,
+            [shape.outer, shape.inner, shape.channels],
+        )),
+    }
+}
+
+/// The batch as a frame.
+fn frame(shape: Shape, stats: &[Stats]) -> Frame<'_> {
+    Frame {
+        shape,
+        by: NormalizedBy::Channels(stats),
+        spread: Spread::Channel,
+    }
+}
+
+/// `y`, and what each channel was normalized by. The result has its channels first, whatever the
+/// order of `x`.
+pub(crate) fn forward<E: Elem>(
+    x: &[E],
+    order: Order,
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    statistics: Statistics,
+) -> (Vec<E>, Vec<Stats>) {
+    assert_eq!(x.len(), shape.elements());
+    assert!(affine.fits(shape.channels));
+    match Way::of(order, shape) {
+        Way::Columns => columns::forward(x, shape, affine, statistics),
+        Way::InPlace => planes::forward(|| InPlace { x, shape }, shape, affine, statistics),
+        Way::Transposed => planes::forward(|| Transposed::new(x, shape), shape, affine, statistics),
+        Way::Divided => {
+            let x = channels_first(x, order, shape);
+            let stats = match statistics {
+                Statistics::Given(given) => given.to_vec(),
+                Statistics::Own { center, eps } => {
+                    Stats::of_moments(&divided_moments(&x, shape, center), eps)
+                }
+            };
+            let y = spread::normalize(&x, frame(shape, &stats), affine, false);
+            (y, stats)
+        }
+    }
+}
+
+/// The moments of each channel; about zero where they are not `center`ed.
+pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool) -> Vec<Moments> {
+    assert_eq!(x.len(), shape.elements());
+    match Way::of(order, shape) {
+        Way::Columns => columns::moments(x, shape, center),
+        Way::InPlace => planes::moments(|| InPlace { x, shape }, shape, center),
+        Way::Transposed => planes::moments(|| Transposed::new(x, shape), shape, center),
+        Way::Divided => divided_moments(&channels_first(x, order, shape), shape, center),
+    }
+}
+
+/// The moments of all planes, merged in the order of the samples.
+fn divided_moments<E: Elem>(x: &[E], shape: Shape, center: bool) -> Vec<Moments> {
+    let planes = slice_moments::of_rows(x, shape.inner, center);
+    let mut channels = vec![Moments::default(); shape.channels];
+    for planes in planes.chunks(shape.channels) {
+        for (channel, plane) in channels.iter_mut().zip(planes) {
+            *channel = channel.merge(*plane);
+        }
+    }
+    channels
+}
+
+/// The gradients of `x`, whatever its order, and of weight and bias, from `dy`: `dx` and `dy` have
+/// their channels first.
+pub(crate) fn backward<E: Elem>(
+    x: &[E],
+    order: Order,
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+    wanted: Wanted,
+) -> Gradients<E> {
+    check_backward::<E>(x, dy, shape, weight, stats);
+    let batch = planes::Batch {
+        dy,
+        shape,
+        weight,
+        stats,
+    };
+    match Way::of(order, shape) {
+        Way::Columns => columns::backward(x, dy, shape, weight, stats, wanted),
+        Way::InPlace => planes::backward(|| InPlace { x, shape }, batch, wanted),
+        Way::Transposed => planes::backward(|| Transposed::new(x, shape), batch, wanted),
+        Way::Divided => {
+            let x = channels_first(x, order, shape);
+            let frame = frame(shape, stats);
+            let params = wanted.params || wanted.own.is_some();
+            let sums = spread::grad_sums(&x, dy, frame, None, params, false);
+            let means = wanted.own.map(|center| {
+                let means = spread::means(&sums.sets, shape.per_channel(), center);
+                weighted(&means, weight)
+            });
+            Gradients {
+                dx: spread::grad_input(&x, dy, frame, weight, means.as_deref()),
+                dweight: sums.dweight,
+                dbias: sums.dbias,
+            }
+        }
+    }
+}
+
+/// The means of a gradient of `x̂` from those of the gradient of `y`.
+fn weighted<T: Real>(means: &[[f64; 2]], weight: Option<&[T]>) -> Vec<[f64; 2]> {
+    let means = means.iter().enumerate().map(|(channel, means)| {
+        let weight = weight.map_or(1., |w| w[channel].to_f64());
+        means.map(|mean| mean * weight)
+    });
+    means.collect()
+}
+
+/// The sums of `dy · x̂` and of `dy` of each channel, which are the gradients of weight and bias.
+pub(crate) fn grad_sums<E: Elem>(
+    x: &[E],
+    order: Order,
+    dy: &[E],
+    shape: Shape,
+    stats: &[Stats],
+) -> [Vec<f64>; 2] {
+    check_backward::<E>(x, dy, shape, None, stats);
+    let batch = planes::Batch {
+        dy,
+        shape,
+        weight: None,
+        stats,
+    };
+    match Way::of(order, shape) {
+        Way::Columns => columns::grad_sums(x, dy, shape, stats),
+        Way::InPlace => planes::grad_sums(|| InPlace { x, shape }, batch),
+        Way::Transposed => planes::grad_sums(|| Transposed::new(x, shape), batch),
+        Way::Divided => {
+            let x = channels_first(x, order, shape);
+            let sums = spread::grad_sums(&x, dy, frame(shape, stats), None, true, false);
+            [sums.dweight, sums.dbias]
+        }
+    }
+}
+
+/// `dx`, with its channels first, from the means of `dy · x̂` and of `dy` of each channel.
+pub(crate) fn grad_input<E: Elem>(
+    x: &[E],
+    order: Order,
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+    means: &[[f64; 2]],
+) -> Vec<E> {
+    check_backward::<E>(x, dy, shape, weight, stats);
+    assert_eq!(means.len(), shape.channels);
+    let batch = planes::Batch {
+        dy,
+        shape,
+        weight,
+        stats,
+    };
+    match Way::of(order, shape) {
+        Way::Columns => columns::grad_input(x, dy, shape, weight, stats, means),
+        Way::InPlace => planes::grad_input(|| InPlace { x, shape }, batch, means),
+        Way::Transposed => planes::grad_input(|| Transposed::new(x, shape), batch, means),
+        Way::Divided => {
+            let x = channels_first(x, order, shape);
+            let means = weighted(means, weight);
+            spread::grad_input(&x, dy, frame(shape, stats), weight, Some(&means))
+        }
+    }
+}
+
+/// Asserts that lengths fit the shape.
+fn check_backward<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    stats: &[Stats],
+) {
+    assert_eq!(x.len(), shape.elements());
+    assert_eq!(x.len(), dy.len());
+    assert_eq!(stats.len(), shape.channels);
+    assert!(weight.is_none_or(|w| w.len() == shape.channels));
+}

@@ -1,0 +1,220 @@
+//! Every kernel for every element type.
+//!
+//! The methods of a concrete type are no generic code, so that this crate compiles the kernels, and
+//! no crate that calls them does so again.
+
+use half::{bf16, f16};
+
+use super::affine::AffinePair;
+use super::grads::{Gradients, Wanted};
+use super::groups::GroupSpec;
+use super::moments::Moments;
+use super::rows::{Added, RowSpec};
+use super::shape::{Order, Shape};
+use super::simd::Elem;
+use super::spread::{Frame, GradSums};
+use super::stats::{Statistics, Stats};
+use super::weight::Length;
+use super::{channels, groups, rows, slice_moments, spread, transpose, weight};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! kernels {
+    ($(
+        $(#[$doc:meta])*
+        fn $name:ident($($arg:ident: $type:ty),+ $(,)?) -> $output:ty = $kernel:expr;
+    )+) => {
+        /// The element types of tensors, with the kernels on slices of them: `f16`, `bf16`, `f32`
+        /// and `f64`.
+        ///
+        /// # Panics
+        /// Every kernel panics if lengths do not fit each other.
+        pub trait Float: sealed::Sealed + Copy + Default + Send + Sync + 'static {
+            /// What sums and products are formed in: `f32` or `f64`.
+            type Acc: Float<Acc = Self::Acc>;
+
+            $(
+                $(#[$doc])*
+                fn $name($($arg: $type),+) -> $output;
+            )+
+        }
+
+        kernels!(@impl f16 in f32 { $(fn $name($($arg: $type),+) -> $output = $kernel;)+ });
+        kernels!(@impl bf16 in f32 { $(fn $name($($arg: $type),+) -> $output = $kernel;)+ });
+        kernels!(@impl f32 in f32 { $(fn $name($($arg: $type),+) -> $output = $kernel;)+ });
+        kernels!(@impl f64 in f64 { $(fn $name($($arg: $type),+) -> $output = $kernel;)+ });
+    };
+    (@impl $t:ident in $acc:ident {
+        $(fn $name:ident($($arg:ident: $type:ty),+) -> $output:ty = $kernel:expr;)+
+    }) => {
+        impl sealed::Sealed for $t {}
+
+        impl Float for $t {
+            type Acc = $acc;
+
+            $(
+                #[inline(never)]
+                fn $name($($arg: $type),+) -> $output {
+                    $kernel($($arg),+)
+                }
+            )+
+        }
+    };
+}
+
+kernels! {
+    /// Layer norm or RMS norm of each row: `y`, and what each row was normalized by.
+    fn rows_forward(
+        x: &[Self],
+        affine: AffinePair<Self::Acc>,
+        spec: RowSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = rows::forward::<Self>;
+
+    /// [`rows_forward`](Self::rows_forward) of `x + residual`, and the sum.
+    fn rows_add_forward(
+        x: &[Self],
+        residual: &[Self],
+        affine: AffinePair<Self::Acc>,
+        spec: RowSpec,
+    ) -> Added<Self, Self::Acc> = rows::add_forward::<Self>;
+
+    /// The gradients of [`rows_forward`](Self::rows_forward); those of weight and bias are empty
+    /// unless `params` are wanted.
+    fn rows_backward(
+        x: &[Self],
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: RowSpec,
+        params: bool,
+    ) -> Gradients<Self> = rows::backward::<Self, Self>;
+
+    /// [`rows_backward`](Self::rows_backward) for rows that were not rounded to the element, as the
+    /// [sums](Added::sum) are.
+    fn rows_backward_unrounded(
+        x: &[Self::Acc],
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: RowSpec,
+        params: bool,
+    ) -> Gradients<Self::Acc> = rows::backward::<<Self as Elem>::Acc, Self>;
+
+    /// Group norm: `y`, and what each group was normalized by, sample by sample.
+    fn groups_forward(
+        x: &[Self],
+        affine: AffinePair<Self::Acc>,
+        spec: GroupSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = groups::forward::<Self>;
+
+    /// The gradients of [`groups_forward`](Self::groups_forward).
+    fn groups_backward(
+        x: &[Self],
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: GroupSpec,
+    ) -> Gradients<Self> = groups::backward::<Self>;
+
+    /// Batch norm: `y`, with its channels first whatever the order of `x`, and what each channel
+    /// was normalized by.
+    fn channels_forward(
+        x: &[Self],
+        order: Order,
+        shape: Shape,
+        affine: AffinePair<Self::Acc>,
+        statistics: Statistics,
+    ) -> (Vec<Self>, Vec<Stats>) = channels::forward::<Self>;
+
+    /// The gradients of [`channels_forward`](Self::channels_forward). `dx` and `dy` have their
+    /// channels first.
+    fn channels_backward(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        wanted: Wanted,
+    ) -> Gradients<Self> = channels::backward::<Self>;
+
+    /// The moments of each channel, for statistics that are merged with those of others; about zero
+    /// where they are not `center`ed.
+    fn channel_moments(x: &[Self], order: Order, shape: Shape, center: bool) -> Vec<Moments>
+        = channels::moments::<Self>;
+
+    /// The sums of `dy · x̂` and of `dy` of each channel: the gradients of weight and bias, and
+    /// what [`channel_grad_input`](Self::channel_grad_input) takes the means of.
+    fn channel_grad_sums(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        stats: &[Stats],
+    ) -> [Vec<f64>; 2] = channels::grad_sums::<Self>;
+
+    /// `dx`, with its channels first, from the `means` of `dy · x̂` and of `dy` of each channel
+    /// over all elements that its statistics were formed of; the second is zero where the mean is
+    /// not subtracted.
+    fn channel_grad_input(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        means: &[[f64; 2]],
+    ) -> Vec<Self> = channels::grad_input::<Self>;
+
+    /// Weight norm, `g · v / ‖v‖` for each row of `len` elements of `v`: the weight, and the
+    /// lengths of the rows.
+    fn weight_forward(v: &[Self], g: &[Self::Acc], len: usize) -> (Vec<Self>, Vec<Length>)
+        = weight::forward::<Self>;
+
+    /// The gradients of `v` and, in `f64`, of `g`, from that of the weight.
+    fn weight_backward(
+        v: &[Self],
+        dw: &[Self],
+        g: &[Self::Acc],
+        lengths: &[Length],
+        len: usize,
+    ) -> (Vec<Self>, Vec<f64>) = weight::backward::<Self>;
+
+    /// The moments of each row of `len` elements; about zero where they are not `center`ed.
+    fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>
+        = slice_moments::of_rows::<Self>;
+
+    /// `y = x̂ · weight + bias`, by given statistics, or by none: scale and shift.
+    fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
+        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false);
+
+    /// The gradients of weight and bias of [`normalize`](Self::normalize), if `params` are wanted,
+    /// and the sums that [`grad_input`](Self::grad_input) takes the means of.
+    fn grad_sums(
+        x: &[Self],
+        dy: &[Self],
+        frame: Frame,
+        weight: Option<&[Self::Acc]>,
+        params: bool,
+    ) -> GradSums = |x, dy, frame, weight, params| {
+        spread::grad_sums::<Self, Self>(x, dy, frame, weight, params, false)
+    };
+
+    /// The gradient of the input of [`normalize`](Self::normalize).
+    ///
+    /// Where the statistics move with `x`, `means` has those of the sums of each
+    /// [set](GradSums::sets), over all elements that the statistics were formed of; the second is
+    /// zero where the mean is not subtracted.
+    fn grad_input(
+        x: &[Self],
+        dy: &[Self],
+        frame: Frame,
+        weight: Option<&[Self::Acc]>,
+        means: Option<&[[f64; 2]]>,
+    ) -> Vec<Self> = spread::grad_input::<Self, Self>;
+
+    /// `x`, which is `[outer, rows, columns]`, as `[outer, columns, rows]`.
+    fn transposed(x: &[Self], dims: [usize; 3]) -> Vec<Self> = transpose::transposed::<Self>;
+}

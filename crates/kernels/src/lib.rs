@@ -1,0 +1,70 @@
+//! CPU kernels of normalization layers on slices: lanes and threads, and nothing of tensors.
+//!
+//! [`Float`] has them all, for each element type. Lengths are checked where tensors become slices,
+//! so that a kernel only asserts.
+//!
+//! A kernel is a struct of slices and a function over lanes; `simd` compiles it for each
+//! instruction set, `par` runs its blocks on threads, `loops` turns slices into lanes and back, and
+//! `buffer` keeps the account of what was written.
+//!
+//! A closure that works on lanes is marked `#[inline(always)]`: as a function of its own it would
+//! not have the instruction set of its caller, and hand lanes over in memory.
+//!
+//! A module imports only from those above it here. Those that need `unsafe` are marked.
+
+// Several arrays are indexed alike, in step.
+#![allow(clippy::needless_range_loop)]
+
+#[allow(unsafe_code)]
+mod simd;
+
+#[allow(unsafe_code)]
+mod loops;
+mod par;
+#[allow(unsafe_code)]
+mod shared;
+
+#[allow(unsafe_code)]
+mod buffer;
+#[allow(unsafe_code)]
+mod column_sums;
+mod moments;
+mod shape;
+
+mod slice_moments;
+mod stats;
+#[allow(unsafe_code)]
+mod transpose;
+
+mod affine;
+mod grads;
+mod readers;
+mod spread;
+
+mod columns;
+mod groups;
+#[allow(unsafe_code)]
+mod planes;
+#[allow(unsafe_code)]
+mod rows;
+mod weight;
+
+mod channels;
+
+mod float;
+
+pub use affine::AffinePair;
+pub use float::Float;
+pub use grads::{Gradients, Wanted};
+pub use groups::GroupSpec;
+pub use moments::{Mean, Moments};
+pub use rows::{Added, RowSpec};
+pub use shape::{Order, Shape};
+pub use simd::Level;
+pub use spread::{Frame, GradSums, NormalizedBy, Spread};
+pub use stats::{Statistics, Stats};
+pub use weight::Length;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,66 @@
+//! The one place where work goes to threads.
+//!
+//! Work is cut into blocks whose size depends on the shape alone, and what blocks leave is combined
+//! in the order of the blocks: the number of threads changes neither.
+
+use rayon::prelude::*;
+
+use super::simd::{Kernel, Level};
+
+/// Below this many elements the calling thread is done before another would have begun.
+const SERIAL: usize = 1 << 14;
+
+/// At most this many blocks: two for each core of a large machine.
+const BLOCKS: usize = 256;
+
+/// At most this many blocks with sums of their own, one for each core of a large machine, ..
+const SUMMING_BLOCKS: usize = 128;
+
+/// .. and more than this many only where each has many items, beside which its sums are small.
+const FEW_SUMMING_BLOCKS: usize = 64;
+const MANY_ITEMS: usize = 128;
+
+/// The least elements of a block.
+const BLOCK: usize = 1 << 12;
+
+/// How many of `count` items of `len` elements make a block.
+pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
+    let least = BLOCK.div_ceil(len.max(1)).max(1);
+    count.div_ceil(BLOCKS).max(least)
+}
+
+/// How many of `count` items of `len` elements make a block that leaves sums to be combined.
+pub(crate) fn items_per_summing_block(count: usize, len: usize) -> usize {
+    let least = BLOCK.div_ceil(len.max(1)).max(1);
+    let many = count.div_ceil(FEW_SUMMING_BLOCKS).min(MANY_ITEMS);
+    count.div_ceil(SUMMING_BLOCKS).max(many).max(least)
+}
+
+/// The elements of a part of a row, group or channel that is divided.
+pub(crate) const PART: usize = 1 << 14;
+
+/// Whether `count` rows, groups or channels of `len` elements are divided, each into parts of
+/// [`PART`] elements: where there are too few for the threads of a machine, and they are too long
+/// to stay in the cache from one pass to the next, or very few.
+pub(crate) fn divides(count: usize, len: usize) -> bool {
+    (count < 16 && len >= 1 << 18) || (count <= 4 && len >= 1 << 16)
+}
+
+/// Calls `f` with every job, in parallel where `elements`, what all of them touch, are worth it.
+pub(crate) fn for_each<J: Send>(jobs: Vec<J>, elements: usize, f: impl Fn(J) + Sync + Send) {
+    if jobs.len() == 1 || elements <= SERIAL || rayon::current_num_threads() == 1 {
+        jobs.into_iter().for_each(f);
+    } else {
+        jobs.into_par_iter().with_max_len(1).for_each(f);
+    }
+}
+
+/// Runs every kernel with the instruction set of the calling thread, in parallel as
+/// [`for_each`] does.
+pub(crate) fn run<K: Kernel<Output = ()> + Send>(
+    elements: usize,
+    kernels: impl Iterator<Item = K>,
+) {
+    let level = Level::current();
+    for_each(kernels.collect(), elements, |kernel| level.run(kernel));
+}
