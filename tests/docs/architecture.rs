@@ -474,7 +474,6 @@ mod scanner {
             ("layers/a.rs", "candle_core::CpuStorage"),
             ("layers/a.rs", "rayon::join()"),
             ("layers/a.rs", "x.apply_op1(f)"),
-            ("layers/a.rs", "unsafe { }"),
             ("norm/a.rs", "crate::kernels::rows()"),
             ("scaling/a.rs", "use crate::kernels::moments;"),
             ("scaling/a.rs", "use crate::layers::params;"),
