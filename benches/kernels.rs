@@ -1,8 +1,9 @@
-//! Forward and backward of each kernel over row lengths, plane sizes and dtypes, for those who work on them; of switchable norm, whose backward is
-//! several, the train step.
+//! Forward and backward of each kernel over row lengths, plane sizes and dtypes, for those who work
+//! on them; of switchable norm, whose backward is several, the train step.
 //!
-//! `cargo bench --bench kernels -- --save-baseline before`, then `-- --baseline before` after a change; a name such
-//! as `layer_norm/backward/bf16` selects. How the layers compare with others is the subject of the peers bench.
+//! `cargo bench --bench kernels -- --save-baseline before`, then `-- --baseline before` after a
+//! change; a name such as `layer_norm/backward/bf16` selects. How the layers compare with others is
+//! the subject of the peers bench.
 
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "peers/case.rs"]
@@ -54,6 +55,7 @@ fn main() -> Result<()> {
     }
     residual(&mut criterion)?;
     layout(&mut criterion)?;
+    few_and_long(&mut criterion)?;
     for op in [
         Op::BatchNorm,
         Op::BatchNormInference,
@@ -85,7 +87,8 @@ fn kernel(criterion: &mut Criterion, op: Op, shapes: &[Vec<usize>]) -> Result<()
                 let case = Case::new(op, shape, dtype);
                 group.throughput(Throughput::Bytes(case.bytes(pass) as u64));
                 let id = BenchmarkId::new(dtype.as_str(), case.shape_name());
-                // Criterion calls this for selected benchmarks only, so that the others cost nothing.
+                // Criterion calls this for selected benchmarks only, so that the others cost
+                // nothing.
                 group.bench_with_input(id, &case, |bencher, case| {
                     let step = step(case, pass).expect("the case is one that the layer takes");
                     bencher.iter(|| black_box(step()));
@@ -123,6 +126,31 @@ fn layout(criterion: &mut Criterion) -> Result<()> {
         });
         bench("LayerNorm, last axis", &|| last.forward(&pixels));
         bench("LayerNorm, channels_first", &|| first.forward(&whole));
+    }
+    group.finish();
+    Ok(())
+}
+
+/// Rows, groups and channels that are fewer than the threads of a machine.
+fn few_and_long(criterion: &mut Criterion) -> Result<()> {
+    use ops::hook;
+    let mut group = criterion.benchmark_group("few_and_long");
+    let one_group = hook::Op::GroupNorm { num_groups: 1 };
+    for (name, op, dims) in [
+        ("LayerNorm", hook::Op::LayerNorm, vec![1, 1 << 23]),
+        ("GroupNorm of one group", one_group, vec![1, 64, 112, 112]),
+        ("BatchNorm", hook::Op::BatchNorm, vec![32, 3, 224, 224]),
+    ] {
+        let noise = || Tensor::randn(0f32, 1., dims.as_slice(), &Device::Cpu);
+        let (x, dy) = (noise()?, noise()?);
+        let weight = Tensor::ones(dims[1], DType::F32, &Device::Cpu)?;
+        let bias = weight.zeros_like()?;
+        let forward = || hook::saved(op.clone(), &x, Some(&weight), Some(&bias), 1e-5);
+        let saved = forward()?;
+        group.bench_function(BenchmarkId::new("forward", name), |b| b.iter(forward));
+        group.bench_function(BenchmarkId::new("backward", name), |b| {
+            b.iter(|| saved.backward(&dy));
+        });
     }
     group.finish();
     Ok(())

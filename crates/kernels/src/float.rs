@@ -12,7 +12,7 @@ use super::moments::Moments;
 use super::rows::{Added, RowSpec};
 use super::shape::{Order, Shape};
 use super::simd::Elem;
-use super::spread::{Frame, GradSums};
+use super::spread::{Frame, GradSums, Spread};
 use super::stats::{Statistics, Stats};
 use super::weight::Length;
 use super::{channels, groups, rows, slice_moments, spread, transpose, weight};
@@ -186,7 +186,26 @@ kernels! {
     fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>
         = slice_moments::of_rows::<Self>;
 
-    /// `y = x̂ · weight + bias`, by given statistics, or by none: scale and shift.
+    /// Scale and shift: `y = x · weight + bias`.
+    fn scale_shift(
+        x: &[Self],
+        shape: Shape,
+        affine: AffinePair<Self::Acc>,
+        spread: Spread,
+    ) -> Vec<Self> = spread::scale_shift::<Self>;
+
+    /// The gradients of [`scale_shift`](Self::scale_shift); those of weight and bias are empty
+    /// unless `params` are wanted.
+    fn scale_shift_backward(
+        x: &[Self],
+        dy: &[Self],
+        shape: Shape,
+        weight: Option<&[Self::Acc]>,
+        spread: Spread,
+        params: bool,
+    ) -> Gradients<Self> = spread::scale_shift_backward::<Self>;
+
+    /// `y = x̂ · weight + bias`, by given statistics, or by none.
     fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
         = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false);
 

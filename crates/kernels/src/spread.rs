@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::affine::{AffinePair, Normal, ScaledNormal};
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
-use super::grads::InputGrad;
+use super::grads::{Gradients, InputGrad};
 use super::loops::{ColumnFactor, ColumnValues, map, map2, sums2};
 use super::par;
 use super::shape::Shape;
@@ -419,6 +419,43 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadNormalize<'_, X, E> {
             }
             start.plane += 1;
         }
+    }
+}
+
+/// A tensor that is scaled and shifted alone.
+fn unnormalized(shape: Shape, spread: Spread) -> Frame<'static> {
+    Frame {
+        shape,
+        by: NormalizedBy::Nothing,
+        spread,
+    }
+}
+
+/// `y = x · weight + bias`.
+pub(crate) fn scale_shift<E: Elem>(
+    x: &[E],
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    spread: Spread,
+) -> Vec<E> {
+    normalize(x, unnormalized(shape, spread), affine, false)
+}
+
+/// The gradients of [`scale_shift`].
+pub(crate) fn scale_shift_backward<E: Elem>(
+    x: &[E],
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    spread: Spread,
+    params: bool,
+) -> Gradients<E> {
+    let frame = unnormalized(shape, spread);
+    let sums = grad_sums(x, dy, frame, weight, params, false);
+    Gradients {
+        dx: grad_input(x, dy, frame, weight, None),
+        dweight: sums.dweight,
+        dbias: sums.dbias,
     }
 }
 

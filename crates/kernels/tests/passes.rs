@@ -334,6 +334,54 @@ fn every_spread_is_that_of_float64() {
     every_spread::<bf16>();
 }
 
+fn scale_and_shift<T: Number>() {
+    for (case, shape) in shapes().chain(divided().take(3)).enumerate() {
+        let n = shape.outer * shape.channels * shape.inner;
+        let (x, dy) = (noise::<T>(n, 1, 0.5), noise::<T>(n, 2, 0.));
+        for (i, spread) in SPREADS.into_iter().enumerate() {
+            let slots = spread.count(shape);
+            let [w, b] = FORMS[(case + i) % FORMS.len()];
+            let w = w.then(|| noise::<T::Acc>(slots, 3, 1.));
+            let b = b.then(|| noise::<T::Acc>(slots, 4, 0.));
+            let what = format!("{spread:?} {shape:?}");
+            let slots: Vec<_> = places(shape)
+                .map(|(_, at)| slot(spread, shape, at))
+                .collect();
+            let w_at = |i: usize| w.as_ref().map_or(1., |w| w[slots[i]].wide());
+            let b_at = |i: usize| b.as_ref().map_or(0., |b| b[slots[i]].wide());
+            let want: Vec<_> = (0..n).map(|i| x[i].wide() * w_at(i) + b_at(i)).collect();
+            let affine = AffinePair {
+                weight: w.as_deref(),
+                bias: b.as_deref(),
+            };
+            let y = T::scale_shift(&x, shape, affine, spread);
+            assert_values(&format!("y {what}"), &y, &want);
+
+            let grads = T::scale_shift_backward(&x, &dy, shape, affine.weight, spread, true);
+            let want: Vec<_> = (0..n).map(|i| dy[i].wide() * w_at(i)).collect();
+            assert_values(&format!("dx {what}"), &grads.dx, &want);
+            let mut dweight = vec![Sum::default(); spread.count(shape)];
+            let mut dbias = dweight.clone();
+            for i in 0..n {
+                dweight[slots[i]].add(dy[i].wide() * x[i].wide());
+                dbias[slots[i]].add(dy[i].wide());
+            }
+            assert_sums::<T::Acc>(&format!("dweight {what}"), &grads.dweight, &dweight);
+            assert_sums::<T::Acc>(&format!("dbias {what}"), &grads.dbias, &dbias);
+            let grads = T::scale_shift_backward(&x, &dy, shape, affine.weight, spread, false);
+            assert!(grads.dweight.is_empty() && grads.dbias.is_empty());
+        }
+    }
+}
+
+#[test]
+fn scale_and_shift_is_that_of_float64() {
+    scale_and_shift::<f32>();
+    scale_and_shift::<f64>();
+    scale_and_shift::<f16>();
+    scale_and_shift::<bf16>();
+}
+
 /// `x` in both orders, its channels last where planes allow it.
 fn orders<T: Number>(x: &[T], shape: Shape) -> Vec<(Order, Vec<T>)> {
     let mut orders = vec![(Order::ChannelsFirst, x.to_vec())];
