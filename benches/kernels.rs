@@ -133,19 +133,19 @@ fn layout(criterion: &mut Criterion) -> Result<()> {
 
 /// Rows, groups and channels that are fewer than the threads of a machine.
 fn few_and_long(criterion: &mut Criterion) -> Result<()> {
-    use ops::hook;
+    use candle_norm::internals;
     let mut group = criterion.benchmark_group("few_and_long");
-    let one_group = hook::Op::GroupNorm { num_groups: 1 };
+    let one_group = internals::Op::GroupNorm { num_groups: 1 };
     for (name, op, dims) in [
-        ("LayerNorm", hook::Op::LayerNorm, vec![1, 1 << 23]),
+        ("LayerNorm", internals::Op::LayerNorm, vec![1, 1 << 23]),
         ("GroupNorm of one group", one_group, vec![1, 64, 112, 112]),
-        ("BatchNorm", hook::Op::BatchNorm, vec![32, 3, 224, 224]),
+        ("BatchNorm", internals::Op::BatchNorm, vec![32, 3, 224, 224]),
     ] {
         let noise = || Tensor::randn(0f32, 1., dims.as_slice(), &Device::Cpu);
         let (x, dy) = (noise()?, noise()?);
         let weight = Tensor::ones(dims[1], DType::F32, &Device::Cpu)?;
         let bias = weight.zeros_like()?;
-        let forward = || hook::saved(op.clone(), &x, Some(&weight), Some(&bias), 1e-5);
+        let forward = || internals::saved(op.clone(), &x, Some(&weight), Some(&bias), 1e-5);
         let saved = forward()?;
         group.bench_function(BenchmarkId::new("forward", name), |b| b.iter(forward));
         group.bench_function(BenchmarkId::new("backward", name), |b| {

@@ -1,5 +1,8 @@
 //! Channels normalized over the batch and space, or by given statistics: batch norm.
 
+use std::any::Any;
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{DType, Result, Tensor};
 
 use super::composed;
@@ -10,9 +13,54 @@ use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 pub(crate) enum Source {
     /// The batch, about the means of the channels or about zero.
     Own { center: bool },
-    /// The caller: the mean and the variance of each channel, `[C]` each, contiguous and in memory
-    /// that nothing else writes to.
-    Given { mean: Tensor, var: Tensor },
+    /// The caller.
+    Given(Arc<FixedStatistics>),
+}
+
+/// The mean and the variance of each channel, `[C]` each, which never change.
+#[derive(Debug)]
+pub(crate) struct FixedStatistics {
+    mean: Tensor,
+    var: Tensor,
+    /// The form in which a backend takes them for an `eps`.
+    prepared: OnceLock<(f64, Arc<dyn Any + Send + Sync>)>,
+}
+
+impl FixedStatistics {
+    /// `mean` and `var` are contiguous, in memory that nothing else writes to.
+    pub(crate) fn new([mean, var]: [Tensor; 2]) -> Self {
+        Self {
+            mean,
+            var,
+            prepared: OnceLock::new(),
+        }
+    }
+
+    pub(crate) fn mean(&self) -> &Tensor {
+        &self.mean
+    }
+
+    pub(crate) fn var(&self) -> &Tensor {
+        &self.var
+    }
+
+    /// The result of `form`, which depends on the statistics and `eps` alone. The first one that is
+    /// formed is kept; another type or `eps` is formed anew.
+    pub(crate) fn prepared<T: Any + Send + Sync>(
+        &self,
+        eps: f64,
+        form: impl FnOnce() -> Result<T>,
+    ) -> Result<Arc<T>> {
+        if let Some((kept_eps, kept)) = self.prepared.get()
+            && *kept_eps == eps
+            && let Ok(kept) = kept.clone().downcast::<T>()
+        {
+            return Ok(kept);
+        }
+        let formed = Arc::new(form()?);
+        let _ = self.prepared.set((eps, formed.clone()));
+        Ok(formed)
+    }
 }
 
 /// `y = (x − mean) / √(var + eps) · weight + bias` for each channel, over all samples.
@@ -58,17 +106,16 @@ impl Channels {
             .contiguous()
     }
 
-    /// Given statistics as a mean and a factor `1 / √(var + eps)`, formed in `dtype`, of shape `dims`.
-    fn factors(
-        &self,
-        [mean, var]: [&Tensor; 2],
-        dtype: DType,
-        dims: &[usize],
-    ) -> Result<[Tensor; 2]> {
-        let [mean, var] = [mean, var].map(|s| s.to_dtype(dtype)?.reshape(dims));
-        Ok([mean?, (var? + self.eps)?.sqrt()?.recip()?])
+    /// Given statistics as a mean and a factor `1 / √(var + eps)`, formed in `dtype`, `[C, 1]`.
+    fn factors(&self, given: &FixedStatistics, dtype: DType) -> Result<[Tensor; 2]> {
+        let column = |s: &Tensor| s.to_dtype(dtype)?.reshape((self.axes.channels, 1));
+        let std = (column(&given.var)? + self.eps)?.sqrt()?;
+        Ok([column(&given.mean)?, std.recip()?])
     }
 }
+
+/// Factors of the forward in the accumulator's dtype, as [`FixedStatistics`] keep them.
+struct ComposedFactors(DType, [Tensor; 2]);
 
 impl Computation for Channels {
     fn layer(&self) -> &'static str {
@@ -88,11 +135,16 @@ impl Computation for Channels {
                 let y = self.in_order(&y.to_dtype(x.dtype())?)?;
                 (y, Some(standardized.statistics))
             }
-            Source::Given { mean, var } => {
+            Source::Given(given) => {
                 let x = x.contiguous()?.to_dtype(acc)?;
                 let x = x.reshape((self.axes.outer, channels, ()))?;
-                let [mean, inv_std] = self.factors([mean, var], acc, &[1, channels, 1])?;
-                let y = x.broadcast_sub(&mean)?.broadcast_mul(&inv_std)?;
+                let form = || Ok(ComposedFactors(acc, self.factors(given, acc)?));
+                let mut factors = given.prepared(self.eps, form)?;
+                if factors.0 != acc {
+                    factors = Arc::new(form()?);
+                }
+                let [mean, inv_std] = &factors.1;
+                let y = x.broadcast_sub(mean)?.broadcast_mul(inv_std)?;
                 let y = composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?;
                 (y.to_dtype(args.x.dtype())?, None)
             }
@@ -110,9 +162,8 @@ impl Computation for Channels {
                 let dy = dy.unsqueeze(0)?;
                 composed::backward(&x, &dy, weight.as_ref(), *center, self.eps)?
             }
-            Source::Given { mean, var } => {
-                let dims = [self.axes.channels, 1];
-                let factors = self.factors([mean, var], DType::F64, &dims)?;
+            Source::Given(given) => {
+                let factors = self.factors(given, DType::F64)?;
                 let [mean, inv_std] = factors.map(|f| f.to_dtype(acc));
                 let (mean, inv_std) = (mean?, inv_std?);
                 let normal = x.broadcast_sub(&mean)?.broadcast_mul(&inv_std)?;

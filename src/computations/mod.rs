@@ -18,7 +18,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::support::messages;
 
-pub(crate) use channels::{Channels, Source};
+pub(crate) use channels::{Channels, FixedStatistics, Source};
 pub(crate) use groups::Groups;
 pub(crate) use plane_moments::PlaneMoments;
 pub use rows::Cast;

@@ -1,5 +1,7 @@
 //! Batch normalization.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
@@ -12,6 +14,7 @@ use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
+use crate::computations::FixedStatistics;
 use crate::ops::{self, check};
 
 const LAYER: &str = "BatchNorm";
@@ -350,8 +353,8 @@ impl BatchNorm {
             let center = self.options.remove_mean;
             return Ok(ops::batch_norm_with(x, weight, bias, eps, center)?.0);
         }
-        let [mean, var] = self.stats.mean_and_var()?;
-        ops::normalize_with(LAYER, 2, x, (&mean, &var), weight, bias, eps)
+        let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
+        ops::normalize_with(LAYER, 2, x, &statistics, [weight, bias], eps)
     }
 
     fn check_input(&self, x: &Tensor) -> Result<()> {

@@ -1,12 +1,14 @@
 //! Batch and instance normalization with fixed statistics.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Module;
 
 use super::foldable::Foldable;
 use super::params::AffineParams;
 use super::running_stats::RunningStats;
-use crate::computations::composed;
+use crate::computations::{FixedStatistics, composed};
 use crate::ops::linear_map::LinearMap;
 use crate::ops::{self, check};
 
@@ -23,8 +25,7 @@ pub struct FrozenNorm {
     min_rank: usize,
     /// Channels are features on the last axis.
     last_axis: bool,
-    mean: Tensor,
-    var: Tensor,
+    statistics: Arc<FixedStatistics>,
     params: AffineParams,
     eps: f64,
 }
@@ -63,8 +64,7 @@ impl FrozenNorm {
             layer,
             min_rank,
             last_axis: false,
-            mean: statistics.mean,
-            var: statistics.var,
+            statistics: Arc::new(FixedStatistics::new([statistics.mean, statistics.var])),
             params: params.clone(),
             eps,
         })
@@ -80,12 +80,12 @@ impl FrozenNorm {
 
     /// The fixed mean of each channel.
     pub fn running_mean(&self) -> &Tensor {
-        &self.mean
+        self.statistics.mean()
     }
 
     /// The fixed variance of each channel.
     pub fn running_var(&self) -> &Tensor {
-        &self.var
+        self.statistics.var()
     }
 
     /// The scale of each channel, if there is one.
@@ -127,12 +127,12 @@ impl FrozenNorm {
         let (name, weight, c) = (
             "the weight to fold into",
             weight.detach(),
-            self.mean.elem_count(),
+            self.running_mean().elem_count(),
         );
         let outputs = map.checked_outputs(self.layer, name, &weight)?;
         output_channels(self.layer, &weight, outputs, c)?;
         check::float(self.layer, name, &weight)?;
-        check::same_device(self.layer, name, &weight, self.mean.device())?;
+        check::same_device(self.layer, name, &weight, self.running_mean().device())?;
         if let Some(bias) = bias {
             check::shape(self.layer, "the bias to fold into", bias, &[c])?;
             check::float(self.layer, "the bias to fold into", bias)?;
@@ -140,14 +140,14 @@ impl FrozenNorm {
         let dtype = weight.dtype();
         let acc = composed::accumulator(dtype);
         let wide = |t: &Tensor| t.detach().to_dtype(acc);
-        let std = (wide(&self.var)? + composed::eps_in(acc, self.eps))?.sqrt()?;
+        let std = (wide(self.running_var())? + composed::eps_in(acc, self.eps))?.sqrt()?;
         let scale = match self.weight() {
             Some(w) => (wide(w)? / std)?,
             None => std.recip()?,
         };
         let shift = match bias {
-            Some(b) => (wide(b)? - wide(&self.mean)?)?,
-            None => wide(&self.mean)?.neg()?,
+            Some(b) => (wide(b)? - wide(self.running_mean())?)?,
+            None => wide(self.running_mean())?.neg()?,
         };
         let shift = (shift * &scale)?;
         let bias = match self.bias() {
@@ -170,7 +170,7 @@ impl Module for FrozenNorm {
     /// An input of another rank, number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         if self.last_axis && xs.rank() > 2 {
-            check::features(self.layer, xs, self.mean.elem_count())?;
+            check::features(self.layer, xs, self.running_mean().elem_count())?;
             let last = xs.rank() - 1;
             return self
                 .along_channels(&xs.transpose(1, last)?)?
@@ -184,16 +184,14 @@ impl Module for FrozenNorm {
 impl FrozenNorm {
     fn along_channels(&self, xs: &Tensor) -> Result<Tensor> {
         check::rank_at_least(self.layer, xs, self.min_rank, "[N, C, ...]")?;
-        check::channels(self.layer, xs, self.mean.elem_count())?;
-        let statistics = (&self.mean, &self.var);
-        let (weight, bias) = (self.weight(), self.bias());
+        check::channels(self.layer, xs, self.running_mean().elem_count())?;
+        let affine = [self.weight(), self.bias()];
         ops::normalize_with(
             self.layer,
             self.min_rank,
             xs,
-            statistics,
-            weight,
-            bias,
+            &self.statistics,
+            affine,
             self.eps,
         )
     }

@@ -1,5 +1,7 @@
 //! Instance normalization.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
@@ -9,6 +11,7 @@ use super::options::{Names, NormOptions};
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
+use crate::computations::FixedStatistics;
 use crate::ops::{self, check};
 
 const LAYER: &str = "InstanceNorm";
@@ -196,8 +199,8 @@ impl ModuleT for InstanceNorm {
         check::channels(LAYER, xs, self.num_features())?;
         let (weight, bias, options) = (self.weight(), self.bias(), &self.options);
         if options.track_running_stats && !train {
-            let [mean, var] = self.stats.mean_and_var()?;
-            return ops::normalize_with(LAYER, 3, xs, (&mean, &var), weight, bias, options.eps);
+            let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
+            return ops::normalize_with(LAYER, 3, xs, &statistics, [weight, bias], options.eps);
         }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
         self.stats.observe_as(xs, statistics, Taken::OfSamples)?;

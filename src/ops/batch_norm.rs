@@ -1,13 +1,16 @@
 //! Normalization of each channel by statistics over the batch and space, or by fixed ones.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::check;
-use crate::computations::{Channels, Source, composed};
+use crate::computations::{Channels, FixedStatistics, Source, composed};
 use crate::graph;
 
 /// What a batch contributes to running statistics.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct BatchStatistics {
     /// The mean of each channel, `[C]`.
     pub mean: Tensor,
@@ -116,7 +119,10 @@ pub fn batch_norm_inference(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    normalize_with("BatchNorm", 2, x, (mean, var), weight, bias, eps)
+    // Copies, which no later update reaches.
+    let copy = |s: &Tensor| s.detach().force_contiguous();
+    let fixed = Arc::new(FixedStatistics::new([copy(mean)?, copy(var)?]));
+    normalize_with("BatchNorm", 2, x, &fixed, [weight, bias], eps)
 }
 
 /// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own name and
@@ -125,16 +131,19 @@ pub(crate) fn normalize_with(
     layer: &'static str,
     min_rank: usize,
     x: &Tensor,
-    (mean, var): (&Tensor, &Tensor),
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    statistics: &Arc<FixedStatistics>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
 ) -> Result<Tensor> {
     check::eps(layer, eps)?;
     check::rank_at_least(layer, x, min_rank, "[N, C, ...]")?;
     let c = x.dims()[1];
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
-    for (name, value) in [("running_mean", mean), ("running_var", var)] {
+    let named = [
+        ("running_mean", statistics.mean()),
+        ("running_var", statistics.var()),
+    ];
+    for (name, value) in named {
         check::float(layer, name, value)?;
         check::shape(layer, name, value, &[c])?;
         check::same_device(layer, name, value, x.device())?;
@@ -142,10 +151,6 @@ pub(crate) fn normalize_with(
     if x.elem_count() == 0 {
         return graph::empty(layer, x, &[weight, bias]);
     }
-    // Copies, which no later update of running statistics reaches.
-    let source = Source::Given {
-        mean: mean.detach().force_contiguous()?,
-        var: var.detach().force_contiguous()?,
-    };
+    let source = Source::Given(statistics.clone());
     graph::apply(Channels::of(layer, x, source, eps), x, weight, bias)
 }

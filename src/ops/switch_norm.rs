@@ -1,10 +1,12 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::batch_norm::{BatchStatistics, normalize_with};
 use super::check;
-use crate::computations::{PlaneMoments, composed};
+use crate::computations::{FixedStatistics, PlaneMoments, composed};
 use crate::graph::{self, Route, route};
 
 const LAYER: &str = "SwitchNorm";
@@ -129,13 +131,13 @@ pub(crate) fn switch_norm_with(
     let narrow = |t: Tensor| t.to_dtype(acc)?.reshape(n * c);
     let (scale, shift) = (narrow(scale)?, narrow(shift)?);
     let about = planes.about.detach().reshape(n * c)?;
+    let statistics = Arc::new(FixedStatistics::new([about.clone(), about.zeros_like()?]));
     let y = normalize_with(
         LAYER,
         3,
         &planes.values.reshape((1, n * c, space))?,
-        (&about, &about.zeros_like()?),
-        Some(&scale),
-        Some(&shift),
+        &statistics,
+        [Some(&scale), Some(&shift)],
         1.,
     )?;
     let statistics = mixed.batch.map(|[mean, var]| BatchStatistics { mean, var });

@@ -1,5 +1,7 @@
 //! Batch norm, by the statistics of the batch or by given ones.
 
+use std::sync::Arc;
+
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
@@ -56,17 +58,18 @@ impl Channels {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let given: Vec<Stats>;
+        let given: Arc<Vec<Stats>>;
         let statistics = match &self.source {
             Source::Own { center } => kernels::Statistics::Own {
                 center: *center,
                 eps: self.eps,
             },
-            Source::Given { mean, var } => {
-                let channels = values(mean)?.into_iter().zip(values(var)?);
-                given = channels
-                    .map(|(mean, var)| Stats::new(mean.into(), var, self.eps))
-                    .collect();
+            Source::Given(fixed) => {
+                given = fixed.prepared(self.eps, || {
+                    let channels = values(fixed.mean())?.into_iter().zip(values(fixed.var())?);
+                    let stats = channels.map(|(mean, var)| Stats::new(mean.into(), var, self.eps));
+                    Ok(stats.collect::<Vec<_>>())
+                })?;
                 kernels::Statistics::Given(&given)
             }
         };
@@ -87,7 +90,7 @@ impl Channels {
         let wanted = Wanted {
             own: match self.source {
                 Source::Own { center } => Some(center),
-                Source::Given { .. } => None,
+                Source::Given(_) => None,
             },
             params: from.params,
         };

@@ -33,8 +33,9 @@ impl On<Reference> for Channels {
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
         let saved = match &self.source {
             Source::Own { center } => self.plain().stats(&x, *center, self.eps),
-            Source::Given { mean, var } => {
-                let [mean, var] = [mean, var].map(|s| s.to_dtype(DType::F64)?.to_vec1::<f64>());
+            Source::Given(fixed) => {
+                let [mean, var] =
+                    [fixed.mean(), fixed.var()].map(|s| s.to_dtype(DType::F64)?.to_vec1::<f64>());
                 let channels = mean?.into_iter().zip(var?);
                 channels
                     .map(|(mean, var)| Stats::new(mean, 0., var, self.eps))
@@ -54,7 +55,7 @@ impl On<Reference> for Channels {
         let weight = parameter(from.weight)?;
         let own = match self.source {
             Source::Own { center } => Some(center),
-            Source::Given { .. } => None,
+            Source::Given(_) => None,
         };
         let weight = weight.as_deref();
         let grads = self

@@ -117,7 +117,7 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
         let mut dweight = vec![Sum::default(); self.num_params];
         let mut dbias = dweight.clone();
         let mut dx = Vec::with_capacity(x.len());
-        for i in 0..x.len() {
+        for (i, dy) in dy.iter().enumerate() {
             let (group, param) = ((self.group)(i), (self.param)(i));
             let through = match own {
                 Some(_) => (g(i) - mean[group]) - normalized(i) * along[group],
@@ -125,8 +125,8 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
             };
             dx.push(through / stats[group].std);
             let scaled = round.map_or(normalized(i), |dtype| rounded(normalized(i), dtype));
-            dweight[param].add(dy[i] * scaled);
-            dbias[param].add(dy[i]);
+            dweight[param].add(dy * scaled);
+            dbias[param].add(*dy);
         }
         let values = |sums: Vec<Sum>| sums.into_iter().map(Sum::value).collect();
         (dx, [values(dweight), values(dbias)])
