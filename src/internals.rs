@@ -60,7 +60,7 @@ pub fn saved(
         Op::LayerNorm => ops::layer_norm(x, x.dims()[x.rank() - 1], weight, bias, eps),
         Op::RmsNorm => {
             let len = x.dims()[x.rank() - 1];
-            ops::rms_norm(x, len, weight, Some(eps), 0., ops::Cast::AfterWeight)
+            ops::rms_norm(x, len, weight, eps)
         }
         Op::GroupNorm { num_groups } => ops::group_norm(x, *num_groups, weight, bias, eps),
         Op::InstanceNorm => Ok(ops::instance_norm(x, weight, bias, eps)?.0),

@@ -65,6 +65,11 @@ pub(crate) trait On<B: Backend>: Computation {
 
     fn forward(&self, args: Args<View<B::Storage>>) -> Result<Forward<B::Storage, Self::Saved>>;
 
+    /// The output alone, where no backward follows.
+    fn inference(&self, args: Args<View<B::Storage>>) -> Result<B::Storage> {
+        Ok(self.forward(args)?.y)
+    }
+
     /// The gradients: of the input in its dtype, of the parameters in any that is wide enough.
     fn backward(&self, from: Backward<B::Storage, Self::Saved>) -> Result<Gradients<B::Storage>>;
 }

@@ -31,7 +31,7 @@ pub(crate) fn apply<C: Served>(
     let args = Args { x, weight, bias };
     match route(computation.layer(), x)? {
         Route::Composed => Ok(computation.composed(args)?.y),
-        Route::Fused(kernels) => Ok(node::fused(computation, kernels, args)?.0),
+        Route::Fused(kernels) => Ok(node::fused(computation, kernels, args, false)?.0),
     }
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn apply_with_statistics<C: Served>(
             }
         }
         Route::Fused(kernels) => {
-            let (y, node) = node::fused(computation, kernels, args)?;
+            let (y, node) = node::fused(computation, kernels, args, true)?;
             Ok((y, Statistics::Saved(node)))
         }
     }

@@ -82,19 +82,22 @@ pub(super) struct Node<C: Served> {
     kernels: Kernels,
     names: Names,
     saved: OnceLock<Saved<C>>,
+    /// Whether a backward or a question for statistics may follow.
+    is_followed: bool,
     /// The output, where it was computed before.
     ready: OneShot<Storage>,
     /// Of the input of the forward, where a backward that reads it may follow.
     input: Option<OnceLock<Fingerprint>>,
 }
 
-/// `computation` of `args` as a node of the graph.
+/// `computation` of `args` as a node of the graph, which is `asked` for statistics or not.
 pub(super) fn fused<C: Served>(
     computation: C,
     kernels: Kernels,
     args: Args<&Tensor>,
+    asked: bool,
 ) -> Result<(Tensor, Arc<Node<C>>)> {
-    connected(computation, kernels, args, None)
+    connected(computation, kernels, args, asked, None)
 }
 
 /// The node of a computation whose forward has run, where there is one.
@@ -102,6 +105,7 @@ fn connected<C: Served>(
     computation: C,
     kernels: Kernels,
     args: Args<&Tensor>,
+    asked: bool,
     ran: Option<Forward<Storage, Saved<C>>>,
 ) -> Result<(Tensor, Arc<Node<C>>)> {
     let Args { x, weight, bias } = args;
@@ -129,6 +133,7 @@ fn connected<C: Served>(
             bias: bias.is_some(),
         },
         saved: saved.map(OnceLock::from).unwrap_or_default(),
+        is_followed: asked || is_tracked || recorded(),
         ready: OneShot::new(ready),
         input: reads_input.then(OnceLock::new),
     });
@@ -147,6 +152,14 @@ fn connected<C: Served>(
     Ok((y, node))
 }
 
+/// Whether a test asks for the backward of a node that nothing tracks.
+fn recorded() -> bool {
+    #[cfg(feature = "internals")]
+    return super::recorder::is_recording();
+    #[cfg(not(feature = "internals"))]
+    false
+}
+
 impl<C: Served> Node<C> {
     fn forward_on_cpu(&self, all: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
         let args = self.names.args(all)?;
@@ -156,6 +169,14 @@ impl<C: Served> Node<C> {
         let layout = args.x.layout;
         let (shape, _) = self.computation.output(layout.shape(), DType::F32);
         if let Some(Storage::Cpu(y)) = self.ready.take() {
+            return Ok((y, shape));
+        }
+        if !self.is_followed {
+            let y = match self.kernels {
+                Kernels::Cpu => On::<Cpu>::inference(&self.computation, args)?,
+                #[cfg(feature = "internals")]
+                Kernels::Reference => On::<Reference>::inference(&self.computation, args)?,
+            };
             return Ok((y, shape));
         }
         let (y, saved) = match self.kernels {
@@ -382,7 +403,7 @@ pub(super) fn fused_added<C: ServedAdded>(
     };
     let sum = x.apply_op2(residual, ready(added.sum))?;
     let args = Args { x: &sum, ..args };
-    let (y, _) = connected(computation, kernels, args, Some(added.normalized))?;
+    let (y, _) = connected(computation, kernels, args, false, Some(added.normalized))?;
     match added.rounded {
         None => Ok((y, sum)),
         Some(rounded) => Ok((y, sum.apply_op1(ready(rounded))?)),

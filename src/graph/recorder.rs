@@ -14,6 +14,11 @@ thread_local! {
     static RECORDER: RefCell<Option<Option<Handle>>> = const { RefCell::new(None) };
 }
 
+/// Whether this thread is recording.
+pub(super) fn is_recording() -> bool {
+    RECORDER.with_borrow(Option::is_some)
+}
+
 /// Takes the backward of a node, if this thread is recording.
 pub(super) fn record(
     backward: impl Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,

@@ -55,7 +55,15 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// Those of [`ops::rms_norm`].
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     let eps = Some(f64::from(eps));
-    ops::rms_norm(xs, alpha.shape(), Some(alpha), eps, 0., Cast::AfterWeight)
+    ops::rms_norm(
+        xs,
+        alpha.shape(),
+        Some(alpha),
+        ops::RmsOptions {
+            eps: eps,
+            ..Default::default()
+        },
+    )
 }
 
 /// [`rms_norm`] that rounds half precision where candle's does: before it multiplies by `alpha`,
@@ -65,7 +73,16 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 /// Those of [`rms_norm`].
 pub fn rms_norm_slow(x: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     let eps = Some(f64::from(eps));
-    ops::rms_norm(x, alpha.shape(), Some(alpha), eps, 0., Cast::BeforeWeight)
+    ops::rms_norm(
+        x,
+        alpha.shape(),
+        Some(alpha),
+        ops::RmsOptions {
+            eps,
+            offset: 0.,
+            cast: Cast::BeforeWeight,
+        },
+    )
 }
 
 /// Softmax along the last axis.

@@ -3,8 +3,8 @@
 use candle_core::{Result, Shape, Tensor};
 
 use super::check;
-use super::row_norm::{RowLayout, RowNorm, checked};
-use crate::computations::{Cast, composed};
+use super::row_norm::{RmsOptions, RowLayout, RowNorm, checked};
+use crate::computations::composed;
 use crate::graph;
 
 /// The rows of `x + residual`, normalized as `norm` says, and the sum.
@@ -79,11 +79,11 @@ pub fn add_layer_norm(
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_norm::ops::{self, Cast};
+/// use candle_norm::ops;
 ///
 /// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
 /// let residual = Tensor::new(&[[2f64, 1.]], &Device::Cpu)?;
-/// let (y, sum) = ops::add_rms_norm(&x, &residual, 2, None, Some(1e-9), 0., Cast::AfterWeight)?;
+/// let (y, sum) = ops::add_rms_norm(&x, &residual, 2, None, 1e-9)?;
 /// assert_eq!(sum.to_vec2::<f64>()?, [[3., 4.]]);
 /// assert!((y.to_vec2::<f64>()?[0][0] - 3. / 12.5f64.sqrt()).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())
@@ -93,15 +93,8 @@ pub fn add_rms_norm(
     residual: &Tensor,
     normalized_shape: impl Into<Shape>,
     weight: Option<&Tensor>,
-    eps: Option<f64>,
-    offset: f64,
-    cast: Cast,
+    options: impl Into<RmsOptions>,
 ) -> Result<(Tensor, Tensor)> {
-    let shape = normalized_shape.into();
-    let norm = RowNorm {
-        offset,
-        cast,
-        ..RowNorm::rms_norm(eps)
-    };
+    let (shape, norm) = (normalized_shape.into(), RowNorm::from(options.into()));
     add_row_norm(x, residual, shape.dims(), weight, None, &norm)
 }

@@ -29,8 +29,8 @@ pub(crate) use instance_norm::instance_norm_by;
 pub(crate) use moments::columns;
 #[doc(inline)]
 pub use moments::{Moments, moments};
+pub use row_norm::{RmsOptions, layer_norm, rms_norm};
 pub(crate) use row_norm::{RowNorm, row_norm};
-pub use row_norm::{layer_norm, rms_norm};
 pub(crate) use softmax::softmax_last_dim;
 pub use switch_norm::{SwitchBatch, SwitchSources, switch_norm};
 pub(crate) use switch_norm::{shares, switch_norm_with};

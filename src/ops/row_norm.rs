@@ -69,6 +69,37 @@ impl RowNorm {
     }
 }
 
+/// Options of [`rms_norm`] and [`add_rms_norm`](super::add_rms_norm). A number is taken as `eps`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct RmsOptions {
+    /// Added to the mean square, inside the root. Default: `None`, the machine epsilon of the dtype
+    /// that the mean square is formed in, as in PyTorch: 1.19e-7, for `f64` 2.2e-16.
+    pub eps: Option<f64>,
+    /// Added to the weight. Gemma and its relatives: 1. Default: 0.
+    pub offset: f64,
+    /// Place where half precision is rounded. Default: [`Cast::AfterWeight`].
+    pub cast: Cast,
+}
+
+impl From<f64> for RmsOptions {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps: Some(eps),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<RmsOptions> for RowNorm {
+    fn from(options: RmsOptions) -> Self {
+        Self {
+            offset: options.offset,
+            cast: options.cast,
+            ..Self::rms_norm(options.eps)
+        }
+    }
+}
+
 /// Normalizes the rows of `x` as `norm` says.
 pub(crate) fn row_norm(
     x: &Tensor,
@@ -196,10 +227,10 @@ pub fn layer_norm(
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_norm::ops::{self, Cast};
+/// use candle_norm::ops;
 ///
 /// let x = Tensor::new(&[[3f64, 4.]], &Device::Cpu)?;
-/// let y = ops::rms_norm(&x, 2, None, Some(1e-9), 0., Cast::AfterWeight)?;
+/// let y = ops::rms_norm(&x, 2, None, 1e-9)?;
 /// assert!((y.to_vec2::<f64>()?[0][0] - 3. / 12.5f64.sqrt()).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
@@ -207,15 +238,9 @@ pub fn rms_norm(
     x: &Tensor,
     normalized_shape: impl Into<Shape>,
     weight: Option<&Tensor>,
-    eps: Option<f64>,
-    offset: f64,
-    cast: Cast,
+    options: impl Into<RmsOptions>,
 ) -> Result<Tensor> {
     let shape = normalized_shape.into();
-    let norm = RowNorm {
-        offset,
-        cast,
-        ..RowNorm::rms_norm(eps)
-    };
+    let norm = RowNorm::from(options.into());
     row_norm(x, shape.dims(), weight, None, &norm)
 }

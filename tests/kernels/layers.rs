@@ -96,7 +96,16 @@ pub(crate) fn rms_norm_cast_before_weight(stamp: Stamp) {
         let w = variable(weight.expect("a weight"), &[len], dtypes.params).expect("a variable");
         let dy = tensor(&n.dy, &dims, dtypes.input).expect("a tensor");
         let (y, grads) = stamp.run(|| {
-            let y = ops::rms_norm(&x, len, Some(&w), Some(1e-5), offset, Cast::BeforeWeight)?;
+            let y = ops::rms_norm(
+                &x,
+                len,
+                Some(&w),
+                ops::RmsOptions {
+                    eps: Some(1e-5),
+                    offset,
+                    cast: Cast::BeforeWeight,
+                },
+            )?;
             let grads = backward(&y, &dy)?;
             Ok((y, grads))
         });

@@ -51,9 +51,17 @@ impl Norm {
         let (len, weight) = (x.dims()[x.rank() - 1], params.first());
         match self {
             Self::Layer => ops::add_layer_norm(x, residual, len, weight, params.get(1), 1e-5),
-            Self::Rms { offset, cast } => {
-                ops::add_rms_norm(x, residual, len, weight, Some(1e-5), offset, cast)
-            }
+            Self::Rms { offset, cast } => ops::add_rms_norm(
+                x,
+                residual,
+                len,
+                weight,
+                ops::RmsOptions {
+                    eps: Some(1e-5),
+                    offset,
+                    cast,
+                },
+            ),
         }
     }
 
@@ -63,9 +71,16 @@ impl Norm {
         let sum = (x + residual)?;
         let y = match self {
             Self::Layer => ops::layer_norm(&sum, len, weight, params.get(1), 1e-5)?,
-            Self::Rms { offset, cast } => {
-                ops::rms_norm(&sum, len, weight, Some(1e-5), offset, cast)?
-            }
+            Self::Rms { offset, cast } => ops::rms_norm(
+                &sum,
+                len,
+                weight,
+                ops::RmsOptions {
+                    eps: Some(1e-5),
+                    offset,
+                    cast,
+                },
+            )?,
         };
         Ok((y, sum))
     }
@@ -334,9 +349,7 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &Device::Cpu);
     let x = zeros(&[2, 3, 4], DType::F32)?;
     let layer = |residual: &Tensor| ops::add_layer_norm(&x, residual, 4, None, None, 1e-5);
-    let rms = |residual: &Tensor, eps| {
-        ops::add_rms_norm(&x, residual, 4, None, Some(eps), 0., Cast::AfterWeight)
-    };
+    let rms = |residual: &Tensor, eps| ops::add_rms_norm(&x, residual, 4, None, eps);
     for path in PATHS {
         with_path(path, || -> Result<()> {
             for dims in [&[3, 4][..], &[1, 3, 4], &[2, 4, 3], &[]] {

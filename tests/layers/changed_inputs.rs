@@ -157,7 +157,7 @@ fn views_and_slices_are_told_too() -> Result<()> {
 
     let weight = var(&[20], 3, DType::F32)?;
     let x = tensor(&Draw::new(4).normal(80), &[4, 20], DType::F32)?;
-    let y = ops::rms_norm(&x, 20, Some(&weight), None, 0., ops::Cast::AfterWeight)?;
+    let y = ops::rms_norm(&x, 20, Some(&weight), ops::RmsOptions::default())?;
     x.slice_set(&x.narrow(0, 0, 1)?.affine(2., 1.)?, 0, 2)?;
     assert_refused(y.sqr()?.sum_all()?.backward(), "RmsNorm");
 

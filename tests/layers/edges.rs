@@ -703,7 +703,16 @@ fn rows_of_zeros_stay_zero_under_rms_and_weight_norm() -> Result<()> {
         for cast in [Cast::AfterWeight, Cast::BeforeWeight] {
             let x = Var::zeros((2, 5), dtype, &CPU)?;
             let w = Var::ones(5, dtype, &CPU)?;
-            let y = ops::rms_norm(&x, 5, Some(&w), Some(1e-6), 0., cast)?;
+            let y = ops::rms_norm(
+                &x,
+                5,
+                Some(&w),
+                ops::RmsOptions {
+                    eps: Some(1e-6),
+                    offset: 0.,
+                    cast,
+                },
+            )?;
             assert!(values(&y)?.iter().all(|y| *y == 0.));
             let grads = y.sum_all()?.backward()?;
             for t in [&x, &w] {

@@ -122,7 +122,17 @@ fn add_norm() {
                 let rms = |t: &[Tensor]| {
                     let (weight, eps) = (Some(&t[2]), Some(1e-2));
                     let cast = Cast::AfterWeight;
-                    let (y, sum) = ops::add_rms_norm(&t[0], &t[1], dims[1], weight, eps, 1., cast)?;
+                    let (y, sum) = ops::add_rms_norm(
+                        &t[0],
+                        &t[1],
+                        dims[1],
+                        weight,
+                        ops::RmsOptions {
+                            eps,
+                            offset: 1.,
+                            cast,
+                        },
+                    )?;
                     Tensor::cat(&[y, sum], 0)
                 };
                 let what = format!("{dims:?}, {path:?}");

@@ -2,7 +2,7 @@
 //! kernel can walk.
 
 use allocation_counter::AllocationInfo;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::ops;
 
 use testkit::data::noise;
@@ -24,7 +24,7 @@ fn one_row_takes_few_allocations() -> Result<()> {
     let add = asked(|| &x + &x)?;
     let (w, b) = (Some(&weight), Some(&bias));
     let layer = asked(|| ops::layer_norm(&x, 768, w, b, 1e-5))?;
-    let rms = asked(|| ops::rms_norm(&x, 768, w, None, 0., ops::Cast::AfterWeight))?;
+    let rms = asked(|| ops::rms_norm(&x, 768, w, ops::RmsOptions::default()))?;
     for (name, norm) in [("layer norm", layer), ("RMS norm", rms)] {
         assert!(
             norm.count_total <= add.count_total + 12,
@@ -85,6 +85,26 @@ fn switch_norm_allocates_its_output_and_little_else() -> Result<()> {
                 "{dtype:?}: {asked:?} for {size} bytes"
             );
         }
+        Ok(())
+    })
+}
+
+/// Statistics of rows are kept for a backward alone.
+#[test]
+fn inference_keeps_no_statistics_of_rows() -> Result<()> {
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+    let pool = one_thread.map_err(candle_core::Error::wrap)?;
+    pool.install(|| {
+        let x = noise(&[4096, 4], DType::F32)?;
+        let size = (x.elem_count() * DType::F32.size_in_bytes()) as u64;
+        let inference = asked(|| ops::layer_norm(&x, 4, None, None, 1e-5))?;
+        assert!(
+            inference.bytes_total < size + 4096,
+            "{inference:?} for {size} bytes"
+        );
+        let tracked = Var::from_tensor(&x)?;
+        let training = asked(|| ops::layer_norm(&tracked, 4, None, None, 1e-5))?;
+        assert!(training.bytes_total >= size + 4096 * 24, "{training:?}");
         Ok(())
     })
 }

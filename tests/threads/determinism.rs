@@ -126,7 +126,17 @@ fn add_norm() {
                     _ => {
                         let cast = Cast::AfterWeight;
                         let weight = Some(&weight);
-                        ops::add_rms_norm(&x, &residual, dims[1], weight, None, 0., cast)
+                        ops::add_rms_norm(
+                            &x,
+                            &residual,
+                            dims[1],
+                            weight,
+                            ops::RmsOptions {
+                                eps: None,
+                                offset: 0.,
+                                cast,
+                            },
+                        )
                     }
                 }?;
                 let [dy, dsum] = [2, 3].map(|i| tensor(&numbers[i], dims, dtype));
@@ -244,7 +254,16 @@ fn batch_norm_inference() {
 fn rms_norm_cast_before_weight() {
     for dims in [[9, 1031], [1031, 49]] {
         check_op("RMS norm", &dims, &dims[1..], |x, weight| {
-            ops::rms_norm(x, dims[1], Some(weight), None, 0., Cast::BeforeWeight)
+            ops::rms_norm(
+                x,
+                dims[1],
+                Some(weight),
+                ops::RmsOptions {
+                    eps: None,
+                    offset: 0.,
+                    cast: Cast::BeforeWeight,
+                },
+            )
         });
     }
 }

@@ -72,6 +72,10 @@ kernels! {
         spec: RowSpec,
     ) -> (Vec<Self>, Vec<Stats>) = rows::forward::<Self>;
 
+    /// [`rows_forward`](Self::rows_forward) that keeps no statistics.
+    fn rows_inference(x: &[Self], affine: AffinePair<Self::Acc>, spec: RowSpec) -> Vec<Self>
+        = rows::inference::<Self>;
+
     /// [`rows_forward`](Self::rows_forward) of `x + residual`, and the sum.
     fn rows_add_forward(
         x: &[Self],

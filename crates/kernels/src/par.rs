@@ -10,30 +10,40 @@ use super::simd::{Kernel, Level};
 /// Below this many elements the calling thread is done before another would have begun.
 const SERIAL: usize = 1 << 14;
 
-/// At most this many blocks: two for each core of a large machine.
-const BLOCKS: usize = 256;
-
-/// At most this many blocks with sums of their own, one for each core of a large machine, ..
-const SUMMING_BLOCKS: usize = 128;
-
-/// .. and more than this many only where each has many items, beside which its sums are small.
-const FEW_SUMMING_BLOCKS: usize = 64;
-const MANY_ITEMS: usize = 128;
-
 /// The least elements of a block.
 const BLOCK: usize = 1 << 12;
 
+/// The most blocks of a tensor that is not large.
+const FEW_BLOCKS: usize = 64;
+
+/// The most blocks of a large tensor, two for each core of a large machine.
+const MANY_BLOCKS: usize = 256;
+
+/// The least elements of one of many blocks.
+const LARGE_BLOCK: usize = 1 << 14;
+
+/// The most blocks that have sums of their own, one for each core of a large machine.
+const MANY_SUMMING_BLOCKS: usize = 128;
+
+/// The least items of one of many such blocks, beside which its sums are small.
+const MANY_ITEMS: usize = 128;
+
 /// How many of `count` items of `len` elements make a block.
 pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
-    let least = BLOCK.div_ceil(len.max(1)).max(1);
-    count.div_ceil(BLOCKS).max(least)
+    let large = LARGE_BLOCK.div_ceil(len.max(1));
+    per_block(count, len, count.div_ceil(MANY_BLOCKS).max(large))
 }
 
 /// How many of `count` items of `len` elements make a block that leaves sums to be combined.
 pub(crate) fn items_per_summing_block(count: usize, len: usize) -> usize {
+    let many = count.div_ceil(MANY_SUMMING_BLOCKS).max(MANY_ITEMS);
+    per_block(count, len, many)
+}
+
+/// The items of one of few blocks, or of one of many if these are less.
+fn per_block(count: usize, len: usize, of_many: usize) -> usize {
     let least = BLOCK.div_ceil(len.max(1)).max(1);
-    let many = count.div_ceil(FEW_SUMMING_BLOCKS).min(MANY_ITEMS);
-    count.div_ceil(SUMMING_BLOCKS).max(many).max(least)
+    count.div_ceil(FEW_BLOCKS).min(of_many).max(least)
 }
 
 /// The elements of a part of a row, group or channel that is divided.

@@ -1,6 +1,7 @@
 //! Layer norm and RMS norm: each row by its own statistics, each column with its own weight and
 //! bias.
 
+use std::iter::repeat_with;
 use std::mem::MaybeUninit;
 
 use super::affine::{AffinePair, Normal};
@@ -35,6 +36,21 @@ pub(crate) fn forward<E: Elem>(
     affine: AffinePair<E::Acc>,
     spec: RowSpec,
 ) -> (Vec<E>, Vec<Stats>) {
+    forward_keeping(x, affine, spec, true)
+}
+
+/// [`forward`] that keeps no statistics.
+pub(crate) fn inference<E: Elem>(x: &[E], affine: AffinePair<E::Acc>, spec: RowSpec) -> Vec<E> {
+    forward_keeping(x, affine, spec, false).0
+}
+
+/// [`forward`], with no statistics unless it is to `keep` them.
+fn forward_keeping<E: Elem>(
+    x: &[E],
+    affine: AffinePair<E::Acc>,
+    spec: RowSpec,
+    keep: bool,
+) -> (Vec<E>, Vec<Stats>) {
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert!(affine.fits(spec.len));
@@ -43,9 +59,13 @@ pub(crate) fn forward<E: Elem>(
     }
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
-    let mut stats = vec![Stats::NONE; rows];
+    let mut stats = vec![Stats::NONE; if keep { rows } else { 0 }];
     let y = fill(x.len(), size, |y| {
-        let blocks = x.chunks(size).zip(y).zip(stats.chunks_mut(per_block));
+        let kept = stats
+            .chunks_mut(per_block)
+            .map(Some)
+            .chain(repeat_with(|| None));
+        let blocks = x.chunks(size).zip(y).zip(kept);
         let blocks = blocks.map(|((x, y), stats)| RowsForward {
             x,
             y,
@@ -97,7 +117,8 @@ const SHORT: usize = 1024;
 struct RowsForward<'a, E: Elem> {
     x: &'a [E],
     y: Part<'a, E>,
-    stats: &'a mut [Stats],
+    /// Where the statistics are kept.
+    stats: Option<&'a mut [Stats]>,
     affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
 }
@@ -107,9 +128,14 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
+        let len = self.spec.len;
         let norm = Normalizer::new(isa, self.affine, self.spec);
-        let groups = self.x.chunks(ROWS * self.spec.len);
-        for (x, stats) in groups.zip(self.stats.chunks_mut(ROWS)) {
+        for (group, x) in self.x.chunks(ROWS * len).enumerate() {
+            let mut passing = [Stats::NONE; ROWS];
+            let stats = match &mut self.stats {
+                Some(stats) => &mut stats[group * ROWS..][..x.len() / len],
+                None => &mut passing[..x.len() / len],
+            };
             norm.rows(isa, x, &mut self.y, stats);
         }
     }

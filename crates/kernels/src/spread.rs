@@ -797,8 +797,8 @@ mod tests {
         assert!(blocks(1, 1, 1 << 23) >= 128);
         assert!(blocks(1, 3, 1 << 20) >= 128);
         assert!(blocks(32, 3, 224 * 224) >= 96);
-        assert!(blocks(1, 256, 56 * 56) >= 128);
-        assert!(blocks(512, 64, 7 * 7) >= 128);
+        assert!(blocks(8, 256, 56 * 56) >= 128);
+        assert!(blocks(1024, 64, 7 * 7) >= 128);
     }
 
     #[test]

@@ -44,6 +44,16 @@ impl Rows {
         })
     }
 
+    fn inference_of<T: Native>(&self, args: Args<Arg>) -> Result<CpuStorage> {
+        let (weight, bias) = (self.factor(args.weight)?, parameter(args.bias)?);
+        let affine = AffinePair {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
+        let y = T::rows_inference(elements(args.x)?, affine, self.spec());
+        Ok(T::to_cpu_storage_owned(y))
+    }
+
     fn backward_of<T: Native>(
         &self,
         from: Backward<CpuStorage, Vec<Stats>>,
@@ -92,6 +102,10 @@ impl On<Cpu> for Rows {
 
     fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         with_native!(args.x.dtype(), self.layer, T => self.forward_of::<T>(args))
+    }
+
+    fn inference(&self, args: Args<Arg>) -> Result<CpuStorage> {
+        with_native!(args.x.dtype(), self.layer, T => self.inference_of::<T>(args))
     }
 
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {

@@ -185,7 +185,16 @@ fn gradients_of_products_out_of_range() -> Result<()> {
     for cast in [ops::Cast::AfterWeight, ops::Cast::BeforeWeight] {
         let xt = variable(&x, &[1, 3], DType::F16)?;
         let weight = tensor(&weight, &[3], DType::F16)?;
-        let y = ops::rms_norm(&xt, 3, Some(&weight), Some(1e-6), 0., cast)?;
+        let y = ops::rms_norm(
+            &xt,
+            3,
+            Some(&weight),
+            ops::RmsOptions {
+                eps: Some(1e-6),
+                offset: 0.,
+                cast,
+            },
+        )?;
         let grads = backward(&y, &tensor(&dy, &[1, 3], DType::F16)?)?;
         let tolerance = 2. * tolerance(DType::F16);
         assert_gradient(
@@ -496,7 +505,7 @@ fn odd_shapes_do_not_panic() -> Result<()> {
     assert!(ops::layer_norm(&one, (), None, None, 1e-5).is_err());
     for eps in [0., -1., f64::NAN, f64::INFINITY] {
         assert!(ops::layer_norm(&one, 1, None, None, eps).is_err());
-        assert!(ops::rms_norm(&one, 1, None, Some(eps), 0., ops::Cast::AfterWeight).is_err());
+        assert!(ops::rms_norm(&one, 1, None, eps).is_err());
         assert!(ops::group_norm(&one, 1, None, None, eps).is_err());
         assert!(ops::instance_norm(&one, None, None, eps).is_err());
         assert!(ops::batch_norm(&one, None, None, eps).is_err());

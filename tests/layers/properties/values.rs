@@ -357,9 +357,7 @@ fn rms_norm_without_eps_takes_that_of_the_accumulator() -> Result<()> {
             &tensor(&x, &[3, 30], dtype)?,
             30,
             None,
-            None,
-            0.,
-            Cast::AfterWeight,
+            ops::RmsOptions::default(),
         )?;
         let want = oracle::Norm::layer(&[3, 30], 1, eps).without_mean();
         let want = want.forward(&x, None, None).y;
@@ -506,7 +504,16 @@ fn functions_give_what_layers_give() -> Result<()> {
         let (w, b) = (w.as_ref(), b.as_ref());
         let function = match kind {
             Kind::Layer { .. } => ops::layer_norm(&x, (4, 5), w, b, eps)?,
-            Kind::Rms { .. } => ops::rms_norm(&x, 5, w, Some(eps), 1., Cast::AfterWeight)?,
+            Kind::Rms { .. } => ops::rms_norm(
+                &x,
+                5,
+                w,
+                ops::RmsOptions {
+                    eps: Some(eps),
+                    offset: 1.,
+                    cast: Cast::AfterWeight,
+                },
+            )?,
             Kind::Group { groups } => ops::group_norm(&x, groups, w, b, eps)?,
             Kind::Instance => ops::instance_norm(&x, w, b, eps)?.0,
             _ => ops::batch_norm(&x, w, b, eps)?.0,
