@@ -23,7 +23,8 @@ use std::path::PathBuf;
 #[test]
 fn every_case_of_the_folder_passes() {
     let folder = match std::env::var_os("CANDLE_NORM_CONFORMANCE") {
-        Some(folder) => PathBuf::from(folder),
+        // cargo starts a test in the folder of its package; a relative path is from the top.
+        Some(folder) => top().join(folder),
         None => own_cases(),
     };
     let report = runner::run_folder(&folder);
@@ -36,7 +37,12 @@ fn every_case_of_the_folder_passes() {
     );
 }
 
+/// The folder of the workspace.
+fn top() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
 /// The cases of this repository.
 fn own_cases() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/conformance")
+    top().join("tests/fixtures/conformance")
 }

@@ -198,7 +198,7 @@ impl Source {
 }
 
 fn sources() -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("src");
     let mut folders = vec![root.clone()];
     let mut found = vec![];
     while let Some(folder) = folders.pop() {

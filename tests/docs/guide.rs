@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 const GUIDE: &str = include_str!("../../docs/guide.md");
 
 fn docs() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("docs")
 }
 
 /// The guide without its code.
@@ -450,7 +450,7 @@ fn cited() -> Vec<Cited> {
 }
 
 fn figures_file() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/docs/figures.tsv")
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/docs/figures.tsv")
 }
 
 /// Where a figure of the guide comes from.

@@ -14,7 +14,7 @@ const README: &str = include_str!("../../README.md");
 const GUIDE: &str = include_str!("../../docs/guide.md");
 
 fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 /// The cells of the rows of a table after the line that starts with `head`.
@@ -102,6 +102,14 @@ fn readme_and_guide_give_the_same_eight_lines_of_advice() {
     }
 }
 
+/// The sources in a folder, as one text.
+fn sources(folder: &Path) -> String {
+    let files = fs::read_dir(folder).expect("a folder").flatten();
+    files
+        .map(|file| fs::read_to_string(file.path()).unwrap_or_default())
+        .collect()
+}
+
 /// The examples by their names, each with its sources.
 fn examples() -> Vec<(String, String)> {
     let mut found = vec![];
@@ -112,12 +120,10 @@ fn examples() -> Vec<(String, String)> {
             .and_then(|s| s.to_str())
             .unwrap_or("")
             .to_string();
-        let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
         if path.extension().is_some_and(|e| e == "rs") {
-            found.push((name, text(&path)));
+            found.push((name, fs::read_to_string(&path).unwrap_or_default()));
         } else if path.join("main.rs").exists() {
-            let files = fs::read_dir(&path).expect("a folder").flatten();
-            found.push((name, files.map(|file| text(&file.path())).collect()));
+            found.push((name, sources(&path)));
         }
     }
     found
@@ -137,6 +143,10 @@ fn the_readme_lists_every_example() {
 fn every_quick_run_says_that_its_figures_are_rough() {
     let quick: Vec<_> = examples()
         .into_iter()
+        .chain([(
+            "claims".to_string(),
+            sources(&root().join("crates/lab/src")),
+        )])
         .filter(|(_, text)| text.contains("quick: bool,"))
         .collect();
     assert!(quick.len() > 10, "{}", quick.len());

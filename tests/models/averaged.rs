@@ -48,7 +48,7 @@ struct Fixture(HashMap<String, Tensor>);
 
 impl Fixture {
     fn read() -> Result<Self> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
             .join("tests/fixtures/checkpoints/averaged.safetensors");
         Ok(Self(candle_core::safetensors::load(path, &CPU)?))
     }

@@ -142,7 +142,7 @@ impl Checkpoint {
 }
 
 fn file(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
         .join("tests/fixtures/checkpoints")
         .join(format!("{name}.safetensors"))
 }

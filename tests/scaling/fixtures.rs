@@ -25,7 +25,8 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/scaling");
+    let folder =
+        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("tests/fixtures/scaling");
     let mut cases = vec![];
     for entry in std::fs::read_dir(folder).expect("the fixtures") {
         let path = entry.expect("a file").path();

@@ -24,7 +24,7 @@ impl Fixture {
     fn load(name: &str) -> Result<Self> {
         let path = format!(
             "{}/tests/fixtures/scaling/series_{name}.safetensors",
-            env!("CARGO_MANIFEST_DIR")
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../..")
         );
         Ok(Self(candle_core::safetensors::load(path, &Device::Cpu)?))
     }

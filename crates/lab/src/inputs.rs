@@ -217,7 +217,9 @@ fn round_trip(lab: &Lab) -> Result<Vec<Measure>> {
     let (split, stocks, co2) = (Split::load()?, Series::stocks()?, Series::co2()?);
     let column = |x: &Tensor, i: usize| x.narrow(1, i, 1)?.contiguous()?.to_dtype(DType::F64);
     // 20011229 stands for a day: what a column of dates is where nobody looked.
-    let dates = include_str!("../data/co2.csv").lines().skip(1);
+    let dates = include_str!("../../../examples/data/co2.csv")
+        .lines()
+        .skip(1);
     let dates = dates.filter_map(|line| line.split(',').next()?.parse().ok());
     let dates: Vec<f64> = dates.collect();
     let weeks = dates.len();

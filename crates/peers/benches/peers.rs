@@ -28,6 +28,7 @@ mod timing;
 mod torch;
 
 use std::cell::RefCell;
+use std::env;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -40,7 +41,7 @@ use step::Step;
 use timing::{Entrant, Plan, Threads, measure};
 use torch::Torch;
 
-/// candle allocates every result: what the system's allocator makes of that is the subject of `benches/alloc_*.rs`.
+/// candle allocates every result: what the system's allocator makes of that is the subject of `alloc_*.rs`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -119,6 +120,8 @@ fn main() -> Result<ExitCode> {
         println!("not run: `cargo bench --bench peers` measures");
         return Ok(ExitCode::SUCCESS);
     }
+    // cargo starts a bench in the folder of its package; paths of the command line are from the top.
+    env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))?;
     let threads = args.threads();
     if args.scaling {
         println!("{}, mimalloc", processor());

@@ -36,7 +36,7 @@ fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
 
 fn command(id: u32, quick: bool) -> String {
     let quick = if quick { " --quick" } else { "" };
-    format!("cargo run --release --example claims -- --claim {id}{quick}")
+    format!("cargo run --release -p candle-norm-lab -- --claim {id}{quick}")
 }
 
 /// The rows of one table of verdicts: those of tutorials come first, then those of the guide.

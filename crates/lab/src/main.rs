@@ -1,9 +1,9 @@
 //! Experiments for claims about normalization from articles, tutorials and the guide of this crate.
 //!
-//!     cargo run --release --example claims                 # all claims, into docs
-//!     cargo run --release --example claims -- --claim 14   # one claim, into target/claims
-//!     cargo run --release --example claims -- --quick      # all, roughly, into target/claims
-//!     cargo run --release --example claims -- --redraw     # new figures from docs/claims.md
+//!     cargo run --release -p candle-norm-lab                 # all claims, into docs
+//!     cargo run --release -p candle-norm-lab -- --claim 14   # one claim, into target/claims
+//!     cargo run --release -p candle-norm-lab -- --quick      # all, roughly, into target/claims
+//!     cargo run --release -p candle-norm-lab -- --redraw     # new figures from docs/claims.md
 //!
 //! The first command writes `docs/claims.md`, `docs/claims.html` and `docs/claims/`.
 //!
@@ -11,13 +11,13 @@
 //! its verdict. Results are kept in `target/claims/cache`. Therefore an interrupted run continues
 //! where it stopped, and pages can be written again without new measurements.
 
-#[path = "../common/axis.rs"]
+#[path = "../../../examples/common/axis.rs"]
 mod axis;
-#[path = "../regression/data.rs"]
+#[path = "../../../examples/regression/data.rs"]
 #[allow(dead_code)]
 mod cars;
 mod claim;
-#[path = "../common/mod.rs"]
+#[path = "../../../examples/common/mod.rs"]
 mod common;
 mod cost;
 mod depth;
@@ -27,22 +27,22 @@ mod forecasts;
 mod inputs;
 mod lab;
 mod nets;
-#[path = "../common/palette.rs"]
+#[path = "../../../examples/common/palette.rs"]
 mod palette;
 mod placement;
-#[path = "../common/plot.rs"]
+#[path = "../../../examples/common/plot.rs"]
 mod plot;
-#[path = "../cartpole/policy.rs"]
+#[path = "../../../examples/cartpole/policy.rs"]
 #[allow(dead_code)]
 mod policy;
 mod practice;
 mod precision;
 mod report;
-#[path = "../forecast/scales.rs"]
+#[path = "../../../examples/forecast/scales.rs"]
 #[allow(dead_code)]
 mod scales;
 mod sequences;
-#[path = "../common/series.rs"]
+#[path = "../../../examples/common/series.rs"]
 mod series;
 mod small_sets;
 mod statistics;
@@ -71,9 +71,9 @@ const SHARED: [&str; 6] = [
     include_str!("lab.rs"),
     include_str!("nets.rs"),
     include_str!("training.rs"),
-    include_str!("../cartpole/policy.rs"),
-    include_str!("../common/mod.rs"),
-    include_str!("../forecast/scales.rs"),
+    include_str!("../../../examples/cartpole/policy.rs"),
+    include_str!("../../../examples/common/mod.rs"),
+    include_str!("../../../examples/forecast/scales.rs"),
 ];
 
 fn version() -> u64 {
