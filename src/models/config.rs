@@ -7,12 +7,14 @@ use candle_core::{Error, Result, bail};
 use candle_nn::VarBuilder;
 
 use super::name;
-use crate::layers::group_norm::GroupNormSpec;
+use crate::layers::batch_norm::BatchNormOptions;
+use crate::layers::group_norm::{GroupNormOptions, GroupNormSpec};
+use crate::layers::instance_norm::InstanceNormOptions;
+use crate::layers::layer_norm::LayerNormOptions;
+use crate::layers::rms_norm::RmsNormOptions;
+use crate::layers::switch_norm::SwitchNormOptions;
+use crate::layers::weight_norm::WeightNormOptions;
 use crate::layers::{Identity, NONE, Names, Norm, NormOptions};
-use crate::{
-    BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, RmsNormOptions,
-    SwitchNormOptions, WeightNormOptions,
-};
 
 /// The variants of [`NormConfig`], each with the type that implements [`NormOptions`] for it. A
 /// variant holds that type itself, or its fields.
