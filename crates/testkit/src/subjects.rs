@@ -82,6 +82,14 @@ impl Params {
         }
     }
 
+    /// A weight, and a bias where there is a second tensor.
+    pub fn new(params: &[Tensor]) -> Self {
+        Self {
+            weight: params.first().cloned(),
+            bias: params.get(1).cloned(),
+        }
+    }
+
     /// The dtype of the parameters; without any, that of the input.
     fn dtype(&self, x: &Tensor) -> DType {
         self.weight
@@ -162,12 +170,41 @@ impl Kind {
     pub fn is_channels_first(self) -> bool {
         matches!(self, Kind::LayerChannelsFirst | Kind::RmsChannelsFirst)
     }
+
+    /// Whether the layer has a shift among its options.
+    pub fn has_bias(self) -> bool {
+        match self {
+            Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => true,
+            Kind::Rms { .. } | Kind::RmsChannelsFirst => true,
+            Kind::Group { .. } | Kind::Instance | Kind::Switch => true,
+            Kind::Batch | Kind::BatchNoMean => true,
+        }
+    }
+
+    /// The largest number of affine parameters.
+    pub fn num_params(self) -> usize {
+        1 + usize::from(self.has_bias())
+    }
 }
 
 impl Subject {
     /// A layer with its ε.
     pub fn new(kind: Kind, eps: f64) -> Self {
         Self { kind, eps }
+    }
+
+    /// The layer that gives for inputs times `scale` what this one gives for the inputs.
+    pub fn scaled(self, scale: f64) -> Self {
+        let eps = match self.kind {
+            Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => scale * scale,
+            Kind::Rms { .. } | Kind::RmsChannelsFirst => scale * scale,
+            Kind::Group { .. } | Kind::Instance | Kind::Switch => scale * scale,
+            Kind::Batch | Kind::BatchNoMean => scale * scale,
+        };
+        Self {
+            eps: self.eps * eps,
+            ..self
+        }
     }
 
     /// The shape of the parameters for an input of shape `dims`.
