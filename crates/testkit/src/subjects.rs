@@ -7,7 +7,7 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, SwitchNormOptions,
+    RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
 };
 
 use crate::compare::{assert_close, assert_gradient};
@@ -35,6 +35,10 @@ pub enum Kind {
     },
     /// Over axis 1, by the root mean square.
     RmsChannelsFirst,
+    /// Over the last axis, by the length.
+    Scale,
+    /// Over axis 1, by the length.
+    ScaleChannelsFirst,
     /// Over space and the channels of a group.
     Group {
         /// Number of groups, which divides the channels.
@@ -157,6 +161,24 @@ fn switch(x: &Tensor, features: usize, eps: f64, params: &Params) -> Result<Box<
     Ok(Box::new(candle_norm::switch_norm(features, options, vb)?))
 }
 
+/// A scale norm of the given weight, or of one.
+fn scale(
+    normalized_shape: &[usize],
+    options: ScaleNormOptions,
+    params: &Params,
+    x: &Tensor,
+) -> Result<Box<dyn ModuleT>> {
+    let dtype = params.dtype(x);
+    let weight = match &params.weight {
+        Some(weight) => weight.clone(),
+        None => Tensor::ones(1, dtype, x.device())?,
+    };
+    let tensors = HashMap::from([("weight".to_string(), weight)]);
+    let vb = VarBuilder::from_tensors(tensors, dtype, x.device());
+    let norm = candle_norm::scale_norm(normalized_shape, options, vb)?;
+    Ok(Box::new(norm))
+}
+
 /// The dtype of the running statistics of a model.
 fn statistics(model: DType) -> DType {
     match model {
@@ -168,7 +190,11 @@ fn statistics(model: DType) -> DType {
 impl Kind {
     /// Whether rows lie across memory, along axis 1.
     pub fn is_channels_first(self) -> bool {
-        matches!(self, Kind::LayerChannelsFirst | Kind::RmsChannelsFirst)
+        use Kind::*;
+        matches!(
+            self,
+            LayerChannelsFirst | RmsChannelsFirst | ScaleChannelsFirst
+        )
     }
 
     /// Whether the layer has a shift among its options.
@@ -178,6 +204,7 @@ impl Kind {
             Kind::Rms { .. } | Kind::RmsChannelsFirst => true,
             Kind::Group { .. } | Kind::Instance | Kind::Switch => true,
             Kind::Batch | Kind::BatchNoMean => true,
+            Kind::Scale | Kind::ScaleChannelsFirst => false,
         }
     }
 
@@ -200,6 +227,7 @@ impl Subject {
             Kind::Rms { .. } | Kind::RmsChannelsFirst => scale * scale,
             Kind::Group { .. } | Kind::Instance | Kind::Switch => scale * scale,
             Kind::Batch | Kind::BatchNoMean => scale * scale,
+            Kind::Scale | Kind::ScaleChannelsFirst => scale.abs(),
         };
         Self {
             eps: self.eps * eps,
@@ -212,6 +240,7 @@ impl Subject {
         match self.kind {
             Kind::Layer { axes } | Kind::Rms { axes, .. } => &dims[dims.len() - axes..],
             Kind::LayerNoMean => &dims[dims.len() - 1..],
+            Kind::Scale | Kind::ScaleChannelsFirst => &[1],
             _ => &dims[1..2],
         }
     }
@@ -270,6 +299,14 @@ impl Subject {
                 };
                 Box::new(candle_norm::rms_norm(shape, options, vb)?)
             }
+            Kind::Scale => scale(&x.dims()[x.rank() - 1..], eps.into(), params, x)?,
+            Kind::ScaleChannelsFirst => {
+                let options = ScaleNormOptions {
+                    channels_first: true,
+                    ..eps.into()
+                };
+                scale(&x.dims()[1..2], options, params, x)?
+            }
             Kind::Group { groups } => {
                 let options = GroupNormOptions { eps, affine };
                 Box::new(candle_norm::group_norm(groups, features, options, vb)?)
@@ -306,6 +343,8 @@ impl Subject {
                 norm.with_offset(offset)
             }
             Kind::RmsChannelsFirst => oracle::Norm::layer_channels_first(dims, eps).without_mean(),
+            Kind::Scale => oracle::Norm::scale(dims, dims.len() - 1, eps),
+            Kind::ScaleChannelsFirst => oracle::Norm::scale(dims, 1, eps),
             Kind::Group { groups } => oracle::Norm::group(dims, groups, eps),
             Kind::Instance => oracle::Norm::instance(dims, eps),
             Kind::Batch => oracle::Norm::batch(dims, eps),
