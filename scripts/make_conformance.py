@@ -126,6 +126,16 @@ def rms_norm(t: dict, c: dict) -> Result:
     return Result(affine(x * rstd, w, t.get("bias")), x * rstd, rstd * (1.0 if w is None else w))
 
 
+def scale_norm(t: dict, c: dict) -> Result:
+    x, w = t["x"], t["weight"]
+    axes = [1] if c.get("channels_first") else list(range(x.dim() - len(c["normalized_shape"]), x.dim()))
+    square = x.square().sum(axes, keepdim=True)
+    # A row that is shorter than eps has a fixed length. Both branches of `where` are finite at zero.
+    short = square.sqrt() < c["eps"]
+    inverse = torch.where(short, 1.0 / c["eps"], torch.where(short, 1.0, square).rsqrt())
+    return Result(x * inverse * w, x * inverse, inverse * w)
+
+
 def of_sum(oracle, t: dict, c: dict) -> Result:
     """The norm of x + residual. The sum is not rounded: it is the mathematics too."""
     total = t["x"] + t["residual"]
@@ -261,6 +271,7 @@ def weight_norm(t: dict, c: dict) -> Result:
 ORACLES = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
+    "scale_norm": scale_norm,
     "add_layer_norm": partial(of_sum, layer_norm),
     "add_rms_norm": partial(of_sum, rms_norm),
     "group_norm": group_norm,
@@ -291,6 +302,10 @@ def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
         w = None if w is None else w + c.get("offset", 0.0)
         y = F.rms_norm(x, c["normalized_shape"], w, eps)
         return (y if b is None else y + b), {}
+    if op == "scale_norm":
+        # The authors' code.
+        dims = 1 if c.get("channels_first") else list(range(-len(c["normalized_shape"]), 0))
+        return x * (w / torch.linalg.vector_norm(x, dim=dims, keepdim=True).clamp(min=c["eps"])), {}
     if op == "group_norm":
         return F.group_norm(x, c["num_groups"], w, b, c["eps"]), {}
     if op == "weight_norm":
@@ -380,6 +395,11 @@ def forward_in_extended_precision(op: str, t: dict, c: dict) -> np.ndarray | Non
     # An infinity minus itself is the NaN that is expected there.
     np.seterr(invalid="ignore")
     w, b = n.get("weight"), n.get("bias")
+    if op == "scale_norm":
+        first = c.get("channels_first")
+        axes = (1,) if first else tuple(range(x.ndim - len(c["normalized_shape"]), x.ndim))
+        norm = np.sqrt((x**2).sum(axes, keepdims=True))
+        return x / np.maximum(norm, np.longdouble(c["eps"])) * w
     if op in ("layer_norm", "rms_norm") and not c.get("channels_first"):
         axes = tuple(range(x.ndim - len(c["normalized_shape"]), x.ndim))
     else:
@@ -441,7 +461,7 @@ def scales(op: str, t: dict, c: dict, r: Result, expected: dict) -> dict[str, fl
             if "dsum" in t:
                 terms["dx"] = terms["dresidual"] = math.hypot(leading, rms(t["dsum"]))
             norm = op.removeprefix("add_")
-            trailing = norm == "rms_norm" or (norm == "layer_norm" and not c.get("channels_first"))
+            trailing = norm in ("rms_norm", "scale_norm") or (norm == "layer_norm" and not c.get("channels_first"))
             for name, term in (("weight", dy * r.xhat), ("bias", dy)):
                 if name in t:
                     terms["d" + name] = summed(term, t[name], None if trailing else 1)
@@ -721,6 +741,32 @@ def rms_norm_cases(w: Writer) -> None:
         x[1, 3] = float("nan")
 
     case("nan_row_plain", "f32", (4, 9), [9], "", change=not_a_number)
+
+
+def scale_norm_cases(w: Writer) -> None:
+    op = "scale_norm"
+
+    def case(slug, dtype, shape, normalized, style="plain", eps=1e-5, change=None):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = styled(draw, style, *shape)
+        if change:
+            change(t["x"])
+        first = normalized == "channels_first"
+        c = {"channels_first": True} if first else {"normalized_shape": normalized}
+        w.case(slug, op, dtype, c | {"eps": eps}, t | draw.parameters("w", 1, center=3.0))
+
+    def short_rows(x):
+        x[1] = 0.0
+        x[2] *= 1e-3
+
+    for dtype in ALL:
+        case("3x5x17", dtype, (3, 5, 17), [17])
+        case("short_rows", dtype, (4, 10), [10], eps=0.0625, change=short_rows)
+        case("channels_first", dtype, (2, 6, 3), "channels_first")
+    case("shape2d", "f32", (2, 3, 4, 5), [4, 5])
+    case("width1", "f32", (7, 1), [1])
+    case("huge_37", "f32", (5, 37), [37], style="huge")
+    case("tiny_37", "f32", (5, 37), [37], style="tiny")
 
 
 def add_norm_cases(w: Writer) -> None:
@@ -1066,6 +1112,7 @@ def main() -> None:
     w = Writer(folder)
     layer_norm_cases(w)
     rms_norm_cases(w)
+    scale_norm_cases(w)
     add_norm_cases(w)
     group_norm_cases(w)
     instance_norm_cases(w)

@@ -12,6 +12,7 @@
 //! | [`BatchNorm`] | [`batch_norm()`] | channel; in inference running ones | [`ModuleT`] |
 //! | [`LayerNorm`] | [`layer_norm()`] | row, or the channels of a position | [`Module`] |
 //! | [`RmsNorm`] | [`rms_norm()`] | row, by its mean square alone | [`Module`] |
+//! | [`ScaleNorm`] | [`scale_norm()`] | none: each row at one learned length | [`Module`] |
 //! | [`GroupNorm`] | [`group_norm()`] | group of channels of a sample | [`Module`] |
 //! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
 //! | [`WeightNorm`] | [`weight_norm`]`::linear`, … | none: a length and a direction | [`Module`] |
@@ -137,6 +138,7 @@ pub use layers::layer_norm::{
     LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
 };
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
+pub use layers::scale_norm::{ScaleNorm, ScaleNormOptions, scale_norm};
 pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::{

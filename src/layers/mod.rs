@@ -14,6 +14,7 @@ pub(crate) mod params;
 mod rev_in;
 pub mod rms_norm;
 mod running_stats;
+pub(crate) mod scale_norm;
 mod shared_state;
 pub mod switch_norm;
 mod updates;

@@ -7,12 +7,15 @@ use candle_core::{Error, Result, bail};
 use candle_nn::VarBuilder;
 
 use super::name;
-use crate::layers::group_norm::GroupNormSpec;
+use crate::layers::batch_norm::BatchNormOptions;
+use crate::layers::group_norm::{GroupNormOptions, GroupNormSpec};
+use crate::layers::instance_norm::InstanceNormOptions;
+use crate::layers::layer_norm::LayerNormOptions;
+use crate::layers::rms_norm::RmsNormOptions;
+use crate::layers::scale_norm::ScaleNormOptions;
+use crate::layers::switch_norm::SwitchNormOptions;
+use crate::layers::weight_norm::WeightNormOptions;
 use crate::layers::{Identity, NONE, Names, Norm, NormOptions};
-use crate::{
-    BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, RmsNormOptions,
-    SwitchNormOptions, WeightNormOptions,
-};
 
 /// The variants of [`NormConfig`], each with the type that implements [`NormOptions`] for it. A
 /// variant holds that type itself, or its fields.
@@ -127,8 +130,8 @@ norms! {
     /// configuration file.
     ///
     /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups),
-    /// `"instance"`, `"rms"`, `"switch"` or `"weight"`, with default options; with the feature
-    /// `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
+    /// `"instance"`, `"rms"`, `"scale"`, `"switch"` or `"weight"`, with default options; with the
+    /// feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
     ///
     /// Read are also the names of the classes in PyTorch and of papers, in any case, with
     /// blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`, `"layer_norm"`, `"RMSNorm"`,
@@ -167,6 +170,8 @@ norms! {
         Instance(InstanceNormOptions): InstanceNormOptions,
         /// [`RmsNorm`](crate::RmsNorm).
         Rms(RmsNormOptions): RmsNormOptions,
+        /// [`ScaleNorm`](crate::ScaleNorm).
+        Scale(ScaleNormOptions): ScaleNormOptions,
         /// [`SwitchNorm`](crate::SwitchNorm).
         Switch(SwitchNormOptions): SwitchNormOptions,
         /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
@@ -204,7 +209,7 @@ impl<O: NormOptions> AnyOptions for O {
 impl NormConfig {
     /// The layer for channels on axis 1 of `[N, num_channels, *]`.
     ///
-    /// `Layer` and `Rms` normalize the channels of each position, as ConvNeXt does; their
+    /// `Layer`, `Rms` and `Scale` normalize the channels of each position, as ConvNeXt does; their
     /// `channels_first` is set.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ pub(crate) fn add_row_norm(
         let sum = composed::anchored(&x.contiguous()?, &[residual])?;
         return Ok((graph::empty(norm.layer, &sum, &[weight, bias])?, sum));
     }
-    let layout = RowLayout::new(x, normalized_shape, norm);
+    let layout = RowLayout::new(x, normalized_shape, norm.channels_first);
     let computation = norm.computation(layout.len, x.dtype());
     let (x, residual) = (layout.rows(x)?, layout.rows(residual)?);
     let (y, sum) = graph::apply_added(computation, &x, &residual, weight, bias)?;

@@ -10,7 +10,8 @@ mod statistics;
 
 pub(crate) use crate::support::messages::{NO_BATCH_AXIS, dtype, float, rank_at_least, shape};
 pub(crate) use input::{
-    Param, channels, countable, features, input, param_dtype, residual, same_device, trailing,
+    Param, channels, channels_first, countable, features, input, param_dtype, residual,
+    same_device, trailing,
 };
 pub(crate) use options::{
     at_least_one, dim, eps, finite, groups, momentum, normalized_shape, one_axis,

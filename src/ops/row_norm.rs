@@ -112,7 +112,7 @@ pub(crate) fn row_norm(
     if x.elem_count() == 0 {
         return graph::empty(norm.layer, x, &[weight, bias]);
     }
-    let layout = RowLayout::new(x, normalized_shape, norm);
+    let layout = RowLayout::new(x, normalized_shape, norm.channels_first);
     let rows = layout.rows(x)?;
     let y = graph::apply(norm.computation(layout.len, x.dtype()), &rows, weight, bias)?;
     layout.restored(&y)
@@ -130,18 +130,27 @@ pub(super) fn checked(
     let eps = norm.eps_for(x.dtype());
     check::eps(layer, eps)?;
     check::finite(layer, "offset", norm.offset)?;
-    if norm.channels_first {
-        let channels = check::one_axis(layer, normalized_shape)?;
-        check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
-        check::channels(layer, x, channels)?;
-    } else {
-        check::trailing(layer, x, normalized_shape)?;
-    }
+    check_rows(layer, x, normalized_shape, norm.channels_first)?;
     check::input(
         layer,
         x,
         &check::Param::affine(weight, bias, normalized_shape),
     )
+}
+
+/// Checks that `x` has rows of this shape.
+pub(super) fn check_rows(
+    layer: &str,
+    x: &Tensor,
+    normalized_shape: &[usize],
+    channels_first: bool,
+) -> Result<()> {
+    if !channels_first {
+        return check::trailing(layer, x, normalized_shape);
+    }
+    let channels = check::one_axis(layer, normalized_shape)?;
+    check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
+    check::channels_first(layer, x, channels)
 }
 
 /// How the rows that are normalized lie in a tensor.
@@ -152,11 +161,11 @@ pub(super) struct RowLayout<'a> {
 }
 
 impl<'a> RowLayout<'a> {
-    pub(super) fn new(x: &'a Tensor, normalized_shape: &[usize], norm: &RowNorm) -> Self {
+    pub(super) fn new(x: &'a Tensor, normalized_shape: &[usize], channels_first: bool) -> Self {
         Self {
             dims: x.dims(),
             len: normalized_shape.iter().product(),
-            channels_first: norm.channels_first,
+            channels_first,
         }
     }
 

@@ -49,7 +49,12 @@ pub fn weight_norm(v: &Tensor, g: &Tensor, dim: Option<usize>) -> Result<Tensor>
         _ => v.transpose(0, dim)?.contiguous()?,
     };
     let len = v.elem_count() / num_rows;
-    let w = graph::apply(WeightRows { len }, &by_row, Some(g), None)?;
+    let rows = WeightRows {
+        layer,
+        len,
+        least: 0.,
+    };
+    let w = graph::apply(rows, &by_row, Some(g), None)?;
     match num_rows {
         1 => Ok(w),
         _ => w.transpose(0, dim)?.contiguous(),

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, RunningStats, SwitchNormOptions, WeightNormOptions, ops, weight_norm,
+    RmsNormOptions, RunningStats, ScaleNormOptions, SwitchNormOptions, WeightNormOptions, ops,
+    weight_norm,
 };
 
 use crate::case::{Case, Config, Outcome, device, one_line, required};
@@ -82,6 +83,16 @@ pub(crate) const OPS: &[Op] = &[
         adds: false,
         fused: true,
         plan: rms_norm,
+    },
+    Op {
+        name: "scale_norm",
+        input: "x",
+        required: &["weight"],
+        optional: &[],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: scale_norm,
     },
     Op {
         name: "add_layer_norm",
@@ -211,6 +222,27 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
             Some(residual) => with_sum(norm.forward_add(&x, &residual)?),
             None => without_state(norm.forward_t(&x, true)?),
         }
+    }))
+}
+
+fn scale_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let channels_first = c.flag("channels_first")?.unwrap_or(false);
+    let shape = match channels_first {
+        true => vec![channels(case)?],
+        false => required("normalized_shape", c.sizes("normalized_shape")?)?,
+    };
+    c.finish()?;
+    let options = ScaleNormOptions {
+        eps,
+        channels_first,
+    };
+    let dtype = case.dtype;
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let norm = candle_norm::scale_norm(shape.clone(), options, builder(inputs, dtype))?;
+        without_state(norm.forward_t(&x, true)?)
     }))
 }
 

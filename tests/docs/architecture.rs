@@ -22,16 +22,7 @@ const FLOORS: [&str; 8] = [
 ];
 
 /// Names at the root of the crate that are no rooms, with the floor that they belong to.
-const REEXPORTS: [(&str, &str); 8] = [
-    ("Norm", "layers"),
-    ("BatchNormOptions", "layers"),
-    ("GroupNormOptions", "layers"),
-    ("InstanceNormOptions", "layers"),
-    ("LayerNormOptions", "layers"),
-    ("RmsNormOptions", "layers"),
-    ("SwitchNormOptions", "layers"),
-    ("WeightNormOptions", "layers"),
-];
+const REEXPORTS: [(&str, &str); 1] = [("Norm", "layers")];
 
 /// Rooms beside the floors, and all that they may name.
 const BESIDE: [(&str, &[&str]); 2] = [

@@ -83,6 +83,21 @@ pub(crate) fn rms_norm_channels_first(stamp: Stamp) {
     }
 }
 
+pub(crate) fn scale_norm(stamp: Stamp) {
+    for (case, rows, len) in sizes(LIMIT) {
+        stamp.check(case, Kind::Scale, &[rows, len]);
+    }
+}
+
+/// An ε between the lengths of short rows and of long ones.
+pub(crate) fn scale_norm_of_short_rows(stamp: Stamp) {
+    for (case, rows, len) in sizes(20_000) {
+        let (dims, subject) = ([rows, len], Subject::new(Kind::Scale, 8.));
+        let numbers = numbers(subject, &dims, (case % 2 == 0, false), 0.5);
+        stamp.check_numbers(&numbers, subject, &dims, stamp.dtypes(case));
+    }
+}
+
 /// The normalized value is rounded before the weight, and so twice: `dweight` sees what was multiplied.
 pub(crate) fn rms_norm_cast_before_weight(stamp: Stamp) {
     for (case, rows, len) in sizes(20_000) {

@@ -28,35 +28,33 @@ enum Set {
     Both,
 }
 
-/// The gradients of input, weight and bias.
+/// The gradients of the input and of all parameters.
 fn gradients(
     kind: Kind,
     dims: &[usize],
     dtype: DType,
     set: Set,
     path: Path,
-) -> Result<[Tensor; 3]> {
+) -> Result<Vec<Tensor>> {
     let subject = Subject::new(kind, 1e-3);
     let features = subject.param_dims(dims).to_vec();
-    let (x, weight, bias) = (
-        var(dims, 1, dtype)?,
-        var(&features, 2, dtype)?,
-        var(&features, 3, dtype)?,
-    );
-    let params = Params {
-        weight: Some(weight.as_tensor().clone()),
-        bias: Some(bias.as_tensor().clone()),
-    };
-    let y = with_path(path, || subject.forward(&x, &params))?;
+    let x = var(dims, 1, dtype)?;
+    let params: Vec<Var> = (2..)
+        .take(kind.num_params())
+        .map(|seed| var(&features, seed, dtype))
+        .collect::<Result<_>>()?;
+    let tensors: Vec<Tensor> = params.iter().map(|p| p.as_tensor().clone()).collect();
+    let y = with_path(path, || subject.forward(&x, &Params::new(&tensors)))?;
     if matches!(set, Set::Input | Set::Both) {
         x.set(&var(dims, 4, dtype)?.as_detached_tensor())?;
     }
     if matches!(set, Set::Weight | Set::Both) {
-        weight.set(&var(&features, 5, dtype)?.as_detached_tensor())?;
+        params[0].set(&var(&features, 5, dtype)?.as_detached_tensor())?;
     }
     let dy = tensor(&Draw::new(6).normal(y.elem_count()), dims, dtype)?;
     let grads = backward(&y, &dy)?;
-    Ok([&x, &weight, &bias].map(|v| gradient(&grads, v)))
+    let leaves = [x.as_tensor()].into_iter().chain(&tensors);
+    Ok(leaves.map(|v| gradient(&grads, v)).collect())
 }
 
 #[track_caller]

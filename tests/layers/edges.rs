@@ -5,8 +5,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNorm, BatchNormOptions, Cast, GroupNorm, InstanceNormOptions, LayerNorm,
-    LayerNormOptions, Norm, RmsNorm, RmsNormOptions, SwitchNormOptions, WeightNormOptions,
-    batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm, switch_norm, weight_norm,
+    LayerNormOptions, Norm, RmsNorm, RmsNormOptions, ScaleNorm, ScaleNormOptions,
+    SwitchNormOptions, WeightNormOptions, batch_norm, group_norm, instance_norm, layer_norm, ops,
+    rms_norm, scale_norm, switch_norm, weight_norm,
 };
 
 use testkit::data::{noise, values};
@@ -506,6 +507,7 @@ fn options_out_of_range_are_refused() -> Result<()> {
         assert_message(group_norm(2, 4, eps, vb()), &["GroupNorm", expected]);
         assert_message(instance_norm(4, eps, vb()), &["InstanceNorm", expected]);
         assert_message(switch_norm(4, eps, vb()), &["SwitchNorm", expected]);
+        assert_message(scale_norm(4, eps, vb()), &["ScaleNorm", expected]);
         // Constructors without a Result are refused at the first forward.
         let ones = Tensor::ones(4, DType::F32, &CPU)?;
         let x = noise(&[2, 4], DType::F32)?;
@@ -513,6 +515,8 @@ fn options_out_of_range_are_refused() -> Result<()> {
         assert_message(layer.forward(&x), &["LayerNorm", expected]);
         let rms = RmsNorm::new(ones.clone(), eps);
         assert_message(rms.forward(&x), &["RmsNorm", expected]);
+        let scale = ScaleNorm::new(4, Tensor::ones(1, DType::F32, &CPU)?, eps);
+        assert_message(scale.forward(&x), &["ScaleNorm", expected]);
         assert_message(
             ops::layer_norm(&x, 4, None, None, eps),
             &["LayerNorm", expected],
@@ -731,6 +735,85 @@ fn rows_of_zeros_stay_zero_under_rms_and_weight_norm() -> Result<()> {
             for t in [&w, grads.get(&v).unwrap(), grads.get(&g).unwrap()] {
                 assert!(values(t)?.iter().all(|v| *v == 0.), "{dtype:?} dim {dim:?}");
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn scale_norm_refuses_what_does_not_fit() -> Result<()> {
+    let x = noise(&[2, 3], DType::F32)?;
+    let norm = scale_norm(4, 1e-5, vb(&VarMap::new(), DType::F32))?;
+    assert_message(
+        norm.forward(&x),
+        &["ScaleNorm", "ends in normalized_shape [4]", "got [2, 3]"],
+    );
+    let options = ScaleNormOptions {
+        channels_first: true,
+        ..Default::default()
+    };
+    let first = scale_norm(3, options, vb(&VarMap::new(), DType::F32))?;
+    assert_message(
+        first.forward(&noise(&[2, 5, 3], DType::F32)?),
+        &[
+            "ScaleNorm",
+            "expected 3 channels on axis 1",
+            "channels_first",
+        ],
+    );
+    assert_message(
+        scale_norm((2, 3), options, vb(&VarMap::new(), DType::F32)),
+        &["ScaleNorm", "channels_first", "[2, 3]"],
+    );
+    let empty: &[usize] = &[];
+    assert_message(
+        scale_norm(empty, 1e-5, vb(&VarMap::new(), DType::F32)),
+        &["ScaleNorm", "at least one axis"],
+    );
+    // One number, not one for each element.
+    let weight = Tensor::ones(3, DType::F32, &CPU)?;
+    assert_message(
+        ScaleNorm::new(3, weight.clone(), 1e-5).forward(&x),
+        &["ScaleNorm", "weight", "[1]", "[3]"],
+    );
+    assert_message(
+        ops::scale_norm(&x, 3, &weight.narrow(0, 0, 1)?, -1.),
+        &["ScaleNorm", "eps"],
+    );
+    Ok(())
+}
+
+/// Rows that are shorter than ε are divided by it, forward and backward; zeros stay zero.
+#[test]
+fn short_rows_under_scale_norm_are_divided_by_eps() -> Result<()> {
+    let eps = 2f64.powi(-10);
+    for dtype in DTYPES {
+        for path in [candle_norm::Path::Auto, candle_norm::Path::Composed] {
+            let rows = [[0., 0.], [0.75 * eps, 0.5 * eps], [3., 4.]];
+            let x = Tensor::new(&rows, &CPU)?.to_dtype(dtype)?;
+            let x = Var::from_tensor(&x)?;
+            let weight = Var::from_tensor(&Tensor::new(&[2f64], &CPU)?.to_dtype(dtype)?)?;
+            let (y, grads) = candle_norm::with_path(path, || -> Result<_> {
+                let y = ops::scale_norm(&x, 2, &weight, eps)?;
+                let smaller = ops::scale_norm(&x, 2, &weight, 1e-12)?;
+                let longer = |y: &Tensor| Ok::<_, candle_core::Error>(values(y)?[4..].to_vec());
+                assert_eq!(longer(&smaller)?, longer(&y)?, "{dtype:?} {path:?}");
+                let dy = Tensor::new(&[[1f64, 2.]; 3], &CPU)?.to_dtype(dtype)?;
+                let grads = (&y * dy)?.sum_all()?.backward()?;
+                Ok((y, grads))
+            })?;
+            let y = values(&y)?;
+            assert_eq!(y[..4], [0., 0., 1.5, 1.], "{dtype:?} {path:?}");
+            let dx = values(grads.get(&x).expect("a gradient"))?;
+            let slope = 2. / eps;
+            let want = [slope, 2. * slope, slope, 2. * slope];
+            assert_eq!(dx[..4], want, "{dtype:?} {path:?}");
+            // The gradient of a row's length is that of its direction: 0, 0.75 + 1, 0.6 + 1.6.
+            let dweight = values(grads.get(&weight).expect("a gradient"))?[0];
+            assert!(
+                (dweight - 3.95).abs() < 0.02,
+                "{dtype:?} {path:?}: {dweight}"
+            );
         }
     }
     Ok(())

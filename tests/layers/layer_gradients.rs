@@ -9,8 +9,8 @@ use candle_core::{DType, Result, Tensor};
 use candle_nn::{Conv1dConfig, Module, ModuleT, VarBuilder, VarMap};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    NormConfig, RmsNormOptions, SwitchNormOptions, batch_norm, group_norm, instance_norm,
-    layer_norm, layer_norm_no_bias, rms_norm,
+    NormConfig, RmsNormOptions, ScaleNormOptions, SwitchNormOptions, batch_norm, group_norm,
+    instance_norm, layer_norm, layer_norm_no_bias, rms_norm, scale_norm,
 };
 use case::{Case, check_all};
 use testkit::table;
@@ -250,6 +250,32 @@ fn rms_norms() -> Result<()> {
     }
     let forward_diff = |vb: VarBuilder, x: &Tensor| rms_norm(5, 1e-6, vb)?.forward_diff(x);
     cases.push(Case::new("forward_diff", &[3, 5], forward_diff).affine(Affine::Weight, &[5]));
+    check_all(cases)
+}
+
+#[test]
+fn scale_norms() -> Result<()> {
+    let mut cases = vec![];
+    // Rows of the check are longer than the first, and shorter than the last.
+    for eps in [1e-5, 100.] {
+        for (channels_first, input) in [
+            (false, &[5][..]),
+            (false, &[3, 5]),
+            (true, &[4, 5]),
+            (true, &[2, 5, 3]),
+        ] {
+            let options = ScaleNormOptions {
+                eps,
+                channels_first,
+            };
+            let one = move |vb: VarBuilder, x: &Tensor| scale_norm(5, options, vb)?.forward(x);
+            let name = format!("eps {eps}, channels first {channels_first}");
+            cases.push(Case::new(name, input, one).param("weight", &[1]));
+        }
+        let two = move |vb: VarBuilder, x: &Tensor| scale_norm((2, 3), eps, vb)?.forward(x);
+        let case = Case::new(format!("eps {eps}, two axes"), &[3, 2, 3], two);
+        cases.push(case.param("weight", &[1]));
+    }
     check_all(cases)
 }
 

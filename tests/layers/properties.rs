@@ -77,11 +77,14 @@ fn cases() -> impl Strategy<Value = Case> {
     let affine = (any::<bool>(), any::<bool>());
     let eps = prop::sample::select(vec![1e-5, 1e-3, 1e-12]);
     (shapes(), any::<Index>(), affine, eps, any::<u64>()).prop_map(
-        |(dims, kind, affine, eps, seed)| Case {
-            subject: Subject::new(*kind.get(&kinds(&dims)), eps),
-            dims,
-            affine,
-            seed,
+        |(dims, kind, (weight, bias), eps, seed)| {
+            let kind = *kind.get(&kinds(&dims));
+            Case {
+                subject: Subject::new(kind, eps),
+                dims,
+                affine: (weight, bias && kind.has_bias()),
+                seed,
+            }
         },
     )
 }

@@ -146,20 +146,14 @@ fn add_norm() {
     })
 }
 
-/// The layer, in training, by its input, its weight and its bias, and with a bias alone.
+/// The layer, in training, by its input and all its parameters, and with a bias alone.
 fn check_kind(kind: Kind, dims: &[usize]) -> Result<()> {
     let subject = Subject::new(kind, 1e-2);
     let param_dims = subject.param_dims(dims);
     let mut draw = Draw::new(2);
     let mut inputs = vec![normal(&mut draw, dims)];
-    inputs.extend([(); 2].map(|()| normal(&mut draw, param_dims)));
-    let forward = |t: &[Tensor]| {
-        let params = Params {
-            weight: Some(t[1].clone()),
-            bias: Some(t[2].clone()),
-        };
-        subject.forward(&t[0], &params)
-    };
+    inputs.extend((0..kind.num_params()).map(|_| normal(&mut draw, param_dims)));
+    let forward = |t: &[Tensor]| subject.forward(&t[0], &Params::new(&t[1..]));
     let shifted = |t: &[Tensor]| {
         let params = Params {
             weight: None,
@@ -171,6 +165,9 @@ fn check_kind(kind: Kind, dims: &[usize]) -> Result<()> {
         let what = format!("{kind:?} of {dims:?}, {path:?}");
         with_path(path, || {
             check(&what, &inputs, forward)?;
+            if !kind.has_bias() {
+                return Ok(());
+            }
             check(&format!("{what}, a bias alone"), &inputs[..2], shifted)
         })?;
     }

@@ -8,7 +8,9 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{Init, VarBuilder, VarMap};
 use candle_norm::checkpoint::{self, LoadOptions, LoadReport, Rename};
 use candle_norm::scaling::Pipeline;
-use candle_norm::{BatchNormOptions, WeightNormOptions, batch_norm, layer_norm, weight_norm};
+use candle_norm::{
+    BatchNormOptions, WeightNormOptions, batch_norm, layer_norm, scale_norm, weight_norm,
+};
 
 use testkit::table;
 use testkit::vars::{Stored, state, vb};
@@ -458,6 +460,31 @@ fn axes_of_size_1_are_no_difference() -> Result<()> {
             &["[2, 3]", &format!("{shape:?}")],
         );
     }
+    Ok(())
+}
+
+/// The authors save their `scale` without axes.
+#[test]
+fn scale_norm_loads_the_number_of_its_authors() -> Result<()> {
+    let files = Files::new();
+    let number = Tensor::new(7f32, &CPU)?;
+    let path = files.save("scale.safetensors", &[("norm.scale", number.clone())]);
+    let vars = VarMap::new();
+    scale_norm(4, 1e-5, vb(&vars, DType::F32).pp("norm"))?;
+    assert_eq!(values(&vars, "norm.weight"), [2.]);
+    let report = load(&vars, &path, &LoadOptions::default())?;
+    assert_eq!(report.reshaped.len(), 1);
+    assert_eq!(values(&vars, "norm.weight"), [7.]);
+    for stored in [number.clone(), number.reshape(1)?] {
+        let tensors = HashMap::from([("scale".to_string(), stored)]);
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+        let norm = scale_norm(4, 1e-5, vb)?;
+        assert_eq!(norm.weight().to_vec1::<f32>()?, [7.]);
+    }
+    let tensors = HashMap::from([("weight".to_string(), tensor(&[1.; 4]))]);
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+    let text = scale_norm(4, 1e-5, vb).expect_err("a weight for each element");
+    says(&text.to_string(), &["[1]", "[4]"]);
     Ok(())
 }
 

@@ -10,8 +10,8 @@ use candle_nn::{
 };
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    NormConfig, NormedLayer, RmsNormOptions, SwitchNormOptions, WeightNormOptions, batch_norm,
-    trainable_vars,
+    NormConfig, NormedLayer, RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
+    WeightNormOptions, batch_norm, trainable_vars,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -21,12 +21,12 @@ use testkit::errors::message;
 use testkit::vars::{names, var, vb};
 
 const CPU: Device = Device::Cpu;
-const NAMES: [&str; 8] = [
-    "none", "batch", "layer", "group:2", "instance", "rms", "switch", "weight",
+const NAMES: [&str; 9] = [
+    "none", "batch", "layer", "group:2", "instance", "rms", "scale", "switch", "weight",
 ];
 /// Those that follow a layer.
-const ALONE: [&str; 7] = [
-    "none", "batch", "layer", "group:2", "instance", "rms", "switch",
+const ALONE: [&str; 8] = [
+    "none", "batch", "layer", "group:2", "instance", "rms", "scale", "switch",
 ];
 
 type Build = fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>;
@@ -76,6 +76,7 @@ fn names_round_trip_and_stand_for_the_default_options() {
         },
         NormConfig::Instance(InstanceNormOptions::default()),
         NormConfig::Rms(RmsNormOptions::default()),
+        NormConfig::Scale(ScaleNormOptions::default()),
         NormConfig::Switch(SwitchNormOptions::default()),
         NormConfig::Weight(WeightNormOptions::default()),
     ];
@@ -109,7 +110,7 @@ fn display_names_the_kind_whatever_its_options() {
 
 #[test]
 fn the_names_of_the_field_are_known() {
-    let known: [(&str, &[&str]); 8] = [
+    let known: [(&str, &[&str]); 9] = [
         ("none", &["None", "NONE", " none\n", "Identity", "identity"]),
         (
             "batch",
@@ -163,6 +164,7 @@ fn the_names_of_the_field_are_known() {
             "rms",
             &["RMS", "RMSNorm", "RmsNorm", "rms_norm", "rms norm"],
         ),
+        ("scale", &["ScaleNorm", "scalenorm", "scale_norm"]),
         (
             "switch",
             &[
@@ -186,7 +188,7 @@ fn the_names_of_the_field_are_known() {
 }
 
 /// What stands before the name that was given.
-const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, switch or weight, got ";
+const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, scale, switch or weight, got ";
 
 #[test]
 fn a_bad_name_is_quoted_next_to_the_good_ones() {
@@ -242,6 +244,7 @@ fn a_name_that_is_nearly_right_is_set_right() {
         ("rmss", "rms"),
         ("RMSNrom", "rms"),
         ("swich", "switch"),
+        ("ScaleNrom", "scale"),
         ("wieght", "weight"),
         ("non", "none"),
     ] {
@@ -295,13 +298,14 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
 fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
     let batch = ["running_mean", "running_var", "num_batches_tracked"];
     let switch = ["weight", "bias", "mean_weight", "var_weight"];
-    let expected: [(&str, &[&str], &[&str]); 7] = [
+    let expected: [(&str, &[&str], &[&str]); 8] = [
         ("none", &[], &[]),
         ("batch", &["weight", "bias"], &batch),
         ("layer", &["weight", "bias"], &[]),
         ("group", &["weight", "bias"], &[]),
         ("instance", &[], &[]),
         ("rms", &["weight"], &[]),
+        ("scale", &["weight"], &[]),
         ("switch", &switch, &batch),
     ];
     for (name, (kind, parameters, buffers)) in ALONE.into_iter().zip(expected) {
@@ -396,11 +400,20 @@ fn expected(name: &str, x: &Tensor, axis: usize, vars: &VarMap) -> Result<Tensor
         let count = group.len() as f64;
         let (mean, eps) = match name {
             "rms" => (0., 1e-6),
+            "scale" => (0., 0.),
             _ => (group.iter().sum::<f64>() / count, 1e-5),
         };
         let var = group.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
-        let of = |p: &Option<Vec<f64>>, without| p.as_ref().map_or(without, |p| p[index[axis]]);
-        (x - mean) / (var + eps).sqrt() * of(&weight, 1.) + of(&bias, 0.)
+        // Of `scale`, one parameter serves all channels.
+        let of = |p: &Option<Vec<f64>>, without| {
+            p.as_ref().map_or(without, |p| p[index[axis] % p.len()])
+        };
+        let square = if name == "scale" {
+            var * count
+        } else {
+            var + eps
+        };
+        (x - mean) / square.sqrt() * of(&weight, 1.) + of(&bias, 0.)
     });
     Tensor::from_vec(y.collect(), dims, &CPU)
 }
@@ -715,7 +728,7 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
             };
             match name {
                 "none" | "instance" => want.push("layer.bias"),
-                "rms" => want.extend(["layer.bias", "norm.weight"]),
+                "rms" | "scale" => want.extend(["layer.bias", "norm.weight"]),
                 "batch" => want.extend([
                     "norm.bias",
                     "norm.num_batches_tracked",
@@ -755,12 +768,13 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
                         assert!(dims.len() == 1 && dims[0] <= 3)
                     }
                     _ if kind == "switch" => assert!(dims.len() >= 2 && dims[..2] == [1, 6]),
+                    "norm.weight" if kind == "scale" => assert_eq!(dims, [1]),
                     _ => assert_eq!(dims, [6], "{what}: {name}"),
                 }
             }
             assert_eq!(built.norm().kind(), kind, "{what}");
             assert_eq!(built.weight().is_some(), name != "weight", "{what}");
-            let has_bias = matches!(name, "none" | "instance" | "rms");
+            let has_bias = matches!(name, "none" | "instance" | "rms" | "scale");
             assert_eq!(built.bias().is_some(), has_bias, "{what}");
         }
     }
@@ -1103,6 +1117,7 @@ mod json {
                 cast: candle_norm::Cast::BeforeWeight,
                 ..Default::default()
             }),
+            NormConfig::Scale(1e-3.into()),
             NormConfig::Switch(SwitchNormOptions {
                 affine: Affine::Bias,
                 ..Default::default()
@@ -1177,6 +1192,7 @@ mod json {
             (json!("layer_norm"), "layer"),
             (json!(" gn: 8 "), "group:8"),
             (json!({"RMSNorm": {}}), "rms"),
+            (json!({"ScaleNorm": {"eps": 1e-5}}), "scale"),
             (json!({"GroupNorm": {"num_groups": 8}}), "group:8"),
             (json!({"weight_norm": {"dim": 0}}), "weight"),
         ] {

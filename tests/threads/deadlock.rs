@@ -134,20 +134,17 @@ fn check(
     race(format!("{what}, one storage"), steps, vec![base], step);
 }
 
-/// A layer with weight and bias, on inputs for one thread and on inputs for several.
+/// A layer with all its parameters, on inputs for one thread and on inputs for several.
 fn check_layer(layer: &'static Layer) {
     let short = shapes(layer.short).map(|input| (input, 100));
     let long = shapes(layer.long).map(|input| (input, 15));
     for ((kind, dims), steps) in short.chain(long) {
         let subject = Subject::new(kind, 1e-3);
         let param = subject.param_dims(dims).to_vec();
-        let shapes = [dims.to_vec(), param.clone(), param];
+        let mut shapes = vec![dims.to_vec()];
+        shapes.extend(vec![param; kind.num_params()]);
         check(&format!("{kind:?} of {dims:?}"), &shapes, steps, move |t| {
-            let params = Params {
-                weight: Some(t[1].clone()),
-                bias: Some(t[2].clone()),
-            };
-            subject.forward(&t[0], &params)
+            subject.forward(&t[0], &Params::new(&t[1..]))
         });
     }
 }

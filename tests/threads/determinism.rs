@@ -88,7 +88,7 @@ fn check(case: usize, kind: Kind, dims: &[usize]) {
             x: spread(&mut draw, n),
             dy: spread(&mut draw, n),
             weight: weight.then(|| draw.weight(params)),
-            bias: bias.then(|| draw.normal(params)),
+            bias: (bias && kind.has_bias()).then(|| draw.normal(params)),
         };
         let what = format!("{kind:?} of {dims:?} in {dtypes:?}");
         assert_same(&what, || {

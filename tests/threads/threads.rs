@@ -616,7 +616,7 @@ fn digest() -> Result<u64> {
             x: draw.normal(n),
             dy: draw.normal(n),
             weight: Some(draw.weight(params)),
-            bias: Some(draw.normal(params)),
+            bias: kind.has_bias().then(|| draw.normal(params)),
         };
         for dtype in [DType::F32, DType::BF16] {
             for (_, t) in numbers.run(subject, &dims, dtype.into())?.named() {

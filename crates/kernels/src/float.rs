@@ -172,10 +172,14 @@ kernels! {
         means: &[[f64; 2]],
     ) -> Vec<Self> = channels::grad_input::<Self>;
 
-    /// Weight norm, `g · v / ‖v‖` for each row of `len` elements of `v`: the weight, and the
-    /// lengths of the rows.
-    fn weight_forward(v: &[Self], g: &[Self::Acc], len: usize) -> (Vec<Self>, Vec<Length>)
-        = weight::forward::<Self>;
+    /// Weight norm, `g · v / max(‖v‖, least)` for each row of `len` elements of `v`: the weight,
+    /// and the lengths of the rows.
+    fn weight_forward(
+        v: &[Self],
+        g: &[Self::Acc],
+        len: usize,
+        least: f64,
+    ) -> (Vec<Self>, Vec<Length>) = weight::forward::<Self>;
 
     /// The gradients of `v` and, in `f64`, of `g`, from that of the weight.
     fn weight_backward(

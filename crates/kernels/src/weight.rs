@@ -11,13 +11,30 @@ use super::simd::{Elem, Isa, Kernel, Real, Vector, splat};
 pub struct Length {
     norm: f64,
     scale: f64,
+    /// The least length is in place of the row's own, so that it does not change with the row.
+    fixed: bool,
 }
 
 impl Length {
     const NONE: Self = Self {
         norm: 0.,
         scale: 1.,
+        fixed: false,
     };
+
+    /// The length of `v`, at least `least`.
+    #[inline(always)]
+    fn at_least<E: Elem, I: Isa>(isa: I, v: &[E], least: f64) -> Self {
+        let length = Self::of(isa, v);
+        match length.norm / length.scale < least {
+            true => Self {
+                norm: least,
+                scale: 1.,
+                fixed: true,
+            },
+            false => length,
+        }
+    }
 
     #[inline(always)]
     fn of<E: Elem, I: Isa>(isa: I, v: &[E]) -> Self {
@@ -31,7 +48,7 @@ impl Length {
         if (1e-24..1e30).contains(&squares) {
             return Self {
                 norm: squares.sqrt(),
-                scale: 1.,
+                ..Self::NONE
             };
         }
         let mut largest = 0f64;
@@ -44,7 +61,7 @@ impl Length {
         if largest == 0. || !largest.is_finite() {
             return Self {
                 norm: largest,
-                scale: 1.,
+                ..Self::NONE
             };
         }
         let scale = (-largest.log2().floor())
@@ -63,6 +80,7 @@ impl Length {
         Self {
             norm: squares.sqrt(),
             scale,
+            fixed: false,
         }
     }
 
@@ -73,8 +91,13 @@ impl Length {
     }
 }
 
-/// `g · v / ‖v‖` for each row of `len` elements of `v`.
-pub(crate) fn forward<E: Elem>(v: &[E], g: &[E::Acc], len: usize) -> (Vec<E>, Vec<Length>) {
+/// `g · v / max(‖v‖, least)` for each row of `len` elements of `v`.
+pub(crate) fn forward<E: Elem>(
+    v: &[E],
+    g: &[E::Acc],
+    len: usize,
+    least: f64,
+) -> (Vec<E>, Vec<Length>) {
     assert_eq!(v.len(), g.len() * len);
     let per_block = par::items_per_block(g.len(), len);
     let size = per_block * len;
@@ -88,6 +111,7 @@ pub(crate) fn forward<E: Elem>(v: &[E], g: &[E::Acc], len: usize) -> (Vec<E>, Ve
             g,
             lengths,
             len,
+            least,
         });
         par::run(v.len(), blocks);
     });
@@ -100,6 +124,7 @@ struct WeightForward<'a, E: Elem> {
     g: &'a [E::Acc],
     lengths: &'a mut [Length],
     len: usize,
+    least: f64,
 }
 
 impl<E: Elem> Kernel for WeightForward<'_, E> {
@@ -109,7 +134,7 @@ impl<E: Elem> Kernel for WeightForward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let rows = self.v.chunks_exact(self.len);
         for (v, (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
-            *length = Length::of(isa, v);
+            *length = Length::at_least(isa, v, self.least);
             let scale = splat::<I, _>(isa, E::Acc::from_f64(length.scale));
             let factor = splat::<I, _>(isa, E::Acc::from_f64(g.to_f64() * length.inverse()));
             self.w.write(
@@ -193,6 +218,7 @@ impl<E: Elem> Kernel for WeightBackward<'_, E> {
                 |_, v, dw| [dw * ((v * scale) * unit)],
             );
             *dg = along;
+            let along = if length.fixed { 0. } else { along };
             let along = splat::<I, _>(isa, E::Acc::from_f64(along));
             let factor = splat::<I, _>(isa, E::Acc::from_f64(g.to_f64() * inverse));
             self.dv.write(

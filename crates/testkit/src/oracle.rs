@@ -17,6 +17,8 @@ pub struct Norm {
     eps: f64,
     /// Added to the weight.
     offset: f64,
+    /// Divide by the length of a row, at least `eps`, instead of `√(var + eps)`.
+    by_length: bool,
 }
 
 /// A partition into rows, and the shares that their means and variances have.
@@ -119,6 +121,7 @@ impl Norm {
             center: true,
             eps,
             offset: 0.,
+            by_length: false,
         }
     }
 
@@ -173,6 +176,16 @@ impl Norm {
         Self {
             sources: sources.collect(),
             ..Self::new(dims, &[], &[1], eps)
+        }
+    }
+
+    /// The last axis, or axis 1, is a row, with one parameter for all.
+    pub fn scale(dims: &[usize], axis: usize, eps: f64) -> Self {
+        let outer: Vec<_> = (0..dims.len()).filter(|&a| a != axis).collect();
+        Self {
+            center: false,
+            by_length: true,
+            ..Self::new(dims, &outer, &[], eps)
         }
     }
 
@@ -235,11 +248,36 @@ impl Norm {
                 std[i] += source.var_share * s.var[row];
             }
         }
-        for (std, xhat) in std.iter_mut().zip(&mut xhat) {
-            *std = (*std + self.eps).sqrt();
+        for (i, (std, xhat)) in std.iter_mut().zip(&mut xhat).enumerate() {
+            *std = match self.by_length {
+                true if self.is_short(&sources[0], i) => self.eps,
+                true => self.length(&sources[0], i),
+                false => (*std + self.eps).sqrt(),
+            };
             *xhat /= *std;
         }
         Normalized { sources, std, xhat }
+    }
+
+    /// The length of the row of element `i`.
+    fn length(&self, s: &Statistics, i: usize) -> f64 {
+        let row = self.sources[0].rows[i];
+        (s.var[row] * s.count[row]).sqrt()
+    }
+
+    /// Whether the row of element `i` is divided by ε instead of its length.
+    fn is_short(&self, s: &Statistics, i: usize) -> bool {
+        self.length(s, i) < self.eps
+    }
+
+    /// The number of elements that the square which element `i` is divided by is a mean of: those
+    /// of its row, one if it is their sum, and none if it is fixed.
+    fn share(&self, s: &Statistics, i: usize) -> f64 {
+        match self.by_length {
+            true if self.is_short(s, i) => 0.,
+            true => s.count[self.sources[0].rows[i]],
+            false => 1.,
+        }
     }
 
     /// The slot of an element.
@@ -296,7 +334,8 @@ impl Norm {
     /// The gradients of `Σ dy · y`: with x̂ the normalized value, r = 1 / √(var + ε) and g = dy ·
     /// weight, `dx = g · r − mean(g · r) − (x − mean) · mean(g · x̂ · r²)`, without `mean(g · r)`
     /// where rows are not centered. Of several sources, the second and third term of each have its
-    /// shares.
+    /// shares. Where r is one over the length of a row, the last mean is a sum, and zero if the
+    /// length is ε.
     pub fn backward(&self, x: &[f64], weight: Option<&[f64]>, dy: &[f64]) -> Backward {
         let Normalized { sources, std, xhat } = self.normalized(x);
         let leading: Vec<f64> = (0..x.len())
@@ -316,7 +355,7 @@ impl Norm {
                 if self.center {
                     dx[i] -= source.mean_share * mean[i];
                 }
-                dx[i] -= source.var_share * s.centered[i] * along[i];
+                dx[i] -= source.var_share * s.centered[i] * along[i] * self.share(s, i);
                 terms[i] = terms[i].max(sizes[i]);
             }
         }

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_norm::{
     Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, SwitchNormOptions,
+    RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
 };
 
 use crate::compare::{assert_close, assert_gradient};
@@ -35,6 +35,10 @@ pub enum Kind {
     },
     /// Over axis 1, by the root mean square.
     RmsChannelsFirst,
+    /// Over the last axis, by the length.
+    Scale,
+    /// Over axis 1, by the length.
+    ScaleChannelsFirst,
     /// Over space and the channels of a group.
     Group {
         /// Number of groups, which divides the channels.
@@ -79,6 +83,14 @@ impl Params {
             (Some(_), None) => Affine::Weight,
             (Some(_), Some(_)) => Affine::WeightAndBias,
             (None, Some(_)) => Affine::Bias,
+        }
+    }
+
+    /// A weight, and a bias where there is a second tensor.
+    pub fn new(params: &[Tensor]) -> Self {
+        Self {
+            weight: params.first().cloned(),
+            bias: params.get(1).cloned(),
         }
     }
 
@@ -149,6 +161,24 @@ fn switch(x: &Tensor, features: usize, eps: f64, params: &Params) -> Result<Box<
     Ok(Box::new(candle_norm::switch_norm(features, options, vb)?))
 }
 
+/// A scale norm of the given weight, or of one.
+fn scale(
+    normalized_shape: &[usize],
+    options: ScaleNormOptions,
+    params: &Params,
+    x: &Tensor,
+) -> Result<Box<dyn ModuleT>> {
+    let dtype = params.dtype(x);
+    let weight = match &params.weight {
+        Some(weight) => weight.clone(),
+        None => Tensor::ones(1, dtype, x.device())?,
+    };
+    let tensors = HashMap::from([("weight".to_string(), weight)]);
+    let vb = VarBuilder::from_tensors(tensors, dtype, x.device());
+    let norm = candle_norm::scale_norm(normalized_shape, options, vb)?;
+    Ok(Box::new(norm))
+}
+
 /// The dtype of the running statistics of a model.
 fn statistics(model: DType) -> DType {
     match model {
@@ -160,7 +190,27 @@ fn statistics(model: DType) -> DType {
 impl Kind {
     /// Whether rows lie across memory, along axis 1.
     pub fn is_channels_first(self) -> bool {
-        matches!(self, Kind::LayerChannelsFirst | Kind::RmsChannelsFirst)
+        use Kind::*;
+        matches!(
+            self,
+            LayerChannelsFirst | RmsChannelsFirst | ScaleChannelsFirst
+        )
+    }
+
+    /// Whether the layer has a shift among its options.
+    pub fn has_bias(self) -> bool {
+        match self {
+            Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => true,
+            Kind::Rms { .. } | Kind::RmsChannelsFirst => true,
+            Kind::Group { .. } | Kind::Instance | Kind::Switch => true,
+            Kind::Batch | Kind::BatchNoMean => true,
+            Kind::Scale | Kind::ScaleChannelsFirst => false,
+        }
+    }
+
+    /// The largest number of affine parameters.
+    pub fn num_params(self) -> usize {
+        1 + usize::from(self.has_bias())
     }
 }
 
@@ -170,11 +220,27 @@ impl Subject {
         Self { kind, eps }
     }
 
+    /// The layer that gives for inputs times `scale` what this one gives for the inputs.
+    pub fn scaled(self, scale: f64) -> Self {
+        let eps = match self.kind {
+            Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => scale * scale,
+            Kind::Rms { .. } | Kind::RmsChannelsFirst => scale * scale,
+            Kind::Group { .. } | Kind::Instance | Kind::Switch => scale * scale,
+            Kind::Batch | Kind::BatchNoMean => scale * scale,
+            Kind::Scale | Kind::ScaleChannelsFirst => scale.abs(),
+        };
+        Self {
+            eps: self.eps * eps,
+            ..self
+        }
+    }
+
     /// The shape of the parameters for an input of shape `dims`.
     pub fn param_dims<'a>(&self, dims: &'a [usize]) -> &'a [usize] {
         match self.kind {
             Kind::Layer { axes } | Kind::Rms { axes, .. } => &dims[dims.len() - axes..],
             Kind::LayerNoMean => &dims[dims.len() - 1..],
+            Kind::Scale | Kind::ScaleChannelsFirst => &[1],
             _ => &dims[1..2],
         }
     }
@@ -233,6 +299,14 @@ impl Subject {
                 };
                 Box::new(candle_norm::rms_norm(shape, options, vb)?)
             }
+            Kind::Scale => scale(&x.dims()[x.rank() - 1..], eps.into(), params, x)?,
+            Kind::ScaleChannelsFirst => {
+                let options = ScaleNormOptions {
+                    channels_first: true,
+                    ..eps.into()
+                };
+                scale(&x.dims()[1..2], options, params, x)?
+            }
             Kind::Group { groups } => {
                 let options = GroupNormOptions { eps, affine };
                 Box::new(candle_norm::group_norm(groups, features, options, vb)?)
@@ -269,6 +343,8 @@ impl Subject {
                 norm.with_offset(offset)
             }
             Kind::RmsChannelsFirst => oracle::Norm::layer_channels_first(dims, eps).without_mean(),
+            Kind::Scale => oracle::Norm::scale(dims, dims.len() - 1, eps),
+            Kind::ScaleChannelsFirst => oracle::Norm::scale(dims, 1, eps),
             Kind::Group { groups } => oracle::Norm::group(dims, groups, eps),
             Kind::Instance => oracle::Norm::instance(dims, eps),
             Kind::Batch => oracle::Norm::batch(dims, eps),

@@ -8,7 +8,7 @@ use candle_core::Result;
 use candle_nn::VarBuilder;
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    RmsNormOptions,
+    RmsNormOptions, ScaleNormOptions,
 };
 
 use crate::subjects::Kind;
@@ -107,6 +107,7 @@ macro_rules! table {
 table! {
     layer_norm: LAYER_NORM,
     rms_norm: RMS_NORM,
+    scale_norm: SCALE_NORM,
     group_norm: GROUP_NORM,
     instance_norm: INSTANCE_NORM,
     batch_norm: BATCH_NORM,
@@ -365,6 +366,52 @@ pub static RMS_NORM: Layer = Layer {
             &RAGGED_ROWS,
         ),
         (Kind::RmsChannelsFirst, &RAGGED_FIRST),
+    ],
+};
+
+/// Scale normalization.
+pub static SCALE_NORM: Layer = Layer {
+    name: "scale_norm",
+    title: "ScaleNorm",
+    forms: &[
+        Form {
+            name: "scale_norm",
+            build: |dims, vb| boxed(candle_norm::scale_norm(last(dims), EPS, vb)),
+            kind: |_| Kind::Scale,
+            affine: Affine::Weight,
+            statistics: false,
+        },
+        Form {
+            name: "scale_norm, channels first",
+            build: |dims, vb| {
+                let options = ScaleNormOptions {
+                    channels_first: true,
+                    ..EPS.into()
+                };
+                boxed(candle_norm::scale_norm(dims[1], options, vb))
+            },
+            kind: |_| Kind::ScaleChannelsFirst,
+            affine: Affine::Weight,
+            statistics: false,
+        },
+    ],
+    tracked: &[],
+    kinds: |_| vec![Kind::Scale, Kind::ScaleChannelsFirst],
+    tiny: &[
+        (Kind::Scale, &[&[3, 5], &[2, 37]]),
+        (Kind::ScaleChannelsFirst, &[&[2, 3, 4]]),
+    ],
+    short: &[
+        (Kind::Scale, &[&[4, 33]]),
+        (Kind::ScaleChannelsFirst, &[&[2, 7, 9]]),
+    ],
+    long: &[
+        (Kind::Scale, &[&[65, 1031]]),
+        (Kind::ScaleChannelsFirst, &[&[2, 65, 257]]),
+    ],
+    ragged: &[
+        (Kind::Scale, &RAGGED_ROWS),
+        (Kind::ScaleChannelsFirst, &RAGGED_FIRST),
     ],
 };
 

@@ -24,14 +24,40 @@ fn scale(v: &[f64]) -> f64 {
     }
 }
 
-/// `v / ‖v‖`, and `1 / ‖v‖`; zero for a row of zeros, which has no direction.
-fn direction(v: &[f64]) -> (Vec<f64>, f64) {
+/// A row over its length.
+struct Direction {
+    unit: Vec<f64>,
+    inv_norm: f64,
+    /// Whether the length is that of the row, and changes with it.
+    own: bool,
+}
+
+/// `v / max(‖v‖, least)`; without a least length, zero for a row of zeros, which has no direction.
+fn direction(v: &[f64], least: f64) -> Direction {
     let scale = scale(v);
     let scaled: Vec<f64> = v.iter().map(|v| v / scale).collect();
     let norm = dot(&scaled, &scaled).sqrt();
+    if norm * scale < least {
+        return Direction {
+            unit: v.iter().map(|v| v / least).collect(),
+            inv_norm: 1. / least,
+            own: false,
+        };
+    }
     let inverse = if norm == 0. { 0. } else { 1. / norm };
-    let unit = scaled.into_iter().map(|v| v * inverse).collect();
-    (unit, inverse / scale)
+    Direction {
+        unit: scaled.into_iter().map(|v| v * inverse).collect(),
+        inv_norm: inverse / scale,
+        own: true,
+    }
+}
+
+/// `g` of each row, if they have one each, or one that is common to all.
+fn of_rows(g: Vec<f64>, num_rows: usize) -> Vec<f64> {
+    match g.as_slice() {
+        [g] => vec![*g; num_rows],
+        _ => g,
+    }
 }
 
 impl On<Reference> for WeightRows {
@@ -39,8 +65,11 @@ impl On<Reference> for WeightRows {
 
     fn forward(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, ()>> {
         let (v, g) = (values(args.x)?, values(argument(self, args.weight)?)?);
-        let rows = v.chunks(self.len).zip(g);
-        let w = rows.flat_map(|(v, g)| direction(v).0.into_iter().map(move |u| g * u));
+        let rows = v.chunks(self.len).zip(of_rows(g, v.len() / self.len));
+        let w = rows.flat_map(|(v, g)| {
+            let units = direction(v, self.least).unit.into_iter();
+            units.map(move |u| g * u)
+        });
         Ok(Forward {
             y: stored(w.collect(), dtype(args.x))?,
             saved: (),
@@ -50,13 +79,25 @@ impl On<Reference> for WeightRows {
     fn backward(&self, from: Backward<CpuStorage, ()>) -> Result<Gradients<CpuStorage>> {
         let (v, dw) = (values(from.x)?, values(from.dy)?);
         let g = values(argument(self, from.weight)?)?;
+        let common = g.len() == 1;
         let (mut dv, mut dg) = (vec![], vec![]);
-        for ((v, dw), g) in v.chunks(self.len).zip(dw.chunks(self.len)).zip(g) {
-            let (unit, inv_norm) = direction(v);
+        let rows = v.chunks(self.len).zip(dw.chunks(self.len));
+        for ((v, dw), g) in rows.zip(of_rows(g, v.len() / self.len)) {
+            let Direction {
+                unit,
+                inv_norm,
+                own,
+            } = direction(v, self.least);
             let along = dot(dw, &unit);
             dg.push(along);
+            let along = if own { along } else { 0. };
             let across = dw.iter().zip(&unit).map(|(dw, u)| dw - u * along);
             dv.extend(across.map(|d| d * (g * inv_norm)));
+        }
+        if common {
+            let mut sum = Sum::default();
+            dg.iter().for_each(|dg| sum.add(*dg));
+            dg = vec![sum.value()];
         }
         Ok(Gradients {
             dx: stored(dv, dtype(from.x))?,

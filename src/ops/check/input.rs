@@ -103,27 +103,36 @@ pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()>
 }
 
 pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
+    on_axis_1(layer, x, expected, None)
+}
+
+/// Channels on axis 1, where an option says that they are there.
+pub(crate) fn channels_first(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
+    on_axis_1(layer, x, expected, Some("leave out channels_first"))
+}
+
+fn on_axis_1(layer: &str, x: &Tensor, expected: usize, if_last: Option<&str>) -> Result<()> {
     let got = x.dims()[1];
     if got != expected {
         bail!(
             "{layer}: expected {expected} channels on axis 1, got {got} in input size {:?}{}",
             x.dims(),
-            channels_elsewhere(layer, x.dims(), expected)
+            channels_elsewhere(x.dims(), expected, if_last)
         )
     }
     Ok(())
 }
 
 /// Where the channels of an input may be instead of axis 1, and what brings them there.
-fn channels_elsewhere(layer: &str, dims: &[usize], channels: usize) -> String {
+fn channels_elsewhere(dims: &[usize], channels: usize, if_last: Option<&str>) -> String {
     let mut hint = String::new();
     let last = dims.len() - 1;
     if last > 1 && dims[last] == channels {
         hint += &format!("; the last axis has {channels}: if channels are last, ");
         let order: Vec<String> = (1..last).map(|axis| axis.to_string()).collect();
-        hint += &match (layer, last) {
-            ("LayerNorm" | "RmsNorm", _) => "leave out channels_first".to_string(),
-            (_, 2) => "bring them to axis 1 with transpose(1, 2)".to_string(),
+        hint += &match (if_last, last) {
+            (Some(remedy), _) => remedy.to_string(),
+            (None, 2) => "bring them to axis 1 with transpose(1, 2)".to_string(),
             _ => format!(
                 "bring them to axis 1 with permute((0, {last}, {}))",
                 order.join(", ")

@@ -307,3 +307,20 @@ fn no_parameters_are_ones_and_zeros() -> Result<()> {
     );
     Ok(())
 }
+
+/// A scale norm starts from the length that makes the mean square of each row 1.
+#[test]
+fn a_new_scale_norm_is_rms_norm() -> Result<()> {
+    for len in [1, 2, 33, 1031] {
+        let x = tensor(
+            &Draw::new(len as u64).normal(3 * len),
+            &[3, len],
+            DType::F64,
+        )?;
+        let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
+        let y = candle_norm::scale_norm(len, EPS, vb)?.forward_t(&x, true)?;
+        let want = ops::rms_norm(&x, len, None, Some(1e-300), 0., ops::Cast::AfterWeight)?;
+        assert_close("y", &y, &values(&want)?, tolerance(DType::F64));
+    }
+    Ok(())
+}

@@ -122,11 +122,11 @@ proptest! {
         let x = variable(&draw.normal(dims.iter().product()), &dims, dtypes.input).unwrap();
         for view in View::all(param_dims.len()) {
             let what = format!("{:?} of {dims:?} in {dtypes:?}, {view:?}", subject.kind);
-            let params = [(); 2].map(|()| view.draw(&param_dims, dtypes.params, &mut draw).unwrap());
-            check_views(&what, &params, &mut draw, |p| {
-                let params = Params { weight: Some(p[0].clone()), bias: Some(p[1].clone()) };
-                subject.forward(&x, &params)
-            }).unwrap();
+            let params: Vec<_> = (0..subject.kind.num_params())
+                .map(|_| view.draw(&param_dims, dtypes.params, &mut draw).unwrap())
+                .collect();
+            check_views(&what, &params, &mut draw, |p| subject.forward(&x, &Params::new(p)))
+                .unwrap();
         }
     }
 
