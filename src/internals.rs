@@ -4,9 +4,9 @@
 use candle_core::{Result, Tensor};
 
 use crate::graph::recorder::{self, Handle};
-pub use crate::kernels::Level;
 use crate::ops;
 use crate::support::messages;
+pub use candle_norm_kernels::Level;
 
 /// An op of [`ops`](crate::ops) with default options.
 #[derive(Debug, Clone)]

@@ -107,8 +107,6 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-use candle_norm_kernels as kernels;
-
 mod backend;
 mod computations;
 pub mod gradcheck;
@@ -125,6 +123,7 @@ mod layers;
 mod models;
 pub mod nn;
 pub mod ops;
+mod scalers;
 pub mod scaling;
 mod support;
 

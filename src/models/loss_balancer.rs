@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::ops::check;
-use crate::scaling::check as saved;
-use crate::scaling::{Features, MOST_VALUES, Seen, State};
+use crate::scalers::check as saved;
+use crate::scalers::{Features, MOST_VALUES, Seen, State};
 
 const KIND: &str = "LossBalancer";
 const VERSION: u32 = 1;

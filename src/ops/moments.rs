@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::check;
-pub use crate::kernels::Moments;
+pub use candle_norm_kernels::Moments;
 
 /// The moments of each feature of `x`, in `f64` whatever the dtype.
 ///

@@ -12,11 +12,11 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 /// Rooms from the lowest floor to the highest: folders and files of `src`.
 const FLOORS: [&str; 8] = [
     "support",
-    "kernels",
     "computations",
     "backend",
     "graph",
     "ops",
+    "scalers",
     "layers",
     "models",
 ];
@@ -25,21 +25,7 @@ const FLOORS: [&str; 8] = [
 const REEXPORTS: [(&str, &str); 1] = [("Norm", "layers")];
 
 /// Rooms beside the floors, and all that they may name.
-const BESIDE: [(&str, &[&str]); 2] = [
-    ("scaling", &["scaling", "ops", "support"]),
-    ("gradcheck", &["gradcheck"]),
-];
-
-/// Types and functions of other rooms that `scaling` re-exports.
-const AROUND_SCALERS: [&str; 7] = [
-    "LossBalancer",
-    "LossBalancerOptions",
-    "Pipeline",
-    "RevIn",
-    "RevInOptions",
-    "RevInStats",
-    "rev_in",
-];
+const BESIDE: [(&str, &[&str]); 1] = [("gradcheck", &["gradcheck"])];
 
 /// Whether a word must not occur in a room.
 type Forbidden = fn(&str) -> bool;
@@ -52,12 +38,15 @@ const NEVER: [(&str, Forbidden); 8] = [
     ("ops", custom_op),
     ("layers", below_tensors),
     ("models", custom_op),
-    ("scaling", below_tensors),
+    ("scalers", below_tensors),
     ("gradcheck", below_tensors),
 ];
 
-/// Rooms that may speak of kernels; the root declares the module.
-const KNOW_KERNELS: [&str; 5] = ["backend", "graph", "ops", "internals.rs", "lib.rs"];
+/// Crate of the kernels.
+const KERNELS: &str = "candle_norm_kernels";
+
+/// Rooms that may speak of the kernels, a crate of their own.
+const KNOW_KERNELS: [&str; 3] = ["backend", "ops", "internals.rs"];
 
 /// Where an operation may drop gradients: the backward of a fused one is an operation without a
 /// backward.
@@ -243,7 +232,7 @@ fn custom_op(word: &str) -> bool {
 /// What only `graph`, `backend` and the kernels know of.
 fn below_tensors(word: &str) -> bool {
     let storage = word.contains("storage") || word.contains("Storage");
-    storage || custom_op(word) || ["kernels", "rayon", "thread"].contains(&word)
+    storage || custom_op(word) || [KERNELS, "rayon", "thread"].contains(&word)
 }
 
 fn broken_rules(source: &Source) -> Vec<String> {
@@ -251,13 +240,7 @@ fn broken_rules(source: &Source) -> Vec<String> {
     let mut broken = vec![];
     if let Some(may_name) = may_name(room) {
         for name in named_at_root(&source.tokens, depth) {
-            let is_re_exported = match room {
-                "scaling" => AROUND_SCALERS.contains(&name.as_str()),
-                // A pipeline and the balancer of losses are made of scalers.
-                "models" => name == "scaling",
-                _ => false,
-            };
-            if !may_name.contains(&name.as_str()) && !is_re_exported {
+            if !may_name.contains(&name.as_str()) {
                 broken.push(format!("{} names crate::{name}", source.path));
             }
         }
@@ -267,7 +250,7 @@ fn broken_rules(source: &Source) -> Vec<String> {
         let drops_gradients = word.starts_with("apply_op")
             && word.ends_with("no_bwd")
             && source.path != DROP_GRADIENTS;
-        let kernels_outside = word == "kernels" && !KNOW_KERNELS.contains(&room);
+        let kernels_outside = word == KERNELS && !KNOW_KERNELS.contains(&room);
         let forbidden = never().any(|(_, is_forbidden)| is_forbidden(word));
         if drops_gradients || kernels_outside || forbidden {
             broken.push(format!("{} says `{word}`", source.path));
@@ -292,7 +275,7 @@ fn arrows_point_one_way() {
 #[test]
 fn every_room_has_its_files() {
     let sources = sources();
-    for room in FLOORS.into_iter().filter(|room| *room != "kernels") {
+    for room in FLOORS {
         let files = sources.iter().filter(|s| s.room().0 == room).count();
         assert!(files > 2, "{room} has {files} files");
     }
@@ -302,7 +285,7 @@ fn every_room_has_its_files() {
 /// Rooms in which messages for users are made: those of one layer beside it, those of several in
 /// `ops/check` and `support`.
 const SPEAK: [&str; 7] = [
-    "graph", "layers", "models", "nn", "ops", "scaling", "support",
+    "graph", "layers", "models", "nn", "ops", "scalers", "support",
 ];
 
 fn makes_messages(source: &Source) -> bool {
@@ -458,16 +441,15 @@ mod scanner {
     #[test]
     fn broken_rules_are_found() {
         for (path, text) in [
-            ("layers/a.rs", "use crate::kernels::rows;"),
-            ("layers/a.rs", "use super::super::kernels;"),
+            ("layers/a.rs", "use candle_norm_kernels::Float;"),
             ("layers/a.rs", "use crate::norm::NormConfig;"),
             ("layers/a.rs", "x.storage_and_layout();"),
             ("layers/a.rs", "candle_core::CpuStorage"),
             ("layers/a.rs", "rayon::join()"),
             ("layers/a.rs", "x.apply_op1(f)"),
-            ("norm/a.rs", "crate::kernels::rows()"),
-            ("scaling/a.rs", "use crate::kernels::moments;"),
-            ("scaling/a.rs", "use crate::layers::params;"),
+            ("nn/a.rs", "candle_norm_kernels::Level"),
+            ("scalers/a.rs", "use candle_norm_kernels::Moments;"),
+            ("scalers/a.rs", "use crate::layers::params;"),
             ("gradcheck/a.rs", "use crate::ops::check;"),
             ("ops/a.rs", "use crate::{check, layers};"),
             ("graph/a.rs", "use crate::ops::check;"),
@@ -477,7 +459,7 @@ mod scanner {
             ("support/a.rs", "use crate::ops::check;"),
             ("graph/path.rs", "x.apply_op2_no_bwd(y, &op)"),
             ("backend/cpu/a.rs", "impl CustomOp1 for A {}"),
-            ("models/a.rs", "use crate::kernels::rows;"),
+            ("models/a.rs", "use candle_norm_kernels::Float;"),
             ("ops/a.rs", "fn f(norm: &dyn crate::Norm) {}"),
             ("ops/a.rs", "x.apply_op2_no_bwd(y, &op)"),
         ] {
@@ -493,14 +475,14 @@ mod scanner {
         for (path, text) in [
             (
                 "layers/a.rs",
-                "use crate::Norm; use crate::ops::{self, check}; use super::params; // unsafe kernels",
+                "use crate::Norm; use crate::ops::{self, check}; use super::params; // candle_norm_kernels",
             ),
             ("layers/mod.rs", "use super::ops;"),
             (
                 "ops/a.rs",
-                "use super::check; use crate::kernels::rows; let norm = layers; \"crate::layers\"",
+                "use super::check; use candle_norm_kernels::Moments; let norm = layers; \"crate::layers\"",
             ),
-            ("lib.rs", "mod kernels; mod layers;"),
+            ("lib.rs", "mod layers;"),
             ("models/a.rs", "use crate::{Norm, layers, ops::check};"),
             (
                 "graph/node.rs",

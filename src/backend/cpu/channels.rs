@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source};
-use crate::kernels::{self, AffinePair, Order, Shape, Stats, Wanted};
+use candle_norm_kernels::{AffinePair, Order, Shape, Stats, Wanted};
 
 impl From<ChannelAxes> for Shape {
     fn from(axes: ChannelAxes) -> Self {
@@ -60,7 +60,7 @@ impl Channels {
         };
         let given: Arc<Vec<Stats>>;
         let statistics = match &self.source {
-            Source::Own { center } => kernels::Statistics::Own {
+            Source::Own { center } => candle_norm_kernels::Statistics::Own {
                 center: *center,
                 eps: self.eps,
             },
@@ -70,7 +70,7 @@ impl Channels {
                     let stats = channels.map(|(mean, var)| Stats::new(mean.into(), var, self.eps));
                     Ok(stats.collect::<Vec<_>>())
                 })?;
-                kernels::Statistics::Given(&given)
+                candle_norm_kernels::Statistics::Given(&given)
             }
         };
         let (x, order) = input::<T>(args.x)?;

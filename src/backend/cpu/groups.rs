@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Gradients, Groups};
-use crate::kernels::{AffinePair, GroupSpec, Stats};
+use candle_norm_kernels::{AffinePair, GroupSpec, Stats};
 
 impl Groups {
     fn spec(&self) -> GroupSpec {

@@ -15,8 +15,8 @@ use candle_core::{CpuStorage, DType, Result, WithDType};
 
 use super::{Backend, View};
 use crate::computations::Gradients;
-use crate::kernels::{self, Float};
 use crate::support::messages;
+use candle_norm_kernels::Float;
 
 /// The fused kernels of the CPU.
 pub(crate) struct Cpu;
@@ -100,7 +100,10 @@ fn parameter<'a, A: Accumulator>(arg: Option<Arg<'a>>) -> Result<Option<Cow<'a, 
 }
 
 /// Gradients of the kernels as storages; those of parameters only where they were asked for.
-fn stored<T: WithDType>(grads: kernels::Gradients<T>, params: bool) -> Gradients<CpuStorage> {
+fn stored<T: WithDType>(
+    grads: candle_norm_kernels::Gradients<T>,
+    params: bool,
+) -> Gradients<CpuStorage> {
     let stored = |grad| params.then_some(CpuStorage::F64(grad));
     Gradients {
         dx: T::to_cpu_storage_owned(grads.dx),

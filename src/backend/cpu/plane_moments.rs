@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, Result, WithDType};
 use super::{Arg, Cpu, Native, elements, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Gradients, PlaneMoments};
-use crate::kernels::{AffinePair, Order, Shape, Statistics, Stats};
+use candle_norm_kernels::{AffinePair, Order, Shape, Statistics, Stats};
 
 impl PlaneMoments {
     fn forward_of<T: Native>(&self, x: Arg) -> Result<Forward<CpuStorage, Vec<f64>>> {

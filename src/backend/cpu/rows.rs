@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, Result, WithDType};
 use super::{Accumulator, Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{AddOn, Added, Backward, Forward, On};
 use crate::computations::{Args, Cast, Gradients, Rows};
-use crate::kernels::{AffinePair, RowSpec, Stats};
+use candle_norm_kernels::{AffinePair, RowSpec, Stats};
 
 impl Rows {
     fn spec(&self) -> RowSpec {

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 
 use crate::backend::Statistics;
-use crate::kernels::Stats;
+use candle_norm_kernels::Stats;
 
 fn tensor(values: Vec<f64>) -> Result<Tensor> {
     let len = values.len();

@@ -10,7 +10,7 @@ fn transposed(x: Arg) -> Result<CpuStorage> {
     let (a, b, c) = x.layout.shape().dims3()?;
     with_native!(x.dtype(), Transpose.layer(), T => {
         use candle_core::WithDType;
-        use crate::kernels::Float;
+        use candle_norm_kernels::Float;
         Ok(T::to_cpu_storage_owned(T::transposed(elements::<T>(x)?, [a, b, c])))
     })
 }

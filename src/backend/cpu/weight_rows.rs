@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, Result};
 use super::{Arg, Cpu, Native, elements, widened, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Computation, Gradients, WeightRows, argument};
-use crate::kernels::Length;
+use candle_norm_kernels::Length;
 
 /// `g` of each of `num_rows` rows, if they have one each, or one that is common to all.
 fn of_rows<A: Copy>(g: &[A], num_rows: usize) -> Cow<'_, [A]> {
