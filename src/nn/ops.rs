@@ -60,7 +60,7 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
         alpha.shape(),
         Some(alpha),
         ops::RmsOptions {
-            eps: eps,
+            eps,
             ..Default::default()
         },
     )

@@ -75,8 +75,8 @@ pub const PREFIX: &str = "scaler";
 /// # A scaler of your own
 ///
 /// A type that implements it goes wherever the scalers here go: into a [`TargetScaler`], a
-/// [`Pipeline`], an [`Archive`], [`half_precision`]. Only [`load`] and [`from_state`], and a
-/// [`Pipeline`] that is loaded, know no kinds but those of this crate.
+/// [`Pipeline`](crate::scaling::Pipeline), an [`Archive`], [`half_precision`]. Only [`load`],
+/// [`from_state`] and the loading of a pipeline know no kinds but those of this crate.
 ///
 /// ```
 /// use std::sync::Mutex;
@@ -287,7 +287,7 @@ macro_rules! files {
             /// A file that holds anything else, such as the variables of a model, which is then as
             /// it was; those of the file system.
             pub fn save(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
-                let scaler: &dyn $crate::scaling::Scaler = self;
+                let scaler: &dyn $crate::scalers::Scaler = self;
                 scaler.save(path)
             }
 
@@ -297,7 +297,7 @@ macro_rules! files {
             /// # Errors
             /// A file that is not whole, or of another kind, version or set of features.
             pub fn load(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
-                let scaler: &dyn $crate::scaling::Scaler = self;
+                let scaler: &dyn $crate::scalers::Scaler = self;
                 scaler.load(path)
             }
         }
