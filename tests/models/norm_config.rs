@@ -1090,7 +1090,7 @@ mod json {
     }
 
     /// Every kind with options that are not the default.
-    fn unusual() -> [NormConfig; 7] {
+    fn unusual() -> [NormConfig; 8] {
         [
             NormConfig::Batch(BatchNormOptions {
                 momentum: None,
