@@ -1,12 +1,12 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
-use std::sync::Arc;
+use candle_core::{DType, Error, Result, Tensor};
 
-use candle_core::{DType, Result, Tensor};
-
-use super::batch_norm::{BatchStatistics, normalize_with};
+use super::batch_norm::BatchStatistics;
 use super::check;
-use crate::computations::{FixedStatistics, PlaneMoments, composed};
+use crate::computations::{
+    Batch, ChannelAxes, Mixture, PlaneMoments, Planes, ScaleShift, composed, finite, softmax,
+};
 use crate::graph::{self, Route, route};
 
 const LAYER: &str = "SwitchNorm";
@@ -111,38 +111,60 @@ pub(crate) fn switch_norm_with(
         // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
         _ => rows.to_dtype(acc)?,
     };
-    let planes = match route {
-        Route::Fused(_) => Planes::fused(&rows, &sources)?,
-        Route::Composed => Planes::composed(&rows, &sources)?,
+    let mixture = mixture(x, &sources, eps)?;
+    let weight = weight.map(composed::kept).transpose()?;
+    // One argument of a node, and a copy, as the backward is to find it.
+    let logits = Tensor::cat(&[mean_weight.to_dtype(acc)?, var_weight.to_dtype(acc)?], 0)?;
+    let (values, coefficients, statistics) = match route {
+        Route::Fused(_) => {
+            let moments = PlaneMoments {
+                layer: LAYER,
+                len: space,
+            };
+            let moments = graph::apply(moments, &rows, None, None)?;
+            let is_own = matches!(mixture.batch, Batch::Own);
+            let (weight, logits) = (weight.as_ref(), Some(&logits));
+            let (coefficients, saved) =
+                graph::apply_with_statistics(mixture, &moments, weight, logits)?;
+            let statistics = is_own.then(|| Ok::<_, Error>([saved.mean()?, saved.var()?]));
+            (rows, coefficients, statistics.transpose()?)
+        }
+        Route::Composed => {
+            let (values, planes) = planes(&rows, &mixture)?;
+            let (coefficients, statistics) =
+                mixture.of_planes(&planes, weight.as_ref(), &logits)?;
+            (values, coefficients, statistics)
+        }
     };
-    let mixed = planes.mix([mean_weight, var_weight], &sources)?;
-    let wide = planes.mean.dtype();
-    let [weight, bias] = composed::parameters(weight, bias, wide)?;
-    let std = (mixed.var + composed::eps_in(acc, eps))?.sqrt()?;
-    // About the mean of its own plane, which cancels: large means cost no digits.
-    let mut scale = std.recip()?;
-    if let Some(weight) = weight {
-        scale = scale.broadcast_mul(&weight.reshape((1, c))?)?;
-    }
-    let mut shift = ((planes.mean.detach() - mixed.mean)? * &scale)?;
-    if let Some(bias) = bias {
-        shift = shift.broadcast_add(&bias.reshape((1, c))?)?;
-    }
-    let narrow = |t: Tensor| t.to_dtype(acc)?.reshape(n * c);
-    let (scale, shift) = (narrow(scale)?, narrow(shift)?);
-    let about = planes.about.detach().reshape(n * c)?;
-    let statistics = Arc::new(FixedStatistics::new([about.clone(), about.zeros_like()?]));
-    let y = normalize_with(
-        LAYER,
-        3,
-        &planes.values.reshape((1, n * c, space))?,
-        &statistics,
-        [Some(&scale), Some(&shift)],
-        1.,
-    )?;
-    let statistics = mixed.batch.map(|[mean, var]| BatchStatistics { mean, var });
+    let scale_shift = ScaleShift {
+        layer: LAYER,
+        axes: ChannelAxes::of(&values),
+    };
+    let y = graph::apply(scale_shift, &values, Some(&coefficients), bias)?;
+    let statistics = statistics.map(|[mean, var]| BatchStatistics { mean, var });
     let y = y.reshape(x.shape())?.to_dtype(x.dtype())?;
     Ok((y, statistics))
+}
+
+/// The mixture of `sources` for `x` `[N, C, *]`.
+fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<Mixture> {
+    // Copies, which no later update of running statistics reaches.
+    let copy = |t: &Tensor| t.detach().force_contiguous();
+    Ok(Mixture {
+        layer: LAYER,
+        axes: ChannelAxes::of(x),
+        instance: sources.instance,
+        batch: match sources.batch {
+            SwitchBatch::Absent => Batch::Absent,
+            SwitchBatch::Own => Batch::Own,
+            SwitchBatch::Given(mean, var) => Batch::Given {
+                mean: copy(mean)?,
+                var: copy(var)?,
+            },
+        },
+        unbiased: sources.unbiased,
+        eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+    })
 }
 
 fn check_arguments(
@@ -193,169 +215,31 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
     }
 }
 
-/// The planes of a batch, one for each channel of each sample, and their moments.
-struct Planes {
-    /// `[N, C, space]`; on the composed path each plane less a value of its own.
-    values: Tensor,
-    /// Values subtracted from `mean`, one after the other: their sum would be rounded. `[N, 1]`
-    /// or `[1, 1]`.
-    offsets: Vec<Tensor>,
-    /// The mean of each plane less `offsets`, `[N, C]`; `f64` on the fused path.
-    mean: Tensor,
-    /// The biased variance, `[N, C]`.
-    var: Tensor,
-    /// What the values are centered by: their means, which no gradient reaches.
-    about: Tensor,
-    space: usize,
-}
-
-/// What planes are normalized by.
-struct Mixed {
-    /// `[N, C]`.
-    mean: Tensor,
-    /// `[N, C]`.
-    var: Tensor,
-    /// The mean and variance of the batch, `[C]` each, where they are its own.
-    batch: Option<[Tensor; 2]>,
-}
-
-impl Planes {
-    /// The moments are a node of the graph of their own; all that follows of them is `f64`.
-    fn fused(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
-        let (n, c, space) = x.dims3()?;
-        let moments = PlaneMoments {
-            layer: LAYER,
-            len: space,
-        };
-        let both = graph::apply(moments, x, None, None)?;
-        let [mean, var] = [0, 1].map(|i| both.narrow(0, i, 1)?.reshape((n, c)));
-        let mean = mean?;
-        let offset = offset(&mean, sources)?;
-        Ok(Self {
-            values: x.clone(),
-            about: mean.detach(),
-            mean: mean.broadcast_sub(&offset)?,
-            offsets: vec![offset],
-            var: var?,
-            space,
-        })
-    }
-
-    fn composed(x: &Tensor, sources: &SwitchSources) -> Result<Self> {
-        let (n, c, space) = x.dims3()?;
-        // Each plane by itself, so that one whose values are far from those of others keeps its
-        // digits.
-        let first = finite(x.detach().narrow(2, 0, 1)?)?;
-        let values = x.broadcast_sub(&first)?;
-        let first = first.reshape((n, c))?;
-        let (mean, var) = composed::mean_and_var(&values.reshape((n * c, space))?)?;
-        let mean = mean.reshape((n, c))?;
-        let about = mean.detach();
-        let offset = offset(&first, sources)?;
-        let mean = (mean + first.broadcast_sub(&offset)?)?;
-        // Nearer still, for the gradient of the shares: a sum of products with these means.
-        let rest = self::offset(&mean, sources)?;
-        Ok(Self {
-            values,
-            about,
-            mean: mean.broadcast_sub(&rest)?,
-            offsets: vec![offset, rest],
-            var: var.reshape((n, c))?,
-            space,
-        })
-    }
-
-    fn mix(&self, shares: [&Tensor; 2], sources: &SwitchSources) -> Result<Mixed> {
-        let (n, c) = self.mean.dims2()?;
-        let wide = self.mean.dtype();
-        let unbiased = |count: usize, applies: bool| match applies && sources.unbiased {
-            true => count as f64 / (count - 1) as f64,
-            false => 1.,
-        };
-        let var = (&self.var * unbiased(self.space, sources.instance))?;
-        // The moments of a union of planes of equal size, along axis 1 of `mean` and `var`.
-        let union = |mean: &Tensor, var: &Tensor| -> Result<[Tensor; 2]> {
-            let whole = composed::Rows::new(mean)?.mean()?.unsqueeze(1)?;
-            let inner = (var + mean.broadcast_sub(&whole)?.sqr()?)?;
-            let inner = composed::Rows::new(&inner)?.mean()?.unsqueeze(1)?;
-            Ok([whole, inner])
-        };
-        let [layer_mean, layer_var] = union(&self.mean, &var)?;
-        let layer_var = (layer_var * unbiased(c * self.space, !sources.instance))?;
-        let mut means = vec![];
-        let mut vars = vec![];
-        if sources.instance {
-            means.push(self.mean.clone());
-            vars.push(var.clone());
-        }
-        means.push(layer_mean);
-        vars.push(layer_var);
-        let mut batch = None;
-        match sources.batch {
-            SwitchBatch::Absent => {}
-            SwitchBatch::Own => {
-                let by_channel = |t: &Tensor| t.t()?.contiguous();
-                let [mean, var] = union(&by_channel(&self.mean)?, &by_channel(&var)?)?;
-                let var = (var * unbiased(n * self.space, !sources.instance))?;
-                let (mean, var) = (mean.t()?, var.t()?);
-                let add = |mean: Tensor, offset| mean.broadcast_add(offset);
-                let stored = self.offsets.iter().rev().try_fold(mean.detach(), add)?;
-                batch = Some([stored.reshape(c)?, var.detach().reshape(c)?]);
-                means.push(mean);
-                vars.push(var);
-            }
-            SwitchBatch::Given(mean, var) => {
-                let row = |t: &Tensor| t.detach().to_dtype(wide)?.reshape((1, c));
-                let subtract = |mean: Tensor, offset| mean.broadcast_sub(offset);
-                means.push(self.offsets.iter().try_fold(row(mean)?, subtract)?);
-                vars.push(row(var)?);
-            }
-        }
-        let [mean_shares, var_shares] = shares.map(|s| softmax(&s.to_dtype(wide)?));
-        Ok(Mixed {
-            mean: weighted_sum(&means, &mean_shares?, (n, c))?,
-            var: weighted_sum(&vars, &var_shares?, (n, c))?,
-            batch,
-        })
-    }
-}
-
-/// A value near the means of the data, whose differences then have all their digits: that of equal
-/// means is zero. It comes from nothing that the
-/// result does not depend on anyway: the first of `values` `[N, …]`, or of each sample where
-/// samples do not see each other.
-fn offset(values: &Tensor, sources: &SwitchSources) -> Result<Tensor> {
-    let first = values.detach().narrow(1, 0, 1)?;
-    let offset = match sources.batch {
-        // Running means say nothing of where these data are.
-        SwitchBatch::Absent | SwitchBatch::Given(..) => first,
-        SwitchBatch::Own => first.narrow(0, 0, 1)?,
+/// The moments of the planes of `x` `[N, C, space]` by tensor operations, and its values, each plane
+/// less a value of its own.
+fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
+    let (n, c, space) = x.dims3()?;
+    // Each plane by itself, so that one whose values are far from those of others keeps its digits.
+    let first = finite(x.detach().narrow(2, 0, 1)?)?;
+    let values = x.broadcast_sub(&first)?;
+    let first = first.reshape((n, c))?;
+    let (mean, var) = composed::mean_and_var(&values.reshape((n * c, space))?)?;
+    let mean = mean.reshape((n, c))?;
+    let about = mean.detach();
+    let offset = mixture.offset(&first)?;
+    let mean = (mean + first.broadcast_sub(&offset)?)?;
+    // Nearer still, for the gradient of the shares: a sum of products with these means.
+    let rest = mixture.offset(&mean)?;
+    let planes = Planes {
+        mean: mean.broadcast_sub(&rest)?,
+        offsets: vec![offset, rest],
+        var: var.reshape((n, c))?,
+        about,
     };
-    finite(offset)
-}
-
-/// `t` with zeros in place of what is not finite.
-fn finite(t: Tensor) -> Result<Tensor> {
-    let finite = t.abs()?.lt(f64::INFINITY)?;
-    finite.where_cond(&t, &t.zeros_like()?)
+    Ok((values, planes))
 }
 
 /// What [`switch_norm`] mixes by, of one of its weights.
 pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
     softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
-}
-
-fn softmax(t: &Tensor) -> Result<Tensor> {
-    let e = t.broadcast_sub(&t.detach().max(0)?)?.exp()?;
-    e.broadcast_div(&e.sum_all()?)
-}
-
-/// The sum of `terms`, each of which broadcasts to `dims`, by `shares`.
-fn weighted_sum(terms: &[Tensor], shares: &Tensor, dims: (usize, usize)) -> Result<Tensor> {
-    let mut sum = Tensor::zeros(dims, shares.dtype(), shares.device())?;
-    for (i, term) in terms.iter().enumerate() {
-        let share = shares.narrow(0, i, 1)?.unsqueeze(0)?;
-        sum = sum.broadcast_add(&term.broadcast_mul(&share)?)?;
-    }
-    Ok(sum)
 }

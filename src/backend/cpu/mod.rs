@@ -2,8 +2,10 @@
 
 mod channels;
 mod groups;
+mod mixture;
 mod plane_moments;
 mod rows;
+mod scale_shift;
 mod statistics;
 mod transpose;
 mod weight_rows;

@@ -1,7 +1,8 @@
 //! The moments of planes as outputs.
 
-use candle_core::{CpuStorage, Result, WithDType};
+use candle_core::{CpuStorage, Result};
 
+use super::scale_shift::{about, narrowed};
 use super::{Arg, Cpu, Native, elements, with_native};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Gradients, PlaneMoments};
@@ -26,8 +27,7 @@ impl PlaneMoments {
     ) -> Result<Gradients<CpuStorage>> {
         let (means, dy) = (from.saved, elements::<f64>(from.dy)?);
         let scaled = |grads: &[f64], factor: f64| -> Vec<T::Acc> {
-            let scaled = grads.iter().map(|d| d * (factor / self.len as f64));
-            scaled.map(<T::Acc as WithDType>::from_f64).collect()
+            narrowed(grads.iter().map(|d| d * (factor / self.len as f64)))
         };
         let (dmean, dvar) = dy.split_at(means.len());
         let (shift, scale) = (scaled(dmean, 1.), scaled(dvar, 2.));
@@ -35,9 +35,7 @@ impl PlaneMoments {
             weight: Some(&scale),
             bias: Some(&shift),
         };
-        // About the mean, and not divided by anything.
-        let about = |mean: &f64| Stats::new((*mean).into(), 0., 1.);
-        let given: Vec<Stats> = means.iter().map(about).collect();
+        let given: Vec<Stats> = means.iter().copied().map(about).collect();
         let shape = Shape {
             outer: 1,
             channels: means.len(),

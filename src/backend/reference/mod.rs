@@ -5,9 +5,11 @@
 
 mod channels;
 mod groups;
+mod mixture;
 mod normalization;
 mod plane_moments;
 mod rows;
+mod scale_shift;
 mod transpose;
 mod weight_rows;
 
