@@ -20,7 +20,7 @@ pub(crate) enum Batch {
 /// The coefficients of [`ScaleShift`](super::ScaleShift), `[3, N · C]`, that normalize the planes
 /// of `[N, C, *]` by the mixture of their moments.
 ///
-/// The input are the moments of the planes, `[2, N · C]` in `f64`. The weight has one factor for
+/// The input holds the moments of the planes, `[2, N · C]` in `f64`. The weight has one factor for
 /// each channel. In place of a bias there are the mixing weights before their softmax, those of the
 /// means and then those of the variances, each in the order of instance, layer and batch.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ pub(crate) struct Factors {
 }
 
 impl Mixture {
-    /// How many statistics are mixed.
+    /// The number of statistics that are mixed.
     pub(crate) fn sources(&self) -> usize {
         let batch = !matches!(self.batch, Batch::Absent);
         1 + usize::from(self.instance) + usize::from(batch)
@@ -320,4 +320,84 @@ pub(crate) fn finite(t: Tensor) -> Result<Tensor> {
 pub(crate) fn softmax(t: &Tensor) -> Result<Tensor> {
     let e = t.broadcast_sub(&t.detach().max(0)?)?.exp()?;
     e.broadcast_div(&e.sum_all()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::computations::ScaleShift;
+
+    const AXES: ChannelAxes = ChannelAxes {
+        outer: 3,
+        channels: 4,
+        inner: 5,
+    };
+    const PLANES: usize = 12;
+
+    fn random(dims: &[usize]) -> Result<Var> {
+        Var::rand(0.5, 2., dims, &Device::Cpu)
+    }
+
+    /// Checks the gradients of a computation against those of candle through its composed form.
+    fn check(computation: &impl Computation, vars: [&Var; 3], dy: &Tensor) -> Result<()> {
+        let args = Args {
+            x: vars[0].as_tensor(),
+            weight: Some(vars[1].as_tensor()),
+            bias: Some(vars[2].as_tensor()),
+        };
+        let y = computation.composed(args)?.y;
+        assert_eq!(y.shape(), &computation.output(args.x.shape(), DType::F64).0);
+        let grads = (y * dy)?.sum_all()?.backward()?;
+        let got = computation.composed_gradients(args, dy)?;
+        let got = [Some(got.dx), got.dweight, got.dbias];
+        for (var, got) in vars.into_iter().zip(got) {
+            let want = grads.get(var).expect("a gradient");
+            let got = got.expect("a gradient").reshape(want.shape())?;
+            let off = (got - want)?.abs()?.max_all()?.to_scalar::<f64>()?;
+            let scale = want.abs()?.max_all()?.to_scalar::<f64>()?;
+            assert!(off <= 1e-13 * (1. + scale), "{computation:?}: {off:e}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_of_mixtures_are_those_of_the_composed_form() -> Result<()> {
+        let given = || -> Result<Batch> {
+            Ok(Batch::Given {
+                mean: random(&[4])?.as_detached_tensor(),
+                var: random(&[4])?.as_detached_tensor(),
+            })
+        };
+        for (instance, unbiased) in [(true, true), (true, false), (false, true), (false, false)] {
+            for batch in [Batch::Absent, Batch::Own, given()?] {
+                let mixture = Mixture {
+                    layer: "test",
+                    axes: AXES,
+                    instance,
+                    batch,
+                    unbiased,
+                    eps: 0.1,
+                };
+                let logits = random(&[2 * mixture.sources()])?;
+                let vars = [&random(&[2, PLANES])?, &random(&[4])?, &logits];
+                // No gradient reaches the third row.
+                let dy = random(&[3, PLANES])?.as_detached_tensor();
+                check(&mixture, vars, &dy)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gradients_of_scale_and_shift_are_those_of_the_composed_form() -> Result<()> {
+        let scale_shift = ScaleShift {
+            layer: "test",
+            axes: AXES,
+        };
+        let vars = [&random(&[3, 4, 5])?, &random(&[3, PLANES])?, &random(&[4])?];
+        let dy = random(&[3, 4, 5])?.as_detached_tensor();
+        check(&scale_shift, vars, &dy)
+    }
 }

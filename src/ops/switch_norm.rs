@@ -29,7 +29,8 @@ pub struct SwitchSources<'a> {
     pub instance: bool,
     /// The statistics of the batch.
     pub batch: SwitchBatch<'a>,
-    /// Divide the variance of a plane by n − 1 in place of n; without instances, those of layers and batches.
+    /// Divide the variance of a plane by n − 1 in place of n; without instances, those of layers
+    /// and batches.
     pub unbiased: bool,
 }
 
@@ -42,17 +43,19 @@ impl SwitchSources<'_> {
 
 /// Switchable normalization of `x`: `y = (x − mean) / √(var + eps) · weight + bias`.
 ///
-/// `mean` is the sum of the means of the instance, the layer and the batch, by the shares `softmax(mean_weight)`, and `var`
-/// that of their variances by `softmax(var_weight)` (Luo et al., 2019, <https://arxiv.org/abs/1806.10779>). Also returns the mean and the
-/// variance of the batch, where its own are mixed in; none for an empty input.
+/// `mean` is the sum of the means of the instance, the layer and the batch, by the shares
+/// `softmax(mean_weight)`, and `var` that of their variances by `softmax(var_weight)` (Luo et al.,
+/// 2019, <https://arxiv.org/abs/1806.10779>). Also returns the mean and the variance of the batch,
+/// where its own are mixed in; none for an empty input.
 ///
 /// # Shapes
-/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; `mean_weight`, `var_weight`: one value for each source, in the order of instance, layer and
-/// batch. The result has the shape and dtype of `x` and is contiguous.
+/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; `mean_weight`, `var_weight`: one value for each
+/// source, in the order of instance, layer and batch. The result has the shape and dtype of `x` and
+/// is contiguous.
 ///
 /// # Errors
-/// An input of rank below 2, below 3 with instances; one value where a variance is divided by n − 1; parameters that do not fit; `eps` that is
-/// not positive and finite.
+/// An input of rank below 2, below 3 with instances; one value where a variance is divided by
+/// n − 1; parameters that do not fit; `eps` that is not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -215,8 +218,8 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
     }
 }
 
-/// The moments of the planes of `x` `[N, C, space]` by tensor operations, and its values, each plane
-/// less a value of its own.
+/// The moments of the planes of `x` `[N, C, space]` by tensor operations, and the values of `x`,
+/// each plane less a value of its own.
 fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
     let (n, c, space) = x.dims3()?;
     // Each plane by itself, so that one whose values are far from those of others keeps its digits.

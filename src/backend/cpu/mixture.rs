@@ -20,20 +20,20 @@ struct Normal {
 
 /// The mixture as a backward finds it. Means are less an offset of their sample.
 pub(crate) struct Mixed {
-    /// Of the means and of the variances.
+    /// Shares of the means and of the variances.
     shares: [Vec<f64>; 2],
     instance: bool,
-    /// Sample by sample, the variances times their factor.
+    /// Moments of the planes, the variances times their factor.
     planes: Vec<Pair>,
-    /// One for each sample.
+    /// Moments of each sample.
     layers: Vec<Pair>,
-    /// One for each channel, or none; means are less an offset where they are the batch's own.
+    /// Moments of each channel, or none; the means are less an offset if they are the batch's own.
     batch: Vec<Pair>,
-    /// Subtracted from the means of the batch, one for each sample.
+    /// Offset of each sample that the means of the batch still have.
     batch_offsets: Vec<f64>,
-    /// One for each plane.
+    /// Normalization of each plane.
     normal: Vec<Normal>,
-    /// The statistics of the batch, where they are its own.
+    /// Statistics of the batch, where they are its own.
     statistics: Option<Vec<Stats>>,
 }
 
@@ -80,14 +80,14 @@ fn scaled(pairs: Vec<Pair>, factor: f64) -> Vec<Pair> {
 impl Mixed {
     /// The moments that are mixed for a plane, in the order of the shares.
     fn terms(&self, sample: usize, channel: usize) -> impl Iterator<Item = Pair> {
-        let plane = self.planes[sample * self.batch_len() + channel];
+        let plane = self.planes[sample * self.channels() + channel];
         let batch = self.batch.get(channel);
         let batch = batch.map(|[mean, var]| [mean - self.batch_offsets[sample], *var]);
         let plane = self.instance.then_some(plane);
         plane.into_iter().chain([self.layers[sample]]).chain(batch)
     }
 
-    fn batch_len(&self) -> usize {
+    fn channels(&self) -> usize {
         self.planes.len() / self.layers.len()
     }
 
@@ -204,7 +204,7 @@ impl On<Cpu> for Mixture {
         let (dscale, dshift) = dy.split_at(planes);
         let mut dweight = vec![0.; channels];
         let mut dlogits = vec![0.; 2 * sources];
-        // Of the mixed mean and variance of each plane, and their sums.
+        // Gradients of the mixed mean and variance of each plane, and their sums.
         let mut grads = Vec::with_capacity(planes);
         let (mut by_sample, mut by_channel) = (vec![[0.; 2]; samples], vec![[0.; 2]; channels]);
         for (i, normal) in mixed.normal.iter().enumerate() {

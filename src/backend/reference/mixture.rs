@@ -13,11 +13,11 @@ struct Source {
     mean: Vec<f64>,
     var: Vec<f64>,
     of: Of,
-    /// Of the variance.
+    /// Factor of the variance.
     factor: f64,
 }
 
-/// Which planes a source is made of.
+/// Planes that a source is made of.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Of {
     Plane,
@@ -27,7 +27,7 @@ enum Of {
 }
 
 impl Of {
-    /// The group of a plane, and how many groups there are.
+    /// The group of a plane.
     fn group(self, plane: usize, channels: usize) -> usize {
         match self {
             Of::Plane | Of::Nothing => plane,
@@ -38,10 +38,10 @@ impl Of {
 }
 
 pub(crate) struct Mixed {
-    /// Of each plane, less the origin of its sample.
+    /// Means of the planes, each less the origin of its sample.
     mean: Vec<f64>,
     sources: Vec<Source>,
-    /// Of the means, and of the variances.
+    /// Shares of the means, and of the variances.
     shares: [Vec<f64>; 2],
     statistics: Option<Vec<Stats>>,
 }
