@@ -9,8 +9,9 @@ pub use candle_nn::BatchNormConfig;
 
 use super::foldable::Foldable;
 use super::frozen::FrozenNorm;
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use super::names::{Argument, Names};
 use super::norm::Norm;
-use super::options::{Argument, Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use crate::ops::{self, check};
 

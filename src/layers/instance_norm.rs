@@ -6,8 +6,9 @@ use candle_core::{Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
 use super::frozen::FrozenNorm;
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;

@@ -5,8 +5,9 @@ use candle_nn::{Module, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
 
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use crate::ops::{RowNorm, add_row_norm, check, row_norm};
 

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 use candle_nn::{Module, ModuleT};
 
 use super::frozen::FrozenNorm;
-use super::options::Names;
+use super::names::NONE;
 use super::running_stats::RunningStats;
 use crate::ops::check;
 
@@ -122,9 +122,6 @@ impl ModuleT for Box<dyn Norm> {
         (**self).forward_t(xs, train)
     }
 }
-
-/// Names of the layer that does nothing.
-pub(crate) const NONE: Names = Names::new(&[], &["none", "identity"], false);
 
 /// The layer that does nothing.
 #[derive(Debug, Clone, Copy)]

@@ -4,8 +4,9 @@ use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
 use super::layer_norm::LayerNorm;
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use crate::ops::{Cast, RowNorm, check};
 

@@ -3,8 +3,9 @@
 use candle_core::{Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{self, AffineParams, WEIGHT};
 use crate::ops::{check, scale_norm_by};
 

@@ -3,8 +3,9 @@
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{Init, Module, ModuleT, VarBuilder};
 
+use super::names::Names;
 use super::norm::{Norm, OnLastAxis};
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;

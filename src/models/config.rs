@@ -42,7 +42,7 @@ macro_rules! norms {
         }
 
         /// Names of all norms, in the order of the variants.
-        pub(super) const KINDS: &[Names] = &[NONE, $(<$spec as NormOptions>::NAMES),*];
+        const KINDS: &[Names] = &[NONE, $(<$spec as NormOptions>::NAMES),*];
 
         impl NormConfig {
             /// The options of the layer, if there is one.
@@ -277,8 +277,8 @@ impl FromStr for NormConfig {
             Some((name, argument)) => (name, Some(argument.trim())),
             None => (s, None),
         };
-        let Some(names) = name::kind(name) else {
-            let remedy = match name::nearest(s) {
+        let Some(names) = name::kind(KINDS, name) else {
+            let remedy = match name::nearest(KINDS, s) {
                 Some(near) => format!("; did you mean {near:?}?"),
                 None => String::new(),
             };
@@ -355,7 +355,7 @@ mod serde_form {
             let Some(name) = map.next_key::<String>()? else {
                 return Err(de::Error::custom("NormConfig: expected one norm, got none"));
             };
-            let Some(names) = name::kind(&name) else {
+            let Some(names) = name::kind(KINDS, &name) else {
                 return Err(match name.parse::<NormConfig>() {
                     Ok(_) => de::Error::custom(format!(
                         "NormConfig: expected the number of groups among the options, as in \

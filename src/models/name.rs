@@ -1,6 +1,5 @@
 //! The names that a norm is called by, and which of them someone meant.
 
-use super::config::KINDS;
 use crate::layers::Names;
 
 /// A name in lower case, without what joins words.
@@ -17,8 +16,8 @@ fn without_axes(name: &str) -> Option<&str> {
         .find_map(|axes| name.strip_suffix(axes))
 }
 
-/// The names of the norm that `name` stands for, if it stands for one.
-pub(super) fn kind(name: &str) -> Option<&'static Names> {
+/// The names among `kinds` of the norm that `name` stands for, if it stands for one.
+pub(super) fn kind(kinds: &'static [Names], name: &str) -> Option<&'static Names> {
     let name = plain(name);
     let axes = without_axes(&name);
     let word = axes.unwrap_or(&name);
@@ -30,12 +29,12 @@ pub(super) fn kind(name: &str) -> Option<&'static Names> {
         (None, Some(_)) => false,
         (None, None) => kind.stems.contains(&word) || kind.alone.contains(&word),
     };
-    KINDS.iter().find(stands)
+    kinds.iter().find(stands)
 }
 
-/// Norm that `name` may have been meant for, as it is written: the nearest name, if two thirds of
+/// Norm of `kinds` that `name` may have been meant for, as it is written: the nearest name, if two thirds of
 /// it are right.
-pub(super) fn nearest(name: &str) -> Option<String> {
+pub(super) fn nearest(kinds: &[Names], name: &str) -> Option<String> {
     let word = plain(name);
     let word = without_axes(&word).unwrap_or(&word);
     let letters: Vec<char> = word.chars().filter(|c| c.is_alphabetic()).collect();
@@ -43,7 +42,7 @@ pub(super) fn nearest(name: &str) -> Option<String> {
     let end = word.trim_end_matches(|c: char| !c.is_ascii_digit());
     let number = &end[end.trim_end_matches(|c: char| c.is_ascii_digit()).len()..];
     let mut best: Option<(usize, &Names)> = None;
-    for kind in KINDS {
+    for kind in kinds {
         for form in [kind.name.to_string(), format!("{}norm", kind.name)] {
             let form: Vec<char> = form.chars().collect();
             let missed = match letters.len() {

@@ -6,8 +6,9 @@ mod check;
 use candle_core::{Result, Tensor, Var};
 use candle_nn::{Module, VarBuilder};
 
+use super::names::Names;
 use super::norm::Norm;
-use super::options::{Names, NormOptions};
+use super::options::NormOptions;
 use super::params::{BIAS, DIRECTION, MAGNITUDE, get, name_in, stored};
 pub(crate) use super::weighted::Plain;
 pub use super::weighted::Weighted;
