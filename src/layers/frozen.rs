@@ -8,6 +8,7 @@ use candle_nn::Module;
 use super::foldable::Foldable;
 use super::params::AffineParams;
 use super::running_stats::RunningStats;
+use super::weighted::Plain;
 use crate::computations::{FixedStatistics, composed};
 use crate::ops::linear_map::LinearMap;
 use crate::ops::{self, check};
@@ -117,8 +118,14 @@ impl FrozenNorm {
         Ok(layer.with(weight, bias))
     }
 
+    /// `layer` followed by this normalization, as one layer.
+    pub(crate) fn folded_into(&self, layer: &Plain) -> Result<Plain> {
+        let (weight, bias) = self.folded(layer.map(), layer.weight(), layer.bias())?;
+        Ok(Plain::of_values(layer.map(), &weight, Some(&bias)))
+    }
+
     /// The weight and the bias of `map` followed by this normalization.
-    pub(super) fn folded(
+    fn folded(
         &self,
         map: LinearMap,
         weight: &Tensor,

@@ -7,7 +7,6 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Init, Linear, VarBuilder, init,
 };
 
-use super::frozen::FrozenNorm;
 use super::params::{BIAS, name_in, stored};
 use crate::ops::linear_map::{Geometry, LinearMap};
 
@@ -190,10 +189,8 @@ impl Plain {
         Self::of_values(self.map, &self.weight, self.bias())
     }
 
-    /// Followed by `norm`, as one layer.
-    pub(crate) fn folded(&self, norm: &FrozenNorm) -> Result<Self> {
-        let (weight, bias) = norm.folded(self.map, &self.weight, self.bias())?;
-        Ok(Self::of_values(self.map, &weight, Some(&bias)))
+    pub(super) fn map(&self) -> LinearMap {
+        self.map
     }
 
     pub(crate) fn weight(&self) -> &Tensor {

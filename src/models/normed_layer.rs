@@ -101,7 +101,7 @@ impl NormedLayer {
     pub fn fold(&self) -> Result<Self> {
         let layer = match &self.0 {
             Parts::After { layer, norm } if norm.kind() == NONE.name => layer.detached(),
-            Parts::After { layer, norm } => layer.folded(&norm.frozen()?)?,
+            Parts::After { layer, norm } => norm.frozen()?.folded_into(layer)?,
             Parts::Around(norm) => norm.baked()?,
         };
         Ok(Self(Parts::After {
