@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder};
 
+use super::params::Affine;
 use crate::ops::{self, check};
 
 const LAYER: &str = "RevIn";
@@ -18,8 +19,8 @@ const BIAS: &str = "affine_bias";
 pub struct RevInOptions {
     /// Added to the variance, inside the root. Default: 1e-5.
     pub eps: f64,
-    /// Learn a scale and a shift of each series: both or neither. Default: true.
-    pub affine: bool,
+    /// Learned parameters of each series. Default: a scale and a shift.
+    pub affine: Affine,
     /// Subtract the last value of a window in place of its mean. Default: false.
     pub subtract_last: bool,
     /// Take NaN for values that are missing, as [`normalize_masked`](RevIn::normalize_masked) takes
@@ -32,7 +33,7 @@ impl Default for RevInOptions {
     fn default() -> Self {
         Self {
             eps: 1e-5,
-            affine: true,
+            affine: Affine::WeightAndBias,
             subtract_last: false,
             ignore_nan: false,
         }
@@ -59,7 +60,8 @@ impl From<f64> for RevInOptions {
 /// Where:
 /// - `c` is the mean of the window over time, or its last value with `subtract_last`;
 /// - `s = √(σ² + ε)`, with σ² the biased variance of the window over time;
-/// - `w` and `b` are `affine_weight` and `affine_bias`, one value a series, if `affine` has them.
+/// - `w` and `b` are `affine_weight` and `affine_bias`, one value a series, as far as `affine` has
+///   them.
 ///
 /// Kim et al., 2022, "Reversible Instance Normalization for Accurate Time-Series Forecasting
 /// against Distribution Shift",
@@ -76,7 +78,8 @@ impl From<f64> for RevInOptions {
 #[derive(Debug, Clone)]
 pub struct RevIn {
     num_features: usize,
-    affine: Option<[Tensor; 2]>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
     options: RevInOptions,
 }
 
@@ -132,14 +135,14 @@ pub fn rev_in(
 ) -> Result<RevIn> {
     let options = options.into();
     check::eps(LAYER, options.eps)?;
-    let param = |name, initial| vb.get_with_hints(num_features, name, Init::Const(initial));
-    let affine = match options.affine {
-        true => Some([param(WEIGHT, 1.)?, param(BIAS, 0.)?]),
-        false => None,
+    let param = |is_there: bool, name, initial| {
+        let param = || vb.get_with_hints(num_features, name, Init::Const(initial));
+        is_there.then(param).transpose()
     };
     Ok(RevIn {
         num_features,
-        affine,
+        weight: param(options.affine.has_weight(), WEIGHT, 1.)?,
+        bias: param(options.affine.has_bias(), BIAS, 0.)?,
         options,
     })
 }
@@ -147,12 +150,12 @@ pub fn rev_in(
 impl RevIn {
     /// The scale of each series, if there is one.
     pub fn weight(&self) -> Option<&Tensor> {
-        self.affine.as_ref().map(|[weight, _]| weight)
+        self.weight.as_ref()
     }
 
     /// The shift of each series, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.affine.as_ref().map(|[_, bias]| bias)
+        self.bias.as_ref()
     }
 
     /// The number of series on the last axis.
@@ -281,12 +284,7 @@ impl RevIn {
             }
             false => (center, distances),
         };
-        let mut ys = distances.broadcast_div(&std)?;
-        if let Some([weight, bias]) = &self.affine {
-            ys = ys
-                .broadcast_mul(&weight.to_dtype(wide)?)?
-                .broadcast_add(&bias.to_dtype(wide)?)?;
-        }
+        let ys = self.scaled(distances.broadcast_div(&std)?)?;
         let unknown = count.eq(0.)?.where_cond(
             &Tensor::full(f64::NAN, count.shape(), xs.device())?.to_dtype(wide)?,
             &count.zeros_like()?,
@@ -313,14 +311,20 @@ impl RevIn {
         }
         let wide = xs.to_dtype(std.dtype())?;
         let center = wide.narrow(1, wide.dims()[1] - 1, 1)?.squeeze(1)?;
-        let mut ys =
-            (wide.broadcast_sub(&center.unsqueeze(1)?)?).broadcast_div(&std.unsqueeze(1)?)?;
-        if let Some([weight, bias]) = &self.affine {
-            ys = ys
-                .broadcast_mul(&weight.to_dtype(ys.dtype())?)?
-                .broadcast_add(&bias.to_dtype(ys.dtype())?)?;
+        let ys = (wide.broadcast_sub(&center.unsqueeze(1)?)?).broadcast_div(&std.unsqueeze(1)?)?;
+        let ys = self.scaled(ys)?.to_dtype(xs.dtype())?;
+        Ok((ys, RevInStats { center, std }))
+    }
+
+    /// `ys · weight + bias`, in the dtype of `ys`.
+    fn scaled(&self, mut ys: Tensor) -> Result<Tensor> {
+        if let Some(weight) = &self.weight {
+            ys = ys.broadcast_mul(&weight.to_dtype(ys.dtype())?)?;
         }
-        Ok((ys.to_dtype(xs.dtype())?, RevInStats { center, std }))
+        if let Some(bias) = &self.bias {
+            ys = ys.broadcast_add(&bias.to_dtype(ys.dtype())?)?;
+        }
+        Ok(ys)
     }
 
     /// Forecasts `ys` of normalized windows, back in the units of the windows that `stats` are of.
@@ -346,14 +350,15 @@ impl RevIn {
         check::dtype(LAYER, "statistics", &stats.center, wide)?;
         check::same_device(LAYER, "statistics", &stats.center, ys.device())?;
         let mut xs = ys.to_dtype(stats.std.dtype())?;
-        if let Some([weight, bias]) = &self.affine {
+        if let Some(bias) = &self.bias {
+            xs = xs.broadcast_sub(&bias.to_dtype(xs.dtype())?)?;
+        }
+        if let Some(weight) = &self.weight {
             // Elsewhere the check would wait for the device at every step.
             if weight.device().is_cpu() {
                 invertible(LAYER, WEIGHT, weight)?;
             }
-            xs = xs
-                .broadcast_sub(&bias.to_dtype(xs.dtype())?)?
-                .broadcast_div(&weight.to_dtype(xs.dtype())?)?;
+            xs = xs.broadcast_div(&weight.to_dtype(xs.dtype())?)?;
         }
         xs.broadcast_mul(&stats.std.unsqueeze(1)?)?
             .broadcast_add(&stats.center.unsqueeze(1)?)?

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::gradcheck::gradcheck;
 use candle_norm::scaling::{RevIn, RevInOptions, RevInStats, rev_in};
-use candle_norm::{Path, with_path};
+use candle_norm::{Affine, Path, with_path};
 
 use super::Fixture;
 use testkit::compare::{assert_close, assert_same_bits, tolerance};
@@ -19,10 +19,10 @@ fn layer(weight: &Tensor, bias: &Tensor, options: RevInOptions) -> Result<(RevIn
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, weight.dtype(), &Device::Cpu);
     let layer = rev_in(weight.elem_count(), options, vb)?;
-    if options.affine {
-        let named = vars.data().lock().unwrap();
-        named["affine_weight"].set(weight)?;
-        named["affine_bias"].set(bias)?;
+    for (name, value) in [("affine_weight", weight), ("affine_bias", bias)] {
+        if let Some(var) = vars.data().lock().unwrap().get(name) {
+            var.set(value)?;
+        }
     }
     Ok((layer, vars))
 }
@@ -37,7 +37,7 @@ fn layer_of(weight: &Tensor, bias: &Tensor, options: RevInOptions) -> Result<Rev
 
 fn plain(series: usize, dtype: DType) -> Result<RevIn> {
     let options = RevInOptions {
-        affine: false,
+        affine: Affine::None,
         ..Default::default()
     };
     rev_in(series, options, VarBuilder::zeros(dtype, &Device::Cpu))
@@ -331,5 +331,57 @@ fn threads_share_a_layer() -> Result<()> {
             });
         }
     });
+    Ok(())
+}
+
+/// A scale or a shift alone is the pair with the other one neutral, there and back.
+#[test]
+fn a_parameter_alone_is_the_pair_with_a_neutral_other() -> Result<()> {
+    let x = windows(&[3, 6, 2], DType::F64, 5)?;
+    let weight = tensor(&[1.5, -0.5], &[2], DType::F64)?;
+    let bias = tensor(&[0.25, -2.], &[2], DType::F64)?;
+    for (affine, weight, bias, name) in [
+        (
+            Affine::Weight,
+            weight.clone(),
+            bias.zeros_like()?,
+            "affine_weight",
+        ),
+        (
+            Affine::Bias,
+            weight.ones_like()?,
+            bias.clone(),
+            "affine_bias",
+        ),
+    ] {
+        for (subtract_last, ignore_nan) in [(false, false), (true, false), (false, true)] {
+            let options = RevInOptions {
+                affine,
+                subtract_last,
+                ignore_nan,
+                ..Default::default()
+            };
+            let (alone, vars) = layer(&weight, &bias, options)?;
+            let names: Vec<String> = vars.data().lock().unwrap().keys().cloned().collect();
+            assert_eq!(names, [name]);
+            let pair = RevInOptions {
+                affine: Affine::WeightAndBias,
+                ..options
+            };
+            let (pair, _vars) = layer(&weight, &bias, pair)?;
+            let (y, stats) = alone.normalize(&x)?;
+            let (want, want_stats) = pair.normalize(&x)?;
+            assert_close("y", &y, &values(&want)?, 1e-14);
+            let back = alone.denormalize(&y, &stats)?;
+            let want = pair.denormalize(&want, &want_stats)?;
+            assert_close("back", &back, &values(&want)?, 1e-13);
+            assert_close("input", &back, &values(&x)?, 1e-12);
+            let grads = y.sqr()?.sum_all()?.backward()?;
+            assert!(
+                vars.all_vars().iter().all(|var| grads.get(var).is_some()),
+                "{affine:?}"
+            );
+        }
+    }
     Ok(())
 }

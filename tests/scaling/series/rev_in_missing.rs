@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
+use candle_norm::Affine;
 use candle_norm::gradcheck::gradcheck;
 use candle_norm::scaling::{RevIn, RevInOptions, rev_in};
 
@@ -39,7 +40,7 @@ fn gaps_are_no_part_of_the_window() -> Result<()> {
     let gaps = [nan, 3., 7., nan, 5., nan];
     let dense = tensor(&[3., 7., 5.], &[1, 3, 1], DType::F64)?;
     for subtract_last in [false, true] {
-        for affine in [false, true] {
+        for affine in [Affine::None, Affine::WeightAndBias] {
             let options = RevInOptions {
                 subtract_last,
                 affine,
@@ -49,7 +50,7 @@ fn gaps_are_no_part_of_the_window() -> Result<()> {
             let layer = layer(1, DType::F64, options)?;
             let (want, want_stats) = layer.normalize(&dense)?;
             let want = values(&want)?;
-            let missing = if affine { -0.25 } else { 0. };
+            let missing = if affine.has_bias() { -0.25 } else { 0. };
             let want = [missing, want[0], want[1], missing, want[2], missing];
             let xs = tensor(&gaps, &[1, 6, 1], DType::F64)?;
             let mask = tensor(
