@@ -28,6 +28,9 @@ const MANY_SUMMING_BLOCKS: usize = 128;
 /// The least items of one of many such blocks, beside which its sums are small.
 const MANY_ITEMS: usize = 128;
 
+/// The least elements of one of many such blocks, beside which the merging of its sums is small.
+const SUMMING_BLOCK: usize = 1 << 16;
+
 /// How many of `count` items of `len` elements make a block.
 pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
     let large = LARGE_BLOCK.div_ceil(len.max(1));
@@ -36,8 +39,8 @@ pub(crate) fn items_per_block(count: usize, len: usize) -> usize {
 
 /// How many of `count` items of `len` elements make a block that leaves sums to be combined.
 pub(crate) fn items_per_summing_block(count: usize, len: usize) -> usize {
-    let many = count.div_ceil(MANY_SUMMING_BLOCKS).max(MANY_ITEMS);
-    per_block(count, len, many)
+    let large = MANY_ITEMS.max(SUMMING_BLOCK.div_ceil(len.max(1)));
+    per_block(count, len, count.div_ceil(MANY_SUMMING_BLOCKS).max(large))
 }
 
 /// The items of one of few blocks, or of one of many if these are less.
