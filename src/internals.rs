@@ -85,7 +85,7 @@ pub fn recorded(f: impl FnOnce() -> Result<Tensor>) -> Result<Saved> {
 }
 
 impl Saved {
-    /// What the forward gave.
+    /// The output of the forward.
     pub fn output(&self) -> &Tensor {
         &self.output
     }

@@ -111,7 +111,7 @@ mod backend;
 mod computations;
 pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
-// `tests/readme.rs` follows the links.
+// `tests/docs/readme.rs` follows the links.
 mod graph;
 #[allow(rustdoc::broken_intra_doc_links)]
 #[cfg(doc)]

@@ -37,7 +37,7 @@ pub(crate) struct Forward<S, Saved> {
     pub(crate) saved: Saved,
 }
 
-/// What a backward starts from.
+/// Arguments of a backward.
 pub(crate) struct Backward<'a, S, Saved> {
     pub(crate) x: View<'a, S>,
     pub(crate) weight: Option<View<'a, S>>,
@@ -50,7 +50,7 @@ pub(crate) struct Backward<'a, S, Saved> {
 
 /// A computation on the backend `B`.
 pub(crate) trait On<B: Backend>: Computation {
-    /// What the backward needs of the forward, in storage of the backend.
+    /// State that the backward needs of the forward, in storage of the backend.
     type Saved: Send + Sync + 'static;
 
     /// Whether the input may lie in memory like this; it is made contiguous otherwise.

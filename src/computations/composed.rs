@@ -298,9 +298,9 @@ pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
     exp.times(&exp.sum()?.recip()?)?.join()
 }
 
-/// The gradients of [`standardize`] and [`scale_shift`] together: of the rows `x` `[rows, len]`, and
-/// of one weight and bias for each channel of `dy` `[outer, channels, inner]`, the same elements in
-/// the same order.
+/// The gradients of [`standardize`] and [`scale_shift`] together: of the rows `x` `[rows, len]`,
+/// and of one weight and bias for each channel of `dy` `[outer, channels, inner]`, the same
+/// elements in the same order.
 pub(crate) fn backward(
     x: &Tensor,
     dy: &Tensor,

@@ -58,7 +58,8 @@ pub(crate) fn apply_with_statistics<C: Served>(
     }
 }
 
-/// `computation` of the sum `x + residual`, and the sum in the dtype of `x`. Neither input is empty.
+/// `computation` of the sum `x + residual`, and the sum in the dtype of `x`. Neither input is
+/// empty.
 pub(crate) fn apply_added<C: ServedAdded>(
     computation: C,
     x: &Tensor,

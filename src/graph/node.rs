@@ -36,7 +36,7 @@ pub(crate) trait Served: On<Cpu> + On<Reference> {}
 #[cfg(feature = "internals")]
 impl<C: On<Cpu> + On<Reference>> Served for C {}
 
-/// What a forward left for the backward.
+/// State that a forward left for the backward.
 enum Saved<C: Served> {
     Cpu(<C as On<Cpu>>::Saved),
     #[cfg(feature = "internals")]
@@ -54,7 +54,7 @@ pub(crate) trait KeepsStatistics {
     }
 }
 
-/// Which parameters a node has, after the input, among its arguments.
+/// Parameters that a node has among its arguments, after the input.
 #[derive(Debug, Clone, Copy)]
 struct Names {
     weight: bool,
@@ -585,7 +585,8 @@ where
         f,
         result: OneShot::new(None),
     };
-    match tensors {
+    let detached: Vec<Tensor> = tensors.iter().map(|t| t.detach()).collect();
+    match detached.as_slice() {
         [a] => a.apply_op1_no_bwd(&visit)?,
         [a, b] => a.apply_op2_no_bwd(b, &visit)?,
         [a, b, c] => a.apply_op3_no_bwd(b, c, &visit)?,

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, bail};
 #[cfg(feature = "internals")]
 use crate::support::messages;
 
-/// Which implementation computes a layer.
+/// Implementation that computes a layer.
 ///
 /// All paths keep one numeric contract; they differ in speed and in the devices that they serve.
 ///

@@ -138,7 +138,7 @@ norms! {
     /// `"GroupNorm:32"`, `"gn:32"`, `"Identity"`. An ending such as `2d` says nothing here:
     /// every layer serves every rank.
     ///
-    /// Which axes a layer runs along depends on the data, so it is never guessed:
+    /// The axes that a layer runs along depend on the data, so they are never guessed:
     /// [`channels`](Self::channels) builds the layer for `[N, C, *]`,
     /// [`features`](Self::features) the one for `[*, F]`.
     ///

@@ -32,8 +32,8 @@ pub(super) fn kind(kinds: &'static [Names], name: &str) -> Option<&'static Names
     kinds.iter().find(stands)
 }
 
-/// Norm of `kinds` that `name` may have been meant for, as it is written: the nearest name, if two thirds of
-/// it are right.
+/// Norm of `kinds` that `name` may have been meant for, as it is written: the nearest name, if two
+/// thirds of it are right.
 pub(super) fn nearest(kinds: &[Names], name: &str) -> Option<String> {
     let word = plain(name);
     let word = without_axes(&word).unwrap_or(&word);

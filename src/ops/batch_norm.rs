@@ -8,7 +8,7 @@ use super::check;
 use crate::computations::{Channels, FixedStatistics, Source, composed};
 use crate::graph;
 
-/// What a batch contributes to running statistics.
+/// Statistics of a batch, which running statistics take.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct BatchStatistics {

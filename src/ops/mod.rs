@@ -1,8 +1,8 @@
 //! The layers as stateless, differentiable functions on tensors.
 //!
-//! A function here checks its input, hands what is to be computed to the graph, and returns a tensor
-//! whose gradients reach every argument. The layers of this crate add parameters, configuration and running
-//! statistics to these functions and nothing else.
+//! A function here checks its input, hands what is to be computed to the graph, and returns a
+//! tensor whose gradients reach every argument. The layers of this crate add parameters,
+//! configuration and running statistics to these functions and nothing else.
 
 pub(crate) mod check;
 pub(crate) mod linear_map;

@@ -6,7 +6,7 @@ use super::check;
 use crate::computations::{Cast, Rows, composed};
 use crate::graph::{self, transposed};
 
-/// What layer norm and RMS norm are special cases of.
+/// Normalization of rows, of which layer norm and RMS norm are special cases.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct RowNorm {
     /// The name that messages start with.

@@ -11,7 +11,7 @@ use crate::graph::{self, Route, route};
 
 const LAYER: &str = "SwitchNorm";
 
-/// Which statistics of a batch [`switch_norm`] mixes in.
+/// Statistics of a batch that [`switch_norm`] mixes in.
 #[derive(Debug, Clone, Copy)]
 pub enum SwitchBatch<'a> {
     /// None.
@@ -22,7 +22,7 @@ pub enum SwitchBatch<'a> {
     Given(&'a Tensor, &'a Tensor),
 }
 
-/// What [`switch_norm`] mixes.
+/// Sources that [`switch_norm`] mixes.
 #[derive(Debug, Clone, Copy)]
 pub struct SwitchSources<'a> {
     /// Whether the statistics of instances are among them.
@@ -202,7 +202,7 @@ fn check_arguments(
     Ok(())
 }
 
-/// What is divided by n − 1 has more than one value.
+/// Checks that sums divided by n − 1 have more than one value.
 fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()> {
     if !sources.unbiased {
         return Ok(());
@@ -242,7 +242,7 @@ fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
     Ok((values, planes))
 }
 
-/// What [`switch_norm`] mixes by, of one of its weights.
+/// Factors that [`switch_norm`] mixes by, from one of its weights.
 pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
     softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
 }

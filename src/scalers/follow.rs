@@ -336,7 +336,7 @@ impl<M: Memory> Following<M> {
 
 /// Options of a scaler of series.
 pub trait SeriesOptions: fmt::Debug + Copy + PartialEq + Send + Sync + 'static {
-    /// What is remembered of the rows.
+    /// Memory of the rows.
     type Memory: Memory<Options = Self>;
 }
 

@@ -13,7 +13,7 @@ use super::{Nan, State};
 #[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct MaxAbsScalerOptions {
     /// Cut what lies beyond −1 to 1 when data are transformed, as data can that were not fitted.
-    /// What is cut gets no gradient. Default `false`.
+    /// A value that is cut gets no gradient. Default `false`.
     pub clip: bool,
     /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,

@@ -17,7 +17,7 @@ pub struct MinMaxScalerOptions {
     /// usual too.
     pub feature_range: (f64, f64),
     /// Cut what lies beyond the range when data are transformed, as data can that were not fitted.
-    /// What is cut gets no gradient. Default `false`.
+    /// A value that is cut gets no gradient. Default `false`.
     pub clip: bool,
     /// Treatment of NaN in the data that are fitted. Default: refused.
     pub nan: Nan,

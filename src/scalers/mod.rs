@@ -1,5 +1,5 @@
-//! The scalers, monitors and files of [`scaling`](crate::scaling), which knows nothing of layers and
-//! models.
+//! The scalers, monitors and files of [`scaling`](crate::scaling), which knows nothing of layers
+//! and models.
 
 mod adaptive;
 mod affine;

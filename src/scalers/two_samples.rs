@@ -43,7 +43,7 @@ pub(super) fn ks_p_value(statistic: f64, m: usize, n: usize) -> f64 {
     }
 }
 
-/// Which sample the next value comes from is a draw without return, so that the orders of all
+/// The sample that the next value comes from is a draw without return, so that the orders of all
 /// values are the paths of a walk over a grid of `m` by `n`. The probability is that of the walks
 /// that leave the band `|i / m − j / n| < statistic`: a sum of positive terms, exact where it is
 /// small too.

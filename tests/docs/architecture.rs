@@ -77,7 +77,7 @@ fn tokens(source: &str) -> Vec<String> {
     found
 }
 
-/// What stands between the quotes of a string literal.
+/// The text between the quotes of a string literal.
 fn text_of(token: &str) -> Option<&str> {
     let (start, end) = (token.find('"')?, token.rfind('"')?);
     let is_string = token[..start].chars().all(|c| "brc#".contains(c));
@@ -117,7 +117,7 @@ fn closing(tokens: &[String]) -> usize {
     tokens.len() - 1
 }
 
-/// What is named at the root of the crate: the `x` of `crate::x`, of `crate::{x, y}` and of as many
+/// Names at the root of the crate: the `x` of `crate::x`, of `crate::{x, y}` and of as many
 /// `super::` as lead there from a file that is `depth` modules deep.
 fn named_at_root(tokens: &[String], depth: usize) -> Vec<String> {
     let mut found = vec![];
@@ -207,7 +207,7 @@ fn sources() -> Vec<Source> {
     found
 }
 
-/// What a room may name at the root of the crate; none where there is no rule.
+/// Names at the root of the crate that a room may use; none where there is no rule.
 fn may_name(room: &str) -> Option<Vec<&'static str>> {
     if let Some((_, names)) = BESIDE.iter().find(|(beside, _)| *beside == room) {
         return Some(names.to_vec());
@@ -224,12 +224,12 @@ fn may_name(room: &str) -> Option<Vec<&'static str>> {
     )
 }
 
-/// What only `graph` knows of.
+/// Words of `graph` alone.
 fn custom_op(word: &str) -> bool {
     word.starts_with("CustomOp") || word.starts_with("apply_op")
 }
 
-/// What only `graph`, `backend` and the kernels know of.
+/// Words of `graph`, `backend` and the kernels alone.
 fn below_tensors(word: &str) -> bool {
     let storage = word.contains("storage") || word.contains("Storage");
     storage || custom_op(word) || [KERNELS, "rayon", "thread"].contains(&word)
@@ -346,7 +346,7 @@ fn messages_name_the_layer_and_what_it_expected() {
     assert_none(unclear.collect());
 }
 
-/// What a caller passes wrong is an error, never a panic.
+/// A wrong argument of a caller is an error, never a panic.
 #[test]
 fn nothing_panics() {
     let mut broken = vec![];
@@ -406,7 +406,8 @@ mod scanner {
 
     #[test]
     fn modules_for_tests_are_left_out() {
-        let text = "a(); #[cfg(test)] mod tests { fn b() { c.unwrap() } } #[cfg(test)] use d; #[cfg(feature)] e();";
+        let text = "a(); #[cfg(test)] mod tests { fn b() { c.unwrap() } } \
+            #[cfg(test)] use d; #[cfg(feature)] e();";
         let kept = without_tests(&tokens(text));
         for (word, is_kept) in [
             ("a", true),
@@ -475,12 +476,14 @@ mod scanner {
         for (path, text) in [
             (
                 "layers/a.rs",
-                "use crate::Norm; use crate::ops::{self, check}; use super::params; // candle_norm_kernels",
+                "use crate::Norm; use crate::ops::{self, check}; use super::params; \
+                // candle_norm_kernels",
             ),
             ("layers/mod.rs", "use super::ops;"),
             (
                 "ops/a.rs",
-                "use super::check; use candle_norm_kernels::Moments; let norm = layers; \"crate::layers\"",
+                "use super::check; use candle_norm_kernels::Moments; let norm = layers; \
+                \"crate::layers\"",
             ),
             ("lib.rs", "mod layers;"),
             ("models/a.rs", "use crate::{Norm, layers, ops::check};"),

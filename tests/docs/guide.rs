@@ -29,7 +29,7 @@ fn prose() -> String {
     parts.step_by(2).collect::<Vec<_>>().join("\n")
 }
 
-/// What stands together: a row of a table, an item of a list, or a paragraph, each on one line.
+/// A unit of text: a row of a table, an item of a list, or a paragraph, each on one line.
 fn blocks(text: &str) -> Vec<String> {
     let mut blocks: Vec<String> = vec![];
     let mut open = false;
@@ -55,7 +55,7 @@ fn links(block: &str) -> Vec<&str> {
     targets.filter_map(|rest| rest.split(')').next()).collect()
 }
 
-/// What a block has: the figures of its words, and what it links to. Texts of links, citations and
+/// Contents of a block: the figures of its words, and its links. Texts of links, citations and
 /// code are neither.
 enum Part<'a> {
     Figure(String),

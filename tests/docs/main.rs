@@ -1,4 +1,4 @@
-//! What the documents say of this crate and of candle, and how the sources are laid out.
+//! Statements of the documents about this crate and candle, and how the sources are laid out.
 
 mod architecture;
 mod candle_faults;

@@ -1,4 +1,4 @@
-//! What the README shows is what the code does.
+//! The README shows the results of the code.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -212,7 +212,7 @@ fn links_between_the_pages_lead_somewhere() {
     assert!(checked > 100, "{checked} links");
 }
 
-/// What links to a page can lead to: its headings as GitHub and rustdoc name them, and its anchors.
+/// Targets of links to a page: its headings as GitHub and rustdoc name them, and its anchors.
 fn anchors(text: &str) -> BTreeSet<String> {
     let slug = |heading: &str| {
         let title = heading.trim_start_matches('#').trim().to_lowercase();

@@ -1,4 +1,4 @@
-//! What must hold of the layers for every input, tried on random ones: values against float64,
+//! Properties of the layers for every input, tried on random ones: values against float64,
 //! identities between layers, symmetries, other forms of a layer, memory layouts, edges.
 //!
 //! The cases are the same on every run, unless `CANDLE_NORM_SEED` is set.

@@ -1,4 +1,4 @@
-//! What the table of layers says of them.
+//! Statements of the table of layers about them.
 
 use std::collections::HashSet;
 

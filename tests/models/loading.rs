@@ -767,7 +767,8 @@ type Build = Box<dyn Fn(VarBuilder) -> Result<Box<dyn ModuleT>>>;
 
 const DIMS: [usize; 4] = [2, 2, 1, 2];
 
-/// Every form of every layer, for inputs of [`DIMS`], and a layer around which there is weight norm.
+/// Every form of every layer, for inputs of [`DIMS`], and a layer around which there is weight
+/// norm.
 fn layers() -> Vec<(&'static str, Build)> {
     let mut layers: Vec<(&str, Build)> = vec![];
     for (_, form) in table::forms() {

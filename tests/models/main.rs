@@ -1,4 +1,4 @@
-//! What works on whole models: configurations, checkpoints, averages, optimizers, and code of
+//! Tools for whole models: configurations, checkpoints, averages, optimizers, and code of
 //! candle-nn.
 
 mod averaged;

@@ -188,7 +188,8 @@ fn the_names_of_the_field_are_known() {
 }
 
 /// What stands before the name that was given.
-const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), instance, rms, scale, switch or weight, got ";
+const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), \
+    instance, rms, scale, switch or weight, got ";
 
 #[test]
 fn a_bad_name_is_quoted_next_to_the_good_ones() {
@@ -351,7 +352,7 @@ fn a_layer_norm_that_keeps_the_mean_is_still_called_layer() -> Result<()> {
 
 // Axes.
 
-/// What the norm `name` must give for `x` whose channels lie on `axis`: every element by the mean
+/// Right result of the norm `name` for `x` whose channels lie on `axis`: every element by the mean
 /// and the variance of those that share its statistics, found by their indices one by one.
 fn expected(name: &str, x: &Tensor, axis: usize, vars: &VarMap) -> Result<Tensor> {
     if name == "none" {

@@ -1,4 +1,4 @@
-//! What a call asks of the allocator: little for small inputs, and no copy of an input that a
+//! Allocations of a call: little for small inputs, and no copy of an input that a
 //! kernel can walk.
 
 use allocation_counter::AllocationInfo;

@@ -17,7 +17,7 @@ use testkit::subjects::{Params, Subject, backward, gradient};
 use testkit::table::{Layer, shapes};
 use testkit::watch::ends_within;
 
-/// What a step of training takes: some microseconds, so that this is thousands of times as long as
+/// Time of a step of training: some microseconds, so that this is thousands of times as long as
 /// it should.
 const LIMIT: Duration = Duration::from_secs(60);
 

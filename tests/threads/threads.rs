@@ -46,7 +46,7 @@ fn tracked() -> impl Iterator<Item = &'static Tracked> {
 }
 
 impl Layer {
-    /// What mixes statistics takes those of the batch almost alone.
+    /// A mixture of statistics takes those of the batch almost alone.
     fn build(
         which: &Tracked,
         channels: usize,

@@ -25,7 +25,7 @@ fn per_column<T: Real>(shape: Shape, f: impl Fn(usize) -> f64) -> Vec<T> {
         .collect()
 }
 
-/// What a channel is normalized by, for each of its columns.
+/// Factors that a channel is normalized by, for each of its columns.
 struct Factors<T> {
     high: Vec<T>,
     low: Vec<T>,

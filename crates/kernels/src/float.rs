@@ -32,7 +32,7 @@ macro_rules! kernels {
         /// # Panics
         /// Every kernel panics if lengths do not fit each other.
         pub trait Float: sealed::Sealed + Copy + Default + Send + Sync + 'static {
-            /// What sums and products are formed in: `f32` or `f64`.
+            /// Type that sums and products are formed in: `f32` or `f64`.
             type Acc: Float<Acc = Self::Acc>;
 
             $(

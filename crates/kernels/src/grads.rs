@@ -14,7 +14,7 @@ pub struct Gradients<E> {
     pub dbias: Vec<f64>,
 }
 
-/// What the backward of a batch accounts for.
+/// Parts that the backward of a batch accounts for.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted {
     /// Whether the statistics are the batch's own, which move with `x`, and then whether the mean

@@ -16,7 +16,7 @@ use super::spread::{Frame, NormalizedBy, Spread};
 use super::stats::Stats;
 use super::{slice_moments, spread};
 
-/// What is normalized by its own statistics.
+/// Groups that are normalized by their own statistics.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupSpec {
     /// The axes of the tensor.

@@ -10,7 +10,7 @@ use super::simd::{Elem, Isa, Lanes, Real, splat};
 pub struct Mean {
     /// The mean, rounded.
     pub high: f64,
-    /// What `high` leaves of it.
+    /// Remainder beside `high`.
     pub low: f64,
 }
 
@@ -166,7 +166,7 @@ impl Moments {
         self.mean.high
     }
 
-    /// What [`mean`](Self::mean) was rounded by.
+    /// Rounding error of [`mean`](Self::mean).
     pub fn mean_error(self) -> f64 {
         self.mean.low
     }
@@ -246,7 +246,7 @@ pub(crate) fn parts<T: Real>(mean: Mean) -> (T, T) {
     (high, T::from_f64(rest(mean, high)))
 }
 
-/// What `high` leaves of a mean.
+/// Remainder of a mean beside `high`.
 #[inline(always)]
 fn rest<T: Real>(mean: Mean, high: T) -> f64 {
     (mean.high - high.to_f64()) + mean.low

@@ -472,7 +472,7 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
         }
     }
 
-    /// What `dy` of a channel is multiplied by.
+    /// Factor of `dy` of a channel.
     #[inline(always)]
     fn scale(&self, channel: usize) -> f64 {
         let weight = self.batch.weight.map_or(1., |w| w[channel].to_f64());

@@ -17,7 +17,7 @@ use super::spread::{Frame, NormalizedBy, Spread};
 use super::stats::Stats;
 use super::{slice_moments, spread};
 
-/// What layer norm and RMS norm differ in.
+/// Options in which layer norm and RMS norm differ.
 #[derive(Debug, Clone, Copy)]
 pub struct RowSpec {
     /// The length of a row.
@@ -231,7 +231,7 @@ pub struct Added<E, A> {
     pub rounded: Vec<E>,
     /// The normalized sum.
     pub y: Vec<E>,
-    /// What each row was normalized by.
+    /// Statistics that each row was normalized by.
     pub stats: Vec<Stats>,
 }
 

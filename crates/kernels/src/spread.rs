@@ -51,7 +51,7 @@ impl Spread {
     }
 }
 
-/// What the elements of a tensor are normalized by before weight and bias are applied.
+/// Statistics that the elements of a tensor are normalized by, before weight and bias.
 #[derive(Debug, Clone, Copy)]
 pub enum NormalizedBy<'a> {
     /// Nothing: scale and shift alone.
@@ -78,7 +78,7 @@ impl NormalizedBy<'_> {
 pub struct Frame<'a> {
     /// The axes of the tensor.
     pub shape: Shape,
-    /// What it is normalized by.
+    /// Statistics that it is normalized by.
     pub by: NormalizedBy<'a>,
     /// How weight and bias are spread.
     pub spread: Spread,
@@ -95,7 +95,7 @@ pub struct GradSums {
     pub sets: Vec<[f64; 2]>,
 }
 
-/// Which planes have their weight and bias in common.
+/// Planes that have their weight and bias in common.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slots {
     /// All of them.
@@ -233,7 +233,7 @@ impl<'a> Planes<'a> {
         })
     }
 
-    /// Which of the statistics a plane is normalized by.
+    /// Index of the statistics that a plane is normalized by.
     #[inline(always)]
     fn set(self, plane: usize) -> usize {
         match self.by {

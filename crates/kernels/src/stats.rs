@@ -1,9 +1,9 @@
-//! What elements are normalized by.
+//! Statistics that elements are normalized by.
 
 use super::moments::{Mean, Moments, about_mean};
 use super::simd::{Elem, Isa, Real};
 
-/// What a row, group or channel is normalized by.
+/// Statistics that a row, group or channel is normalized by.
 #[derive(Debug, Clone, Copy)]
 pub struct Stats {
     /// The mean; zero where it is not subtracted.

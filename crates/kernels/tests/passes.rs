@@ -448,7 +448,7 @@ fn channel_passes<T: Number>() {
     }
 }
 
-/// What stands between the passes may be nothing.
+/// Passes with nothing between them give the single job.
 #[test]
 fn passes_over_channels_are_the_single_job_to_the_bit() {
     channel_passes::<f32>();

@@ -41,7 +41,7 @@ use step::Step;
 use timing::{Entrant, Plan, Threads, measure};
 use torch::Torch;
 
-/// candle allocates every result: what the system's allocator makes of that is the subject of `alloc_*.rs`.
+/// candle allocates every result: `alloc_*.rs` measure the system's allocator.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -120,7 +120,8 @@ fn main() -> Result<ExitCode> {
         println!("not run: `cargo bench --bench peers` measures");
         return Ok(ExitCode::SUCCESS);
     }
-    // cargo starts a bench in the folder of its package; paths of the command line are from the top.
+    // cargo starts a bench in the folder of its package; paths of the command line are from the
+    // top.
     env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))?;
     let threads = args.threads();
     if args.scaling {

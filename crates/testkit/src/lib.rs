@@ -1,8 +1,8 @@
-//! What the test programs of candle-norm share: numbers and tensors of them ([`data`]), comparisons
-//! ([`compare`], [`errors`]), normalization in float64 ([`oracle`]), the layers by one signature
-//! ([`subjects`]) and in a table ([`table`], [`tracked`]), memory layouts ([`view`]), variables of
-//! a model ([`vars`]), settings of properties ([`properties`]), processes of their own ([`child`]),
-//! a limit of time ([`watch`]) and the faults of candle ([`faults`]).
+//! Shared parts of the test programs of candle-norm: numbers and tensors of them ([`data`]),
+//! comparisons ([`compare`], [`errors`]), normalization in float64 ([`oracle`]), the layers by one
+//! signature ([`subjects`]) and in a table ([`table`], [`tracked`]), memory layouts ([`view`]),
+//! variables of a model ([`vars`]), settings of properties ([`properties`]), processes of their own
+//! ([`child`]), a limit of time ([`watch`]) and the faults of candle ([`faults`]).
 //!
 //! Everything here panics where a test should fail.
 

@@ -45,7 +45,7 @@ impl Source {
     }
 }
 
-/// What a forward pass gives; the statistics are those of the first source.
+/// Results of a forward pass; the statistics are those of the first source.
 pub struct Forward {
     /// Output, in row-major order.
     pub y: Vec<f64>,
@@ -72,7 +72,7 @@ struct Normalized {
     xhat: Vec<f64>,
 }
 
-/// What a backward pass gives.
+/// Results of a backward pass.
 pub struct Backward {
     /// Gradient of the input.
     pub dx: Gradient,

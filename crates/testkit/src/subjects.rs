@@ -54,7 +54,8 @@ pub enum Kind {
     Switch,
 }
 
-/// What the means and the variances of a [`Kind::Switch`] are mixed by: exact in every dtype.
+/// Factors that the means and the variances of a [`Kind::Switch`] are mixed by: exact in every
+/// dtype.
 pub const SHARES: [[f64; 3]; 2] = [[0.25, -0.5, 1.], [-0.75, 1., 0.5]];
 
 /// A layer with its ε.
@@ -381,7 +382,7 @@ pub fn gradient(grads: &GradStore, of: &Tensor) -> Tensor {
     found.clone()
 }
 
-/// What a layer gave: the output, and the gradients.
+/// Results of a layer: the output, and the gradients.
 #[derive(Debug, Clone)]
 pub struct Ran {
     /// Output.

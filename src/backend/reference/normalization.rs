@@ -6,11 +6,11 @@ use super::{Sum, rounded, stored};
 use crate::backend::Statistics;
 use crate::computations::Gradients;
 
-/// What a group is normalized by.
+/// Statistics that a group is normalized by.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stats {
     pub(super) mean: f64,
-    /// What the mean was rounded by.
+    /// Rounding error of the mean.
     pub(super) mean_error: f64,
     /// Biased.
     pub(super) var: f64,
@@ -33,7 +33,7 @@ impl Stats {
     }
 }
 
-/// Which group, and which weight and bias, each element of a contiguous tensor belongs to.
+/// Group, and weight and bias, that each element of a contiguous tensor belongs to.
 pub(super) struct Normalization<G, P> {
     pub(super) num_groups: usize,
     pub(super) group: G,

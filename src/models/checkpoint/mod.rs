@@ -73,7 +73,7 @@
 //!
 //! # Files of PyTorch
 //!
-//! What `torch.save` wrote is known by its bytes, in the zip format and in the one before PyTorch
+//! A file of `torch.save` is known by its bytes, in the zip format and in the one before PyTorch
 //! 1.6. Nothing in it is run. The state dict may be the whole file or lie in it under a key,
 //! `"model"` or `"state_dict"` say; if there are several, set [`LoadOptions::key`]. A pickled
 //! module is an error: save its `state_dict()`.

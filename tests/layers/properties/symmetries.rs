@@ -1,4 +1,4 @@
-//! What a change of the input does to the output: scale, shift and sign, and the order of elements
+//! Effects of a change of the input on the output: scale, shift and sign, and the order of elements
 //! along each axis.
 
 use candle_core::{DType, Device, Module, Result, Tensor};

@@ -27,7 +27,7 @@ pub(crate) use transpose::{Place, Plain, prefetch, tile, transpose_tile};
 /// four of SSE2 or NEON.
 pub(crate) const LANES: usize = 16;
 
-/// What sums and products are formed in: `f32` or `f64`.
+/// Type that sums and products are formed in: `f32` or `f64`.
 pub(crate) trait Real:
     Elem<Acc = Self>
     + PartialOrd
@@ -81,7 +81,7 @@ pub(crate) fn zero<I: Isa, T: Real>(isa: I) -> Lanes<I, T> {
     splat(isa, T::default())
 }
 
-/// What lanes can do. A value of them proves that the processor has the instruction set `I`.
+/// Operations on lanes. A value of them proves that the processor has the instruction set `I`.
 pub(crate) trait Vector<I, T: Real>:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self>
 {
@@ -113,9 +113,9 @@ pub(crate) trait Isa: Copy {
     fn narrow_bf16(self, v: Self::F32) -> [u16; LANES];
 }
 
-/// What tensors hold.
+/// Element type of tensors.
 pub(crate) trait Elem: Plain + Default + Send + Sync + 'static {
-    /// What it is computed in.
+    /// Type that it is computed in.
     type Acc: Real;
 
     fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, Self::Acc>;
@@ -185,7 +185,7 @@ pub(crate) trait Kernel {
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// What every processor of the target has: SSE2 or NEON.
+    /// The instruction set that every processor of the target has: SSE2 or NEON.
     Baseline,
     /// AVX2 and the conversions of F16C.
     Avx2,
