@@ -5,8 +5,8 @@ use candle_core::{Result, Tensor};
 
 use crate::graph::recorder::{self, Handle};
 use crate::ops;
-use crate::support::messages;
 pub use candle_norm_kernels::Level;
+use candle_norm_support::messages;
 
 /// An op of [`ops`](crate::ops) with default options.
 #[derive(Debug, Clone)]

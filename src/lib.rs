@@ -109,7 +109,6 @@
 
 mod backend;
 mod computations;
-pub mod gradcheck;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
 // `tests/docs/readme.rs` follows the links.
 mod graph;
@@ -123,10 +122,12 @@ mod layers;
 mod models;
 pub mod nn;
 pub mod ops;
-mod scalers;
 pub mod scaling;
-mod support;
 
+#[doc(inline)]
+pub use candle_norm_gradcheck as gradcheck;
+#[doc(inline)]
+pub use candle_norm_scaling::{LossBalancer, LossBalancerOptions};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
 pub use layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
@@ -146,9 +147,8 @@ pub use layers::{
     weight_norm, without_updates,
 };
 pub use models::{
-    Average, AveragedModel, AveragedModelOptions, Decay, Follower, LossBalancer,
-    LossBalancerOptions, NormConfig, NormedLayer, ParamGroups, Pipeline, Warmup, checkpoint, fold,
-    param_groups, recalibrate, trainable_vars,
+    Average, AveragedModel, AveragedModelOptions, Decay, Follower, NormConfig, NormedLayer,
+    ParamGroups, Pipeline, Warmup, checkpoint, fold, param_groups, recalibrate, trainable_vars,
 };
 pub use ops::{Cast, Path, with_path};
 

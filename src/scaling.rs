@@ -56,5 +56,6 @@
 //! `docs/scaling.md` says which scaler when, and what the usual mistakes cost.
 
 pub use crate::layers::{RevIn, RevInOptions, RevInStats, rev_in};
-pub use crate::models::{LossBalancer, LossBalancerOptions, Pipeline};
-pub use crate::scalers::*;
+pub use crate::models::Pipeline;
+#[doc(inline)]
+pub use candle_norm_scaling::*;

@@ -18,7 +18,7 @@ use std::fmt::Debug;
 
 use candle_core::{DType, Result, Shape, Tensor};
 
-use crate::support::messages;
+use candle_norm_support::messages;
 
 pub(crate) use channels::{Channels, FixedStatistics, Source};
 pub(crate) use groups::Groups;

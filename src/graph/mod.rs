@@ -19,7 +19,7 @@ pub use path::{Path, with_path};
 pub(crate) use path::{Route, route};
 
 use crate::computations::{Args, Transpose, composed};
-use crate::support::messages;
+use candle_norm_support::messages;
 
 /// `computation` of `x`, which is not empty, and the parameters that there are.
 pub(crate) fn apply<C: Served>(

@@ -22,7 +22,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::reference::Reference;
 use crate::backend::{AddOn, Added, Backward, Forward, On, Statistics, View};
 use crate::computations::{Args, Gradients, composed};
-use crate::support::messages;
+use candle_norm_support::messages;
 
 /// A computation that every backend carries out.
 #[cfg(not(feature = "internals"))]

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use candle_core::{Result, Tensor, bail};
 
 #[cfg(feature = "internals")]
-use crate::support::messages;
+use candle_norm_support::messages;
 
 /// Implementation that computes a layer.
 ///

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use candle_core::{Result, Tensor};
 
-use crate::support::messages;
+use candle_norm_support::messages;
 
 /// The backward of a node that ran forward: the gradients of its arguments from that of its output.
 pub(crate) type Handle = Box<dyn Fn(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync>;

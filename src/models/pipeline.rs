@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::{ModuleT, VarBuilder, VarMap};
 
 use super::checkpoint;
-use crate::scalers::{Archive, Scaler, State, TargetScaler, from_state};
+use candle_norm_scaling::{Archive, Scaler, State, TargetScaler, from_state};
 
 const KIND: &str = "Pipeline";
 const VERSION: u32 = 1;

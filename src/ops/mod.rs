@@ -27,7 +27,6 @@ pub(crate) use batch_norm::{batch_norm_with, normalize_with};
 pub use group_norm::group_norm;
 pub use instance_norm::instance_norm;
 pub(crate) use instance_norm::instance_norm_by;
-pub(crate) use moments::columns;
 #[doc(inline)]
 pub use moments::{Moments, moments};
 pub use row_norm::{RmsOptions, layer_norm, rms_norm};

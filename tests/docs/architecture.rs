@@ -1,22 +1,21 @@
 //! The sources keep to their floors: a room names itself and the rooms below it, and no arrow
-//! points back ([`FLOORS`]).
+//! points back ([`FLOORS`]). The crates below the library do the same ([`CRATES`]).
 //!
 //! Crates and lints hold the rest, but for what no compiler knows: no operation drops gradients,
 //! messages for users name the layer, and nothing panics.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// Rooms from the lowest floor to the highest: folders and files of `src`.
-const FLOORS: [&str; 8] = [
-    "support",
+const FLOORS: [&str; 6] = [
     "computations",
     "backend",
     "graph",
     "ops",
-    "scalers",
     "layers",
     "models",
 ];
@@ -24,8 +23,62 @@ const FLOORS: [&str; 8] = [
 /// Names at the root of the crate that are no rooms, with the floor that they belong to.
 const REEXPORTS: [(&str, &str); 1] = [("Norm", "layers")];
 
-/// Rooms beside the floors, and all that they may name.
-const BESIDE: [(&str, &[&str]); 1] = [("gradcheck", &["gradcheck"])];
+/// A crate below the library.
+struct Crate {
+    /// The folder in `crates`, which is also the name of its room.
+    folder: &'static str,
+    /// All that it may depend on of candle and of this workspace.
+    depends_on: &'static [&'static str],
+    /// Files that may name it, by the start of their paths; none where all may.
+    known_to: Option<&'static [&'static str]>,
+    /// Whether its sources are read here; those of the kernels have rules of their own.
+    is_read: bool,
+}
+
+impl Crate {
+    /// The name in sources.
+    fn name(&self) -> String {
+        format!("candle_norm_{}", self.folder)
+    }
+}
+
+/// Crates below the library.
+const CRATES: [Crate; 4] = [
+    Crate {
+        folder: "kernels",
+        depends_on: &[],
+        known_to: Some(&[
+            "backend/",
+            "ops/",
+            "internals.rs",
+            "crates/scaling/src/moments.rs",
+        ]),
+        is_read: false,
+    },
+    Crate {
+        folder: "support",
+        depends_on: &["candle-core"],
+        known_to: None,
+        is_read: true,
+    },
+    Crate {
+        folder: "scaling",
+        depends_on: &[
+            "candle-core",
+            "candle-nn",
+            "candle-norm-kernels",
+            "candle-norm-support",
+        ],
+        known_to: Some(&["models/", "scaling.rs", "lib.rs"]),
+        is_read: true,
+    },
+    Crate {
+        folder: "gradcheck",
+        depends_on: &["candle-core"],
+        known_to: Some(&["lib.rs"]),
+        is_read: true,
+    },
+];
 
 /// Whether a word must not occur in a room.
 type Forbidden = fn(&str) -> bool;
@@ -38,15 +91,9 @@ const NEVER: [(&str, Forbidden); 8] = [
     ("ops", custom_op),
     ("layers", below_tensors),
     ("models", custom_op),
-    ("scalers", below_tensors),
+    ("scaling", below_tensors),
     ("gradcheck", below_tensors),
 ];
-
-/// Crate of the kernels.
-const KERNELS: &str = "candle_norm_kernels";
-
-/// Rooms that may speak of the kernels, a crate of their own.
-const KNOW_KERNELS: [&str; 3] = ["backend", "ops", "internals.rs"];
 
 /// Where an operation may drop gradients: the backward of a fused one is an operation without a
 /// backward.
@@ -158,28 +205,51 @@ fn heads(tokens: &[String]) -> Vec<String> {
     found
 }
 
-/// A source file of the library.
+/// A source file of the library, or of a crate below it.
 struct Source {
-    /// From `src` on, with `/`.
+    /// From `src` of the library on, or from the folder of all crates on, with `/`.
     path: String,
     tokens: Vec<String>,
+    /// The longest line, in characters.
+    columns: usize,
 }
 
 impl Source {
-    /// The folder or file directly under `src`, and how many modules deep the file is.
+    /// The folder or file directly under `src`, or the crate, and how many modules deep the file
+    /// is.
     fn room(&self) -> (&str, usize) {
-        let parts: Vec<&str> = self.path.split('/').collect();
+        let of_crate = self.of_crate();
+        let inside = of_crate.map_or(self.path.as_str(), |(_, inside)| inside);
+        let parts: Vec<&str> = inside.split('/').collect();
         let deep = match parts.last() {
             Some(&("mod.rs" | "lib.rs" | "main.rs")) => parts.len() - 1,
             _ => parts.len(),
         };
-        (parts[0], deep)
+        (of_crate.map_or(parts[0], |(folder, _)| folder), deep)
+    }
+
+    /// The crate below the library, and the path from its `src` on.
+    fn of_crate(&self) -> Option<(&str, &str)> {
+        self.path.strip_prefix("crates/")?.split_once("/src/")
     }
 }
 
+fn root() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
 fn sources() -> Vec<Source> {
-    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join("src");
-    let mut folders = vec![root.clone()];
+    let mut found = sources_below(&root().join("src"), "");
+    for of in CRATES.iter().filter(|of| of.is_read) {
+        let within = format!("crates/{}/src", of.folder);
+        found.extend(sources_below(&root().join(&within), &format!("{within}/")));
+    }
+    found
+}
+
+/// The sources in a folder and its folders. `prefix` stands before the paths from there on.
+fn sources_below(root: &Path, prefix: &str) -> Vec<Source> {
+    let mut folders = vec![root.to_path_buf()];
     let mut found = vec![];
     while let Some(folder) = folders.pop() {
         let entries = fs::read_dir(&folder).expect("a folder of sources");
@@ -190,17 +260,18 @@ fn sources() -> Vec<Source> {
                 folders.push(path);
             } else if path.extension().is_some_and(|e| e == "rs") {
                 let text = fs::read_to_string(&path).expect("a source file");
-                let relative = path.strip_prefix(&root).expect("below the root");
+                let relative = path.strip_prefix(root).expect("below the root");
                 let parts: Vec<_> = relative.iter().map(|p| p.to_string_lossy()).collect();
                 found.push(Source {
-                    path: parts.join("/"),
+                    path: format!("{prefix}{}", parts.join("/")),
                     tokens: tokens(&text),
+                    columns: text.lines().map(|l| l.chars().count()).max().unwrap_or(0),
                 });
             }
         }
     }
     assert!(
-        found.iter().any(|s| s.path == "lib.rs"),
+        found.iter().any(|s| s.path == format!("{prefix}lib.rs")),
         "no sources below {}",
         root.display()
     );
@@ -209,9 +280,6 @@ fn sources() -> Vec<Source> {
 
 /// Names at the root of the crate that a room may use; none where there is no rule.
 fn may_name(room: &str) -> Option<Vec<&'static str>> {
-    if let Some((_, names)) = BESIDE.iter().find(|(beside, _)| *beside == room) {
-        return Some(names.to_vec());
-    }
     let floor = FLOORS.iter().position(|floor| *floor == room)?;
     let below = &FLOORS[..=floor];
     let names = REEXPORTS.iter().filter(|(_, of)| below.contains(of));
@@ -232,7 +300,7 @@ fn custom_op(word: &str) -> bool {
 /// Words of `graph`, `backend` and the kernels alone.
 fn below_tensors(word: &str) -> bool {
     let storage = word.contains("storage") || word.contains("Storage");
-    storage || custom_op(word) || [KERNELS, "rayon", "thread"].contains(&word)
+    storage || custom_op(word) || ["rayon", "thread"].contains(&word)
 }
 
 fn broken_rules(source: &Source) -> Vec<String> {
@@ -250,9 +318,12 @@ fn broken_rules(source: &Source) -> Vec<String> {
         let drops_gradients = word.starts_with("apply_op")
             && word.ends_with("no_bwd")
             && source.path != DROP_GRADIENTS;
-        let kernels_outside = word == KERNELS && !KNOW_KERNELS.contains(&room);
+        let unknown = CRATES.iter().any(|of| {
+            let starts = |start: &&str| source.path.starts_with(start);
+            of.name() == word && of.known_to.is_some_and(|known| !known.iter().any(starts))
+        });
         let forbidden = never().any(|(_, is_forbidden)| is_forbidden(word));
-        if drops_gradients || kernels_outside || forbidden {
+        if drops_gradients || unknown || forbidden || word == "unsafe" {
             broken.push(format!("{} says `{word}`", source.path));
         }
     }
@@ -275,17 +346,59 @@ fn arrows_point_one_way() {
 #[test]
 fn every_room_has_its_files() {
     let sources = sources();
-    for room in FLOORS {
+    let crates = CRATES.iter().filter(|of| of.is_read).map(|of| of.folder);
+    for room in FLOORS.into_iter().chain(crates) {
         let files = sources.iter().filter(|s| s.room().0 == room).count();
         assert!(files > 2, "{room} has {files} files");
     }
     assert!(sources.iter().any(makes_messages), "no messages");
 }
 
+/// The crates below the library, with all that they may depend on, are those that it depends on.
+#[test]
+fn crates_depend_on_those_below() {
+    let mut broken = vec![];
+    for of in &CRATES {
+        let manifest = root().join("crates").join(of.folder).join("Cargo.toml");
+        let manifest = fs::read_to_string(manifest).expect("a manifest");
+        for name in dependencies(&manifest) {
+            if !of.depends_on.contains(&name) {
+                broken.push(format!("{} depends on {name}", of.folder));
+            }
+        }
+    }
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");
+    let of_library: BTreeSet<&str> = dependencies(&manifest)
+        .into_iter()
+        .filter_map(|name| name.strip_prefix("candle-norm-"))
+        .collect();
+    assert_eq!(of_library, CRATES.iter().map(|of| of.folder).collect());
+    assert_none(broken);
+}
+
+/// What a manifest depends on of candle and of this workspace, but for tests and examples.
+fn dependencies(manifest: &str) -> Vec<&str> {
+    let section = manifest.split("\n[dependencies]\n").nth(1).unwrap_or("");
+    let lines = section.lines().take_while(|line| !line.starts_with('['));
+    lines
+        .filter_map(|line| line.split_once(" = ").map(|(name, _)| name))
+        .filter(|name| name.starts_with("candle"))
+        .collect()
+}
+
+#[test]
+fn lines_of_the_crates_end_at_100_columns() {
+    let sources = sources();
+    let long = sources
+        .iter()
+        .filter(|s| s.of_crate().is_some() && s.columns > 100);
+    assert_none(long.map(|s| s.path.clone()).collect());
+}
+
 /// Rooms in which messages for users are made: those of one layer beside it, those of several in
 /// `ops/check` and `support`.
 const SPEAK: [&str; 7] = [
-    "graph", "layers", "models", "nn", "ops", "scalers", "support",
+    "graph", "layers", "models", "nn", "ops", "scaling", "support",
 ];
 
 fn makes_messages(source: &Source) -> bool {
@@ -295,7 +408,11 @@ fn makes_messages(source: &Source) -> bool {
 
 /// Files and folders that make messages of their own, since they are about things that no layer
 /// knows: files, configurations and functions of the caller's own.
-const OWN_MESSAGES: [&str; 3] = ["models/checkpoint/", "models/config.rs", "gradcheck/"];
+const OWN_MESSAGES: [&str; 3] = [
+    "models/checkpoint/",
+    "models/config.rs",
+    "crates/gradcheck/",
+];
 
 /// The texts of the errors that a source makes, in code that is not for tests.
 fn messages(source: &Source) -> Vec<String> {
@@ -377,6 +494,7 @@ mod scanner {
         Source {
             path: path.to_string(),
             tokens: tokens(text),
+            columns: text.len(),
         }
     }
 
@@ -449,15 +567,24 @@ mod scanner {
             ("layers/a.rs", "rayon::join()"),
             ("layers/a.rs", "x.apply_op1(f)"),
             ("nn/a.rs", "candle_norm_kernels::Level"),
-            ("scalers/a.rs", "use candle_norm_kernels::Moments;"),
-            ("scalers/a.rs", "use crate::layers::params;"),
-            ("gradcheck/a.rs", "use crate::ops::check;"),
+            (
+                "crates/scaling/src/a.rs",
+                "use candle_norm_kernels::Moments;",
+            ),
+            (
+                "crates/scaling/src/check/a.rs",
+                "use candle_norm_gradcheck::gradcheck;",
+            ),
+            ("crates/gradcheck/src/a.rs", "rayon::join()"),
+            ("layers/a.rs", "use candle_norm_scaling::Scaler;"),
+            ("ops/a.rs", "candle_norm_gradcheck::gradcheck(f, &[x])"),
+            ("layers/a.rs", "unsafe { x.get_unchecked(0) }"),
             ("ops/a.rs", "use crate::{check, layers};"),
             ("graph/a.rs", "use crate::ops::check;"),
             ("backend/cpu.rs", "use crate::graph::node;"),
             ("layers/a.rs", "use crate::models::checkpoint;"),
             ("layers/a.rs", "use crate::scaling::Pipeline;"),
-            ("support/a.rs", "use crate::ops::check;"),
+            ("crates/support/src/a.rs", "x.storage_and_layout();"),
             ("graph/path.rs", "x.apply_op2_no_bwd(y, &op)"),
             ("backend/cpu/a.rs", "impl CustomOp1 for A {}"),
             ("models/a.rs", "use candle_norm_kernels::Float;"),
@@ -486,6 +613,12 @@ mod scanner {
                 \"crate::layers\"",
             ),
             ("lib.rs", "mod layers;"),
+            (
+                "crates/scaling/src/moments.rs",
+                "pub use candle_norm_kernels::Moments; use super::layers;",
+            ),
+            ("models/a.rs", "use candle_norm_scaling::Archive;"),
+            ("layers/a.rs", "use candle_norm_support::messages;"),
             ("models/a.rs", "use crate::{Norm, layers, ops::check};"),
             (
                 "graph/node.rs",

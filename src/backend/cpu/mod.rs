@@ -17,8 +17,8 @@ use candle_core::{CpuStorage, DType, Result, WithDType};
 
 use super::{Backend, View};
 use crate::computations::Gradients;
-use crate::support::messages;
 use candle_norm_kernels::Float;
+use candle_norm_support::messages;
 
 /// The fused kernels of the CPU.
 pub(crate) struct Cpu;
@@ -63,7 +63,7 @@ macro_rules! with_native {
                 type $t = half::bf16;
                 $body
             }
-            _ => crate::support::messages::internal($layer, "a dtype that kernels know"),
+            _ => candle_norm_support::messages::internal($layer, "a dtype that kernels know"),
         }
     };
 }

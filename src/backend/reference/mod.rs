@@ -18,7 +18,7 @@ use candle_core::{CpuStorage, DType, Result};
 use half::{bf16, f16};
 
 use super::{Backend, View};
-use crate::support::messages;
+use candle_norm_support::messages;
 
 /// Plain loops on the CPU.
 pub(crate) struct Reference;

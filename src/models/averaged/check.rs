@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{Result, bail};
 
 pub(super) use crate::ops::check::at_least_one;
-pub(super) use crate::support::messages::{file, written};
+pub(super) use candle_norm_support::messages::{file, written};
 
 pub(super) fn decay(layer: &str, name: &str, decay: f64) -> Result<()> {
     if !(0. ..=1.).contains(&decay) {

@@ -14,7 +14,7 @@ pub use options::{Average, AveragedModelOptions, Decay, Warmup};
 
 use super::checkpoint;
 use super::optim::is_statistic;
-use crate::support::files;
+use candle_norm_support::files;
 
 const LAYER: &str = "AveragedModel";
 

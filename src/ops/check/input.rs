@@ -1,8 +1,8 @@
 //! Checks of an input, and of parameters that go with it.
 
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
-use super::{float, normalized_shape};
+use super::{float, normalized_shape, same_device};
 
 /// A parameter as a layer declares it: its name, its value, and the shape it must have.
 pub(crate) struct Param<'a> {
@@ -50,18 +50,6 @@ pub(crate) fn param_dtype(layer: &str, name: &str, value: &Tensor, x: &Tensor) -
             x.dtype(),
             if half { " or F32" } else { "" },
             value.dtype()
-        )
-    }
-    Ok(())
-}
-
-pub(crate) fn same_device(layer: &str, name: &str, value: &Tensor, device: &Device) -> Result<()> {
-    if !value.device().same_device(device) {
-        bail!(
-            "{layer}: expected {name} on the input's device {:?}, got {:?}; move one of them with \
-            to_device",
-            device.location(),
-            value.device().location()
         )
     }
     Ok(())

@@ -19,20 +19,6 @@ pub(crate) fn momentum(layer: &str, momentum: Option<f64>) -> Result<()> {
     }
 }
 
-pub(crate) fn finite(layer: &str, name: &str, value: f64) -> Result<()> {
-    if !value.is_finite() {
-        bail!("{layer}: expected a finite {name}, got {value}")
-    }
-    Ok(())
-}
-
-pub(crate) fn at_least_one(layer: &str, what: &str, count: usize) -> Result<()> {
-    if count == 0 {
-        bail!("{layer}: expected at least one {what}, got none")
-    }
-    Ok(())
-}
-
 pub(crate) fn normalized_shape(layer: &str, normalized_shape: &[usize]) -> Result<()> {
     if normalized_shape.is_empty() {
         bail!("{layer}: expected a normalized_shape of at least one axis, got []")

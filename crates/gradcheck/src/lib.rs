@@ -332,3 +332,8 @@ fn multi_index(mut flat: usize, dims: &[usize]) -> Vec<usize> {
     index.reverse();
     index
 }
+
+// The example of the README is a test too.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -425,7 +425,7 @@ impl<O: SeriesOptions> SeriesScaler<O> {
     }
 }
 
-super::files!(impl<O: SeriesOptions> SeriesScaler<O>);
+super::scaler::files!(impl<O: SeriesOptions> SeriesScaler<O>);
 
 impl<O: SeriesOptions> Scaler for SeriesScaler<O> {
     fn kind(&self) -> &'static str {

@@ -381,7 +381,7 @@ impl<O: Rule + Default> Default for FittedScaler<O> {
     }
 }
 
-super::files!(impl<O: Rule> FittedScaler<O>);
+super::scaler::files!(impl<O: Rule> FittedScaler<O>);
 
 impl<O: Rule> Scaler for FittedScaler<O> {
     fn kind(&self) -> &'static str {

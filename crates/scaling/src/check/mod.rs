@@ -6,10 +6,10 @@ mod files;
 mod saved;
 mod series;
 
-pub(crate) use crate::support::messages::{
-    dtype, file, float, internal, rank_at_least, shape, written,
-};
 pub(crate) use calls::{fitted, option, unsupported};
+pub(crate) use candle_norm_support::messages::{
+    at_least_one, dtype, file, finite, float, internal, rank_at_least, same_device, shape, written,
+};
 pub(crate) use data::{
     distinct_names, feature_count, feature_shape, has_values, name_count, no_weights,
     representable, same_name, samples, some_weight, usable, usable_weight, weight_per_sample,

@@ -256,7 +256,7 @@ fn evenly(values: &[f64], count: usize) -> Vec<f64> {
     (1..=count).map(|i| values[place(i)]).collect()
 }
 
-super::files!(impl AdaptiveScaler);
+super::scaler::files!(impl AdaptiveScaler);
 
 impl Scaler for AdaptiveScaler {
     fn kind(&self) -> &'static str {

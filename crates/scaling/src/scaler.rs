@@ -1,68 +1,13 @@
-//! The scalers, monitors and files of [`scaling`](crate::scaling), which knows nothing of layers
-//! and models.
-
-mod adaptive;
-mod affine;
-mod archive;
-mod causal;
-pub(crate) mod check;
-mod data;
-mod drift;
-mod ewm;
-mod extremes;
-mod features;
-mod fitted;
-mod follow;
-mod half;
-mod max_abs;
-mod min_max;
-mod moments;
-mod monitor;
-mod optimistic;
-mod parse;
-mod reference;
-mod registry;
-mod robust;
-mod rows;
-mod series_stats;
-mod sliding;
-mod standard;
-mod state;
-mod target;
-mod two_samples;
-mod watch;
-mod window;
+//! The trait of all scalers, and what follows from it: files, and scalers of a program's own.
 
 use std::fmt::Debug;
 use std::path::Path;
 
 use candle_core::{Result, Tensor};
 
-pub use adaptive::{AdaptiveScaler, OnDrift};
-pub use archive::Archive;
-pub use causal::Causal;
-pub use data::Nan;
-pub use drift::{DriftEvent, DriftMetric, DriftOptions, DriftReport};
-pub use ewm::{EwmScaler, EwmScalerOptions};
-pub use features::Features;
-pub use fitted::FittedScaler;
-pub use follow::SeriesScaler;
-pub use half::{HalfFinding, HalfProblem, half_precision};
-pub use max_abs::{MaxAbsScaler, MaxAbsScalerOptions};
-pub use min_max::{MinMaxScaler, MinMaxScalerOptions};
-pub use moments::Moments;
-pub use monitor::DriftMonitor;
-pub use parse::ParseOptionError;
-pub use registry::{from_state, load};
-pub use robust::{RobustScaler, RobustScalerOptions};
-pub use series_stats::SeriesStats;
-pub use sliding::{SlidingScaler, SlidingScalerOptions};
-pub use standard::{StandardScaler, StandardScalerOptions};
-pub(crate) use state::MOST_VALUES;
-pub use state::{Seen, State};
-pub use target::{Deviation, TargetError, TargetScaler};
+use super::{Archive, Features, Nan, Seen, State, check};
 
-/// The prefix under which [`save`](StandardScaler::save) puts a scaler into a file.
+/// The prefix under which [`save`](crate::StandardScaler::save) puts a scaler into a file.
 pub const PREFIX: &str = "scaler";
 
 /// A transformation of data that is fitted to data, and has an inverse.
@@ -75,8 +20,8 @@ pub const PREFIX: &str = "scaler";
 /// # A scaler of your own
 ///
 /// A type that implements it goes wherever the scalers here go: into a [`TargetScaler`], a
-/// [`Pipeline`](crate::scaling::Pipeline), an [`Archive`], [`half_precision`]. Only [`load`],
-/// [`from_state`] and the loading of a pipeline know no kinds but those of this crate.
+/// [`Pipeline`], an [`Archive`], [`half_precision`]. Only [`load`], [`from_state`] and the loading
+/// of a pipeline know no kinds but those of this crate.
 ///
 /// ```
 /// use std::sync::Mutex;
@@ -149,6 +94,12 @@ pub const PREFIX: &str = "scaler";
 /// assert!(scaler.transform(&prices.t()?).is_err());
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// [`TargetScaler`]: crate::TargetScaler
+/// [`Pipeline`]: https://docs.rs/candle-norm/latest/candle_norm/scaling/struct.Pipeline.html
+/// [`half_precision`]: crate::half_precision
+/// [`load`]: crate::load
+/// [`from_state`]: crate::from_state
 pub trait Scaler: Send + Sync + Debug {
     /// The name of the type, which messages and files have.
     fn kind(&self) -> &'static str;
@@ -175,9 +126,14 @@ pub trait Scaler: Send + Sync + Debug {
     /// those of the weights, and the ranges of [`MinMaxScaler`] and [`MaxAbsScaler`] those of the
     /// samples that count.
     ///
+    /// [`StandardScaler`]: crate::StandardScaler
+    /// [`MinMaxScaler`]: crate::MinMaxScaler
+    /// [`MaxAbsScaler`]: crate::MaxAbsScaler
+    ///
     /// # Errors
     /// As [`fit`](Self::fit); weights that are negative or not finite, of other samples, or all 0;
-    /// a scaler that has no use for weights, such as those of series and [`RobustScaler`].
+    /// a scaler that has no use for weights, such as those of series and
+    /// [`RobustScaler`](crate::RobustScaler).
     fn fit_weighted(&self, x: &Tensor, sample_weight: &Tensor) -> Result<()> {
         let _ = (x, sample_weight);
         check::no_weights(self.kind(), "fit it without weights")
@@ -280,27 +236,26 @@ macro_rules! files {
     ($($header:tt)*) => {
         $($header)* {
             /// Writes this scaler to a file of its own, over the one that it wrote before.
-            /// [`Archive`](crate::scaling::Archive) puts it into a file
-            /// with others, and with a model.
+            /// [`Archive`](crate::Archive) puts it into a file with others, and with a model.
             ///
             /// # Errors
             /// A file that holds anything else, such as the variables of a model, which is then as
             /// it was; those of the file system.
             pub fn save(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
-                let scaler: &dyn $crate::scalers::Scaler = self;
+                let scaler: &dyn $crate::Scaler = self;
                 scaler.save(path)
             }
 
-            /// [`restore`](crate::scaling::Scaler::restore)s this scaler from a file that
+            /// [`restore`](crate::Scaler::restore)s this scaler from a file that
             /// [`save`](Self::save) wrote.
             ///
             /// # Errors
             /// A file that is not whole, or of another kind, version or set of features.
             pub fn load(&self, path: impl AsRef<std::path::Path>) -> candle_core::Result<()> {
-                let scaler: &dyn $crate::scalers::Scaler = self;
+                let scaler: &dyn $crate::Scaler = self;
                 scaler.load(path)
             }
         }
     };
 }
-use files;
+pub(super) use files;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::State;
 use super::check;
-use crate::support::files;
+use candle_norm_support::files;
 
 const LAYER: &str = "Archive";
 

@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Writes the file, which appears whole or not at all: after an error, what was there before is as
 /// it was.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+///
+/// # Errors
+/// Those of the file system.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let (mut file, unfinished) = unfinished(path)?;
     // On the disk before it has the name: after a crash there is the old file or the new one.
     let written = (file.write_all(bytes))
@@ -38,7 +41,10 @@ fn unfinished(path: &Path) -> Result<(File, PathBuf)> {
 }
 
 /// The header of a safetensors file, which its length stands before: JSON, if it is one.
-pub(crate) fn header(path: &Path) -> Result<Vec<u8>> {
+///
+/// # Errors
+/// A file without a length; those of the file system.
+pub fn header(path: &Path) -> Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let mut len = [0; 8];
     file.read_exact(&mut len)?;

@@ -5,9 +5,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use crate::ops::check;
-use crate::scalers::check as saved;
-use crate::scalers::{Features, MOST_VALUES, Seen, State};
+use super::state::MOST_VALUES;
+use super::{Features, Seen, State, check};
 
 const KIND: &str = "LossBalancer";
 const VERSION: u32 = 1;
@@ -96,7 +95,7 @@ impl Sizes {
             steps: self.steps.saturating_add(1),
             ..self.clone()
         };
-        saved::countable(KIND, "steps", &"all terms", next.steps, MOST_VALUES)?;
+        check::countable(KIND, "steps", &"all terms", next.steps, MOST_VALUES)?;
         for (i, size) in next.sizes().iter().enumerate() {
             check::finite(KIND, &format!("the size of {}", self.terms.label(i)), *size)?;
         }
@@ -118,7 +117,7 @@ impl Sizes {
                 None => term,
             });
         }
-        saved::present(KIND, "a term", total)
+        check::present(KIND, "a term", total)
     }
 }
 
@@ -246,7 +245,7 @@ impl LossBalancer {
 
 fn check_decay(decay: f64) -> Result<()> {
     let holds = (0. ..1.).contains(&decay);
-    saved::option(KIND, "decay", holds, "from 0 to below 1", &decay)
+    check::option(KIND, "decay", holds, "from 0 to below 1", &decay)
 }
 
 fn restored(state: &State) -> Result<Sizes> {
@@ -254,18 +253,18 @@ fn restored(state: &State) -> Result<Sizes> {
     let count = state.features().count();
     check::at_least_one(KIND, "term", count)?;
     let counts = state.counts()?;
-    saved::saved_length(KIND, "counts", count, counts.len())?;
+    check::saved_length(KIND, "counts", count, counts.len())?;
     let steps = counts.first().map_or(0, |seen| seen.values);
     for (i, seen) in counts.iter().enumerate() {
         let label = state.features().label(i);
         let holds = (seen.values, seen.nan) == (steps, 0);
-        saved::saved_value(KIND, "count", &label, seen.values as f64, holds)?;
+        check::saved_value(KIND, "count", &label, seen.values as f64, holds)?;
     }
     let running = state.values("running", count)?;
     for (i, size) in running.iter().enumerate() {
         let label = state.features().label(i);
         let holds = size.is_finite() && *size >= 0.;
-        saved::saved_value(KIND, "running size", &label, *size, holds)?;
+        check::saved_value(KIND, "running size", &label, *size, holds)?;
     }
     let decay = state.option("decay")?;
     check_decay(decay)?;
@@ -277,7 +276,7 @@ fn restored(state: &State) -> Result<Sizes> {
     };
     for (i, size) in sizes.sizes().iter().enumerate() {
         let label = state.features().label(i);
-        saved::saved_value(KIND, "running size", &label, *size, size.is_finite())?;
+        check::saved_value(KIND, "running size", &label, *size, size.is_finite())?;
     }
     Ok(sizes)
 }
