@@ -163,6 +163,21 @@ impl Mixture {
         Ok(([mean, var], [of_means, of_vars]))
     }
 
+    /// The distances of the means of the planes, as constants, from their mixtures, `[N, C]`.
+    ///
+    /// The shares add up to 1, so that the distance from a mixture is the mixture of the distances,
+    /// of which those from the plane's own mean are zero and take no digits.
+    fn distance(&self, planes: &Planes, terms: &Terms, shares: &Tensor) -> Result<Tensor> {
+        let mean = planes.mean.detach();
+        let mut sum = mean.zeros_like()?;
+        for (k, term) in self.mixed_terms(terms).into_iter().enumerate() {
+            let share = shares.narrow(0, k, 1)?.unsqueeze(0)?;
+            let away = mean.broadcast_sub(&term[0])?;
+            sum = sum.broadcast_add(&away.broadcast_mul(&share)?)?;
+        }
+        Ok(sum)
+    }
+
     /// The coefficients that normalize `planes`, in their dtype; and the mean and variance of the
     /// batch, `[C]` each, where they are its own.
     pub(crate) fn of_planes(
@@ -172,13 +187,13 @@ impl Mixture {
         logits: &Tensor,
     ) -> Result<(Tensor, Option<[Tensor; 2]>)> {
         let terms = self.terms(planes)?;
-        let ([mean, var], _) = self.mixed(&terms, logits)?;
+        let ([_, var], [of_means, _]) = self.mixed(&terms, logits)?;
         let mut scale = (var + self.eps)?.sqrt()?.recip()?;
         if let Some(weight) = weight {
             scale = scale.broadcast_mul(&self.row(weight, scale.dtype())?)?;
         }
         // About the mean of its own plane, which cancels: large means cost no digits.
-        let shift = ((planes.mean.detach() - mean)? * &scale)?;
+        let shift = (self.distance(planes, &terms, &of_means)? * &scale)?;
         let flat = |t: Tensor| t.reshape(self.axes.outer * self.axes.channels);
         let rows = [flat(scale)?, flat(shift)?, flat(planes.about.clone())?];
         let batch = match (&self.batch, terms.batch) {
@@ -257,7 +272,7 @@ impl Computation for Mixture {
         let [dscale, dshift] = [0, 1].map(|i| dy.narrow(0, i, 1)?.reshape(self.dims()));
         let dshift = dshift?;
         let inv_std = (&mixed[1] + self.eps)?.sqrt()?.recip()?;
-        let dscale = (dscale? + (&dshift * (planes.mean.detach() - &mixed[0])?)?)?;
+        let dscale = (dscale? + (&dshift * self.distance(&planes, &terms, &shares[0])?)?)?;
         let (mut scale, mut dinv_std) = (inv_std.clone(), dscale.clone());
         if let Some(weight) = args.weight {
             let weight = self.row(weight, scale.dtype())?;

@@ -27,7 +27,7 @@ pub(crate) struct Claim {
 pub(crate) struct Plot {
     pub(crate) metric: &'static str,
     pub(crate) y: &'static str,
-    /// The axis that is varied; without, arms are drawn one below the other.
+    /// The axis that is varied; without, variants are drawn one below the other.
     pub(crate) x: Option<&'static str>,
     pub(crate) log_x: bool,
     pub(crate) log_y: bool,
@@ -116,58 +116,61 @@ fn named(labels: &[impl ToString], parts: &[bool]) -> String {
 pub(crate) struct Data(pub(crate) Vec<Measure>);
 
 impl Data {
-    /// The median of `metric` of `arm` at `x`; not a number where it was not measured, so that no rule holds by accident.
-    pub(crate) fn at(&self, metric: &str, arm: &str, x: f64) -> f64 {
-        let mine = |m: &&Measure| m.metric == metric && m.arm == arm && m.x == x;
+    /// The median of `metric` of `variant` at `x`; not a number where it was not measured, so that no rule holds by accident.
+    pub(crate) fn at(&self, metric: &str, variant: &str, x: f64) -> f64 {
+        let mine = |m: &&Measure| m.metric == metric && m.variant == variant && m.x == x;
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
     }
 
-    pub(crate) fn median(&self, metric: &str, arm: &str) -> f64 {
-        let mine = |m: &&Measure| m.metric == metric && m.arm == arm;
+    pub(crate) fn median(&self, metric: &str, variant: &str) -> f64 {
+        let mine = |m: &&Measure| m.metric == metric && m.variant == variant;
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
     }
 
-    /// What was measured of `metric` of `arm`, for each seed; nothing where it was not.
-    pub(crate) fn values(&self, metric: &str, arm: &str) -> &[f64] {
-        let mine = |m: &&Measure| m.metric == metric && m.arm == arm;
+    /// What was measured of `metric` of `variant`, for each seed; nothing where it was not.
+    pub(crate) fn values(&self, metric: &str, variant: &str) -> &[f64] {
+        let mine = |m: &&Measure| m.metric == metric && m.variant == variant;
         self.0.iter().find(mine).map_or(&[], |m| &m.values)
     }
 
     /// The same at one place.
-    pub(crate) fn values_at(&self, metric: &str, arm: &str, x: f64) -> &[f64] {
-        let mine = |m: &&Measure| m.metric == metric && m.arm == arm && m.x == x;
+    pub(crate) fn values_at(&self, metric: &str, variant: &str, x: f64) -> &[f64] {
+        let mine = |m: &&Measure| m.metric == metric && m.variant == variant && m.x == x;
         self.0.iter().find(mine).map_or(&[], |m| &m.values)
     }
 
-    /// What `metric` of `arm` exceeds that of `other` by, for each seed: both start alike and see the same batches.
-    pub(crate) fn gains(&self, metric: &str, arm: &str, other: &str) -> Vec<f64> {
-        differences(self.values(metric, arm), self.values(metric, other))
+    /// What `metric` of `variant` exceeds that of `other` by, for each seed: both start alike and see the same batches.
+    pub(crate) fn gains(&self, metric: &str, variant: &str, other: &str) -> Vec<f64> {
+        differences(self.values(metric, variant), self.values(metric, other))
     }
 
-    /// The same of an arm at one place and another at another.
+    /// The same of a variant at one place and another at another.
     pub(crate) fn gains_at(
         &self,
         metric: &str,
-        (arm, x): (&str, f64),
+        (variant, x): (&str, f64),
         (other, at): (&str, f64),
     ) -> Vec<f64> {
         differences(
-            self.values_at(metric, arm, x),
+            self.values_at(metric, variant, x),
             self.values_at(metric, other, at),
         )
     }
 
-    /// The places of `metric` of `arm`, in order, with their medians.
-    pub(crate) fn along(&self, metric: &str, arm: &str) -> Vec<(f64, f64)> {
-        let mine = self.0.iter().filter(|m| m.metric == metric && m.arm == arm);
+    /// The places of `metric` of `variant`, in order, with their medians.
+    pub(crate) fn along(&self, metric: &str, variant: &str) -> Vec<(f64, f64)> {
+        let mine = self
+            .0
+            .iter()
+            .filter(|m| m.metric == metric && m.variant == variant);
         mine.map(|m| (m.x, m.median())).collect()
     }
 }
 
 impl Data {
-    /// The quotients of what was measured of two arms at one place, for each seed.
-    pub(crate) fn ratios_at(&self, metric: &str, arm: &str, other: &str, x: f64) -> Vec<f64> {
-        let pairs = self.values_at(metric, arm, x).iter();
+    /// The quotients of what was measured of two variants at one place, for each seed.
+    pub(crate) fn ratios_at(&self, metric: &str, variant: &str, other: &str, x: f64) -> Vec<f64> {
+        let pairs = self.values_at(metric, variant, x).iter();
         let pairs = pairs.zip(self.values_at(metric, other, x));
         pairs.map(|(a, b)| a / b).collect()
     }
@@ -183,7 +186,7 @@ pub(crate) fn mostly(differences: &[f64], holds: impl Fn(f64) -> bool) -> bool {
     !differences.is_empty() && 5 * held >= 4 * differences.len()
 }
 
-/// A difference between two arms over the seeds: its median in `unit`, and in how many it has the sign of the median.
+/// A difference between two variants over the seeds: its median in `unit`, and in how many it has the sign of the median.
 pub(crate) fn spread(differences: &[f64], unit: &str) -> String {
     let middle = median(differences);
     let alike = differences.iter().filter(|d| **d * middle > 0.).count();
@@ -275,9 +278,9 @@ mod tests {
 
     #[test]
     fn arms_are_compared_seed_by_seed() {
-        let measure = |arm: &str, values: [f64; 5]| Measure {
+        let measure = |variant: &str, values: [f64; 5]| Measure {
             metric: "steps".to_string(),
-            arm: arm.to_string(),
+            variant: variant.to_string(),
             x: 0.,
             values: values.to_vec(),
             rate: None,

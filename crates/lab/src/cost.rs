@@ -22,12 +22,12 @@ pub(crate) fn claims() -> Vec<Claim> {
         version: 2,
         text: "Layer norm costs more than batch norm.",
         varied: "the size of the input: 32 images of C × H × W; the layer",
-        fixed: "forward in training mode and backward, f32, one thread, layers by turns; the median of rounds, and of seeds that draw the input",
-        rule: "for each size: layer norm over C × H × W takes 1.05 times the time of batch norm or more in at least four of five seeds",
+        fixed: "forward in training mode and backward, f32, one thread, layers timed alternately; the median over rounds, and over seeds for the input",
+        rule: "for each size: layer norm over C × H × W takes at least 1.05 times as long as batch norm in at least four of five seeds",
         plot: Plot {
             metric: TIME,
             y: "time of forward and backward, in ms",
-            x: Some("numbers in the input"),
+            x: Some("elements of the input"),
             log_x: true,
             log_y: true,
         },
@@ -48,7 +48,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 "the size",
                 &sizes,
                 &parts,
-                format!("layer by batch norm: {words}"),
+                format!("time of layer norm relative to batch norm: {words}"),
             )
         },
     }]
@@ -56,7 +56,7 @@ pub(crate) fn claims() -> Vec<Claim> {
 
 /// Anything that is timed.
 pub(crate) struct Timed {
-    pub(crate) arm: &'static str,
+    pub(crate) variant: &'static str,
     pub(crate) layer: Box<dyn ModuleT>,
 }
 
@@ -108,18 +108,18 @@ fn layer_and_batch(lab: &Lab, seed: u64) -> Result<Vec<(String, Reading)>> {
         let batch: BatchNorm = batch_norm(c, 1e-5, vb())?;
         let layers = [
             Timed {
-                arm: "layer",
+                variant: "layer",
                 layer: Box::new(layer),
             },
             Timed {
-                arm: "batch",
+                variant: "batch",
                 layer: Box::new(batch),
             },
         ];
         let elements = x.elem_count();
         let times = by_turns(&layers, &x, rounds(lab, elements))?;
         for (timed, time) in layers.iter().zip(times) {
-            found.push((timed.arm.to_string(), (TIME, elements as f64, time)));
+            found.push((timed.variant.to_string(), (TIME, elements as f64, time)));
         }
     }
     Ok(found)
@@ -138,17 +138,17 @@ pub(crate) fn layer_and_rms(
         let rms: RmsNorm = rms_norm(*len, 1e-6, vb())?;
         let layers = [
             Timed {
-                arm: "layer",
+                variant: "layer",
                 layer: Box::new(layer),
             },
             Timed {
-                arm: "rms",
+                variant: "rms",
                 layer: Box::new(rms),
             },
         ];
         let times = by_turns(&layers, &x, rounds(lab, x.elem_count()))?;
         for (timed, time) in layers.iter().zip(times) {
-            found.push((timed.arm.to_string(), (TIME, *len as f64, time)));
+            found.push((timed.variant.to_string(), (TIME, *len as f64, time)));
         }
     }
     Ok(found)

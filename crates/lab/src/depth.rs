@@ -9,7 +9,7 @@ use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net, Start};
 use crate::training::{Batches, Course, Optim, flat_digits, scalar};
 
-const RATIO: &str = "first by last";
+const RATIO: &str = "ratio of first to last";
 const ACCURACY: &str = "accuracy";
 const ACTIVATIONS: [(&str, Activation); 3] = [
     ("sigmoid", Activation::Sigmoid),
@@ -31,10 +31,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm stops gradients from vanishing and exploding with depth.",
             varied: "5 to 50 hidden layers; sigmoid, tanh, ReLU; the norm: none, batch, layer",
             fixed: "layers of 32, Xavier weights, 128 digits, before the first step",
-            rule: "for each activation: with batch norm, the gradient of the first hidden layer at depth 50 is within a factor of 10 of the last one's, and nearer to it than without a norm",
+            rule: "for each activation: with batch norm, the gradient of the first hidden layer at depth 50 is within a factor of 10 of that of the last, and closer to it than without a norm",
             plot: Plot {
                 metric: RATIO,
-                y: "log10 of first by last gradient",
+                y: "log10 of the ratio of first to last gradient",
                 x: Some("hidden layers"),
                 log_x: true,
                 log_y: false,
@@ -48,7 +48,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let words = ACTIVATIONS.map(|(a, _)| {
                     let at = |norm| show(d.at(RATIO, &format!("{a}, {norm}"), 50.));
                     format!(
-                        "{a}: {} without, {} batch, {} layer",
+                        "{a}: {} without a norm, {} batch, {} layer",
                         at("none"),
                         at("batch"),
                         at("layer")
@@ -61,7 +61,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     &ACTIVATIONS.map(|(a, _)| a),
                     &parts,
                     format!(
-                        "powers of ten of the first layer by the last at depth 50: {}",
+                        "ratio of the gradients of first and last layer at depth 50, in powers of ten: {}",
                         words.join("; ")
                     ),
                 )
@@ -71,10 +71,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 23,
             title: "Initialization in place of a norm",
             version: 1,
-            text: "Good initialization (Xavier, He) and normalization can stand in for each other.",
+            text: "Good initialization (Xavier, He) and normalization can replace each other.",
             varied: "4 or 16 hidden layers; weights of a fixed size, Xavier, He; the norm: none or batch",
             fixed: "layers of 32 with ReLU, digits, 300 steps of SGD in batches of 64",
-            rule: "a network trains if its accuracy is 85 % or more; for each depth: He without a norm trains, batch norm with weights of a fixed size trains, and that size without a norm does not",
+            rule: "a network counts as trained if its accuracy is 85 % or more; for each depth: He without a norm trains, batch norm with weights of a fixed size trains, and weights of that size without a norm do not",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy in percent",

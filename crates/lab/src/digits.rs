@@ -8,8 +8,8 @@ use crate::lab::{Lab, Measure, Trial, median};
 use crate::nets::{Cnn, Net, Start};
 use crate::training::{Course, DigitSets, Learned, Optim, digits};
 
-const FIXED: &str = "three convolutions of 8, 16 and 16 channels and a linear head, 1297 digits to train on and 500 by other writers to test on, \
-                     SGD without momentum, starts and batches of a seed";
+const FIXED: &str = "three convolutions of 8, 16 and 16 channels and a linear head, trained on 1297 digits and \
+                     tested on 500 by other writers, SGD without momentum, initial weights and batches of each seed";
 const ACCURACY: &str = "accuracy";
 const RATES: [f64; 5] = [0.03, 0.1, 0.3, 1., 3.];
 
@@ -22,7 +22,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm converges faster and tolerates higher learning rates.",
             varied: "the norm; the learning rate",
             fixed: FIXED,
-            rule: "two parts, against no norm: at the tuned rate, fewer steps to 95 %; the largest rate of 0.03, 0.1, … 10 after which the accuracy is 80 % or more is higher",
+            rule: "two parts, compared with no norm: at the tuned rate, batch norm takes fewer steps to 95 %; of the rates 0.03, 0.1, … 10, the largest that leads to an accuracy of 80 % or more is higher",
             plot: Plot {
                 metric: "accuracy by rate",
                 y: "accuracy after 200 steps, in percent",
@@ -53,7 +53,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                     place(largest("layer"))
                 );
                 Judgement::parts(
-                    ["batch norm needs fewer steps", "a higher rate trains"],
+                    [
+                        "batch norm needs fewer steps",
+                        "a higher learning rate works",
+                    ],
                     [
                         to_goal("batch") < to_goal("none"),
                         largest("batch") > largest("none"),
@@ -69,7 +72,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm makes training less sensitive to initialization.",
             varied: "a factor of 0.01 to 10 on the He-normal weights; the norm",
             fixed: FIXED,
-            rule: "confirmed if the accuracy after 200 steps, at a rate tuned for each factor, varies over the factors half as much as without a norm, or less; else not",
+            rule: "confirmed if the accuracy after 200 steps, at a rate tuned for each factor, varies across the factors at most half as much as without a norm; otherwise not confirmed",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 200 steps, in percent",
@@ -104,13 +107,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Small batches",
             version: 1,
             text: "Batch norm suffers at small batches, where group and layer norm do not.",
-            varied: "the size of batches, at the same number of images seen; the norm",
+            varied: "the batch size, for the same number of images; the norm",
             fixed: FIXED,
-            rule: "two parts: from batches of 32 to 2 batch norm loses accuracy in at least four of five seeds, 2 points or more in the median; in at least four of five it loses more than group norm, and more than layer norm",
+            rule: "two parts: from batches of 32 to batches of 2, batch norm loses accuracy in at least four of five seeds, 2 points or more in the median; in at least four of five it loses more than group norm, and more than layer norm",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 5120 images, in percent",
-                x: Some("images in a batch"),
+                x: Some("batch size"),
                 log_x: true,
                 log_y: false,
             },
@@ -120,7 +123,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
                 let [batch, layer, group] = ["batch", "layer", "group:4"].map(loss);
                 let figure = format!(
-                    "lost from batches of 32 to 2: batch {}, layer {}, group {}",
+                    "accuracy lost from batches of 32 to batches of 2: batch {}, layer {}, group {}",
                     spread(&batch, "points"),
                     spread(&layer, "points"),
                     spread(&group, "points")
@@ -153,7 +156,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             rule: "two parts, contrast and brightness: batch norm loses more than a point of accuracy, and instance norm at most half as much",
             plot: Plot {
                 metric: "points lost",
-                y: "points of accuracy lost to half the contrast and more brightness",
+                y: "points of accuracy lost",
                 x: None,
                 log_x: false,
                 log_y: false,
@@ -165,7 +168,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let both = |metric| (lost(metric, "instance"), lost(metric, "batch"));
                 let (contrast, brightness) = (both("half the contrast"), both("more brightness"));
                 let figure = format!(
-                    "points lost by instance and batch norm: {} and {} to contrast, {} and {} to brightness",
+                    "points of accuracy lost by instance and batch norm: {} and {} at half the contrast, {} and {} at more brightness",
                     show(contrast.0),
                     show(contrast.1),
                     show(brightness.0),
@@ -184,9 +187,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Batch and layer norm combined",
             version: 1,
             text: "Batch norm and layer norm can be combined to advantage.",
-            varied: "the norm: batch, layer, instance, or all three with learned shares (switchable)",
+            varied: "the norm: batch, layer, instance, or all three with learned mixing weights (switchable)",
             fixed: FIXED,
-            rule: "confirmed if switchable norm is above batch norm and above layer norm in at least four of five seeds; not if in its median it is not above the better one; between, it depends on the seed",
+            rule: "confirmed if switchable norm is more accurate than batch norm and than layer norm in at least four of five seeds; not confirmed if its median gain over the better of them is not positive; otherwise it depends on the seed",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 200 steps, in percent",
@@ -200,7 +203,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let of = |norm| show(d.median(ACCURACY, norm));
                 let gains = ["batch", "layer"].map(|norm| d.gains(ACCURACY, "switch", norm));
                 let figure = format!(
-                    "{} % switchable, {} % batch, {} % layer, {} % instance; switchable against batch {}, against layer {}",
+                    "{} % switchable, {} % batch, {} % layer, {} % instance; switchable compared with batch {}, compared with layer {}",
                     of("switch"),
                     of("batch"),
                     of("layer"),
@@ -256,16 +259,16 @@ fn rates(lab: &Lab) -> Result<Vec<Measure>> {
         if lab.quick && ["instance", "weight"].contains(&norm) {
             continue;
         }
-        let arm = Arm {
+        let variant = Arm {
             norm,
             factor: 1.,
             batch: 64,
             steps: lab.steps(200),
         };
         all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-            let (_, learned) = arm.train_looking(10, sets, rate, seed)?;
+            let (_, learned) = variant.train_looking(10, sets, rate, seed)?;
             Ok(Trial::new(
-                learned.score(arm.steps),
+                learned.score(variant.steps),
                 vec![("steps to 95 %", 0., learned.reached)],
             ))
         })?);
@@ -274,7 +277,7 @@ fn rates(lab: &Lab) -> Result<Vec<Measure>> {
                 continue;
             }
             all.extend(lab.seeded(norm, |seed| {
-                let (_, learned) = arm.train(&sets.measured, rate, seed)?;
+                let (_, learned) = variant.train(&sets.measured, rate, seed)?;
                 Ok(vec![("accuracy by rate", rate, learned.accuracy)])
             })?);
         }
@@ -287,14 +290,14 @@ fn scales(lab: &Lab) -> Result<Vec<Measure>> {
     let mut all = vec![];
     for norm in ["none", "batch", "layer"] {
         for factor in [0.01, 0.1, 1., 10.] {
-            let arm = Arm {
+            let variant = Arm {
                 norm,
                 factor,
                 batch: 64,
                 steps: lab.steps(200),
             };
             all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-                let (_, learned) = arm.train(sets, rate, seed)?;
+                let (_, learned) = variant.train(sets, rate, seed)?;
                 Ok(Trial::new(
                     learned.rank(),
                     vec![(ACCURACY, factor, learned.accuracy)],
@@ -313,14 +316,14 @@ fn batches(lab: &Lab) -> Result<Vec<Measure>> {
             if lab.quick && ![2, 32].contains(&batch) {
                 continue;
             }
-            let arm = Arm {
+            let variant = Arm {
                 norm,
                 factor: 1.,
                 batch,
                 steps: lab.steps(5120 / batch),
             };
             all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-                let (_, learned) = arm.train(sets, rate, seed)?;
+                let (_, learned) = variant.train(sets, rate, seed)?;
                 Ok(Trial::new(
                     learned.rank(),
                     vec![(ACCURACY, batch as f64, learned.accuracy)],
@@ -335,14 +338,14 @@ fn style(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = digits()?;
     let mut all = vec![];
     for norm in ["none", "batch", "layer", "instance"] {
-        let arm = Arm {
+        let variant = Arm {
             norm,
             factor: 1.,
             batch: 64,
             steps: lab.steps(200),
         };
         all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-            let (net, learned) = arm.train(sets, rate, seed)?;
+            let (net, learned) = variant.train(sets, rate, seed)?;
             let on = |images: &candle_core::Tensor| -> Result<f64> {
                 Ok(f64::from(
                     sets.1.accuracy(&net.model.forward_t(images, false)?)?,
@@ -367,14 +370,14 @@ fn combined(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = digits()?;
     let mut all = vec![];
     for norm in ["batch", "layer", "instance", "switch"] {
-        let arm = Arm {
+        let variant = Arm {
             norm,
             factor: 1.,
             batch: 64,
             steps: lab.steps(200),
         };
         all.extend(lab.tuned(norm, &RATES, &sets, |sets, rate, seed| {
-            let (_, learned) = arm.train_looking(10, sets, rate, seed)?;
+            let (_, learned) = variant.train_looking(10, sets, rate, seed)?;
             let readings = vec![
                 (ACCURACY, 0., learned.accuracy),
                 ("steps to 95 %", 0., learned.reached),

@@ -53,10 +53,10 @@ fn curves(
     x: &'static str,
 ) -> Result<String, Box<dyn std::error::Error>> {
     let plot = &claim.plot;
-    let mut arms: Vec<&str> = vec![];
+    let mut variants: Vec<&str> = vec![];
     for measure in shown {
-        if !arms.contains(&measure.arm.as_str()) {
-            arms.push(&measure.arm);
+        if !variants.contains(&measure.variant.as_str()) {
+            variants.push(&measure.variant);
         }
     }
     let (low, high) = limits(
@@ -64,11 +64,11 @@ fn curves(
         plot.log_y,
     );
     let within = |v: f64| if v.is_nan() { high } else { v.clamp(low, high) };
-    let classes = palette::classes(&arms);
-    let curve = |(arm, class): (&&str, &usize)| {
-        let mine = || shown.iter().filter(|m| m.arm == **arm);
+    let classes = palette::classes(&variants);
+    let curve = |(variant, class): (&&str, &usize)| {
+        let mine = || shown.iter().filter(|m| m.variant == **variant);
         Curve {
-            label: arm.to_string(),
+            label: variant.to_string(),
             class: *class,
             points: mine().map(|m| (m.x, within(m.median()))).collect(),
             band: mine()
@@ -77,9 +77,9 @@ fn curves(
         }
     };
     let chart = Chart {
-        description: format!("{} over {x}, for each arm", plot.y),
-        // Names of many arms need room beside each other.
-        size: (WIDTH as u32, 358 + 15 * arms.len() as u32),
+        description: format!("{} over {x}, for each variant", plot.y),
+        // Names of many variants need room beside each other.
+        size: (WIDTH as u32, 358 + 15 * variants.len() as u32),
         x: Axis {
             label: x,
             range: bounds(limits(shown.iter().map(|m| m.x), plot.log_x)),
@@ -97,7 +97,7 @@ fn curves(
         mark: None,
         markers: true,
         family: FAMILY,
-        curves: arms.iter().zip(&classes).map(curve).collect(),
+        curves: variants.iter().zip(&classes).map(curve).collect(),
     };
     chart.standalone(&palette::style(FAMILY, &classes))
 }
@@ -121,7 +121,7 @@ fn ticks(low: f64, high: f64, log: bool) -> Vec<f64> {
     axis(false).key_points(BoldPoints(6))
 }
 
-/// For each arm the range of its seeds as a line, and its median as a dot with its figure.
+/// For each variant the range of its seeds as a line, and its median as a dot with its figure.
 fn dots(claim: &Claim, shown: &[&Measure]) -> String {
     let log = claim.plot.log_y;
     let (low, high) = limits(shown.iter().flat_map(|m| m.values.iter().copied()), log);
@@ -133,9 +133,9 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         left + share * (right - left)
     };
     let height = 26. * shown.len() as f64 + 92.;
-    let description = escape(&format!("{}, for each arm", claim.plot.y));
-    let arms: Vec<&str> = shown.iter().map(|m| m.arm.as_str()).collect();
-    let classes = palette::classes(&arms);
+    let description = escape(&format!("{}, for each variant", claim.plot.y));
+    let variants: Vec<&str> = shown.iter().map(|m| m.variant.as_str()).collect();
+    let classes = palette::classes(&variants);
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
          aria-label=\"{description}\" {FONT}><style>{}</style>\
@@ -156,7 +156,7 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
     }
     for (row, measure) in shown.iter().enumerate() {
         let y = 50. + 26. * row as f64;
-        let arm = escape(&measure.arm);
+        let variant = escape(&measure.variant);
         let class = format!("{FAMILY}{}", classes[row]);
         let (from, to, at) = (x(measure.low()), x(measure.high()), x(measure.median()));
         let figure = match measure.metric.starts_with("steps") {
@@ -166,7 +166,7 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         // Writing to a String does not fail.
         let _ = write!(
             svg,
-            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"currentColor\">{arm}</text>\
+            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"currentColor\">{variant}</text>\
              <line class=\"soft\" x1=\"{left}\" x2=\"{right}\" y1=\"{y}\" y2=\"{y}\"/>\
              <line class=\"line {class}\" style=\"stroke-dasharray:none\" x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke-width=\"3\"/>\
              <circle class=\"area {class}\" cx=\"{at:.1}\" cy=\"{y}\" r=\"5\"/>\

@@ -26,13 +26,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 6,
             title: "Normalizing each window of a series",
             version: 1,
-            text: "In time series a window normalized by itself beats a static scaler by about 18 %.",
+            text: "For time series, normalizing each window by itself beats a static scaler by about 18 %.",
             varied: "the normalization of windows: static, sliding (60 rows), exponentially weighted (span 60), reversible instance normalization",
-            fixed: "the value 5 rows ahead from the last 30, a network of 32 hidden units, trained on the first half and tested on the second; 600 steps of AdamW",
-            rule: "four parts, stocks and CO2: reversible instance normalization, by each window itself, beats the static scaler in at least four of five seeds; it does so by 9 to 27 %",
+            fixed: "prediction of the value 5 rows ahead from the last 30, a network of 32 hidden units, trained on the first half and tested on the second; 600 steps of AdamW",
+            rule: "four parts, two each for stocks and CO2: reversible instance normalization, which takes the statistics of each window, beats the static scaler in at least four of five seeds; it does so by 9 to 27 %",
             plot: Plot {
                 metric: "error",
-                y: "mean absolute error by that of the last value",
+                y: "mean absolute error relative to predicting the last value",
                 x: None,
                 log_x: false,
                 log_y: true,
@@ -45,12 +45,15 @@ pub(crate) fn claims() -> Vec<Claim> {
                     100. * (1. - of("RevIn") / of("static"))
                 };
                 let beaten = |series: &str| {
-                    let arm = |name: &str| format!("{series}, {name}");
-                    mostly(&d.gains("error", &arm("static"), &arm("RevIn")), |d| d > 0.)
+                    let variant = |name: &str| format!("{series}, {name}");
+                    mostly(
+                        &d.gains("error", &variant("static"), &variant("RevIn")),
+                        |d| d > 0.,
+                    )
                 };
-                let of = |arm: &str| show(d.median("error", arm));
+                let of = |variant: &str| show(d.median("error", variant));
                 let figure = format!(
-                    "RevIn has {} % less error than a static scaler on stocks, {} % on CO2; by the error of the last value, static {} and {}, RevIn {} and {}",
+                    "RevIn has {} % less error than a static scaler on stocks, {} % on CO2; error relative to predicting the last value: static {} and {}, RevIn {} and {}",
                     show(cut("stocks")),
                     show(cut("co2")),
                     of("stocks, static"),
@@ -68,7 +71,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 Judgement::parts(
                     [
                         "RevIn beats a static scaler on stocks",
-                        "RevIn beats it on CO2",
+                        "RevIn beats a static scaler on CO2",
                         "the gain on stocks is 9 to 27 %",
                         "the gain on CO2 is 9 to 27 %",
                     ],
@@ -82,9 +85,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Raw prices in a recurrent network",
             version: 1,
             text: "Unnormalized closing prices make a recurrent network's gradient explode.",
-            varied: "closes as they are, or z-scored; the cell with and without LayerNorm",
-            fixed: "a tanh cell of 32 over 30 closes of four markets, the close 5 days ahead, Xavier weights; the first step, batch of 64",
-            rule: "two parts: without LayerNorm the gradient of the parameters is 100 times larger for raw closes; and it grows on its way back through time, from the last state to the first, for raw closes more than for z-scores",
+            varied: "closing prices as they are, or z-scored; the cell with and without LayerNorm",
+            fixed: "a tanh cell of 32 units over 30 closing prices of four markets, predicting the close 5 days ahead; Xavier weights; the first step, a batch of 64",
+            rule: "two parts: without LayerNorm, the gradient of the parameters is 100 times larger for raw prices; in backpropagation through time it grows from the last state to the first, and more for raw prices than for z-scores",
             plot: Plot {
                 metric: "gradient norm",
                 y: "norm of the gradient of all parameters",
@@ -95,23 +98,23 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [20, 8],
             run: recurrent,
             judge: |d| {
-                let m = |metric, arm| d.median(metric, arm);
+                let m = |metric, variant| d.median(metric, variant);
                 let ratio = m("gradient norm", "raw") / m("gradient norm", "z-score");
                 let normed =
                     m("gradient norm", "raw, LayerNorm") / m("gradient norm", "z-score, LayerNorm");
-                let through = m("first state by last", "raw");
+                let through = m("ratio of first to last state", "raw");
                 let figure = format!(
-                    "gradient ×{} (×{} with LayerNorm in the cell); first state by last: {} raw, {} z-scored",
+                    "gradient ×{} (×{} with LayerNorm in the cell); ratio of the gradients of first and last state: {} raw, {} z-scored",
                     show(ratio),
                     show(normed),
                     show(through),
-                    show(m("first state by last", "z-score"))
+                    show(m("ratio of first to last state", "z-score"))
                 );
-                let grows = through > 1. && through > m("first state by last", "z-score");
+                let grows = through > 1. && through > m("ratio of first to last state", "z-score");
                 Judgement::parts(
                     [
                         "the gradient is 100 times larger",
-                        "the gradient grows on its way back through time",
+                        "the gradient grows in backpropagation through time",
                     ],
                     [ratio >= 100., grows],
                     figure,
@@ -122,13 +125,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 9,
             title: "Drift and refitting a scaler",
             version: 2,
-            text: "Drift of mean and variance should be watched, and trigger an update of the scaler.",
-            varied: "the scaler: fitted once, or fitted anew whenever the monitor fires",
+            text: "Drift of mean and variance should be monitored, and should trigger an update of the scaler.",
+            varied: "the scaler: fitted once, or fitted again at each alarm of the monitor",
             fixed: "the four stock closes and the experiment of claim 6",
-            rule: "two parts: the monitor fires in the second half, five times as often as on the same rows in random order, or more; refitting cuts the error by 5 % or more, and in at least four of five seeds",
+            rule: "two parts: in the second half the monitor raises at least five times as many alarms as on the same rows in random order; refitting reduces the error by 5 % or more, and does so in at least four of five seeds",
             plot: Plot {
                 metric: "error",
-                y: "mean absolute error by that of the last value",
+                y: "mean absolute error relative to predicting the last value",
                 x: None,
                 log_x: false,
                 log_y: true,
@@ -136,14 +139,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [20, 10],
             run: drift,
             judge: |d: &Data| {
-                let m = |metric, arm| d.median(metric, arm);
+                let m = |metric, variant| d.median(metric, variant);
                 let cut = 100.
                     * (1. - m("error", "stocks, static + refit") / m("error", "stocks, static"));
                 let alarms = m("alarms", "stocks, static + refit");
                 let shuffled = m("alarms", "stocks in random order");
                 let first = m("row of the first alarm", "stocks, static + refit");
                 let figure = format!(
-                    "{} alarms, the first {} rows into the second half, with the monitor's window of 100; {} on the rows in random order; refitting cuts the error by {} %",
+                    "{} alarms, the first {} rows after the start of the second half (the window of the monitor has 100 rows); {} alarms on the rows in random order; refitting reduces the error by {} %",
                     show(alarms),
                     show(first),
                     show(shuffled),
@@ -155,7 +158,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     cut >= 5. && mostly(&gains, |d| d > 0.),
                 ];
                 Judgement::parts(
-                    ["drift sets the alarm off", "refitting cuts the error"],
+                    ["drift raises the alarm", "refitting reduces the error"],
                     parts,
                     figure,
                 )
@@ -268,10 +271,10 @@ fn parts(series: &Series) -> Sets<Series> {
 }
 
 fn forecasts(lab: &Lab, series: &Series, scaling: Scaling) -> Result<Vec<Measure>> {
-    let arm = format!("{}, {}", series.name, scaling.name());
+    let variant = format!("{}, {}", series.name, scaling.name());
     let walks = parts(series).map(|series| Walk::new(series, scaling))?;
     lab.tuned(
-        &arm,
+        &variant,
         &[3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
         &walks,
         |walk, rate, seed| {
@@ -375,8 +378,8 @@ fn recurrent(lab: &Lab) -> Result<Vec<Measure>> {
     for (name, scaling) in [("raw", Scaling::Raw), ("z-score", Scaling::Static)] {
         let windows = cut(&stocks, scaling, WINDOW, stocks.train - AHEAD)?;
         for normed in [false, true] {
-            let arm = format!("{name}{}", if normed { ", LayerNorm" } else { "" });
-            all.extend(lab.seeded(&arm, |seed| {
+            let variant = format!("{name}{}", if normed { ", LayerNorm" } else { "" });
+            all.extend(lab.seeded(&variant, |seed| {
                 let net =
                     Net::started(crate::nets::Start::Xavier, seed, |vb| Cell::new(normed, vb))?;
                 let cell = &net.model;
@@ -413,7 +416,7 @@ fn recurrent(lab: &Lab) -> Result<Vec<Measure>> {
                 let through = (norm(&first)? / norm(&last)?).sqrt();
                 Ok(vec![
                     ("gradient norm", 0., square.sqrt()),
-                    ("first state by last", 0., through),
+                    ("ratio of first to last state", 0., through),
                 ])
             })?);
         }

@@ -42,10 +42,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 5,
             title: "Scalers and outliers",
             version: 1,
-            text: "Min-max is spoiled by outliers, z-scores are steadier.",
-            varied: "the scaler of the inputs; one training row whose mileage is 1000 times what it was, another one for each seed",
-            fixed: "prices as z-scores, two hidden layers of 32, 400 steps of AdamW, batches of 64; the rate is tuned with the row and without",
-            rule: "two parts, in at least four of five seeds each: the corrupted row raises the error of min-max by 10 % or more; it raises that of z-scores by a smaller factor",
+            text: "Outliers spoil min-max scaling; z-scores are more robust.",
+            varied: "the scaler of the inputs; one training row, another for each seed, has its mileage multiplied by 1000",
+            fixed: "prices as z-scores, two hidden layers of 32, 400 steps of AdamW, batches of 64; the learning rate is tuned with that row and without it",
+            rule: "two parts, in at least four of five seeds each: the corrupted row raises the error of min-max scaling by 10 % or more; it raises the error of z-scores by a smaller factor",
             plot: Plot {
                 metric: "RMSE",
                 y: "RMSE of prices, in standard deviations",
@@ -56,13 +56,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [60, 30],
             run: outlier,
             judge: |d| {
-                let arms = |name: &str| [format!("{name}, clean"), format!("{name}, one outlier")];
+                let variants =
+                    |name: &str| [format!("{name}, clean"), format!("{name}, one outlier")];
                 let ratios = |name| {
-                    let [clean, spoiled] = arms(name);
+                    let [clean, spoiled] = variants(name);
                     d.ratios_at("RMSE", &spoiled, &clean, 0.)
                 };
                 let words = SCALERS[1..].iter().map(|name| {
-                    let [clean, spoiled] = arms(name).map(|arm| show(d.median("RMSE", &arm)));
+                    let [clean, spoiled] =
+                        variants(name).map(|variant| show(d.median("RMSE", &variant)));
                     let factor = show(median(&ratios(name)));
                     format!("{name} ×{factor}, from {clean} to {spoiled}")
                 });
@@ -75,7 +77,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let parts = [mostly(&minmax, |r| r >= 1.1), mostly(&steadier, |d| d > 0.)];
                 Judgement::parts(
                     [
-                        "one outlier spoils min-max",
+                        "one outlier spoils min-max scaling",
                         "an outlier spoils z-scores less",
                     ],
                     parts,
@@ -87,13 +89,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 8,
             title: "Half precision and scaling",
             version: 2,
-            text: "f16 needs values within ±65 504, and a good scale cuts the quantization error by three orders of magnitude.",
+            text: "f16 needs values within ±65 504, and good scaling reduces the quantization error by three orders of magnitude.",
             varied: "the quantity (dates as numbers such as 19580329), and its scale: as it is, or its z-score",
-            fixed: "400 rows drawn for each seed; to f16 and back; mean absolute error in the quantity's own unit",
-            rule: "two parts: what exceeds 65 504 becomes infinite unscaled and stays finite scaled; the error of mileage, DAX and CO2, which f16 holds, shrinks 300 times or more",
+            fixed: "400 rows drawn for each seed; conversion to f16 and back; mean absolute error in the unit of the quantity",
+            rule: "two parts: values above 65 504 become infinite without scaling, and stay finite with it; the error of mileage, DAX and CO2, which f16 can represent, shrinks by a factor of 300 or more",
             plot: Plot {
-                metric: "error cut by",
-                y: "how many times smaller the scaled error is",
+                metric: "factor of reduction",
+                y: "factor by which scaling reduces the error",
                 x: None,
                 log_x: false,
                 log_y: true,
@@ -101,16 +103,16 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [25, 10],
             run: round_trip,
             judge: |d| {
-                let cut = |arm| d.median("error cut by", arm);
+                let cut = |variant| d.median("factor of reduction", variant);
                 let [mileage, dax, co2] = ["mileage", "DAX", "CO2"].map(cut);
-                let beyond = d.median("error as it is", "date").is_infinite()
-                    && d.median("error scaled", "date").is_finite();
+                let beyond = d.median("error without scaling", "date").is_infinite()
+                    && d.median("error with scaling", "date").is_finite();
                 let figure = format!(
-                    "dates as numbers: {}; error cut {} times (mileage), {} times (DAX), {} times (CO2)",
+                    "dates as numbers: {}; error reduced by a factor of {} (mileage), {} (DAX), {} (CO2)",
                     if beyond {
-                        "infinite, and finite once scaled"
+                        "infinite without scaling, finite with it"
                     } else {
-                        "not as said"
+                        "not as claimed"
                     },
                     show(mileage),
                     show(dax),
@@ -119,8 +121,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let all = [mileage, dax, co2].iter().all(|cut| *cut >= 300.);
                 Judgement::parts(
                     [
-                        "large values are finite only when they are scaled",
-                        "scaling cuts the error 300 times",
+                        "large values are finite only if they are scaled",
+                        "scaling reduces the error by a factor of 300",
                     ],
                     [beyond, all],
                     figure,
@@ -133,11 +135,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "Distance methods (nearest neighbors, k-means) need scaled features.",
             varied: "the scaler of the inputs",
-            fixed: "the mean price of the 5 nearest of 604 cars for 200 others, another split for each seed; k-means of 6 groups, started at 6 cars of the seed: the share of the variance of prices within groups",
-            rule: "two parts: with every scaler the error of the neighbors is at most 0.9 of the unscaled one; so is the variance within the groups",
+            fixed: "nearest neighbors: the mean price of the 5 nearest of 604 cars as the prediction for 200 others, with another split for each seed; k-means with 6 clusters, started at 6 cars drawn by the seed: the fraction of the variance of prices that is within clusters",
+            rule: "two parts: with every scaler, the error of nearest neighbors is at most 0.9 of that without scaling; so is the variance within clusters",
             plot: Plot {
-                metric: "neighbors' RMSE",
-                y: "RMSE of the 5 nearest, in dollars",
+                metric: "RMSE of nearest neighbors",
+                y: "RMSE with the 5 nearest neighbors, in dollars",
                 x: None,
                 log_x: false,
                 log_y: false,
@@ -151,10 +153,13 @@ pub(crate) fn claims() -> Vec<Claim> {
                         .map(|s| d.median(metric, s) / d.median(metric, "none"))
                         .collect::<Vec<_>>()
                 };
-                let (near, groups) = (ratios("neighbors' RMSE"), ratios("variance within groups"));
+                let (near, groups) = (
+                    ratios("RMSE of nearest neighbors"),
+                    ratios("variance within clusters"),
+                );
                 let list = |r: &[f64]| r.iter().map(|v| show(*v)).collect::<Vec<_>>().join(", ");
                 let figure = format!(
-                    "against unscaled (min-max, z-score, robust): neighbors' error ×{}; variance within groups ×{}",
+                    "relative to unscaled (min-max, z-score, robust): error of nearest neighbors ×{}; variance within clusters ×{}",
                     list(&near),
                     list(&groups)
                 );
@@ -179,12 +184,12 @@ fn outlier(lab: &Lab) -> Result<Vec<Measure>> {
     let mut all = vec![];
     for name in &SCALERS[1..] {
         for corrupted in [false, true] {
-            let arm = format!(
+            let variant = format!(
                 "{name}, {}",
                 if corrupted { "one outlier" } else { "clean" }
             );
             all.extend(
-                lab.tuned(&arm, &RATES, &sets, |(rows, test, cars), rate, seed| {
+                lab.tuned(&variant, &RATES, &sets, |(rows, test, cars), rate, seed| {
                     let mut rows = rows.clone();
                     if corrupted {
                         let row = StdRng::seed_from_u64(seed).random_range(0..rows.len());
@@ -231,8 +236,8 @@ fn round_trip(lab: &Lab) -> Result<Vec<Measure>> {
         ("date", Tensor::from_vec(dates, (weeks, 1), &Device::Cpu)?),
     ];
     let mut all = vec![];
-    for (arm, values) in quantities {
-        all.extend(lab.seeded(arm, |seed| {
+    for (variant, values) in quantities {
+        all.extend(lab.seeded(variant, |seed| {
             let mut order: Vec<u32> = (0..values.dim(0)? as u32).collect();
             order.shuffle(&mut StdRng::seed_from_u64(seed));
             let drawn = values.index_select(&Tensor::new(&order[..400], &Device::Cpu)?, 0)?;
@@ -243,9 +248,9 @@ fn round_trip(lab: &Lab) -> Result<Vec<Measure>> {
             let plain = error(&halved(&drawn)?)?;
             let scaled = error(&scaler.inverse_transform(&halved(&scaler.transform(&drawn)?)?)?)?;
             Ok(vec![
-                ("error cut by", 0., plain / scaled),
-                ("error as it is", 0., plain),
-                ("error scaled", 0., scaled),
+                ("factor of reduction", 0., plain / scaled),
+                ("error without scaling", 0., plain),
+                ("error with scaling", 0., scaled),
             ])
         })?);
     }
@@ -273,8 +278,8 @@ fn distances(lab: &Lab) -> Result<Vec<Measure>> {
                 groups(&train, &known),
             ];
             Ok(vec![
-                ("neighbors' RMSE", 0., readings[0]),
-                ("variance within groups", 0., readings[1]),
+                ("RMSE of nearest neighbors", 0., readings[0]),
+                ("variance within clusters", 0., readings[1]),
             ])
         })?);
     }

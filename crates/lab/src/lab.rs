@@ -31,11 +31,11 @@ impl<D> Sets<D> {
     }
 }
 
-/// The same quantity of the same arm at the same place, once for each seed.
+/// The same quantity of the same variant at the same place, once for each seed.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Measure {
     pub(crate) metric: String,
-    pub(crate) arm: String,
+    pub(crate) variant: String,
     /// Where on the axis that is varied; 0 where there is none.
     pub(crate) x: f64,
     /// Infinite where it was never reached.
@@ -143,7 +143,7 @@ impl Lab {
     /// first or the last and the score still falls, the search goes on beyond it.
     pub(crate) fn tuned<D: Sync>(
         &self,
-        arm: &str,
+        variant: &str,
         rates: &[f64],
         sets: &Sets<D>,
         run: impl Fn(&D, f64, u64) -> Result<Trial> + Sync,
@@ -171,19 +171,19 @@ impl Lab {
         let trials = self.parallel(self.seeds() as usize, |seed| {
             run(&sets.measured, rate, seed as u64)
         })?;
-        gather(arm, Some(rate), trials)
+        gather(variant, Some(rate), trials)
     }
 
     /// `run` for every seed.
     pub(crate) fn seeded(
         &self,
-        arm: &str,
+        variant: &str,
         run: impl Fn(u64) -> Result<Vec<Reading>> + Sync,
     ) -> Result<Vec<Measure>> {
         let trials = self.parallel(self.seeds() as usize, |seed| {
             Ok(Trial::new(0., run(seed as u64)?))
         })?;
-        gather(arm, None, trials)
+        gather(variant, None, trials)
     }
 
     /// `run` for every seed, one after the other with the machine to itself, for experiments that measure time.
@@ -193,13 +193,14 @@ impl Lab {
     ) -> Result<Vec<Measure>> {
         let mut measures: Vec<Measure> = vec![];
         for seed in 0..self.seeds() {
-            for (arm, (metric, x, value)) in run(seed)? {
-                let mine = |m: &&mut Measure| m.arm == arm && m.metric == metric && m.x == x;
+            for (variant, (metric, x, value)) in run(seed)? {
+                let mine =
+                    |m: &&mut Measure| m.variant == variant && m.metric == metric && m.x == x;
                 match measures.iter_mut().find(mine) {
                     Some(measure) => measure.values.push(value),
                     None => measures.push(Measure {
                         metric: metric.to_string(),
-                        arm,
+                        variant,
                         x,
                         values: vec![value],
                         rate: None,
@@ -212,13 +213,13 @@ impl Lab {
     }
 }
 
-fn gather(arm: &str, rate: Option<f64>, trials: Vec<Trial>) -> Result<Vec<Measure>> {
+fn gather(variant: &str, rate: Option<f64>, trials: Vec<Trial>) -> Result<Vec<Measure>> {
     let Some(first) = trials.first() else {
-        bail!("{arm}: no trials")
+        bail!("{variant}: no trials")
     };
     let measure = |i: usize| Measure {
         metric: first.readings[i].0.to_string(),
-        arm: arm.to_string(),
+        variant: variant.to_string(),
         x: first.readings[i].1,
         values: trials.iter().map(|trial| trial.readings[i].2).collect(),
         rate,
@@ -273,7 +274,7 @@ impl Measure {
             }
         };
         json!({
-            "metric": self.metric, "arm": self.arm, "x": self.x, "rate": self.rate,
+            "metric": self.metric, "variant": self.variant, "x": self.x, "rate": self.rate,
             "values": self.values.iter().map(number).collect::<Vec<_>>(),
         })
     }
@@ -282,7 +283,7 @@ impl Measure {
         let number = |v: &Value| v.as_f64().or_else(|| v.as_str()?.parse().ok());
         Some(Self {
             metric: value["metric"].as_str()?.to_string(),
-            arm: value["arm"].as_str()?.to_string(),
+            variant: value["variant"].as_str()?.to_string(),
             x: value["x"].as_f64()?,
             values: value["values"]
                 .as_array()?
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn an_arm_is_run_at_the_rate_that_the_tuning_seeds_prefer() -> Result<()> {
+    fn a_variant_is_run_at_the_rate_that_the_tuning_seeds_prefer() -> Result<()> {
         let sets = Sets {
             tuning: "tuning",
             measured: "measured",
@@ -322,7 +323,7 @@ mod tests {
                 vec![("a", 0., rate), ("b", 3., seed as f64)],
             ))
         };
-        let measures = lab().tuned("arm", &[0.01, 0.1, 0.3, 1.], &sets, run)?;
+        let measures = lab().tuned("variant", &[0.01, 0.1, 0.3, 1.], &sets, run)?;
         assert_eq!(measures[0].rate, Some(0.1));
         assert_eq!(measures[0].values, [0.1; 5]);
         assert_eq!(
@@ -345,7 +346,7 @@ mod tests {
                     vec![("a", 0., rate)],
                 ))
             };
-            Ok::<_, candle_core::Error>(lab().tuned("arm", &[1., 3., 9.], &sets, run)?[0].rate)
+            Ok::<_, candle_core::Error>(lab().tuned("variant", &[1., 3., 9.], &sets, run)?[0].rate)
         };
         assert_eq!(found(3.)?, Some(3.));
         assert_eq!(found(27.)?, Some(27.));
@@ -354,26 +355,26 @@ mod tests {
         // Where all are alike there is nowhere to go.
         let run = |_: &(), rate: f64, _| Ok(Trial::new(1., vec![("a", 0., rate)]));
         assert_eq!(
-            lab().tuned("arm", &[1., 3., 9.], &sets, run)?[0].rate,
+            lab().tuned("variant", &[1., 3., 9.], &sets, run)?[0].rate,
             Some(1.)
         );
         Ok(())
     }
 
     #[test]
-    fn an_error_of_one_run_is_that_of_the_arm() {
+    fn an_error_of_one_run_is_that_of_the_variant() {
         let run = |seed| match seed {
             3 => bail!("no more"),
             _ => Ok(vec![("a", 0., 1.)]),
         };
-        assert!(lab().seeded("arm", run).is_err());
+        assert!(lab().seeded("variant", run).is_err());
     }
 
     #[test]
     fn what_was_never_reached_survives_the_cache_and_counts_as_the_largest() {
         let measure = Measure {
             metric: "steps".to_string(),
-            arm: "none".to_string(),
+            variant: "none".to_string(),
             x: 2.,
             values: vec![10., f64::INFINITY, f64::NAN, 30., 20.],
             rate: None,

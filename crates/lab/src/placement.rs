@@ -9,7 +9,7 @@ use crate::claim::{Claim, Judgement, Plot, mostly, place, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
-use crate::practice::{ACCURACY, OF_ARMS, RATES};
+use crate::practice::{ACCURACY, OF_VARIANTS, RATES};
 use crate::small_sets::masked;
 use crate::statistics::recomputed;
 use crate::training::{Batches, Course, Learned, Optim, flat_digits, scalar};
@@ -18,34 +18,34 @@ pub(crate) fn claims() -> Vec<Claim> {
     vec![
         Claim {
             id: 29,
-            title: "Before or behind the activation",
+            title: "Before or after the activation",
             version: 1,
             text: "A norm belongs between a layer and its activation.",
-            varied: "the norm before or behind ReLU; batch and layer norm; the learning rate",
-            fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
-            rule: "for each norm and rate: before the activation, the accuracy is higher in at least four of five seeds",
+            varied: "the norm before or after ReLU; batch and layer norm; the learning rate",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
+            rule: "for each norm and rate: with the norm before the activation, the accuracy is higher in at least four of five seeds",
             plot: Plot {
                 x: Some("learning rate"),
                 log_x: true,
-                ..OF_ARMS
+                ..OF_VARIANTS
             },
             runs: [80, 32],
             run: before_or_behind,
             judge: |d| {
-                let arm = |norm, place| format!("{norm}, {place} ReLU");
+                let variant = |norm, place| format!("{norm}, {place} ReLU");
                 let gain = |norm, rate| {
-                    let [before, behind] = ["before", "behind"].map(|place| arm(norm, place));
+                    let [before, behind] = ["before", "after"].map(|place| variant(norm, place));
                     d.gains_at(ACCURACY, (&before, rate), (&behind, rate))
                 };
                 let (mut labels, mut parts, mut words) = (vec![], vec![], vec![]);
                 for norm in ["batch", "layer"] {
                     for rate in RATES {
-                        let of = |place| show(d.at(ACCURACY, &arm(norm, place), rate));
+                        let of = |place| show(d.at(ACCURACY, &variant(norm, place), rate));
                         let gain = gain(norm, rate);
                         words.push(format!(
-                            "{norm} at {rate}: {} % before, {} % behind, {}",
+                            "{norm} at {rate}: {} % before, {} % after, {}",
                             of("before"),
-                            of("behind"),
+                            of("after"),
                             spread(&gain, "points")
                         ));
                         labels.push(format!("{norm} at {rate}"));
@@ -59,10 +59,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 30,
             title: "Folding across an activation",
             version: 1,
-            text: "A norm folds into the layer before it only where nothing stands between the two.",
-            varied: "batch norm directly behind each linear layer, or behind the ReLU that follows it; folded into the layer either way",
-            fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW at 0.01, 300 steps, batches of 64",
-            rule: "two parts, in at least four of five seeds each: directly behind, no output moves by more than 1e-3; behind ReLU, folding costs 5 points of accuracy or more",
+            text: "A norm can be folded into the layer before it only if nothing is between the two.",
+            varied: "batch norm directly after each linear layer, or after the ReLU that follows it; folded into the layer in both cases",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW at 0.01, 300 steps, batches of 64",
+            rule: "two parts, in at least four of five seeds each: directly after the layer, no output changes by more than 1e-3; after ReLU, folding costs 5 points of accuracy or more",
             plot: Plot {
                 metric: "points lost by folding",
                 y: "points of accuracy lost by folding",
@@ -73,26 +73,26 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [10, 4],
             run: folded,
             judge: |d| {
-                let moved = |arm| show(d.median("largest change of an output", arm));
-                let lost = |arm| show(d.median("points lost by folding", arm));
+                let moved = |variant| show(d.median("largest change of an output", variant));
+                let lost = |variant| show(d.median("points lost by folding", variant));
                 let figure = format!(
-                    "outputs move by {} directly behind the layer, by {} behind ReLU, where {} points are lost",
-                    moved("directly behind"),
-                    moved("behind ReLU"),
-                    lost("behind ReLU")
+                    "outputs change by {} directly after the layer, by {} after ReLU, where {} points are lost",
+                    moved("directly after"),
+                    moved("after ReLU"),
+                    lost("after ReLU")
                 );
                 let parts = [
                     mostly(
-                        d.values("largest change of an output", "directly behind"),
+                        d.values("largest change of an output", "directly after"),
                         |d| d <= 1e-3,
                     ),
-                    mostly(d.values("points lost by folding", "behind ReLU"), |d| {
+                    mostly(d.values("points lost by folding", "after ReLU"), |d| {
                         d >= 5.
                     }),
                 ];
                 Judgement::parts(
                     [
-                        "folding directly behind the layer changes nothing",
+                        "folding directly after the layer changes nothing",
                         "folding across ReLU costs accuracy",
                     ],
                     parts,
@@ -104,21 +104,21 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 38,
             title: "Pre-norm, post-norm and warm-up",
             version: 1,
-            text: "A norm behind the sum of a residual branch needs a warm-up of the learning rate, one at the start of the branch does not.",
-            varied: "layer norm at the start of each branch (pre), behind each sum (post), or none; a warm-up of 100 steps; the learning rate",
-            fixed: "12 residual branches of two linear layers, 64 wide, on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
-            rule: "a rate trains if the accuracy is 80 % or more. Two parts: the largest rate that trains is higher with pre than with post; with a warm-up, post trains at a higher rate than without, and pre does not",
+            text: "A norm after the residual sum needs a warm-up of the learning rate; a norm at the start of the branch does not.",
+            varied: "layer norm at the start of each branch (pre), after each sum (post), or none; a warm-up of 100 steps; the learning rate",
+            fixed: "12 residual branches of two linear layers, 64 wide, on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
+            rule: "a network counts as trained if its accuracy is 80 % or more. Two parts: the largest rate at which it trains is higher with pre than with post; with a warm-up, post trains at a higher rate than without, and pre does not",
             plot: Plot {
                 x: Some("learning rate"),
                 log_x: true,
-                ..OF_ARMS
+                ..OF_VARIANTS
             },
             runs: [150, 36],
             run: residual,
             judge: |d| {
-                let largest = |arm| {
+                let largest = |variant| {
                     let trained = d
-                        .along(ACCURACY, arm)
+                        .along(ACCURACY, variant)
                         .into_iter()
                         .filter(|(_, a)| *a >= 80.);
                     trained.map(|(rate, _)| rate).fold(0., f64::max)
@@ -126,7 +126,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let [pre, pre_warm, post, post_warm, none] =
                     ["pre", "pre, warm-up", "post", "post, warm-up", "none"].map(largest);
                 let figure = format!(
-                    "the largest rate that trains: {} pre, {} with a warm-up; {} post, {} with a warm-up; {} without a norm",
+                    "the largest rate at which the network trains: {} pre, {} with a warm-up; {} post, {} with a warm-up; {} without a norm",
                     place(pre),
                     place(pre_warm),
                     place(post),
@@ -147,23 +147,23 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 39,
             title: "Dropout before batch norm",
             version: 1,
-            text: "Batch norm behind dropout learns a variance that is not there in inference.",
-            varied: "dropout (half of the values) right before each batch norm, or behind the activation that follows it; running statistics as training left them, or recomputed without dropout",
-            fixed: "two hidden layers of 64 on 1297 digits, 500 by other writers to test on, AdamW, 300 steps, batches of 64",
-            rule: "two parts, in at least four of five seeds each: dropout before the norm is less accurate than behind it; statistics recomputed without dropout make it more accurate",
-            plot: OF_ARMS,
+            text: "Batch norm after dropout learns a variance that inference does not have.",
+            varied: "dropout (half of the values) directly before each batch norm, or after the activation that follows it; running statistics as training left them, or recomputed without dropout",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
+            rule: "two parts, in at least four of five seeds each: with dropout before the norm, the accuracy is lower than with dropout after the activation; statistics recomputed without dropout raise it",
+            plot: OF_VARIANTS,
             runs: [51, 12],
             run: dropout,
             judge: |d| {
-                let of = |arm| show(d.median(ACCURACY, arm));
+                let of = |variant| show(d.median(ACCURACY, variant));
                 let gains = [
-                    d.gains(ACCURACY, "behind the activation", "before the norm"),
+                    d.gains(ACCURACY, "after the activation", "before the norm"),
                     d.gains(ACCURACY, "before the norm, recomputed", "before the norm"),
                 ];
                 let figure = format!(
-                    "{} % with dropout before the norm, {} % behind the activation, {}; {} % before the norm with recomputed statistics, {}",
+                    "{} % with dropout before the norm, {} % after the activation, {}; {} % before the norm with recomputed statistics, {}",
                     of("before the norm"),
-                    of("behind the activation"),
+                    of("after the activation"),
                     spread(&gains[0], "points"),
                     of("before the norm, recomputed"),
                     spread(&gains[1], "points")
@@ -171,7 +171,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 Judgement::parts(
                     [
                         "dropout before the norm costs accuracy",
-                        "recomputed statistics bring some back",
+                        "recomputed statistics recover some of it",
                     ],
                     gains.map(|g| mostly(&g, |d| d > 0.)),
                     figure,
@@ -180,15 +180,15 @@ pub(crate) fn claims() -> Vec<Claim> {
         },
         Claim {
             id: 40,
-            title: "Gradients that a norm takes out",
+            title: "Gradients that a norm removes",
             version: 2,
-            text: "What a norm takes out gets no gradient: a bias before batch norm, and the input of a norm under a plain sum.",
-            varied: "the norm behind a linear layer of 64 with a bias",
-            fixed: "128 digits, before the first step; the gradient of the bias by that of the weight; the gradient of the input of the norm under the sum of its outputs, by that under a weighted sum",
+            text: "What a norm removes gets no gradient: a bias before batch norm, and the input of a norm under a plain sum.",
+            varied: "the norm after a linear layer of 64 with a bias",
+            fixed: "128 digits, before the first step; the gradient of the bias relative to that of the weight; the gradient of the input of the norm under the sum of its outputs, relative to that under a weighted sum",
             rule: "two parts: the gradient of the bias before batch norm, whose mean is over samples, is at most 1e-5 of that of the weight; under a plain sum the gradient of the input of batch, layer and group norm is at most 1e-3 of that under a weighted one",
             plot: Plot {
                 metric: "input under a plain sum",
-                y: "gradient of the input by that under weights",
+                y: "gradient of the input, plain relative to weighted sum",
                 x: None,
                 log_x: false,
                 log_y: true,
@@ -200,21 +200,21 @@ pub(crate) fn claims() -> Vec<Claim> {
                     let medians = norms.iter().map(|norm| d.median(metric, norm));
                     medians.fold(0., f64::max)
                 };
-                let bias = most("bias by weight", &["batch"]);
+                let bias = most("bias relative to weight", &["batch"]);
                 let input = most("input under a plain sum", &["batch", "layer", "group:8"]);
                 let figure = format!(
-                    "the bias before batch norm gets {} of the gradient of the weight, before layer norm {}, group norm {}, RMS norm {}; under a plain sum the input gets at most {} of its gradient with batch, layer and group norm, {} with RMS norm",
+                    "the gradient of the bias relative to that of the weight is {} before batch norm, {} before layer norm, {} before group norm, {} before RMS norm; the gradient of the input under a plain sum relative to that under a weighted sum is at most {} with batch, layer and group norm, {} with RMS norm",
                     show(bias),
-                    show(most("bias by weight", &["layer"])),
-                    show(most("bias by weight", &["group:8"])),
-                    show(most("bias by weight", &["rms"])),
+                    show(most("bias relative to weight", &["layer"])),
+                    show(most("bias relative to weight", &["group:8"])),
+                    show(most("bias relative to weight", &["rms"])),
                     show(input),
                     show(most("input under a plain sum", &["rms"]))
                 );
                 Judgement::parts(
                     [
-                        "a bias before batch norm gets none",
-                        "the input under a plain sum gets none",
+                        "a bias before batch norm gets no gradient",
+                        "the input under a plain sum gets no gradient",
                     ],
                     [bias <= 1e-5, input <= 1e-3],
                     figure,
@@ -239,7 +239,7 @@ fn before_or_behind(lab: &Lab) -> Result<Vec<Measure>> {
     let mut all = vec![];
     for name in ["batch", "layer"] {
         let norm: NormConfig = name.parse()?;
-        for (place, before) in [("before", true), ("behind", false)] {
+        for (place, before) in [("before", true), ("after", false)] {
             for rate in RATES {
                 all.extend(lab.seeded(&format!("{name}, {place} ReLU"), |seed| {
                     let net = Net::new(seed, |vb| {
@@ -267,8 +267,8 @@ fn logits_folded(net: &Placed<BatchNorm>, x: &Tensor) -> Result<Tensor> {
 fn folded(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = flat_digits()?.measured;
     let mut all = vec![];
-    for (arm, direct) in [("directly behind", true), ("behind ReLU", false)] {
-        all.extend(lab.seeded(arm, |seed| {
+    for (variant, direct) in [("directly after", true), ("after ReLU", false)] {
+        all.extend(lab.seeded(variant, |seed| {
             let net = Net::new(seed, |vb| {
                 Placed::new(direct, |vb| batch_norm(64, 1e-5, vb), vb)
             })?;
@@ -356,7 +356,7 @@ impl ModuleT for Residual {
 fn residual(lab: &Lab) -> Result<Vec<Measure>> {
     let (train, test) = flat_digits()?.measured;
     let mut all = vec![];
-    for (arm, kind, warm_up) in [
+    for (variant, kind, warm_up) in [
         ("pre", Branches::Pre, 0),
         ("pre, warm-up", Branches::Pre, 100),
         ("post", Branches::Post, 0),
@@ -367,7 +367,7 @@ fn residual(lab: &Lab) -> Result<Vec<Measure>> {
             if lab.quick && [1e-3, 1e-2, 0.1].contains(&rate) {
                 continue;
             }
-            all.extend(lab.seeded(arm, |seed| {
+            all.extend(lab.seeded(variant, |seed| {
                 let net = Net::new(seed, |vb| Residual::new(kind, vb))?;
                 let mut optimizer = Optim::adam(net.trainable(), rate)?;
                 let mut batches = Batches::new(train.labels.dim(0)?, seed);
@@ -423,33 +423,35 @@ impl Dropped {
 fn dropout(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = flat_digits()?;
     let mut all = vec![];
-    for arm in [
-        "behind the activation",
+    for variant in [
+        "after the activation",
         "before the norm",
         "before the norm, recomputed",
     ] {
-        all.extend(lab.tuned(arm, &RATES, &sets, |(train, test), rate, seed| {
-            let net = Net::new(seed, |vb| {
-                Ok(Dropped {
-                    net: Mlp::new("batch", &[64, 64, 64], 10, Activation::Relu, vb)?,
-                    before: arm != "behind the activation",
-                    seed,
-                })
-            })?;
-            let mut optimizer = Optim::adam(net.trainable(), rate)?;
-            let mut batches = Batches::new(train.labels.dim(0)?, seed);
-            for step in 0..lab.steps(300) {
-                let batch = batches.of(train, 64)?;
-                let logits = net.model.forward(&batch.images, Some(step), true)?;
-                optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
-            }
-            if arm == "before the norm, recomputed" {
-                recomputed(&net.model.net, train, |x| net.model.forward(x, None, true))?;
-            }
-            let learned = Learned::of(&net.model.forward(&test.images, None, false)?, test)?;
-            let reading = (ACCURACY, 0., learned.accuracy);
-            Ok(Trial::new(learned.rank(), vec![reading]))
-        })?);
+        all.extend(
+            lab.tuned(variant, &RATES, &sets, |(train, test), rate, seed| {
+                let net = Net::new(seed, |vb| {
+                    Ok(Dropped {
+                        net: Mlp::new("batch", &[64, 64, 64], 10, Activation::Relu, vb)?,
+                        before: variant != "after the activation",
+                        seed,
+                    })
+                })?;
+                let mut optimizer = Optim::adam(net.trainable(), rate)?;
+                let mut batches = Batches::new(train.labels.dim(0)?, seed);
+                for step in 0..lab.steps(300) {
+                    let batch = batches.of(train, 64)?;
+                    let logits = net.model.forward(&batch.images, Some(step), true)?;
+                    optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
+                }
+                if variant == "before the norm, recomputed" {
+                    recomputed(&net.model.net, train, |x| net.model.forward(x, None, true))?;
+                }
+                let learned = Learned::of(&net.model.forward(&test.images, None, false)?, test)?;
+                let reading = (ACCURACY, 0., learned.accuracy);
+                Ok(Trial::new(learned.rank(), vec![reading]))
+            })?,
+        );
     }
     Ok(all)
 }
@@ -498,7 +500,7 @@ fn nothing_left(lab: &Lab) -> Result<Vec<Measure>> {
             Ok(vec![
                 ("input under a plain sum", 0., plain.max(1e-12)),
                 (
-                    "bias by weight",
+                    "bias relative to weight",
                     0.,
                     length(&loss, bias)? / length(&loss, layer.weight())?,
                 ),

@@ -12,13 +12,13 @@ use crate::lab::{Lab, Measure, Reading, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
 use crate::training::{Batches, Course, DigitSets, Learned, Optim, flat_digits, scalar};
 
-const FIXED: &str = "two hidden layers of 64 with the norm (batch norm where none is named) and ReLU on 1297 digits, 500 by other writers to test on, AdamW, 300 steps of 64 digits (of 32 where they are cut in parts)";
+const FIXED: &str = "two hidden layers of 64 with the norm (batch norm where none is named) and ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps of 64 digits (of 32 where they are divided into parts)";
 pub(crate) const ACCURACY: &str = "accuracy";
 pub(crate) const RATES: [f64; 4] = [1e-3, 3e-3, 1e-2, 3e-2];
 pub(crate) const STEPS: usize = 300;
 
-/// Accuracy in percent, an arm on each line.
-pub(crate) const OF_ARMS: Plot = Plot {
+/// Accuracy in percent, a variant on each line.
+pub(crate) const OF_VARIANTS: Plot = Plot {
     metric: ACCURACY,
     y: "test accuracy in percent",
     x: None,
@@ -33,13 +33,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Weight decay on norms",
             version: 1,
             text: "Weight decay on the scales and shifts of norms costs accuracy.",
-            varied: "decoupled decay on all parameters, or on the weights alone; its size",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, 500 by other writers to test on, AdamW at 0.003, 300 steps, batches of 64",
-            rule: "for each decay: on the weights alone, the accuracy is higher in at least four of five seeds",
+            varied: "decoupled decay on all parameters, or on the weights alone; the size of the decay",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
+            rule: "for each decay: with decay on the weights alone, the accuracy is higher in at least four of five seeds",
             plot: Plot {
                 x: Some("decay"),
                 log_x: true,
-                ..OF_ARMS
+                ..OF_VARIANTS
             },
             runs: [40, 16],
             run: decay,
@@ -52,16 +52,19 @@ pub(crate) fn claims() -> Vec<Claim> {
                     )
                 };
                 let words = DECAYS.map(|decay| {
-                    let scale = |arm| show(d.at("mean size of a scale", arm, decay));
+                    let scale = |variant| show(d.at("mean size of a scale", variant, decay));
                     format!(
-                        "at {decay} {}, scales {} (all) and {} (weights alone)",
+                        "at {decay} {}, mean scale {} (decay on all) and {} (weights alone)",
                         spread(&gain(decay), "points"),
                         scale("all parameters"),
                         scale("weights alone")
                     )
                 });
                 let parts = DECAYS.map(|decay| mostly(&gain(decay), |d| d > 0.));
-                let figure = format!("without decay on norms: {}", words.join("; "));
+                let figure = format!(
+                    "accuracy gained without decay on norms: {}",
+                    words.join("; ")
+                );
                 Judgement::by("the decay", &DECAYS, &parts, figure)
             },
         },
@@ -69,11 +72,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 26,
             title: "Running statistics in hand-written updates",
             version: 1,
-            text: "A hand-written update over all variables of a model spoils its running statistics.",
-            varied: "the update, after every step: a decay of 1 % by hand, or variables longer than 4 cut to that length; over all variables, or the trainable ones",
+            text: "A hand-written update of all variables of a model spoils its running statistics.",
+            varied: "the hand-written update after every step: a decay of 1 %, or clipping of each variable to a norm of 4; of all variables, or of the trainable ones",
             fixed: FIXED,
-            rule: "two parts, decay and cut: over all variables the accuracy is lower by 1 point or more in at least four of five seeds",
-            plot: OF_ARMS,
+            rule: "two parts, decay and clipping: with all variables, the accuracy is lower by 1 point or more in at least four of five seeds",
+            plot: OF_VARIANTS,
             runs: [68, 16],
             run: by_hand,
             judge: |d| {
@@ -84,10 +87,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                         &format!("{update}, all"),
                     )
                 };
-                let losses = ["decay", "cut"].map(loss);
-                let count = |arm| show(d.median("numbers counted", arm));
+                let losses = ["decay", "clipping"].map(loss);
+                let count = |variant| show(d.median("elements", variant));
                 let figure = format!(
-                    "accuracy lost over all variables: {} (decay), {} (cut); {} numbers in all variables, {} in the trainable ones",
+                    "accuracy lost with all variables: {} (decay), {} (clipping); {} elements in all variables, {} in the trainable ones",
                     spread(&losses[0], "points"),
                     spread(&losses[1], "points"),
                     count("decay, all"),
@@ -95,8 +98,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 Judgement::parts(
                     [
-                        "decay over all variables costs accuracy",
-                        "cutting all variables costs accuracy",
+                        "decay of all variables costs accuracy",
+                        "clipping all variables costs accuracy",
                     ],
                     losses.map(|l| mostly(&l, |d| d >= 1.)),
                     figure,
@@ -107,21 +110,21 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 27,
             title: "A batch of one",
             version: 1,
-            text: "One batch of one value per channel ruins a BatchNorm that does not refuse it.",
+            text: "One batch with one value per channel ruins a BatchNorm that does not refuse it.",
             varied: "the last batch of an epoch, which has one digit: kept (BatchNorm of candle-nn; LayerNorm), or left out",
-            fixed: "two hidden layers of 64 with ReLU on 1297 digits, 500 by other writers to test on, AdamW, batches of 16, two epochs",
-            rule: "two parts: candle-nn's BatchNorm with the batch of one is below 20 % in at least four of five seeds; left out, or with LayerNorm, it is above 80 % in at least four",
-            plot: OF_ARMS,
+            fixed: "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other writers, AdamW, batches of 16, two epochs",
+            rule: "two parts: with the batch of one, the accuracy of candle-nn's BatchNorm is below 20 % in at least four of five seeds; without that batch, or with LayerNorm, it is above 80 % in at least four",
+            plot: OF_VARIANTS,
             runs: [51, 12],
             run: batch_of_one,
             judge: |d| {
-                let arms = ["candle-nn, kept", "left out", "LayerNorm, kept"];
-                let values = arms.map(|arm| d.values(ACCURACY, arm));
+                let variants = ["candle-nn, kept", "left out", "LayerNorm, kept"];
+                let values = variants.map(|variant| d.values(ACCURACY, variant));
                 let figure = format!(
                     "{} % with the batch of one in candle-nn, {} % without it, {} % with LayerNorm; this crate refused {} batches of an epoch",
-                    show(d.median(ACCURACY, arms[0])),
-                    show(d.median(ACCURACY, arms[1])),
-                    show(d.median(ACCURACY, arms[2])),
+                    show(d.median(ACCURACY, variants[0])),
+                    show(d.median(ACCURACY, variants[1])),
+                    show(d.median(ACCURACY, variants[2])),
                     show(d.median("batches refused", "left out"))
                 );
                 let ruined = mostly(values[0], |a| a < 20.);
@@ -140,13 +143,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 31,
             title: "Accumulated gradients",
             version: 1,
-            text: "Gradients accumulated over small batches are those of one large batch only where the norm does not see the batch.",
-            varied: "into how many parts a batch of 32 is cut; the norm",
+            text: "Gradients accumulated over small batches are those of one large batch only if the norm does not depend on the batch.",
+            varied: "the number of parts that a batch of 32 is divided into; the norm",
             fixed: FIXED,
-            rule: "two parts: for every part, the gradient with batch norm differs from that at once by a tenth of its length or more, and by at most 1e-5 with group and layer norm; trained in parts of 2, batch norm loses accuracy against batches of 32 in at least four of five seeds",
+            rule: "two parts: for every size of parts, the accumulated gradient differs from that of the whole batch by a tenth of its norm or more with batch norm, and by at most 1e-5 with group and layer norm; trained in parts of 2, batch norm loses accuracy compared with batches of 32 in at least four of five seeds",
             plot: Plot {
                 metric: "difference of gradients",
-                y: "difference by the gradient's length",
+                y: "difference relative to the norm of the gradient",
                 x: Some("digits in a part"),
                 log_x: true,
                 log_y: true,
@@ -160,7 +163,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let others = most("group:8").max(most("layer"));
                 let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
                 let figure = format!(
-                    "the gradient in parts is off by {} to {} of its length with batch norm, by at most {} with group and layer norm; accuracy lost by training in parts of 2 instead of 32 at once: {} with batch norm, {} with group norm, {} with layer norm",
+                    "the accumulated gradient differs by {} to {} of its norm with batch norm, by at most {} with group and layer norm; accuracy lost by training in parts of 2 instead of 32 at once: {} with batch norm, {} with group norm, {} with layer norm",
                     show(least("batch")),
                     show(most("batch")),
                     show(others),
@@ -223,12 +226,16 @@ const DECAYS: [f64; 4] = [0.01, 0.1, 1., 3.];
 fn decay(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = flat_digits()?.measured;
     let mut all = vec![];
-    for arm in ["all parameters", "weights alone"] {
+    for variant in ["all parameters", "weights alone"] {
         for decay in DECAYS {
-            all.extend(lab.seeded(arm, |seed| {
+            all.extend(lab.seeded(variant, |seed| {
                 let net = mlp(batch_norm(), seed)?;
                 let groups = param_groups(&net.vars);
-                let of_norms = if arm == "all parameters" { decay } else { 0. };
+                let of_norms = if variant == "all parameters" {
+                    decay
+                } else {
+                    0.
+                };
                 let groups = [(groups.decay, decay), (groups.no_decay, of_norms)];
                 let optimizer = Optim::adam_with(groups, 3e-3)?;
                 let learned = learn(&net, optimizer, (lab.steps(STEPS), 64), &sets, seed)?;
@@ -253,40 +260,42 @@ fn decay(lab: &Lab) -> Result<Vec<Measure>> {
 fn by_hand(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = flat_digits()?;
     let mut all = vec![];
-    for update in ["decay", "cut"] {
+    for update in ["decay", "clipping"] {
         for over in ["all", "trainable"] {
-            let arm = format!("{update}, {over}");
-            all.extend(lab.tuned(&arm, &RATES, &sets, |(train, test), rate, seed| {
-                let net = mlp(batch_norm(), seed)?;
-                let mut vars = match over {
-                    "all" => net.vars.all_vars(),
-                    _ => net.trainable(),
-                };
-                // candle panics on the square of an integer, such as the count of batches.
-                vars.retain(|var| var.dtype().is_float());
-                let mut optimizer = Optim::adam(net.trainable(), rate)?;
-                let mut batches = Batches::new(train.labels.dim(0)?, seed);
-                for _ in 0..lab.steps(STEPS) {
-                    let batch = batches.of(train, 64)?;
-                    let logits = net.model.forward_t(&batch.images, true)?;
-                    optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
-                    for var in &vars {
-                        let length = scalar(&var.sqr()?.sum_all()?)?.sqrt();
-                        let factor = match update {
-                            "decay" => 0.99,
-                            _ => (4. / length).min(1.),
-                        };
-                        var.set(&(var.as_tensor() * factor)?.detach())?;
+            let variant = format!("{update}, {over}");
+            all.extend(
+                lab.tuned(&variant, &RATES, &sets, |(train, test), rate, seed| {
+                    let net = mlp(batch_norm(), seed)?;
+                    let mut vars = match over {
+                        "all" => net.vars.all_vars(),
+                        _ => net.trainable(),
+                    };
+                    // candle panics on the square of an integer, such as the count of batches.
+                    vars.retain(|var| var.dtype().is_float());
+                    let mut optimizer = Optim::adam(net.trainable(), rate)?;
+                    let mut batches = Batches::new(train.labels.dim(0)?, seed);
+                    for _ in 0..lab.steps(STEPS) {
+                        let batch = batches.of(train, 64)?;
+                        let logits = net.model.forward_t(&batch.images, true)?;
+                        optimizer.step(&cross_entropy(&logits, &batch.labels)?)?;
+                        for var in &vars {
+                            let length = scalar(&var.sqr()?.sum_all()?)?.sqrt();
+                            let factor = match update {
+                                "decay" => 0.99,
+                                _ => (4. / length).min(1.),
+                            };
+                            var.set(&(var.as_tensor() * factor)?.detach())?;
+                        }
                     }
-                }
-                let learned = asked(&net.model, test)?;
-                let counted = vars.iter().map(|v| v.elem_count()).sum::<usize>();
-                let readings = vec![
-                    (ACCURACY, 0., learned.accuracy),
-                    ("numbers counted", 0., counted as f64),
-                ];
-                Ok(Trial::new(learned.rank(), readings))
-            })?);
+                    let learned = asked(&net.model, test)?;
+                    let counted = vars.iter().map(|v| v.elem_count()).sum::<usize>();
+                    let readings = vec![
+                        (ACCURACY, 0., learned.accuracy),
+                        ("elements", 0., counted as f64),
+                    ];
+                    Ok(Trial::new(learned.rank(), readings))
+                })?,
+            );
         }
     }
     Ok(all)
@@ -322,9 +331,9 @@ fn batch_of_one(lab: &Lab) -> Result<Vec<Measure>> {
     let mut sets = flat_digits()?;
     sets.tuning.0 = sets.tuning.0.select(&(0..993).collect::<Vec<_>>())?;
     let mut all = vec![];
-    for arm in ["candle-nn, kept", "left out", "LayerNorm, kept"] {
-        all.extend(lab.tuned(arm, &RATES, &sets, |sets, rate, seed| {
-            let (refused, learned) = match arm {
+    for variant in ["candle-nn, kept", "left out", "LayerNorm, kept"] {
+        all.extend(lab.tuned(variant, &RATES, &sets, |sets, rate, seed| {
+            let (refused, learned) = match variant {
                 "candle-nn, kept" => {
                     let net = Net::new(seed, |vb| {
                         Placed::new(true, |vb| candle_nn::batch_norm(64, 1e-5, vb), vb)
@@ -333,7 +342,11 @@ fn batch_of_one(lab: &Lab) -> Result<Vec<Measure>> {
                     two_epochs(&net.model, optimizer, sets, seed)?
                 }
                 _ => {
-                    let norm = if arm == "left out" { "batch" } else { "layer" };
+                    let norm = if variant == "left out" {
+                        "batch"
+                    } else {
+                        "layer"
+                    };
                     let net = mlp(norm.parse()?, seed)?;
                     let optimizer = Optim::adam(net.trainable(), rate)?;
                     two_epochs(&net.model, optimizer, sets, seed)?

@@ -17,19 +17,22 @@ pub(crate) struct Entry {
     pub(crate) data: Data,
 }
 
-const TITLE: &str = "What is said of normalization, measured";
+const TITLE: &str = "Claims about normalization, measured";
 /// Claims up to this one are met in articles and tutorials, those beyond in `docs/guide.md`.
 const OF_TUTORIALS: u32 = 24;
 
 fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
     let rough = format!("**{ROUGH}**\n\n");
     format!(
-        "{}Articles and tutorials say a lot about normalization, and so does [the guide](guide.md) of this crate. Each row here is one such claim, an \
-         experiment on real data, and a verdict that follows from the measurements by the rule that its section states: nothing is typed in.\n\n\
-         Figures are medians of {seeds} seeds, with their range. Where a network is trained and its section neither names nor varies the learning rate, that of every arm is the best of the same few, \
-         by the median result of {tuning} further seeds on a part of the training data that is kept back for it. Where arms are compared seed by seed, both \
-         start alike and see the same batches. The networks are small, and so are the data (`examples/data`): a verdict says what holds here, not what \
-         holds everywhere.\n",
+        "{}Articles and tutorials make many claims about normalization, and so does [the guide](guide.md) \
+         of this crate. Each row is one claim, with an experiment on real data and a verdict. The verdict \
+         is computed from the measurements, by the rule in the section of the claim.\n\n\
+         Figures are medians over {seeds} seeds; the tables have the range. Where a network is trained and \
+         its section neither names nor varies the learning rate, each variant is trained with the best of \
+         the same few rates, chosen by the median result of {tuning} further seeds on a part of the \
+         training data that is held out for it. Where variants are compared seed by seed, both have the \
+         same initial weights and see the same batches. The networks are small, and so are the data \
+         (`examples/data`): a verdict holds here, and not everywhere.\n",
         if quick { rough } else { String::new() }
     )
 }
@@ -44,8 +47,8 @@ fn tables(entries: &[Entry]) -> impl Iterator<Item = (&'static str, &[Entry])> {
     let said = entries.partition_point(|entry| entry.claim.id <= OF_TUTORIALS);
     let (tutorials, guide) = entries.split_at(said);
     [
-        ("What articles and tutorials say", tutorials),
-        ("What the guide of this crate says", guide),
+        ("Claims of articles and tutorials", tutorials),
+        ("Claims of the guide of this crate", guide),
     ]
     .into_iter()
     .filter(|(_, entries)| !entries.is_empty())
@@ -233,7 +236,7 @@ fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
         let line = line.trim_start_matches("| ").trim_end_matches(" |");
         let mut cells = line.split(" | ").map(str::trim);
         let mut next = || cells.next().ok_or(format!("too few columns: {line}"));
-        let (arm, metric) = (next()?.to_string(), next()?.to_string());
+        let (variant, metric) = (next()?.to_string(), next()?.to_string());
         let x = if claim.plot.x.is_some() { next()? } else { "" };
         let (median, range) = (number(next()?)?, next()?);
         let (low, high) = range
@@ -241,7 +244,7 @@ fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
             .ok_or(format!("a range: {range:?}"))?;
         measures.push(Measure {
             metric,
-            arm,
+            variant,
             x: number(x)?,
             values: vec![number(low)?, median, number(high)?],
             rate: None,
@@ -253,8 +256,8 @@ fn stored(claim: &Claim, section: &str) -> Result<Vec<Measure>, String> {
 /// The measurements as a table, with its head. Columns that say nothing are left out.
 fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
     let rated = data.0.iter().any(|m| m.rate.is_some());
-    let line = |arm: String, metric: String, x: String, rest: [String; 3]| {
-        let mut line = vec![arm, metric];
+    let line = |variant: String, metric: String, x: String, rest: [String; 3]| {
+        let mut line = vec![variant, metric];
         line.extend(claim.plot.x.map(|_| x));
         let [median, range, rate] = rest;
         line.extend([median, range]);
@@ -263,7 +266,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
     };
     let head = ["median", "range", "tuned rate"].map(str::to_string);
     let x = claim.plot.x.unwrap_or_default().to_string();
-    let mut rows = vec![line("arm".to_string(), "what".to_string(), x, head)];
+    let mut rows = vec![line("variant".to_string(), "quantity".to_string(), x, head)];
     rows.extend(data.0.iter().map(|m: &Measure| {
         // Steps to a goal may never reach it.
         let show = match m.metric.starts_with("steps") {
@@ -279,7 +282,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
             false => place(m.x),
         };
         line(
-            m.arm.clone(),
+            m.variant.clone(),
             m.metric.clone(),
             x,
             [show(m.median()), range, rate],
@@ -322,9 +325,9 @@ mod tests {
         for id in [10, 18] {
             let claims = crate::claims();
             let claim = claims.iter().find(|claim| claim.id == id).expect("a claim");
-            let measure = |arm: &str, x: f64, values: [f64; 3]| Measure {
+            let measure = |variant: &str, x: f64, values: [f64; 3]| Measure {
                 metric: claim.plot.metric.to_string(),
-                arm: arm.to_string(),
+                variant: variant.to_string(),
                 x: if claim.plot.x.is_some() { x } else { 0. },
                 values: values.to_vec(),
                 rate: None,

@@ -15,7 +15,7 @@ use crate::training::{Batches, Course, Optim, digits, scalar};
 
 const WIDTH: usize = 32;
 const ACCURACY: &str = "accuracy";
-const APART: &str = "alone or in a batch";
+const APART: &str = "difference from the batch";
 /// Rows and their length.
 const SIZES: [[usize; 2]; 4] = [[4096, 64], [1024, 256], [512, 1024], [256, 4096]];
 
@@ -25,13 +25,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 15,
             title: "Layer norm, sequences and the batch",
             version: 1,
-            text: "Layer norm suits sequences of any length and does not see the batch.",
+            text: "Layer norm suits sequences of any length and does not depend on the batch.",
             varied: "the norm (batch, layer) in a recurrent network and in a transformer of one block; the length of the sequence: the first 2, 4 and 8 rows of a digit",
-            fixed: "width 32, in training mode and untrained for the comparison of two sequences by themselves and in a batch of 32; 300 steps of AdamW on whole digits for the accuracy",
-            rule: "two parts, for both networks and each length: with layer norm the two have the outputs that they have in the batch within 1e-4; with batch norm it is off by 0.01 or more",
+            fixed: "width 32; the outputs of two sequences by themselves are compared with those in a batch of 32, untrained and in training mode; the accuracy is that after 300 steps of AdamW on whole digits",
+            rule: "two parts, for both networks and each length: with layer norm, the outputs of the two differ from those in the batch by at most 1e-4; with batch norm, they differ by 0.01 or more",
             plot: Plot {
                 metric: APART,
-                y: "largest difference from the batch",
+                y: "largest difference from the outputs in the batch",
                 x: Some("rows in the sequence"),
                 log_x: true,
                 log_y: true,
@@ -52,7 +52,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(d.median(ACCURACY, &format!("{net}, {norm}, whole digits")))
                 };
                 let figure = format!(
-                    "alone or in a batch: at most {} with layer norm, at least {} with batch norm; accuracy on whole digits {} % and {} % (recurrent), {} % and {} % (transformer)",
+                    "difference from the outputs in a batch at most {} with layer norm, at least {} with batch norm; accuracy on whole digits {} % and {} % (recurrent), {} % and {} % (transformer)",
                     show(layer),
                     show(batch),
                     accuracy("recurrent", "layer"),
@@ -61,7 +61,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     accuracy("transformer", "batch")
                 );
                 Judgement::parts(
-                    ["layer norm does not see the batch", "batch norm does"],
+                    ["layer norm does not depend on the batch", "batch norm does"],
                     [layer <= 1e-4, batch >= 0.01],
                     figure,
                 )
@@ -72,9 +72,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "RMS norm or layer norm",
             version: 2,
             text: "RMS norm needs only the scale, and is cheaper than layer norm.",
-            varied: "the norm of a transformer; the length of rows for the time of the layer alone",
-            fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time of forward and backward in f32 on one thread, layers by turns, medians",
-            rule: "two parts: the accuracy with RMS norm is at most 1 point below that with layer norm, seed by seed, in the median; at every length it takes at most 0.95 of the time in at least four of five seeds",
+            varied: "the norm of a transformer; for the time of the layer alone, the length of rows",
+            fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time of forward and backward in f32 on one thread, layers timed alternately, medians",
+            rule: "two parts: the accuracy with RMS norm is at most 1 point below that with layer norm (the median of the differences of each seed); at every length RMS norm takes at most 0.95 of the time of layer norm in at least four of five seeds",
             plot: Plot {
                 metric: "time",
                 y: "time of forward and backward, in ms",
@@ -93,7 +93,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     .map(|x| format!("×{} at {x}", show(median(&ratios(x)))))
                     .collect();
                 let figure = format!(
-                    "accuracy {} % with RMS norm, {} % with layer norm, which is {} above; time by that of layer norm: {}",
+                    "accuracy {} % with RMS norm, {} % with layer norm, which is {} higher; time relative to layer norm: {}",
                     show(d.median(ACCURACY, "transformer, rms")),
                     show(d.median(ACCURACY, "transformer, layer")),
                     spread(&lost, "points"),
@@ -201,8 +201,8 @@ impl ModuleT for Sequences {
 
 const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 0.1];
 
-fn trained(lab: &Lab, net: &str, norm: &str, arm: &str) -> Result<Vec<Measure>> {
-    lab.tuned(arm, &RATES, &digits()?, |sets, rate, seed| {
+fn trained(lab: &Lab, net: &str, norm: &str, variant: &str) -> Result<Vec<Measure>> {
+    lab.tuned(variant, &RATES, &digits()?, |sets, rate, seed| {
         let net = Net::new(seed, |vb| Sequences::new(net, norm, vb))?;
         let course = Course {
             steps: lab.steps(300),

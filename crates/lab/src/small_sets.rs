@@ -32,9 +32,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Batch norm as a regularizer",
             version: 1,
             text: "Batch norm regularizes, as dropout, L1 and L2 penalties, label smoothing and early stopping do.",
-            varied: "the means against overfitting, each alone and together with batch norm",
-            fixed: "200 digits to train on and 500 to test on, two hidden layers of 64, 300 steps of AdamW in batches of 32; dropout 0.2 of the pixels, L2 as a decoupled decay of 0.1 on the weights, L1 1e-4, smoothing 0.1; early stopping by 100 further digits",
-            rule: "three parts: batch norm alone raises the test accuracy in at least four of five seeds; with it, the gap between training and test shrinks in at least four of five; at least three of the five others raise the accuracy in four of five",
+            varied: "the regularizer, each alone and together with batch norm",
+            fixed: "200 digits for training and 500 for testing, two hidden layers of 64, 300 steps of AdamW in batches of 32; dropout of 0.2 of the pixels, L2 as a decoupled decay of 0.1 on the weights, L1 1e-4, smoothing 0.1; early stopping on 100 further digits",
+            rule: "three parts: batch norm alone raises the test accuracy in at least four of five seeds; with it, the gap between training and test accuracy shrinks in at least four of five; at least three of the five other regularizers raise the test accuracy in at least four of five",
             plot: Plot {
                 metric: TEST,
                 y: "test accuracy in percent",
@@ -45,14 +45,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [120, 60],
             run: regularizers,
             judge: |d| {
-                let gain = |arm: &str| d.gains(TEST, arm, "nothing");
+                let gain = |variant: &str| d.gains(TEST, variant, "nothing");
                 let gap = d.gains(GAP, "nothing", "nothing, batch norm");
                 let others = MEANS[1..]
                     .iter()
                     .map(|means| format!("{means} {}", spread(&gain(means), "")));
                 let batch = gain("nothing, batch norm");
                 let figure = format!(
-                    "batch norm alone {} on the test set, the gap between training and test smaller by {}; the others: {}",
+                    "batch norm alone raises the test accuracy by {}, and narrows the gap to the training accuracy by {}; gains of the others: {}",
                     spread(&batch, "points"),
                     spread(&gap, "points"),
                     others.collect::<Vec<_>>().join(", ")
@@ -67,7 +67,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     [
                         "batch norm raises the test accuracy",
                         "batch norm narrows the gap to the training accuracy",
-                        "most of the other means raise the test accuracy",
+                        "most other regularizers raise the test accuracy",
                     ],
                     parts,
                     figure,
@@ -84,7 +84,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             rule: "two parts, in at least four of five seeds each: the error in units of the range, with targets in [−1, 1], is below that in [0, 16]; and below that in [0, 1]",
             plot: Plot {
                 metric: "error",
-                y: "RMSE by the range of the target",
+                y: "RMSE relative to the range of the target",
                 x: None,
                 log_x: false,
                 log_y: false,
@@ -92,7 +92,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [30, 15],
             run: generator,
             judge: |d| {
-                let error = |arm| show(d.median("error", arm));
+                let error = |variant| show(d.median("error", variant));
                 let figure = format!(
                     "error {} in [0, 16], {} in [0, 1], {} in [−1, 1]",
                     error("0 to 16"),
@@ -102,7 +102,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let lower = |than| mostly(&d.gains("error", than, "−1 to 1"), |d| d > 0.);
                 Judgement::of(
                     &["0 to 16", "0 to 1"].map(lower),
-                    "the range: what tanh cannot reach is lost, what it can is not",
+                    "the range (values that tanh cannot reach are lost)",
                     figure,
                 )
             },
@@ -145,12 +145,12 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
     let mut all = vec![];
     for norm in ["none", "batch"] {
         for means in MEANS {
-            let arm = format!(
+            let variant = format!(
                 "{means}{}",
                 if norm == "batch" { ", batch norm" } else { "" }
             );
             all.extend(lab.tuned(
-                &arm,
+                &variant,
                 &RATES,
                 &sets,
                 |Few { train, held, test }, rate, seed| {
@@ -239,14 +239,14 @@ fn generator(lab: &Lab) -> Result<Vec<Measure>> {
     let signed = |d: &Digits| (&d.images * 2.)? - 1.;
     let sets = flat_digits()?.map(|(train, test)| Ok([signed(train)?, signed(test)?]))?;
     let mut all = vec![];
-    for (arm, low, range) in [
+    for (variant, low, range) in [
         ("0 to 16", 0., 16.),
         ("0 to 1", 0., 1.),
         ("−1 to 1", -1., 2.),
     ] {
         let target = |x: &Tensor| ((x + 1.)? * (range / 2.))? + low;
         all.extend(
-            lab.tuned(arm, &RATES, &sets, |[train, unseen], rate, seed| {
+            lab.tuned(variant, &RATES, &sets, |[train, unseen], rate, seed| {
                 let net = Net::new(seed, |vb| {
                     Mlp::new("none", &[64, 32, 8, 32], 64, Activation::Tanh, vb)
                 })?;

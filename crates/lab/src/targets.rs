@@ -30,10 +30,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 1,
             title: "Targets in dollars or normalized",
             version: 2,
-            text: "Training on targets that were not normalized takes 37 % more iterations to the same accuracy.",
-            varied: "the target: dollars, or their z-score",
-            fixed: "a network of two hidden layers of 32, z-scored inputs, batches of 64, AdamW without decay, starts and batches of a seed",
-            rule: "confirmed if dollars take 1.2 to 1.6 times the steps of z-scores; else not",
+            text: "Training on targets that are not normalized takes 37 % more iterations to reach the same accuracy.",
+            varied: "the target: the price in dollars, or its z-score",
+            fixed: "a network with two hidden layers of 32, z-scored inputs, batches of 64, AdamW without decay, initial weights and batches of each seed",
+            rule: "confirmed if dollars take 1.2 to 1.6 times as many steps as z-scores; otherwise not confirmed",
             plot: Plot {
                 metric: STEPS,
                 y: STEPS,
@@ -46,7 +46,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             judge: |d| {
                 let ratio = d.median(STEPS, "dollars") / d.median(STEPS, "z-score");
                 let figure = match ratio.is_finite() {
-                    true => format!("{} times the steps to R² 0.9", show(ratio)),
+                    true => format!("{} times as many steps to R² 0.9", show(ratio)),
                     false => "dollars do not reach R² 0.9 in 1000 steps".to_string(),
                 };
                 Judgement::of(&[(1.2..=1.6).contains(&ratio)], "", figure)
@@ -58,8 +58,8 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "A target range 10 times larger makes the output layer's gradient 10 times larger.",
             varied: "a factor k on the target: z-scores times k, or the range from 0 to k",
-            fixed: "the network of claim 1 at its start, the loss (mean squared error) on all training cars",
-            rule: "for both kinds of target, and from k = 1 to 10 and from 10 to 100: the gradient grows 9 to 11 times",
+            fixed: "the network of claim 1 at initialization, the loss (mean squared error) on all training cars",
+            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the gradient grows by a factor of 9 to 11",
             plot: Plot {
                 metric: "gradient norm",
                 y: "norm of the output layer's gradient",
@@ -78,7 +78,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "The mean squared error grows with k²; car prices left in dollars start with a loss of 1e8.",
             varied: "a factor k on the target, and the target in dollars",
             fixed: "as in claim 2",
-            rule: "for both kinds of target, and from k = 1 to 10 and from 10 to 100: the loss grows 90 to 110 times; and the loss in dollars is within a factor of 10 of 1e8",
+            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the loss grows by a factor of 90 to 110; and the loss in dollars is within a factor of 10 of 1e8",
             plot: Plot {
                 metric: "loss",
                 y: "first loss",
@@ -97,7 +97,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let more = (
                     "dollars".to_string(),
                     (1e7..=1e9).contains(&dollars),
-                    format!("in dollars the first loss is {}", show(dollars)),
+                    format!("the first loss in dollars is {}", show(dollars)),
                 );
                 growth(d, "loss", 90. ..=110., vec![more])
             },
@@ -107,9 +107,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Scaling per batch or once",
             version: 3,
             text: "An unnormalized network can end up predicting the same value for every sample; normalizing each batch by itself makes training and inference disagree; parameters fitted once on the training set fix both.",
-            varied: "min-max of inputs and targets: none, of each batch by itself, fitted to the training set",
-            fixed: "the network of claim 1, 1000 steps; the test set is asked for at once and one car at a time",
-            rule: "three parts: without normalization the spread of the predictions is below 0.1 of that of the prices; normalized per batch, the error one at a time is over 1.5 times that at once; fitted, the two errors agree within 1 % and the spread is above 0.5",
+            varied: "min-max scaling of inputs and targets: none, of each batch by itself, or fitted to the training set",
+            fixed: "the network of claim 1, 1000 steps; the test set is evaluated at once, and one car at a time",
+            rule: "three parts: without normalization, the standard deviation of the predictions is below 0.1 of that of the prices (the spread); with normalization per batch, the error for one car at a time is over 1.5 times the error at once; with fitted parameters, the two errors agree within 1 % and the spread is above 0.5",
             plot: Plot {
                 metric: "RMSE, one at a time",
                 y: "RMSE in dollars, one car at a time",
@@ -120,7 +120,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [30, 15],
             run: fitted_or_not,
             judge: |d| {
-                let m = |metric, arm| d.median(metric, arm);
+                let m = |metric, variant| d.median(metric, variant);
                 let (once, single, spread) = ("RMSE", "RMSE, one at a time", "spread");
                 let disagreement = m(single, "per batch") / m(once, "per batch");
                 let fitted = m(single, "fitted") / m(once, "fitted");
@@ -130,7 +130,7 @@ pub(crate) fn claims() -> Vec<Claim> {
                     (fitted - 1.).abs() < 0.01 && m(spread, "fitted") > 0.5,
                 ];
                 let figure = format!(
-                    "spread of predictions {} (none), {} (fitted); error one at a time ×{} per batch, ×{} fitted",
+                    "spread of the predictions {} (none), {} (fitted); error for one car at a time relative to all at once ×{} per batch, ×{} fitted",
                     show(m(spread, "none")),
                     show(m(spread, "fitted")),
                     show(disagreement),
@@ -138,9 +138,9 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 Judgement::parts(
                     [
-                        "a network on raw data predicts nearly one value",
-                        "batches scaled by themselves disagree with inference",
-                        "parameters that were fitted once agree",
+                        "the network predicts nearly one value without normalization",
+                        "training and inference disagree with normalization per batch",
+                        "training and inference agree with fitted parameters",
                     ],
                     parts,
                     figure,
@@ -152,9 +152,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Weight norm",
             version: 2,
             text: "Weight norm is independent of the batch and speeds up regression, generative and reinforcement models.",
-            varied: "the norm: none, batch, weight; the task: car prices (z-scores), an autoencoder of digits, a pole to be balanced (without batch norm: a game has few states)",
-            fixed: "two hidden layers of 32 and an autoencoder 64-32-8-32-64, batches of 64, AdamW without decay; on the pole updates take the place of steps, with the policy, the value network and the training of the example `cartpole`, for 60 updates",
-            rule: "four parts: asked two at a time in training mode, the outputs with weight norm are those in a batch within 1e-4; to R² 0.9 on prices, to an error of 0.05 on digits, and to a pole that stands for 400 of 500 steps, weight norm takes at most 0.9 times the steps of none, and fewer in at least four of five seeds",
+            varied: "the norm: none, batch, weight; the task: car prices (z-scores), an autoencoder of digits, pole balancing (without batch norm, because an episode has few states)",
+            fixed: "two hidden layers of 32 and an autoencoder 64-32-8-32-64, batches of 64, AdamW without decay; for the pole, updates are counted in place of steps, and policy, value network and training are those of the example `cartpole`, for 60 updates",
+            rule: "four parts: evaluated two at a time in training mode, the outputs with weight norm are those in a batch within 1e-4; to R² 0.9 on prices, to an error of 0.05 on digits, and to a pole that stays up for 400 of 500 steps, weight norm takes at most 0.9 times as many steps as no norm, and fewer in at least four of five seeds",
             plot: Plot {
                 metric: "steps, prices",
                 y: STEPS,
@@ -168,19 +168,23 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let ratio = |metric| d.median(metric, "weight") / d.median(metric, "none");
                 let tasks = ["steps, prices", "steps, digits", "steps, pole"];
                 let ratios = tasks.map(ratio);
-                let alone = d.median("alone or in a batch", "weight");
+                let alone = d.median("difference from the batch", "weight");
                 let fewer = tasks.map(|task| d.gains(task, "none", "weight"));
                 let words = ["prices", "digits", "the pole"]
                     .iter()
                     .zip(ratios)
                     .zip(&fewer);
                 let words = words.map(|((task, ratio), fewer)| {
-                    format!("×{} on {task}, fewer by {}", show(ratio), spread(fewer, ""))
+                    format!(
+                        "×{} on {task}, steps saved {}",
+                        show(ratio),
+                        spread(fewer, "")
+                    )
                 });
                 let figure = format!(
-                    "alone or in a batch: {} (weight), {} (batch); steps of weight by those of none: {}",
+                    "difference from the outputs in a batch {} (weight), {} (batch); steps with weight norm relative to no norm: {}",
                     show(alone),
-                    show(d.median("alone or in a batch", "batch")),
+                    show(d.median("difference from the batch", "batch")),
                     words.collect::<Vec<_>>().join("; ")
                 );
                 let faster = |i: usize| ratios[i] <= 0.9 && mostly(&fewer[i], |d| d > 0.);
@@ -201,10 +205,10 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 21,
             title: "Losses of several terms",
             version: 1,
-            text: "In a loss of several terms the largest term leads unless each is normalized.",
-            varied: "the sum of the losses of price and mileage (in thousands) and of the make: plain, or each by its running size",
-            fixed: "a network of two hidden layers of 32 with three outputs, 10 z-scored inputs that tell neither mileage nor make, 600 steps of AdamW",
-            rule: "confirmed if scaling raises the accuracy of the make, the smallest term, in at least four of five seeds; not if its median gain is none; between, it depends on the seed",
+            text: "In a loss of several terms, the largest term dominates unless each is normalized.",
+            varied: "the sum of the losses of price and mileage (in thousands) and of the make: plain, or each divided by its running size",
+            fixed: "a network with two hidden layers of 32 and three outputs, 10 z-scored inputs that contain neither mileage nor make, 600 steps of AdamW",
+            rule: "confirmed if scaling raises the accuracy of the make, the smallest term, in at least four of five seeds; not confirmed if the median gain is not positive; otherwise it depends on the seed",
             plot: Plot {
                 metric: "make, %",
                 y: "accuracy of the make, in percent",
@@ -215,15 +219,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             runs: [20, 10],
             run: several_terms,
             judge: |d| {
-                let m = |metric, arm| d.median(metric, arm);
-                let gain = d.gains("make, %", "by running size", "plain sum");
+                let m = |metric, variant| d.median(metric, variant);
+                let gain = d.gains("make, %", "divided by running size", "plain sum");
                 let both = |metric| {
-                    let [scaled, plain] =
-                        ["by running size", "plain sum"].map(|arm| show(m(metric, arm)));
-                    format!("{scaled} against {plain}")
+                    let [scaled, plain] = ["divided by running size", "plain sum"]
+                        .map(|variant| show(m(metric, variant)));
+                    format!("{scaled} versus {plain}")
                 };
                 let figure = format!(
-                    "scaled against plain sum: make {} %, {}; R² of price {}, of mileage {}",
+                    "scaled versus plain sum: make {} %, {}; R² of price {}, of mileage {}",
                     both("make, %"),
                     spread(&gain, "points"),
                     both("price, R²"),
@@ -244,10 +248,10 @@ fn growth(
     more: Vec<(String, bool, String)>,
 ) -> Judgement {
     let mut parts = vec![];
-    for arm in ["z-score", "0 to k"] {
+    for variant in ["z-score", "0 to k"] {
         for (from, to) in [(1., 10.), (10., 100.)] {
-            let ratio = d.at(metric, arm, to) / d.at(metric, arm, from);
-            let name = format!("{arm} from {from} to {to}");
+            let ratio = d.at(metric, variant, to) / d.at(metric, variant, from);
+            let name = format!("{variant} from {from} to {to}");
             let figure = format!("{name}: ×{}", show(ratio));
             parts.push((name, wanted.contains(&ratio), figure));
         }
@@ -267,10 +271,10 @@ fn raw_targets(lab: &Lab) -> Result<Vec<Measure>> {
     ];
     let sets = cars()?.map(Prices::new)?;
     let mut all = vec![];
-    for arm in ["dollars", "z-score"] {
-        all.extend(lab.tuned(arm, &RATES, &sets, |cars, rate, seed| {
+    for variant in ["dollars", "z-score"] {
+        all.extend(lab.tuned(variant, &RATES, &sets, |cars, rate, seed| {
             let net = mlp("none", seed)?;
-            let y = match arm {
+            let y = match variant {
                 "dollars" => &cars.dollars,
                 _ => &cars.scores,
             };
@@ -310,8 +314,8 @@ fn at_start(lab: &Lab, pick: fn(f64, f64) -> (&'static str, f64)) -> Result<Vec<
     let cars = Prices::new(&Split::load()?)?;
     let ranged = min_max(&cars.dollars[0])?.transform(&cars.dollars[0])?;
     let mut all = vec![];
-    for (arm, target) in [("z-score", &cars.scores[0]), ("0 to k", &ranged)] {
-        all.extend(lab.seeded(arm, |seed| {
+    for (variant, target) in [("z-score", &cars.scores[0]), ("0 to k", &ranged)] {
+        all.extend(lab.seeded(variant, |seed| {
             let net = mlp("none", seed)?;
             let mut readings = vec![];
             for k in [1., 10., 100.] {
@@ -344,14 +348,14 @@ fn min_max(x: &Tensor) -> Result<MinMaxScaler> {
 fn fitted_or_not(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = cars()?;
     let mut all = vec![];
-    for arm in ["none", "per batch", "fitted"] {
-        let scaled = |x: &Tensor, fitted: &MinMaxScaler| match arm {
+    for variant in ["none", "per batch", "fitted"] {
+        let scaled = |x: &Tensor, fitted: &MinMaxScaler| match variant {
             "none" => Ok(x.clone()),
             "fitted" => fitted.transform(x),
             _ => min_max(x)?.transform(x),
         };
         let rates = [1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.];
-        all.extend(lab.tuned(arm, &rates, &sets, |split, rate, seed| {
+        all.extend(lab.tuned(variant, &rates, &sets, |split, rate, seed| {
             let (train, test) = (&split.train, &split.test);
             let (inputs, prices) = (min_max(&train.inputs)?, min_max(&train.prices)?);
             let net = mlp("none", seed)?;
@@ -367,7 +371,7 @@ fn fitted_or_not(lab: &Lab) -> Result<Vec<Measure>> {
             // Prices of a batch are not known when it is asked for: those of the training set bring predictions back.
             let ask = |x: &Tensor| -> Result<Tensor> {
                 let y = net.model.forward_t(&scaled(x, &inputs)?, false)?;
-                if arm == "none" {
+                if variant == "none" {
                     Ok(y)
                 } else {
                     prices.inverse_transform(&y)
@@ -421,7 +425,7 @@ fn weight_norm(lab: &Lab) -> Result<Vec<Measure>> {
                 score,
                 vec![
                     ("steps, prices", 0., reached),
-                    ("alone or in a batch", 0., apart),
+                    ("difference from the batch", 0., apart),
                 ],
             ))
         })?);
@@ -508,9 +512,9 @@ fn terms(split: &Split) -> Result<[Terms; 2]> {
 fn several_terms(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = cars()?.map(terms)?;
     let mut all = vec![];
-    for arm in ["plain sum", "by running size"] {
+    for variant in ["plain sum", "divided by running size"] {
         all.extend(lab.tuned(
-            arm,
+            variant,
             &[1e-3, 3e-3, 1e-2, 3e-2, 0.1],
             &sets,
             |[train, test], rate, seed| {
@@ -536,7 +540,7 @@ fn several_terms(lab: &Lab) -> Result<Vec<Measure>> {
                     let make =
                         cross_entropy(&y.narrow(1, 2, 6)?, &train.y[2].index_select(&rows, 0)?)?;
                     let terms = [square(0)?, square(1)?, make];
-                    let loss = match arm {
+                    let loss = match variant {
                         "plain sum" => ((&terms[0] + &terms[1])? + &terms[2])?,
                         _ => balancer.balance(&terms)?,
                     };

@@ -30,18 +30,50 @@ fn range(dtype: DType) -> (f64, f64) {
 /// the rms of `want`.
 #[track_caller]
 pub fn assert_close(what: &str, got: &Tensor, want: &[f64], tolerance: f64) {
-    assert_in_dtype(what, got, want, &vec![0.; want.len()], tolerance);
+    let zeros = vec![0.; want.len()];
+    assert_in_dtype(what, got, want, &zeros, &zeros, tolerance);
+}
+
+/// [`assert_close`] with what each element may be off by beside its tolerance: the rounding of
+/// terms that cancel.
+#[track_caller]
+pub fn assert_close_beside(
+    what: &str,
+    got: &Tensor,
+    want: &[f64],
+    rounding: &[f64],
+    tolerance: f64,
+) {
+    let zeros = vec![0.; want.len()];
+    assert_in_dtype(what, got, want, &zeros, rounding, tolerance);
+}
+
+/// Half the distance of neighboring numbers, relative to their size, in the precision that sums
+/// over numbers of `dtype` have.
+pub fn unit_roundoff(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => f64::EPSILON / 2.,
+        _ => f64::from(f32::EPSILON) / 2.,
+    }
 }
 
 /// [`assert_close`], but where the terms of an element are more than twice the rms, and so cancel,
 /// their size is its scale.
 #[track_caller]
 pub fn assert_gradient(what: &str, got: &Tensor, want: &Gradient, tolerance: f64) {
-    assert_in_dtype(what, got, &want.values, &want.terms, tolerance);
+    let zeros = vec![0.; want.values.len()];
+    assert_in_dtype(what, got, &want.values, &want.terms, &zeros, tolerance);
 }
 
 #[track_caller]
-fn assert_in_dtype(what: &str, got: &Tensor, want: &[f64], terms: &[f64], tolerance: f64) {
+fn assert_in_dtype(
+    what: &str,
+    got: &Tensor,
+    want: &[f64],
+    terms: &[f64],
+    rounding: &[f64],
+    tolerance: f64,
+) {
     let (largest, step) = range(got.dtype());
     let got = values(got).expect("a float tensor");
     // What is beyond the dtype's range is infinite in it, and its smallest numbers are as far apart
@@ -51,10 +83,13 @@ fn assert_in_dtype(what: &str, got: &Tensor, want: &[f64], terms: &[f64], tolera
             && got.signum() == want.signum()
             && want.abs() >= largest * (1. - tolerance)
     };
-    let got: Vec<f64> = (got.iter().zip(want))
-        .map(|(&got, &want)| match out_of_range(got, want) {
+    let got: Vec<f64> = (got.iter().zip(want).zip(rounding))
+        .map(|((&got, &want), rounding)| match out_of_range(got, want) {
             true => want,
-            false => got - (got - want).clamp(-step / 2., step / 2.),
+            false => {
+                let off = step / 2. + rounding;
+                got - (got - want).clamp(-off, off)
+            }
         })
         .collect();
     assert_near(what, &got, want, terms, tolerance);
@@ -132,6 +167,16 @@ mod tests {
         // Terms count only where they cancel.
         assert!(!passes(1.021, 1., 1.9));
         assert!(passes(1.021, 1., 2.1));
+    }
+
+    #[test]
+    fn a_rounding_of_terms_comes_on_top() {
+        let got = tensor(&[1.5, 1.], &[2], DType::F64).unwrap();
+        let passes = |rounding: f64| {
+            let check = || assert_close_beside("", &got, &[1., 1.], &[rounding, 0.], 0.01);
+            catch_unwind(check).is_ok()
+        };
+        assert!(passes(0.49) && !passes(0.47));
     }
 
     #[test]

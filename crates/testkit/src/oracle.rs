@@ -49,6 +49,8 @@ impl Source {
 pub struct Forward {
     /// Output, in row-major order.
     pub y: Vec<f64>,
+    /// Size of each `x̂ · weight`, which a bias may cancel.
+    pub products: Vec<f64>,
     /// Of each row; 0 where rows are not centered.
     pub mean: Vec<f64>,
     /// Of each row, biased; the mean square where rows are not centered.
@@ -316,15 +318,16 @@ impl Norm {
     /// `(x − mean) / √(var + ε) · weight + bias`, and the statistics.
     pub fn forward(&self, x: &[f64], weight: Option<&[f64]>, bias: Option<&[f64]>) -> Forward {
         let mut n = self.normalized(x);
-        let y = (0..x.len())
-            .map(|i| {
-                let slot = self.slots[i];
-                n.xhat[i] * self.weight(weight, slot) + bias.map_or(0., |b| b[slot])
-            })
+        let products: Vec<f64> = (0..x.len())
+            .map(|i| n.xhat[i] * self.weight(weight, self.slots[i]))
+            .collect();
+        let y = (products.iter().zip(&self.slots))
+            .map(|(product, &slot)| product + bias.map_or(0., |b| b[slot]))
             .collect();
         let s = n.sources.swap_remove(0);
         Forward {
             y,
+            products: products.into_iter().map(f64::abs).collect(),
             mean: s.mean,
             var: s.var,
             count: s.count,
