@@ -108,7 +108,9 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backend;
+mod collective;
 mod computations;
+pub mod distributed;
 // The pages of `docs`; their examples are tests. Brackets there are citations and shapes;
 // `tests/docs/readme.rs` follows the links.
 mod graph;

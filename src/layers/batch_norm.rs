@@ -7,6 +7,7 @@ use candle_nn::{ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
 
+use super::batch::Taken;
 use super::foldable::Foldable;
 use super::frozen::FrozenNorm;
 use super::names::Names;
@@ -14,7 +15,6 @@ use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Taken;
 use crate::computations::FixedStatistics;
 use crate::ops::{self, check};
 

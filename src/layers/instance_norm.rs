@@ -5,13 +5,13 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 use candle_nn::{ModuleT, VarBuilder};
 
+use super::batch::Taken;
 use super::frozen::FrozenNorm;
 use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Taken;
 use crate::computations::FixedStatistics;
 use crate::ops::{self, check};
 

@@ -1,6 +1,7 @@
 //! The layers: parameters, configuration, running statistics. Their formulas are computed by
 //! [`ops`](crate::ops).
 
+mod batch;
 pub mod batch_norm;
 pub(crate) mod conv1d;
 mod foldable;
@@ -10,6 +11,7 @@ pub mod instance_norm;
 pub(crate) mod layer_norm;
 mod names;
 mod norm;
+mod observe;
 mod options;
 pub(crate) mod params;
 mod rev_in;
@@ -27,9 +29,9 @@ pub use frozen::FrozenNorm;
 pub(crate) use names::{NONE, Names};
 pub(crate) use norm::Identity;
 pub use norm::Norm;
+pub(crate) use observe::Recalibrating;
 pub(crate) use options::NormOptions;
 pub use params::Affine;
 pub use rev_in::{RevIn, RevInOptions, RevInStats, rev_in};
-pub(crate) use running_stats::Recalibrating;
 pub use running_stats::{RunningStats, Snapshot};
 pub use updates::{pool_updates, without_updates};

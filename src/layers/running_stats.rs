@@ -5,10 +5,10 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var, bail};
 use candle_nn::{Init, VarBuilder};
 
+use super::batch::Batch;
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, path};
 use super::shared_state::{Shared, State};
-use super::updates::{self, Batch, Scope, Taken};
-use crate::ops::{BatchStatistics, check};
+use crate::ops::check;
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
 ///
@@ -255,6 +255,21 @@ impl RunningStats {
         self.0.layer
     }
 
+    /// Whether training batches change the statistics.
+    pub(super) fn are_tracked(&self) -> bool {
+        self.0.tracked
+    }
+
+    /// Puts the cumulative average in force, in place of any momentum, as often as it is called.
+    pub(super) fn start_recalibration(&self) {
+        self.0.shared.write().recalibrations += 1;
+    }
+
+    /// Takes back one [start](Self::start_recalibration).
+    pub(super) fn end_recalibration(&self) {
+        self.0.shared.write().recalibrations -= 1;
+    }
+
     /// Whether both are of the same variables, of which they may be for different layers.
     pub(super) fn has_variables_of(&self, other: &Self) -> bool {
         let (a, b) = (&*self.0, &*other.0);
@@ -366,46 +381,6 @@ impl RunningStats {
         self.0.next_momentum(&state).unwrap_or(1.)
     }
 
-    /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
-    /// [`ops::batch_norm`](crate::ops::batch_norm) returns them: for a norm of your own.
-    ///
-    /// [`without_updates`](crate::without_updates) and [`pool_updates`](crate::pool_updates) act
-    /// here. An empty batch has no statistics, and changes nothing.
-    ///
-    /// # Errors
-    /// Statistics of another number of channels; those that are not finite, if they are refused.
-    /// Nothing is changed then.
-    pub fn observe(&self, x: &Tensor, statistics: Option<BatchStatistics>) -> Result<()> {
-        for (name, value) in statistics
-            .iter()
-            .flat_map(|s| [("mean", &s.mean), ("var", &s.var)])
-        {
-            if value.elem_count() != self.mean().elem_count() {
-                check::shape(self.0.layer, name, value, self.mean().dims())?;
-            }
-        }
-        self.observe_as(x, statistics, Taken::OverValues { correction: 1 })
-    }
-
-    /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread
-    /// say. An empty batch has none, and a layer that tracks none takes none.
-    pub(crate) fn observe_as(
-        &self,
-        x: &Tensor,
-        statistics: Option<BatchStatistics>,
-        taken: Taken,
-    ) -> Result<()> {
-        let Some(statistics) = statistics.filter(|_| self.0.tracked) else {
-            return Ok(());
-        };
-        let batch = Batch::new(x, statistics, taken);
-        let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
-        match updates::offer(self, batch)? {
-            Some(_) => self.update(&fitted),
-            None => Ok(()),
-        }
-    }
-
     /// `batch` in the shape and dtype of the statistics, refused if it would poison them. `of` is
     /// what a message calls it.
     pub(super) fn fitted(&self, mut batch: Batch, of: impl Fn() -> String) -> Result<Batch> {
@@ -499,32 +474,6 @@ fn dtype_in(model: DType) -> DType {
     match model {
         DType::F64 => DType::F64,
         _ => DType::F32,
-    }
-}
-
-/// Puts the cumulative average in force until it is dropped, also when the model panics.
-pub(crate) struct Recalibrating<'a> {
-    stats: &'a [&'a RunningStats],
-    _scope: Scope,
-}
-
-impl<'a> Recalibrating<'a> {
-    pub(crate) fn start(stats: &'a [&'a RunningStats]) -> Self {
-        for s in stats {
-            s.0.shared.write().recalibrations += 1;
-        }
-        Self {
-            stats,
-            _scope: Scope::applying(),
-        }
-    }
-}
-
-impl Drop for Recalibrating<'_> {
-    fn drop(&mut self) {
-        for s in self.stats {
-            s.0.shared.write().recalibrations -= 1;
-        }
     }
 }
 

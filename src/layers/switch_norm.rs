@@ -3,12 +3,12 @@
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{Init, Module, ModuleT, VarBuilder};
 
+use super::batch::Taken;
 use super::names::Names;
 use super::norm::{Norm, OnLastAxis};
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use super::updates::Taken;
 use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchSources, check};
 
 const LAYER: &str = "SwitchNorm";

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// Rooms from the lowest floor to the highest: folders and files of `src`.
-const FLOORS: [&str; 6] = [
+const FLOORS: [&str; 7] = [
+    "collective",
     "computations",
     "backend",
     "graph",
@@ -84,8 +85,9 @@ const CRATES: [Crate; 4] = [
 type Forbidden = fn(&str) -> bool;
 
 /// Words that must not occur in a room.
-const NEVER: [(&str, Forbidden); 8] = [
+const NEVER: [(&str, Forbidden); 9] = [
     ("support", below_tensors),
+    ("collective", tensors),
     ("computations", below_tensors),
     ("backend", custom_op),
     ("ops", custom_op),
@@ -297,6 +299,12 @@ fn custom_op(word: &str) -> bool {
     word.starts_with("CustomOp") || word.starts_with("apply_op")
 }
 
+/// Words of tensors, of which a group of ranks knows nothing.
+fn tensors(word: &str) -> bool {
+    let tensor = ["Tensor", "Var", "VarMap", "Device"].contains(&word);
+    tensor || custom_op(word) || [KERNELS, "rayon"].contains(&word)
+}
+
 /// Words of `graph`, `backend` and the kernels alone.
 fn below_tensors(word: &str) -> bool {
     let storage = word.contains("storage") || word.contains("Storage");
@@ -397,8 +405,16 @@ fn lines_of_the_crates_end_at_100_columns() {
 
 /// Rooms in which messages for users are made: those of one layer beside it, those of several in
 /// `ops/check` and `support`.
-const SPEAK: [&str; 7] = [
-    "graph", "layers", "models", "nn", "ops", "scaling", "support",
+const SPEAK: [&str; 9] = [
+    "collective",
+    "distributed",
+    "graph",
+    "layers",
+    "models",
+    "nn",
+    "ops",
+    "scaling",
+    "support",
 ];
 
 fn makes_messages(source: &Source) -> bool {
@@ -590,6 +606,8 @@ mod scanner {
             ("models/a.rs", "use candle_norm_kernels::Float;"),
             ("ops/a.rs", "fn f(norm: &dyn crate::Norm) {}"),
             ("ops/a.rs", "x.apply_op2_no_bwd(y, &op)"),
+            ("collective/a.rs", "use crate::computations::Args;"),
+            ("collective/a.rs", "fn f(x: &Tensor) {}"),
         ] {
             assert!(
                 !broken_rules(&source(path, text)).is_empty(),
@@ -619,6 +637,9 @@ mod scanner {
             ),
             ("models/a.rs", "use candle_norm_scaling::Archive;"),
             ("layers/a.rs", "use candle_norm_support::messages;"),
+                "computations/a.rs",
+                "use crate::collective::Collective; fn f(x: &Tensor) {}",
+            ),
             ("models/a.rs", "use crate::{Norm, layers, ops::check};"),
             (
                 "graph/node.rs",

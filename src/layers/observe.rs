@@ -1,0 +1,76 @@
+//! Statistics of training batches taken into running statistics, as the scopes of the thread say.
+
+use candle_core::{Result, Tensor};
+
+use super::batch::{Batch, Taken};
+use super::running_stats::RunningStats;
+use super::updates::{self, Scope};
+use crate::ops::{BatchStatistics, check};
+
+impl RunningStats {
+    /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
+    /// [`ops::batch_norm`](crate::ops::batch_norm) returns them: for a norm of your own.
+    ///
+    /// [`without_updates`](crate::without_updates) and [`pool_updates`](crate::pool_updates) act
+    /// here. An empty batch has no statistics, and changes nothing.
+    ///
+    /// # Errors
+    /// Statistics of another number of channels; those that are not finite, if they are refused.
+    /// Nothing is changed then.
+    pub fn observe(&self, x: &Tensor, statistics: Option<BatchStatistics>) -> Result<()> {
+        for (name, value) in statistics
+            .iter()
+            .flat_map(|s| [("mean", &s.mean), ("var", &s.var)])
+        {
+            if value.elem_count() != self.mean().elem_count() {
+                check::shape(self.layer(), name, value, self.mean().dims())?;
+            }
+        }
+        self.observe_as(x, statistics, Taken::OverValues { correction: 1 })
+    }
+
+    /// Takes in the statistics of the training batch `x`, as the [scopes](updates) of this thread
+    /// say. An empty batch has none, and a layer that tracks none takes none.
+    pub(crate) fn observe_as(
+        &self,
+        x: &Tensor,
+        statistics: Option<BatchStatistics>,
+        taken: Taken,
+    ) -> Result<()> {
+        let Some(statistics) = statistics.filter(|_| self.are_tracked()) else {
+            return Ok(());
+        };
+        let batch = Batch::new(x, statistics, taken);
+        let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
+        match updates::offer(self, batch)? {
+            Some(_) => self.update(&fitted),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Puts the cumulative average in force until it is dropped, also when the model panics.
+pub(crate) struct Recalibrating<'a> {
+    stats: &'a [&'a RunningStats],
+    _scope: Scope,
+}
+
+impl<'a> Recalibrating<'a> {
+    pub(crate) fn start(stats: &'a [&'a RunningStats]) -> Self {
+        for s in stats {
+            s.start_recalibration();
+        }
+        Self {
+            stats,
+            _scope: Scope::applying(),
+        }
+    }
+}
+
+impl Drop for Recalibrating<'_> {
+    fn drop(&mut self) {
+        for s in self.stats {
+            s.end_recalibration();
+        }
+    }
+}

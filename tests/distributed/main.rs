@@ -1,0 +1,3 @@
+//! Several ranks: groups of threads, their faults, and layers and models on them.
+
+mod threads;
