@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Result, Tensor};
 
 use super::composed;
+use super::spread::{Affine, AffineGradients, Spread};
 use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 
 /// Where the statistics of the channels come from.
@@ -71,6 +72,8 @@ pub(crate) struct Channels {
     pub(crate) source: Source,
     /// As the accumulator holds it.
     pub(crate) eps: f64,
+    /// Of weight and bias.
+    pub(crate) spread: Spread,
 }
 
 impl Channels {
@@ -81,6 +84,18 @@ impl Channels {
             axes: ChannelAxes::of(x),
             source,
             eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+            spread: Spread::Channel,
+        }
+    }
+
+    /// Weight, and bias, in the dtype that they are applied in.
+    fn affine<'a>(&self, weight: Option<&'a Tensor>, bias: Option<&'a Tensor>) -> Affine<'a> {
+        let (dims, along) = self.spread.along(self.axes);
+        Affine {
+            weight,
+            bias,
+            dims,
+            along,
         }
     }
 
@@ -114,6 +129,39 @@ impl Channels {
     }
 }
 
+impl Channels {
+    /// The gradients where weight and bias are spread wider than the channels.
+    fn spread_gradients(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        dy: &Tensor,
+    ) -> Result<Gradients<Tensor>> {
+        let (rows, acc) = (self.by_channel(x)?, dy.dtype());
+        let affine = self.affine(weight, None);
+        let (dx, AffineGradients { dweight, dbias, .. }) = match &self.source {
+            Source::Own { center } => {
+                let standardized = composed::standardize(&rows, *center, self.eps)?;
+                let grads = affine.gradients(&self.in_order(&standardized.y)?, dy)?;
+                let g = self.by_channel(&grads.g)?;
+                (composed::through(&standardized, &g, *center)?, grads)
+            }
+            Source::Given(given) => {
+                let [mean, inv_std] = self.factors(given, DType::F64)?.map(|f| f.to_dtype(acc));
+                let (mean, inv_std) = (mean?, inv_std?);
+                let normal = rows.broadcast_sub(&mean)?.broadcast_mul(&inv_std)?;
+                let grads = affine.gradients(&self.in_order(&normal)?, dy)?;
+                (self.by_channel(&grads.g)?.broadcast_mul(&inv_std)?, grads)
+            }
+        };
+        Ok(Gradients {
+            dx: self.in_order(&dx)?,
+            dweight: Some(dweight),
+            dbias: Some(dbias),
+        })
+    }
+}
+
 /// Factors of the forward in the accumulator's dtype, as [`FixedStatistics`] keep them.
 struct ComposedFactors(DType, [Tensor; 2]);
 
@@ -130,6 +178,14 @@ impl Computation for Channels {
             Source::Own { center } => {
                 let rows = self.by_channel(&composed::unshared(x)?)?;
                 let standardized = composed::standardize(&rows, *center, self.eps)?;
+                if self.spread != Spread::Channel {
+                    let affine = self.affine(weight.as_ref(), bias.as_ref());
+                    let y = affine.apply(&self.in_order(&standardized.y)?)?;
+                    return Ok(Composed {
+                        y: y.to_dtype(x.dtype())?.reshape(x.shape())?,
+                        statistics: Some(standardized.statistics),
+                    });
+                }
                 let y = standardized.y.unsqueeze(0)?;
                 let y = composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?;
                 let y = self.in_order(&y.to_dtype(x.dtype())?)?;
@@ -145,7 +201,8 @@ impl Computation for Channels {
                 }
                 let [mean, inv_std] = &factors.1;
                 let y = x.broadcast_sub(mean)?.broadcast_mul(inv_std)?;
-                let y = composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?;
+                let affine = self.affine(weight.as_ref(), bias.as_ref());
+                let y = affine.apply(&y)?;
                 (y.to_dtype(args.x.dtype())?, None)
             }
         };
@@ -156,6 +213,9 @@ impl Computation for Channels {
     fn composed_gradients(&self, args: Args<&Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
         let acc = composed::accumulator(args.x.dtype());
         let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
+        if self.spread != Spread::Channel {
+            return self.spread_gradients(args.x, weight.as_ref(), &dy.to_dtype(acc)?);
+        }
         let (x, dy) = (self.by_channel(args.x)?, self.by_channel(dy)?);
         let mut grads = match &self.source {
             Source::Own { center } => {

@@ -289,6 +289,88 @@ pub(crate) fn scale_shift(
     y.reshape((outer, channels, inner))
 }
 
+/// How weights lie along a tensor `[a, b, c]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Along {
+    /// `[b]`.
+    Middle,
+    /// `[a, c]`.
+    Ends,
+    /// `[a, b, c]`.
+    All,
+}
+
+#[cfg(feature = "internals")]
+impl Along {
+    /// How many weights there are.
+    pub(crate) fn count(self, [a, b, c]: [usize; 3]) -> usize {
+        match self {
+            Self::Middle => b,
+            Self::Ends => a * c,
+            Self::All => a * b * c,
+        }
+    }
+
+    /// Index of the weight of an element.
+    pub(crate) fn of(self, [_, b, c]: [usize; 3], element: usize) -> usize {
+        match self {
+            Self::Middle => element / c % b,
+            Self::Ends => element / (b * c) * c + element % c,
+            Self::All => element,
+        }
+    }
+}
+
+/// `x · weight + bias`; `x` is contiguous, `[a, b, c]`, the parameters lie along it in the dtype of
+/// `x`.
+pub(crate) fn affine(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    along: Along,
+) -> Result<Tensor> {
+    let (a, b, c) = x.dims3()?;
+    if along == Along::Middle {
+        return scale_shift(x, weight, bias);
+    }
+    let (part, factors) = first_part(b);
+    if along == Along::Ends && part < b {
+        let cut = |from, len| -> Result<Tensor> {
+            let x = x.narrow(1, from, len)?.contiguous()?;
+            affine(&x, weight, bias, along)
+        };
+        return Tensor::cat(&[cut(0, part)?, cut(part, b - part)?], 1);
+    }
+    let (dims, lines) = match along {
+        Along::Ends => {
+            let ones = vec![1; factors.len()];
+            (
+                [&[a], &factors[..], &[c]].concat(),
+                [&[a], &ones[..], &[c]].concat(),
+            )
+        }
+        _ => (vec![a, b, c], vec![a, b, c]),
+    };
+    let expand = |p: &Tensor| broadcast_by_axis(&p.reshape(lines.as_slice())?, &dims);
+    let mut y = x.reshape(dims.as_slice())?;
+    if let Some(weight) = weight {
+        y = (y * expand(weight)?)?;
+    }
+    if let Some(bias) = bias {
+        y = (y + expand(bias)?)?;
+    }
+    y.reshape((a, b, c))
+}
+
+/// The sums of `x` `[a, b, c]` over what weights are broadcast along.
+pub(crate) fn summed(x: Tensor, along: Along) -> Result<Tensor> {
+    match along {
+        Along::Middle => x.sum(2)?.sum(0),
+        Along::Ends => x.sum(1),
+        Along::All => Ok(x),
+    }
+}
+
 /// The softmax of each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype.
 pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
     // What is taken off from every element of a row changes nothing, so that no gradient goes
@@ -308,23 +390,29 @@ pub(crate) fn backward(
     center: bool,
     eps: f64,
 ) -> Result<Gradients<Tensor>> {
-    let x = x.contiguous()?;
-    let Standardized { y, inv_std, .. } = standardize(&x, center, eps)?;
+    let standardized = standardize(&x.contiguous()?, center, eps)?;
+    let y = &standardized.y;
     let per_channel = |t: Tensor| t.sum(2)?.sum(0);
     let dbias = per_channel(dy.clone())?;
     let dweight = per_channel((dy * y.reshape(dy.shape())?)?)?;
     let g = scale_shift(&dy.contiguous()?, weight, None)?.reshape(x.shape())?;
-    let (g, y) = (Rows::new(&g)?, Rows::new(&y)?);
+    Ok(Gradients {
+        dx: through(&standardized, &g, center)?,
+        dweight: Some(dweight),
+        dbias: Some(dbias),
+    })
+}
+
+/// The gradient of the rows that were [standardized](standardize) from `g`, that of their values.
+pub(crate) fn through(standardized: &Standardized, g: &Tensor, center: bool) -> Result<Tensor> {
+    let Standardized { y, inv_std, .. } = standardized;
+    let (g, y) = (Rows::new(g)?, Rows::new(y)?);
     let along = g.with(&y, |g, y| g * y)?.mean()?;
     let mut dx = g.with(&y.times(&along)?, |g, y| g - y)?;
     if center {
         dx = dx.minus(&g.mean()?)?;
     }
-    Ok(Gradients {
-        dx: dx.times(&inv_std)?.join()?,
-        dweight: Some(dweight),
-        dbias: Some(dbias),
-    })
+    dx.times(inv_std)?.join()
 }
 
 /// The affine pair as the arithmetic takes it: contiguous and in the accumulator's dtype.

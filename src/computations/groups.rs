@@ -3,10 +3,11 @@
 use candle_core::{Result, Tensor};
 
 use super::composed;
+use super::spread::{Affine, AffineGradients, Spread};
 use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 
 /// `y = (x − mean) / √(var + eps) · weight + bias` for each of `num_groups` groups of neighboring
-/// channels of each sample, with one weight and bias for each channel.
+/// channels of each sample, with weights and biases of any spread.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Groups {
     pub(crate) layer: &'static str,
@@ -14,6 +15,8 @@ pub(crate) struct Groups {
     pub(crate) num_groups: usize,
     /// As the accumulator holds it.
     pub(crate) eps: f64,
+    /// Of weight and bias.
+    pub(crate) spread: Spread,
 }
 
 impl Groups {
@@ -24,6 +27,18 @@ impl Groups {
             axes: ChannelAxes::of(x),
             num_groups,
             eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+            spread: Spread::Channel,
+        }
+    }
+
+    /// Weight, and bias, in the dtype that they are applied in.
+    fn affine<'a>(&self, weight: Option<&'a Tensor>, bias: Option<&'a Tensor>) -> Affine<'a> {
+        let (dims, along) = self.spread.along(self.axes);
+        Affine {
+            weight,
+            bias,
+            dims,
+            along,
         }
     }
 
@@ -45,12 +60,12 @@ impl Computation for Groups {
     }
 
     fn composed(&self, args: Args<&Tensor>) -> Result<Composed> {
-        let (x, axes) = (args.x, self.axes);
+        let x = args.x;
         let groups = self.by_group(&composed::unshared(x)?)?;
         let standardized = composed::standardize(&groups, true, self.eps)?;
         let [weight, bias] = composed::parameters(args.weight, args.bias, groups.dtype())?;
-        let y = standardized.y.reshape((axes.outer, axes.channels, ()))?;
-        let y = composed::scale_shift(&y, weight.as_ref(), bias.as_ref())?;
+        let affine = self.affine(weight.as_ref(), bias.as_ref());
+        let y = affine.apply(&standardized.y)?;
         Ok(Composed {
             y: y.to_dtype(x.dtype())?.reshape(x.shape())?,
             statistics: Some(standardized.statistics),
@@ -64,6 +79,18 @@ impl Computation for Groups {
         let acc = composed::accumulator(args.x.dtype());
         let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
         let dy = dy.to_dtype(acc)?.contiguous()?;
+        if self.spread != Spread::Channel {
+            let groups = self.by_group(args.x)?.contiguous()?;
+            let standardized = composed::standardize(&groups, true, self.eps)?;
+            let AffineGradients { g, dweight, dbias } = self
+                .affine(weight.as_ref(), None)
+                .gradients(&standardized.y, &dy)?;
+            return Ok(Gradients {
+                dx: composed::through(&standardized, &g.reshape(groups.shape())?, true)?,
+                dweight: Some(dweight),
+                dbias: Some(dbias),
+            });
+        }
         composed::backward(
             &self.by_group(args.x)?,
             &dy.reshape((outer, channels, ()))?,

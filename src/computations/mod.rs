@@ -8,9 +8,11 @@ mod channels;
 pub(crate) mod composed;
 mod groups;
 mod mixture;
+mod modulate;
 mod plane_moments;
 mod rows;
 mod scale_shift;
+mod spread;
 mod transpose;
 mod weight_rows;
 
@@ -23,10 +25,12 @@ use candle_norm_support::messages;
 pub(crate) use channels::{Channels, FixedStatistics, Source};
 pub(crate) use groups::Groups;
 pub(crate) use mixture::{Batch, Mixture, Planes, finite, softmax};
+pub(crate) use modulate::Modulate;
 pub(crate) use plane_moments::PlaneMoments;
 pub use rows::Cast;
 pub(crate) use rows::Rows;
 pub(crate) use scale_shift::ScaleShift;
+pub(crate) use spread::Spread;
 pub(crate) use transpose::Transpose;
 pub(crate) use weight_rows::{WeightRows, norms_of_rows};
 

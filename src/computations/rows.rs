@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Result, Shape, Tensor};
 
-use super::composed;
+use super::composed::{self, Along};
+use super::spread::{Affine, AffineGradients};
 use super::{Args, Composed, Computation, Gradients};
 
 /// Where RMS norm rounds half-precision values; in `f32` and `f64` both are the same.
@@ -20,7 +21,7 @@ pub enum Cast {
 }
 
 /// `y = (x − mean) / √(var + eps) · (offset + weight) + bias` for each row of `len` elements, with
-/// one weight and bias for each column.
+/// one weight and bias for each column, of all rows or of each run of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Rows {
     pub(crate) layer: &'static str,
@@ -32,8 +33,37 @@ pub(crate) struct Rows {
     /// Added to the weight.
     pub(crate) offset: f64,
     pub(crate) cast: Cast,
+    /// How many weights and biases of `len` elements there are: each serves a run of neighboring
+    /// rows, all of them equally many.
+    pub(crate) pairs: usize,
     /// The dtype of the output, which a sum in the accumulator's dtype was not rounded to before.
     pub(crate) output: DType,
+}
+
+impl Rows {
+    /// The axes of `rows` rows, and how weights lie along them.
+    pub(crate) fn along(&self, rows: usize) -> ([usize; 3], Along) {
+        match self.pairs {
+            1 => ([rows, self.len, 1], Along::Middle),
+            pairs => ([pairs, rows / pairs, self.len], Along::Ends),
+        }
+    }
+
+    /// Weight, and bias, of `rows` rows in the dtype that they are applied in.
+    fn affine<'a>(
+        &self,
+        rows: usize,
+        weight: Option<&'a Tensor>,
+        bias: Option<&'a Tensor>,
+    ) -> Affine<'a> {
+        let (dims, along) = self.along(rows);
+        Affine {
+            weight,
+            bias,
+            dims,
+            along,
+        }
+    }
 }
 
 impl Computation for Rows {
@@ -50,8 +80,8 @@ impl Computation for Rows {
         let (rows, dtype) = (x.elem_count() / self.len, self.output);
         let acc = composed::accumulator(dtype);
         let [weight, bias] = composed::parameters(args.weight, args.bias, acc)?;
-        let weight = weight.map(|w| w.reshape(self.len)? + self.offset);
-        let bias = bias.map(|b| b.reshape(self.len)).transpose()?;
+        let weight = weight.map(|w| w.flatten_all()? + self.offset).transpose()?;
+        let bias = bias.map(|b| b.flatten_all()).transpose()?;
 
         let x_rows = x.reshape((rows, self.len))?.to_dtype(acc)?;
         let y = composed::standardize(&x_rows, self.center, self.eps)?.y;
@@ -64,8 +94,9 @@ impl Computation for Rows {
                 (y + (rounded - detached)?)?
             }
         };
-        let y = y.reshape((rows, self.len, 1))?;
-        let y = composed::scale_shift(&y, weight.transpose()?.as_ref(), bias.as_ref())?;
+        let y = self
+            .affine(rows, weight.as_ref(), bias.as_ref())
+            .apply(&y)?;
         Ok(y.to_dtype(dtype)?.reshape(x.shape())?.into())
     }
 
@@ -74,7 +105,20 @@ impl Computation for Rows {
         let acc = composed::accumulator(x.dtype());
         let weight = args
             .weight
-            .map(|w| w.to_dtype(acc)?.reshape(len)? + self.offset);
+            .map(|w| w.to_dtype(acc)?.flatten_all()? + self.offset);
+        if self.pairs > 1 {
+            let weight = weight.transpose()?;
+            let rows = x.to_dtype(acc)?.contiguous()?.reshape(((), len))?;
+            let affine = self.affine(rows.dims()[0], weight.as_ref(), None);
+            let standardized = composed::standardize(&rows, self.center, self.eps)?;
+            let AffineGradients { g, dweight, dbias } =
+                affine.gradients(&standardized.y, &dy.to_dtype(acc)?)?;
+            return Ok(Gradients {
+                dx: composed::through(&standardized, &g.reshape(((), len))?, self.center)?,
+                dweight: Some(dweight),
+                dbias: Some(dbias),
+            });
+        }
         composed::backward(
             &x.to_dtype(acc)?.reshape(((), len))?,
             &dy.to_dtype(acc)?.contiguous()?.reshape(((), len, 1))?,

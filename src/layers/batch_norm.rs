@@ -16,7 +16,7 @@ use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use crate::computations::FixedStatistics;
-use crate::ops::{self, check};
+use crate::ops::{self, Modulation, Scaling, check};
 
 const LAYER: &str = "BatchNorm";
 
@@ -329,15 +329,69 @@ impl BatchNorm {
     /// # Errors
     /// As [`forward_t`](ModuleT::forward_t).
     pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
+        self.trained(x, self.scaling())
+    }
+
+    /// `forward_t` with scale and shift from outside: `y = norm(x) · (1 + scale) + shift`, as
+    /// conditional batch norm and SPADE do. The running statistics are those of `xs`.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward_t`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward_t`; a scale or shift of another shape, dtype or device. No error changes
+    /// the statistics.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::batch_norm(8, 1e-5, vb)?;
+    /// let x = Tensor::randn(0f32, 1., (3, 8, 4, 4), &Device::Cpu)?;
+    /// // One scale for each class of image, looked up by a condition; a shift for each pixel.
+    /// let scale = Tensor::zeros((3, 8), DType::F32, &Device::Cpu)?;
+    /// let y = norm.forward_modulated_t(&x, Some(&scale), Some(&x), true)?;
+    /// assert_eq!(y.dims(), [3, 8, 4, 4]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_modulated_t(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+        train: bool,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by_t(xs, &Modulation::new(scale, shift), train)
+    }
+
+    /// [`forward_modulated_t`](Self::forward_modulated_t) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated_t`](Self::forward_modulated_t).
+    pub fn forward_modulated_by_t(
+        &self,
+        xs: &Tensor,
+        modulation: &Modulation,
+        train: bool,
+    ) -> Result<Tensor> {
+        let scaling = self.scaling().modulated(modulation);
+        match train {
+            true => self.trained(xs, scaling),
+            false => self.inferred(xs, scaling),
+        }
+    }
+
+    /// What follows the normalized values.
+    fn scaling(&self) -> Scaling<'_> {
+        Scaling::new(self.weight(), self.bias())
+    }
+
+    fn trained(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {
         self.check_input(x)?;
         let options = &self.options;
-        let (y, statistics) = ops::batch_norm_with(
-            x,
-            self.weight(),
-            self.bias(),
-            options.eps,
-            options.remove_mean,
-        )?;
+        let (y, statistics) = ops::batch_norm_with(x, scaling, options.eps, options.remove_mean)?;
         let taken = match options.remove_mean {
             true => Taken::OverValues { correction: 1 },
             false => Taken::AboutZero,
@@ -346,16 +400,15 @@ impl BatchNorm {
         Ok(y)
     }
 
-    fn forward_eval(&self, x: &Tensor) -> Result<Tensor> {
+    fn inferred(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {
         self.check_input(x)?;
-        let (weight, bias) = (self.weight(), self.bias());
         let eps = self.options.eps;
         if !self.options.track_running_stats {
             let center = self.options.remove_mean;
-            return Ok(ops::batch_norm_with(x, weight, bias, eps, center)?.0);
+            return Ok(ops::batch_norm_with(x, scaling, eps, center)?.0);
         }
         let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
-        ops::normalize_with(LAYER, 2, x, &statistics, [weight, bias], eps)
+        ops::normalize_with(LAYER, 2, x, &statistics, scaling, eps)
     }
 
     fn check_input(&self, x: &Tensor) -> Result<()> {
@@ -431,7 +484,7 @@ impl ModuleT for BatchNorm {
         if train {
             self.forward_train(xs)
         } else {
-            self.forward_eval(xs)
+            self.inferred(xs, self.scaling())
         }
     }
 }

@@ -11,7 +11,7 @@ use super::running_stats::RunningStats;
 use super::weighted::Plain;
 use crate::computations::{FixedStatistics, composed};
 use crate::ops::linear_map::LinearMap;
-use crate::ops::{self, check};
+use crate::ops::{self, Modulation, Scaling, check};
 
 /// A [`BatchNorm`](crate::BatchNorm) or [`InstanceNorm`](crate::InstanceNorm) whose statistics no
 /// longer change.
@@ -176,31 +176,71 @@ impl Module for FrozenNorm {
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        if self.last_axis && xs.rank() > 2 {
-            check::features(self.layer, xs, self.running_mean().elem_count())?;
-            let last = xs.rank() - 1;
-            return self
-                .along_channels(&xs.transpose(1, last)?)?
-                .transpose(1, last)?
-                .contiguous();
-        }
-        self.along_channels(xs)
+        self.normalized(xs, None)
     }
 }
 
 impl FrozenNorm {
-    fn along_channels(&self, xs: &Tensor) -> Result<Tensor> {
+    /// The norm with scale and shift from outside, in one pass:
+    /// `y = norm(x) · (1 + scale) + shift`.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward`; a scale or shift of another shape, dtype or device.
+    pub fn forward_modulated(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by(xs, &Modulation::new(scale, shift))
+    }
+
+    /// [`forward_modulated`](Self::forward_modulated) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated`](Self::forward_modulated).
+    pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
+        self.normalized(xs, Some(*modulation))
+    }
+
+    fn normalized(&self, xs: &Tensor, modulation: Option<Modulation>) -> Result<Tensor> {
+        if !self.last_axis || xs.rank() <= 2 {
+            return self.along_channels(xs, modulation);
+        }
+        check::features(self.layer, xs, self.running_mean().elem_count())?;
+        let last = xs.rank() - 1;
+        // Axes as those of the input, as far as there are so many.
+        let turned = |value: Option<&Tensor>| match value {
+            Some(value) if value.rank() > last => value.transpose(1, last).map(Some),
+            value => Ok(value.cloned()),
+        };
+        let modulation = modulation.as_ref();
+        let [scale, shift] = [
+            turned(modulation.and_then(|m| m.scale))?,
+            turned(modulation.and_then(|m| m.shift))?,
+        ];
+        let modulation = modulation.map(|m| Modulation {
+            scale: scale.as_ref(),
+            shift: shift.as_ref(),
+            ..*m
+        });
+        self.along_channels(&xs.transpose(1, last)?, modulation)?
+            .transpose(1, last)?
+            .contiguous()
+    }
+
+    fn along_channels(&self, xs: &Tensor, modulation: Option<Modulation>) -> Result<Tensor> {
         check::rank_at_least(self.layer, xs, self.min_rank, "[N, C, ...]")?;
         check::channels(self.layer, xs, self.running_mean().elem_count())?;
-        let affine = [self.weight(), self.bias()];
-        ops::normalize_with(
-            self.layer,
-            self.min_rank,
-            xs,
-            &self.statistics,
-            affine,
-            self.eps,
-        )
+        let scaling = Scaling {
+            modulation,
+            ..Scaling::new(self.weight(), self.bias())
+        };
+        let (statistics, eps) = (&self.statistics, self.eps);
+        ops::normalize_with(self.layer, self.min_rank, xs, statistics, scaling, eps)
     }
 }
 

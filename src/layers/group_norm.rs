@@ -7,7 +7,7 @@ use super::names::{Argument, Names};
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
-use crate::ops::{self, check};
+use crate::ops::{self, Modulation, Scaling, check};
 
 /// Configuration of [`GroupNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -200,6 +200,55 @@ impl GroupNorm {
     pub fn num_groups(&self) -> usize {
         self.num_groups
     }
+
+    /// The norm with scale and shift from outside, in one pass:
+    /// `y = norm(x) · (1 + scale) + shift`, as AdaGN does.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward`; a scale or shift of another shape, dtype or device.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::group_norm(2, 8, 1e-5, vb)?;
+    /// let x = Tensor::randn(0f32, 1., (3, 8, 4, 4), &Device::Cpu)?;
+    /// let scale = Tensor::zeros((3, 8), DType::F32, &Device::Cpu)?;
+    /// assert_eq!(norm.forward_modulated(&x, Some(&scale), None)?.dims(), [3, 8, 4, 4]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_modulated(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by(xs, &Modulation::new(scale, shift))
+    }
+
+    /// [`forward_modulated`](Self::forward_modulated) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated`](Self::forward_modulated).
+    pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
+        self.normalized(xs, self.scaling().modulated(modulation))
+    }
+
+    /// What follows the normalized values.
+    fn scaling(&self) -> Scaling<'_> {
+        Scaling::new(self.params.weight(), self.params.bias())
+    }
+
+    fn normalized(&self, xs: &Tensor, scaling: Scaling) -> Result<Tensor> {
+        check::rank_at_least("GroupNorm", xs, 2, "[N, C, ...]")?;
+        check::channels("GroupNorm", xs, self.num_channels)?;
+        ops::group_norm_by(xs, self.num_groups, scaling, self.options.eps)
+    }
 }
 
 impl Module for GroupNorm {
@@ -212,10 +261,7 @@ impl Module for GroupNorm {
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        check::rank_at_least("GroupNorm", xs, 2, "[N, C, ...]")?;
-        check::channels("GroupNorm", xs, self.num_channels)?;
-        let (weight, bias) = (self.params.weight(), self.params.bias());
-        ops::group_norm(xs, self.num_groups, weight, bias, self.options.eps)
+        self.normalized(xs, self.scaling())
     }
 }
 

@@ -13,7 +13,7 @@ use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use crate::computations::FixedStatistics;
-use crate::ops::{self, check};
+use crate::ops::{self, Modulation, Scaling, check};
 
 const LAYER: &str = "InstanceNorm";
 
@@ -182,6 +182,70 @@ impl InstanceNorm {
         let (params, eps) = (&self.params, self.options.eps);
         FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)
     }
+
+    /// `forward_t` with scale and shift from outside, in one pass:
+    /// `y = norm(x) · (1 + scale) + shift`, as conditional instance norm does.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward_t`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward_t`; a scale or shift of another shape, dtype or device. No error changes
+    /// the statistics.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::instance_norm(8, 1e-5, vb)?;
+    /// let x = Tensor::randn(0f32, 1., (3, 8, 4, 4), &Device::Cpu)?;
+    /// let scale = Tensor::zeros((3, 8), DType::F32, &Device::Cpu)?;
+    /// let y = norm.forward_modulated_t(&x, Some(&scale), None, true)?;
+    /// assert_eq!(y.dims(), [3, 8, 4, 4]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_modulated_t(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+        train: bool,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by_t(xs, &Modulation::new(scale, shift), train)
+    }
+
+    /// [`forward_modulated_t`](Self::forward_modulated_t) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated_t`](Self::forward_modulated_t).
+    pub fn forward_modulated_by_t(
+        &self,
+        xs: &Tensor,
+        modulation: &Modulation,
+        train: bool,
+    ) -> Result<Tensor> {
+        self.normalized(xs, self.scaling().modulated(modulation), train)
+    }
+
+    /// What follows the normalized values.
+    fn scaling(&self) -> Scaling<'_> {
+        Scaling::new(self.weight(), self.bias())
+    }
+
+    fn normalized(&self, xs: &Tensor, scaling: Scaling, train: bool) -> Result<Tensor> {
+        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features())?;
+        let options = &self.options;
+        if options.track_running_stats && !train {
+            let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
+            return ops::normalize_with(LAYER, 3, xs, &statistics, scaling, options.eps);
+        }
+        let (y, statistics) = ops::instance_norm_with(xs, scaling, options.eps)?;
+        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
+        Ok(y)
+    }
 }
 
 impl ModuleT for InstanceNorm {
@@ -196,16 +260,7 @@ impl ModuleT for InstanceNorm {
     /// An input of another rank, number of channels, dtype or device; one spatial element where its
     /// own statistics are used. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features())?;
-        let (weight, bias, options) = (self.weight(), self.bias(), &self.options);
-        if options.track_running_stats && !train {
-            let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
-            return ops::normalize_with(LAYER, 3, xs, &statistics, [weight, bias], options.eps);
-        }
-        let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
-        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
-        Ok(y)
+        self.normalized(xs, self.scaling(), train)
     }
 }
 

@@ -9,7 +9,7 @@ use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
-use crate::ops::{RowNorm, add_row_norm, check, row_norm};
+use crate::ops::{Modulation, RowNorm, Scaling, add_row_norm, check, row_norm};
 
 /// Configuration of [`LayerNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -300,6 +300,54 @@ impl LayerNorm {
         add_row_norm(xs, residual, shape, weight, bias, &self.norm)
     }
 
+    /// The norm with scale and shift from outside, in one pass:
+    /// `y = norm(x) · (1 + scale) + shift`, as AdaLN does.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward`; a scale or shift of another shape, dtype or device.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_norm::{Affine, LayerNormOptions, layer_norm};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let options = LayerNormOptions { eps: 1e-6, affine: Affine::None, ..Default::default() };
+    /// let norm = layer_norm(8, options, vb)?;
+    /// let tokens = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// // One row for each sample, projected from a condition.
+    /// let (scale, shift) = (Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?, tokens.get_on_dim(1, 0)?);
+    /// let y = norm.forward_modulated(&tokens, Some(&scale), Some(&shift))?;
+    /// assert_eq!(y.dims(), [2, 3, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_modulated(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by(xs, &Modulation::new(scale, shift))
+    }
+
+    /// [`forward_modulated`](Self::forward_modulated) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated`](Self::forward_modulated).
+    pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
+        let scaling = self.scaling().modulated(modulation);
+        row_norm(xs, &self.normalized_shape, scaling, &self.norm)
+    }
+
+    /// What follows the normalized values.
+    fn scaling(&self) -> Scaling<'_> {
+        Scaling::new(self.params.weight(), self.params.bias())
+    }
+
     /// Added to the weight; 0 but in an RMS norm.
     pub(super) fn offset(&self) -> f64 {
         self.norm.offset
@@ -332,14 +380,7 @@ impl Module for LayerNorm {
     /// An input of another trailing shape, dtype or device; an `eps` out of range given to a
     /// constructor without a `Result`.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let shape = &self.normalized_shape;
-        row_norm(
-            xs,
-            shape,
-            self.params.weight(),
-            self.params.bias(),
-            &self.norm,
-        )
+        row_norm(xs, &self.normalized_shape, self.scaling(), &self.norm)
     }
 }
 

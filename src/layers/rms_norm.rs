@@ -8,7 +8,7 @@ use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
-use crate::ops::{Cast, RowNorm, check};
+use crate::ops::{Cast, Modulation, RowNorm, check};
 
 /// Configuration of [`RmsNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -241,6 +241,44 @@ impl RmsNorm {
     /// ```
     pub fn forward_add(&self, xs: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         self.rows.forward_add(xs, residual)
+    }
+
+    /// The norm with scale and shift from outside, in one pass:
+    /// `y = norm(x) · (1 + scale) + shift`. The offset of the options belongs to the weight.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward`; a scale or shift of another shape, dtype or device.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = candle_norm::rms_norm(8, 1e-6, vb)?;
+    /// let tokens = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
+    /// let scale = Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?;
+    /// assert_eq!(norm.forward_modulated(&tokens, Some(&scale), None)?.dims(), [2, 3, 8]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn forward_modulated(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.rows.forward_modulated(xs, scale, shift)
+    }
+
+    /// [`forward_modulated`](Self::forward_modulated) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated`](Self::forward_modulated).
+    pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
+        self.rows.forward_modulated_by(xs, modulation)
     }
 }
 

@@ -7,7 +7,7 @@ use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{self, AffineParams, WEIGHT};
-use crate::ops::{check, scale_norm_by};
+use crate::ops::{Modulation, check, modulate_in, scale_norm_by};
 
 const LAYER: &str = "ScaleNorm";
 
@@ -178,6 +178,33 @@ impl ScaleNorm {
     /// The trailing shape that the length is taken over.
     pub fn normalized_shape(&self) -> &[usize] {
         self.normalized_shape.dims()
+    }
+
+    /// The norm with scale and shift from outside: `y = norm(x) · (1 + scale) + shift`.
+    ///
+    /// # Shapes
+    /// `xs` as in `forward`; scale and shift as [`Modulation`] says.
+    ///
+    /// # Errors
+    /// Those of `forward`; a scale or shift of another shape, dtype or device.
+    pub fn forward_modulated(
+        &self,
+        xs: &Tensor,
+        scale: Option<&Tensor>,
+        shift: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.forward_modulated_by(xs, &Modulation::new(scale, shift))
+    }
+
+    /// [`forward_modulated`](Self::forward_modulated) with any offset of the scale.
+    ///
+    /// # Errors
+    /// As [`forward_modulated`](Self::forward_modulated).
+    pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
+        let y = self.forward(xs)?;
+        let shape = self.normalized_shape.dims();
+        let trailing = (!self.options.channels_first).then_some(shape);
+        modulate_in(LAYER, &y, modulation, trailing)
     }
 
     fn params(&self) -> AffineParams {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Tensor};
 
 use super::check;
+use super::modulation::{Features, Modulation, Scaling};
 use crate::computations::{Channels, FixedStatistics, Source, composed};
 use crate::graph;
 
@@ -56,7 +57,43 @@ pub fn batch_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
-    let (y, statistics) = batch_norm_with(x, weight, bias, eps, true)?;
+    let (y, statistics) = batch_norm_with(x, Scaling::new(weight, bias), eps, true)?;
+    let acc = composed::accumulator(x.dtype());
+    let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
+    Ok((y, statistics))
+}
+
+/// [`batch_norm`] with scale and shift from outside: `y = batch_norm(x) · (offset + scale) + shift`
+/// (conditional batch norm: de Vries et al., 2017, <https://arxiv.org/abs/1707.00683>; SPADE: Park
+/// et al., 2019, <https://arxiv.org/abs/1903.07291>). The statistics are those of `x`, over all
+/// samples.
+///
+/// # Shapes
+/// As [`batch_norm`]; scale and shift as [`Modulation`] says.
+///
+/// # Errors
+/// Those of [`batch_norm`]; a scale or shift of another shape, dtype or device.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Modulation};
+///
+/// let x = Tensor::new(&[[[1f64, 3.]], [[2., -2.]]], &Device::Cpu)?;
+/// let scale = Tensor::new(&[[0.5f64], [-0.5]], &Device::Cpu)?;
+/// let modulation = Modulation::new(Some(&scale), None);
+/// let (y, _) = ops::modulated_batch_norm(&x, None, None, 1e-5, &modulation)?;
+/// assert!((y.to_vec3::<f64>()?[0][0][1] - 1.603565161).abs() < 1e-9);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn modulated_batch_norm(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    modulation: &Modulation,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let scaling = Scaling::new(weight, bias).modulated(modulation);
+    let (y, statistics) = batch_norm_with(x, scaling, eps, true)?;
     let acc = composed::accumulator(x.dtype());
     let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
     Ok((y, statistics))
@@ -67,8 +104,7 @@ pub fn batch_norm(
 /// batches can be pooled.
 pub(crate) fn batch_norm_with(
     x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    scaling: Scaling,
     eps: f64,
     center: bool,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
@@ -76,13 +112,20 @@ pub(crate) fn batch_norm_with(
     check::eps(layer, eps)?;
     check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
     let c = x.dims()[1];
+    let (weight, bias) = (scaling.weight, scaling.bias);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
+    scaling.check(layer, x, Features::First)?;
     if x.elem_count() == 0 {
-        return Ok((graph::empty(layer, x, &[weight, bias])?, None));
+        return Ok((graph::empty(layer, x, &scaling.tensors())?, None));
     }
     let count = x.elem_count() / c;
     check::more_than_one_value(layer, count, x)?;
-    let channels = Channels::of(layer, x, Source::Own { center }, eps);
+    let merged = scaling.merged(layer, x, Features::First, 0.)?;
+    let channels = Channels {
+        spread: merged.spread(),
+        ..Channels::of(layer, x, Source::Own { center }, eps)
+    };
+    let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
     let (y, statistics) = graph::apply_with_statistics(channels, x, weight, bias)?;
     let statistics = BatchStatistics {
         mean: statistics.mean()?,
@@ -122,7 +165,7 @@ pub fn batch_norm_inference(
     // Copies, which no later update reaches.
     let copy = |s: &Tensor| s.detach().force_contiguous();
     let fixed = Arc::new(FixedStatistics::new([copy(mean)?, copy(var)?]));
-    normalize_with("BatchNorm", 2, x, &fixed, [weight, bias], eps)
+    normalize_with("BatchNorm", 2, x, &fixed, Scaling::new(weight, bias), eps)
 }
 
 /// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own name and
@@ -132,13 +175,15 @@ pub(crate) fn normalize_with(
     min_rank: usize,
     x: &Tensor,
     statistics: &Arc<FixedStatistics>,
-    [weight, bias]: [Option<&Tensor>; 2],
+    scaling: Scaling,
     eps: f64,
 ) -> Result<Tensor> {
     check::eps(layer, eps)?;
     check::rank_at_least(layer, x, min_rank, "[N, C, ...]")?;
     let c = x.dims()[1];
+    let (weight, bias) = (scaling.weight, scaling.bias);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
+    scaling.check(layer, x, Features::First)?;
     let named = [
         ("running_mean", statistics.mean()),
         ("running_var", statistics.var()),
@@ -149,8 +194,13 @@ pub(crate) fn normalize_with(
         check::same_device(layer, name, value, x.device())?;
     }
     if x.elem_count() == 0 {
-        return graph::empty(layer, x, &[weight, bias]);
+        return graph::empty(layer, x, &scaling.tensors());
     }
-    let source = Source::Given(statistics.clone());
-    graph::apply(Channels::of(layer, x, source, eps), x, weight, bias)
+    let merged = scaling.merged(layer, x, Features::First, 0.)?;
+    let channels = Channels {
+        spread: merged.spread(),
+        ..Channels::of(layer, x, Source::Given(statistics.clone()), eps)
+    };
+    let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
+    graph::apply(channels, x, weight, bias)
 }

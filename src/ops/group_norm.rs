@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::check;
+use super::modulation::{Features, Modulation, Scaling};
 use crate::computations::Groups;
 use crate::graph;
 
@@ -34,14 +35,64 @@ pub fn group_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
+    group_norm_by(x, num_groups, Scaling::new(weight, bias), eps)
+}
+
+/// [`group_norm`] with scale and shift from outside: `y = group_norm(x) · (offset + scale) + shift`,
+/// in one pass (AdaGN: Dhariwal and Nichol, 2021, <https://arxiv.org/abs/2105.05233>).
+///
+/// # Shapes
+/// As [`group_norm`]; scale and shift as [`Modulation`] says.
+///
+/// # Errors
+/// Those of [`group_norm`]; a scale or shift of another shape, dtype or device.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Modulation};
+///
+/// let x = Tensor::new(&[[[1f64, 3.], [10., 30.]]], &Device::Cpu)?;
+/// let scale = Tensor::new(&[[0f64, 2.]], &Device::Cpu)?;
+/// let modulation = Modulation::new(Some(&scale), None);
+/// let y = ops::modulated_group_norm(&x, 2, None, None, 1e-9, &modulation)?;
+/// assert!((y.to_vec3::<f64>()?[0][1][1] - 3.).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn modulated_group_norm(
+    x: &Tensor,
+    num_groups: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    modulation: &Modulation,
+) -> Result<Tensor> {
+    let scaling = Scaling::new(weight, bias).modulated(modulation);
+    group_norm_by(x, num_groups, scaling, eps)
+}
+
+/// [`group_norm`] with all that may follow the normalized values.
+pub(crate) fn group_norm_by(
+    x: &Tensor,
+    num_groups: usize,
+    scaling: Scaling,
+    eps: f64,
+) -> Result<Tensor> {
     let layer = "GroupNorm";
     check::eps(layer, eps)?;
     check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
     let c = x.dims()[1];
     check::groups(layer, num_groups, c)?;
+    let (weight, bias) = (scaling.weight, scaling.bias);
     check::input(layer, x, &check::Param::affine(weight, bias, &[c]))?;
+    scaling.check(layer, x, Features::First)?;
     if x.elem_count() == 0 {
-        return graph::empty(layer, x, &[weight, bias]);
+        return graph::empty(layer, x, &scaling.tensors());
     }
-    graph::apply(Groups::of(layer, x, num_groups, eps), x, weight, bias)
+    let merged = scaling.merged(layer, x, Features::First, 0.)?;
+    let groups = Groups {
+        spread: merged.spread(),
+        ..Groups::of(layer, x, num_groups, eps)
+    };
+    let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
+    graph::apply(groups, x, weight, bias)
 }

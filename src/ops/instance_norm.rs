@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
+use super::modulation::{Features, Modulation, Scaling};
 use crate::computations::{Groups, composed};
 use crate::graph::{self, Statistics};
 
@@ -35,11 +36,60 @@ pub fn instance_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
+    instance_norm_with(x, Scaling::new(weight, bias), eps)
+}
+
+/// [`instance_norm`] with scale and shift from outside:
+/// `y = instance_norm(x) · (offset + scale) + shift`, in one pass (conditional instance norm:
+/// Dumoulin, Shlens and Kudlur, 2016, <https://arxiv.org/abs/1610.07629>).
+///
+/// # Shapes
+/// As [`instance_norm`]; scale and shift as [`Modulation`] says.
+///
+/// # Errors
+/// Those of [`instance_norm`]; a scale or shift of another shape, dtype or device.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Modulation};
+///
+/// let x = Tensor::new(&[[[1f64, 3.], [10., 30.]]], &Device::Cpu)?;
+/// let shift = Tensor::new(&[[0f64, 2.]], &Device::Cpu)?;
+/// let modulation = Modulation::new(None, Some(&shift));
+/// let (y, _) = ops::modulated_instance_norm(&x, None, None, 1e-9, &modulation)?;
+/// assert!((y.to_vec3::<f64>()?[0][1][1] - 3.).abs() < 1e-8);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn modulated_instance_norm(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    modulation: &Modulation,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let scaling = Scaling::new(weight, bias).modulated(modulation);
+    instance_norm_with(x, scaling, eps)
+}
+
+/// [`instance_norm`] with all that may follow the normalized values.
+pub(crate) fn instance_norm_with(
+    x: &Tensor,
+    scaling: Scaling,
+    eps: f64,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
     let layer = "InstanceNorm";
-    let Some(groups) = checked(layer, x, weight, bias, eps)? else {
-        return Ok((graph::empty(layer, x, &[weight, bias])?, None));
+    let groups = checked(layer, x, scaling.weight, scaling.bias, eps)?;
+    scaling.check(layer, x, Features::First)?;
+    let Some(groups) = groups else {
+        return Ok((graph::empty(layer, x, &scaling.tensors())?, None));
     };
     let (channels, space) = (groups.axes.channels, groups.axes.inner);
+    let merged = scaling.merged(layer, x, Features::First, 0.)?;
+    let groups = Groups {
+        spread: merged.spread(),
+        ..groups
+    };
+    let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
     let (y, statistics) = graph::apply_with_statistics(groups, x, weight, bias)?;
     let [mean, var] = statistics.over_samples(channels)?;
     let statistics = BatchStatistics {

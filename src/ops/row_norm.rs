@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Shape, Tensor};
 
 use super::check;
+use super::modulation::{Features, Form, Modulation, Scaling};
 use crate::computations::{Cast, Rows, composed};
 use crate::graph::{self, transposed};
 
@@ -64,6 +65,7 @@ impl RowNorm {
             eps: composed::eps_in(composed::accumulator(dtype), self.eps_for(dtype)),
             offset: self.offset,
             cast: self.cast,
+            pairs: 1,
             output: dtype,
         }
     }
@@ -104,18 +106,39 @@ impl From<RmsOptions> for RowNorm {
 pub(crate) fn row_norm(
     x: &Tensor,
     normalized_shape: &[usize],
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    scaling: Scaling,
     norm: &RowNorm,
 ) -> Result<Tensor> {
-    checked(x, normalized_shape, weight, bias, norm)?;
+    let layer = norm.layer;
+    checked(x, normalized_shape, scaling.weight, scaling.bias, norm)?;
+    let features = match norm.channels_first {
+        true => Features::First,
+        false => Features::Last(normalized_shape),
+    };
+    scaling.check(layer, x, features)?;
     if x.elem_count() == 0 {
-        return graph::empty(norm.layer, x, &[weight, bias]);
+        return graph::empty(layer, x, &scaling.tensors());
     }
     let layout = RowLayout::new(x, normalized_shape, norm.channels_first);
     let rows = layout.rows(x)?;
-    let y = graph::apply(norm.computation(layout.len, x.dtype()), &rows, weight, bias)?;
-    layout.restored(&y)
+    let mut merged = scaling.merged(layer, x, features, norm.offset)?;
+    let pairs = match merged.form {
+        Form::Shared => 1,
+        Form::Sample => x.dims()[0],
+        Form::Element => x.elem_count() / layout.len,
+    };
+    if merged.form == Form::Element && norm.channels_first {
+        for value in [&mut merged.weight, &mut merged.bias].into_iter().flatten() {
+            *value = layout.rows(&value.reshape(x.dims())?)?;
+        }
+    }
+    let computation = Rows {
+        offset: merged.offset,
+        pairs,
+        ..norm.computation(layout.len, x.dtype())
+    };
+    let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
+    layout.restored(&graph::apply(computation, &rows, weight, bias)?)
 }
 
 /// Checks that everything fits.
@@ -217,7 +240,8 @@ pub fn layer_norm(
     eps: f64,
 ) -> Result<Tensor> {
     let shape = normalized_shape.into();
-    row_norm(x, shape.dims(), weight, bias, &RowNorm::layer_norm(eps))
+    let scaling = Scaling::new(weight, bias);
+    row_norm(x, shape.dims(), scaling, &RowNorm::layer_norm(eps))
 }
 
 /// Root-mean-square normalization over the trailing axes `normalized_shape`.
@@ -251,5 +275,72 @@ pub fn rms_norm(
 ) -> Result<Tensor> {
     let shape = normalized_shape.into();
     let norm = RowNorm::from(options.into());
-    row_norm(x, shape.dims(), weight, None, &norm)
+    row_norm(x, shape.dims(), Scaling::new(weight, None), &norm)
+}
+
+/// [`layer_norm`] with scale and shift from outside:
+/// `y = layer_norm(x) · (offset + scale) + shift`, in one pass (AdaLN: Peebles and Xie, 2022,
+/// <https://arxiv.org/abs/2212.09748>).
+///
+/// # Shapes
+/// As [`layer_norm`]; scale and shift as [`Modulation`] says.
+///
+/// # Errors
+/// Those of [`layer_norm`]; a scale or shift of another shape, dtype or device.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Modulation};
+///
+/// let x = Tensor::new(&[[[1f64, 3.], [5., 1.]]], &Device::Cpu)?;
+/// let (scale, shift) = (x.zeros_like()?.get(0)?.get(0)?, Tensor::new(&[[1f64, 2.]], &Device::Cpu)?);
+/// let modulation = Modulation::new(Some(&scale), Some(&shift));
+/// let y = ops::modulated_layer_norm(&x, 2, None, None, 1e-12, &modulation)?;
+/// assert!((y.to_vec3::<f64>()?[0][1][0] - 2.).abs() < 1e-9);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn modulated_layer_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    modulation: &Modulation,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let scaling = Scaling::new(weight, bias).modulated(modulation);
+    row_norm(x, shape.dims(), scaling, &RowNorm::layer_norm(eps))
+}
+
+/// [`rms_norm`] with scale and shift from outside: `y = rms_norm(x) · (offset + scale) + shift`,
+/// in one pass. The offset of [`RmsOptions`] belongs to `weight`, that of [`Modulation`] to the
+/// scale.
+///
+/// # Shapes
+/// As [`rms_norm`]; scale and shift as [`Modulation`] says.
+///
+/// # Errors
+/// Those of [`rms_norm`]; a scale or shift of another shape, dtype or device.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_norm::ops::{self, Modulation};
+///
+/// let x = Tensor::new(&[[1f64, 2., 2.]], &Device::Cpu)?;
+/// let scale = Tensor::new(&[0.5f64, -1., 0.], &Device::Cpu)?;
+/// let y = ops::modulated_rms_norm(&x, 3, None, 1e-6, &Modulation::new(Some(&scale), None))?;
+/// assert!((y.to_vec2::<f64>()?[0][0] - 0.8660252594).abs() < 1e-10);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn modulated_rms_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    options: impl Into<RmsOptions>,
+    modulation: &Modulation,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let norm = RowNorm::from(options.into());
+    let scaling = Scaling::new(weight, None).modulated(modulation);
+    row_norm(x, shape.dims(), scaling, &norm)
 }

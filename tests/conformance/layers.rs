@@ -7,7 +7,8 @@ use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use candle_norm::{
     Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, RunningStats, ScaleNormOptions, SwitchNormOptions, WeightNormOptions, ops,
+    RmsNormOptions, RunningStats, ScaleNormOptions, SwitchNormOptions, WeightNormOptions,
+    ops::{self, Modulation},
     weight_norm,
 };
 
@@ -62,6 +63,9 @@ pub(crate) const COUNT: &str = "num_batches_tracked";
 pub(crate) const RESIDUAL: &str = "residual";
 
 const AFFINE: &[&str] = &["weight", "bias"];
+
+/// Scale and shift from outside.
+const OUTSIDE: [&str; 2] = ["scale", "shift"];
 
 pub(crate) const OPS: &[Op] = &[
     Op {
@@ -145,6 +149,16 @@ pub(crate) const OPS: &[Op] = &[
         plan: batch_norm,
     },
     Op {
+        name: "modulated",
+        input: "x",
+        required: &[],
+        optional: &["weight", "bias", "scale", "shift"],
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: modulated,
+    },
+    Op {
         name: "switch_norm",
         input: "x",
         required: &["mean_weight", "var_weight"],
@@ -166,8 +180,64 @@ pub(crate) const OPS: &[Op] = &[
     },
 ];
 
+/// The plan of the norm that is modulated.
+fn modulated(case: &Case) -> Outcome<Plan> {
+    let name = required("norm", case.config().word("norm")?)?;
+    match name.as_str() {
+        "layer_norm" => layer_norm(case),
+        "rms_norm" => rms_norm(case),
+        "group_norm" => group_norm(case),
+        "instance_norm" => instance_norm(case),
+        "batch_norm" => batch_norm(case),
+        _ => Err(format!(
+            "`norm` is `{name}`, which is no norm that is modulated"
+        )),
+    }
+}
+
+/// What comes from outside of a norm.
+#[derive(Clone, Copy)]
+struct Outside {
+    /// The offset of its scale, if the norm is modulated.
+    offset: Option<f64>,
+}
+
+/// Scale and shift of one run.
+struct Values {
+    offset: f64,
+    tensors: [Option<Tensor>; 2],
+}
+
+impl Outside {
+    fn read(case: &Case, c: &mut Config) -> Outcome<Self> {
+        let offset = match case.op == "modulated" {
+            true => {
+                c.word("norm")?;
+                Some(required("offset", c.number("offset")?)?)
+            }
+            false => None,
+        };
+        Ok(Self { offset })
+    }
+
+    /// Takes its tensors from the inputs, where a layer would find a `scale` of its own.
+    fn take(self, inputs: &mut Inputs) -> Option<Values> {
+        let offset = self.offset?;
+        let tensors = OUTSIDE.map(|name| inputs.remove(name));
+        Some(Values { offset, tensors })
+    }
+}
+
+impl Values {
+    fn modulation(&self) -> Modulation<'_> {
+        let [scale, shift] = self.tensors.each_ref().map(Option::as_ref);
+        Modulation::new(scale, shift).with_offset(self.offset)
+    }
+}
+
 fn layer_norm(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
+    let outside = Outside::read(case, &mut c)?;
     let eps = required("eps", c.number("eps")?)?;
     let channels_first = c.flag("channels_first")?.unwrap_or(false);
     let shape = match (c.sizes("normalized_shape")?, channels_first) {
@@ -186,18 +256,23 @@ fn layer_norm(case: &Case) -> Outcome<Plan> {
         ..Default::default()
     };
     let dtype = case.dtype;
-    Ok(Box::new(move |inputs| {
+    Ok(Box::new(move |mut inputs| {
+        let values = outside.take(&mut inputs);
         let (x, residual) = (inputs["x"].clone(), inputs.get(RESIDUAL).cloned());
         let norm = candle_norm::layer_norm(shape.clone(), options, builder(inputs, dtype))?;
-        match residual {
-            Some(residual) => with_sum(norm.forward_add(&x, &residual)?),
-            None => without_state(norm.forward_t(&x, true)?),
+        match (residual, values) {
+            (Some(residual), _) => with_sum(norm.forward_add(&x, &residual)?),
+            (None, Some(values)) => {
+                without_state(norm.forward_modulated_by(&x, &values.modulation())?)
+            }
+            (None, None) => without_state(norm.forward_t(&x, true)?),
         }
     }))
 }
 
 fn rms_norm(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
+    let outside = Outside::read(case, &mut c)?;
     let eps = required("eps", c.number_or_null("eps")?)?;
     let shape = required("normalized_shape", c.sizes("normalized_shape")?)?;
     let offset = c.number("offset")?.unwrap_or(0.);
@@ -215,12 +290,16 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
         ..Default::default()
     };
     let dtype = case.dtype;
-    Ok(Box::new(move |inputs| {
+    Ok(Box::new(move |mut inputs| {
+        let values = outside.take(&mut inputs);
         let (x, residual) = (inputs["x"].clone(), inputs.get(RESIDUAL).cloned());
         let norm = candle_norm::rms_norm(shape.clone(), options, builder(inputs, dtype))?;
-        match residual {
-            Some(residual) => with_sum(norm.forward_add(&x, &residual)?),
-            None => without_state(norm.forward_t(&x, true)?),
+        match (residual, values) {
+            (Some(residual), _) => with_sum(norm.forward_add(&x, &residual)?),
+            (None, Some(values)) => {
+                without_state(norm.forward_modulated_by(&x, &values.modulation())?)
+            }
+            (None, None) => without_state(norm.forward_t(&x, true)?),
         }
     }))
 }
@@ -248,6 +327,7 @@ fn scale_norm(case: &Case) -> Outcome<Plan> {
 
 fn group_norm(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
+    let outside = Outside::read(case, &mut c)?;
     let num_groups = required("num_groups", c.size("num_groups")?)?;
     let eps = required("eps", c.number("eps")?)?;
     c.finish()?;
@@ -256,15 +336,20 @@ fn group_norm(case: &Case) -> Outcome<Plan> {
         affine: affine(case),
     };
     let (channels, dtype) = (channels(case)?, case.dtype);
-    Ok(Box::new(move |inputs| {
+    Ok(Box::new(move |mut inputs| {
+        let values = outside.take(&mut inputs);
         let x = inputs["x"].clone();
         let norm = candle_norm::group_norm(num_groups, channels, options, builder(inputs, dtype))?;
-        without_state(norm.forward_t(&x, true)?)
+        without_state(match values {
+            Some(values) => norm.forward_modulated_by(&x, &values.modulation())?,
+            None => norm.forward_t(&x, true)?,
+        })
     }))
 }
 
 fn instance_norm(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
+    let outside = Outside::read(case, &mut c)?;
     let eps = required("eps", c.number("eps")?)?;
     let train = required("train", c.flag("train")?)?;
     let tracks = required("track_running_stats", c.flag("track_running_stats")?)?;
@@ -281,14 +366,20 @@ fn instance_norm(case: &Case) -> Outcome<Plan> {
     let (channels, dtype) = (channels(case)?, case.dtype);
     Ok(Box::new(move |mut inputs| {
         let x = inputs["x"].clone();
+        let values = outside.take(&mut inputs);
         inputs.extend(state.clone());
         let norm = candle_norm::instance_norm(channels, options, builder(inputs, dtype))?;
-        with_state(norm.forward_t(&x, train)?, norm.running_stats())
+        let y = match values {
+            Some(values) => norm.forward_modulated_by_t(&x, &values.modulation(), train)?,
+            None => norm.forward_t(&x, train)?,
+        };
+        with_state(y, norm.running_stats())
     }))
 }
 
 fn batch_norm(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
+    let outside = Outside::read(case, &mut c)?;
     let eps = required("eps", c.number("eps")?)?;
     let train = required("train", c.flag("train")?)?;
     let tracks = c.flag("track_running_stats")?.unwrap_or(true);
@@ -305,9 +396,14 @@ fn batch_norm(case: &Case) -> Outcome<Plan> {
     let (channels, dtype) = (channels(case)?, case.dtype);
     Ok(Box::new(move |mut inputs| {
         let x = inputs["x"].clone();
+        let values = outside.take(&mut inputs);
         inputs.extend(state.clone());
         let norm = candle_norm::batch_norm(channels, options, builder(inputs, dtype))?;
-        with_state(norm.forward_t(&x, train)?, norm.running_stats())
+        let y = match values {
+            Some(values) => norm.forward_modulated_by_t(&x, &values.modulation(), train)?,
+            None => norm.forward_t(&x, train)?,
+        };
+        with_state(y, norm.running_stats())
     }))
 }
 

@@ -9,6 +9,7 @@ mod folding;
 mod gradcheck;
 mod gradient_flow;
 mod layer_gradients;
+mod modulation;
 mod properties;
 mod recalibration;
 mod running_stats;

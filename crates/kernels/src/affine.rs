@@ -35,6 +35,25 @@ impl<T> AffinePair<'_, T> {
         let params = [self.weight, self.bias].into_iter().flatten();
         params.into_iter().all(|p| p.len() == len)
     }
+
+    /// The values of part `index`, of `len` values each.
+    #[inline(always)]
+    pub(crate) fn part(self, index: usize, len: usize) -> Self {
+        let [weight, bias] = [self.weight, self.bias].map(
+            #[inline(always)]
+            |values| part(values, index, len),
+        );
+        Self { weight, bias }
+    }
+}
+
+/// Part `index`, of `len` values, of values that there may be.
+#[inline(always)]
+pub(crate) fn part<T>(values: Option<&[T]>, index: usize, len: usize) -> Option<&[T]> {
+    values.map(
+        #[inline(always)]
+        |values| &values[index * len..(index + 1) * len],
+    )
 }
 
 /// `x̂ = (x − mean) · inv_std`.

@@ -104,6 +104,58 @@ pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool
     }
 }
 
+/// [`forward`] with weights and biases of any spread.
+pub(crate) fn spread_forward<E: Elem>(
+    x: &[E],
+    order: Order,
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    spread: Spread,
+    statistics: Statistics,
+) -> (Vec<E>, Vec<Stats>) {
+    let stats = match statistics {
+        Statistics::Given(given) => given.to_vec(),
+        Statistics::Own { center, eps } => {
+            Stats::of_moments(&moments(x, order, shape, center), eps)
+        }
+    };
+    let frame = Frame {
+        spread,
+        ..frame(shape, &stats)
+    };
+    let y = spread::normalize(&channels_first(x, order, shape), frame, affine, false);
+    (y, stats)
+}
+
+/// The gradients of [`spread_forward`].
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn spread_backward<E: Elem>(
+    x: &[E],
+    order: Order,
+    dy: &[E],
+    shape: Shape,
+    weight: Option<&[E::Acc]>,
+    spread: Spread,
+    stats: &[Stats],
+    wanted: Wanted,
+) -> Gradients<E> {
+    check_backward::<E>(x, dy, shape, None, stats);
+    let x = channels_first(x, order, shape);
+    let frame = Frame {
+        spread,
+        ..frame(shape, stats)
+    };
+    let sums = spread::grad_sums(&x, dy, frame, weight, wanted.params, false);
+    let means = wanted
+        .own
+        .map(|center| spread::means(&sums.sets, shape.per_channel(), center));
+    Gradients {
+        dx: spread::grad_input(&x, dy, frame, weight, means.as_deref()),
+        dweight: sums.dweight,
+        dbias: sums.dbias,
+    }
+}
+
 /// The moments of all planes, merged in the order of the samples.
 fn divided_moments<E: Elem>(x: &[E], shape: Shape, center: bool) -> Vec<Moments> {
     let planes = slice_moments::of_rows(x, shape.inner, center);

@@ -144,6 +144,29 @@ kernels! {
         wanted: Wanted,
     ) -> Gradients<Self> = channels::backward::<Self>;
 
+    /// [`channels_forward`](Self::channels_forward) with weights and biases of any spread.
+    fn spread_channels_forward(
+        x: &[Self],
+        order: Order,
+        shape: Shape,
+        affine: AffinePair<Self::Acc>,
+        spread: Spread,
+        statistics: Statistics,
+    ) -> (Vec<Self>, Vec<Stats>) = channels::spread_forward::<Self>;
+
+    /// The gradients of [`spread_channels_forward`](Self::spread_channels_forward); those of weight
+    /// and bias are empty unless they are wanted.
+    fn spread_channels_backward(
+        x: &[Self],
+        order: Order,
+        dy: &[Self],
+        shape: Shape,
+        weight: Option<&[Self::Acc]>,
+        spread: Spread,
+        stats: &[Stats],
+        wanted: Wanted,
+    ) -> Gradients<Self> = channels::spread_backward::<Self>;
+
     /// The moments of each channel, for statistics that are merged with those of others; about zero
     /// where they are not `center`ed.
     fn channel_moments(x: &[Self], order: Order, shape: Shape, center: bool) -> Vec<Moments>

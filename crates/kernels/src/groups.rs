@@ -25,9 +25,19 @@ pub struct GroupSpec {
     pub num_groups: usize,
     /// Added to the variance.
     pub eps: f64,
+    /// Each channel of each sample has a weight and a bias of its own, instead of each channel.
+    pub per_sample: bool,
 }
 
 impl GroupSpec {
+    /// How many weights and biases there are.
+    fn params(self) -> usize {
+        match self.per_sample {
+            true => self.shape.outer * self.shape.channels,
+            false => self.shape.channels,
+        }
+    }
+
     fn channels_per_group(self) -> usize {
         self.shape.channels / self.num_groups
     }
@@ -37,7 +47,10 @@ impl GroupSpec {
         Frame {
             shape: self.shape,
             by: NormalizedBy::Groups(stats),
-            spread: Spread::Channel,
+            spread: match self.per_sample {
+                true => Spread::SampleAndChannel,
+                false => Spread::Channel,
+            },
         }
     }
 
@@ -46,14 +59,18 @@ impl GroupSpec {
         self.channels_per_group() * self.shape.inner
     }
 
-    /// The first channel of group `row`, counted over all samples.
+    /// The first weight and bias of group `row`, counted over all samples.
     #[inline(always)]
-    fn first_channel(self, row: usize) -> usize {
-        row % self.num_groups * self.channels_per_group()
+    fn first_param(self, row: usize) -> usize {
+        let group = match self.per_sample {
+            true => row,
+            false => row % self.num_groups,
+        };
+        group * self.channels_per_group()
     }
 
-    /// One number a channel, repeated for each of its columns, where planes are too short for
-    /// lanes; else nothing.
+    /// One number for each channel, repeated for each of its columns, where planes are too short
+    /// for lanes; else nothing.
     fn spread<T: Real>(self, values: Option<&[T]>) -> Vec<T> {
         match values {
             Some(values) if self.shape.inner < LANES => values
@@ -72,7 +89,7 @@ impl GroupSpec {
         spread: &'a [T],
         row: usize,
     ) -> Option<ColumnValues<'a, I, T>> {
-        let start = self.first_channel(row) * self.shape.inner;
+        let start = self.first_param(row) * self.shape.inner;
         let columns = spread.get(start..start + self.len())?;
         Some(ColumnValues::new(isa, columns))
     }
@@ -86,7 +103,7 @@ pub(crate) fn forward<E: Elem>(
 ) -> (Vec<E>, Vec<Stats>) {
     let len = spec.len();
     assert_eq!(x.len(), spec.shape.elements());
-    assert!(affine.fits(spec.shape.channels));
+    assert!(affine.fits(spec.params()));
     let rows = x.len() / len;
     if par::divides(rows, len) {
         let stats = Stats::of_moments(&slice_moments::of_rows(x, len, true), spec.eps);
@@ -141,7 +158,7 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
             *stats = Stats::of_row(isa, x, true, spec.eps);
             if inner >= LANES {
                 for (c, x) in x.chunks_exact(inner).enumerate() {
-                    let channel = spec.first_channel(row) + c;
+                    let channel = spec.first_param(row) + c;
                     let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
                     self.y.write(
                         inner,
@@ -179,12 +196,12 @@ pub(crate) fn backward<E: Elem>(
     stats: &[Stats],
     spec: GroupSpec,
 ) -> Gradients<E> {
-    let (len, channels) = (spec.len(), spec.shape.channels);
+    let (len, params) = (spec.len(), spec.params());
     let rows = x.len() / len;
     assert_eq!(x.len(), spec.shape.elements());
     assert_eq!(x.len(), dy.len());
     assert_eq!(stats.len(), rows);
-    assert!(weight.is_none_or(|w| w.len() == channels));
+    assert!(weight.is_none_or(|w| w.len() == params));
     if par::divides(rows, len) {
         let frame = spec.frame(stats);
         let sums = spread::grad_sums(x, dy, frame, weight, true, false);
@@ -198,12 +215,14 @@ pub(crate) fn backward<E: Elem>(
     let per_block = par::items_per_summing_block(rows, len);
     let size = per_block * len;
     let spread = &spec.spread(weight);
-    let mut partial = vec![0f64; 2 * channels * rows.div_ceil(per_block)];
+    let (sums, blocks) = match spec.per_sample {
+        true => (per_block * spec.channels_per_group(), 1),
+        false => (params, rows.div_ceil(per_block)),
+    };
+    let mut partial = vec![0f64; 2 * params * blocks];
     let dx = fill(x.len(), size, |dx| {
         let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx);
-        let sums = stats
-            .chunks(per_block)
-            .zip(partial.chunks_mut(2 * channels));
+        let sums = stats.chunks(per_block).zip(partial.chunks_mut(2 * sums));
         let blocks = blocks.zip(sums).enumerate();
         let blocks = blocks.map(
             |(block, (((x, dy), dx), (stats, partial)))| GroupsBackward {
@@ -220,13 +239,22 @@ pub(crate) fn backward<E: Elem>(
         );
         par::run(x.len(), blocks);
     });
-    let mut dweight = vec![0f64; 2 * channels];
-    for partial in partial.chunks(2 * channels) {
+    if spec.per_sample {
+        let (mut dweight, mut dbias) = (Vec::with_capacity(params), Vec::with_capacity(params));
+        for partial in partial.chunks(2 * sums) {
+            let (along, sum) = partial.split_at(partial.len() / 2);
+            dweight.extend_from_slice(along);
+            dbias.extend_from_slice(sum);
+        }
+        return Gradients { dx, dweight, dbias };
+    }
+    let mut dweight = vec![0f64; 2 * params];
+    for partial in partial.chunks(2 * params) {
         for (t, p) in dweight.iter_mut().zip(partial) {
             *t += p;
         }
     }
-    let dbias = dweight.split_off(channels);
+    let dbias = dweight.split_off(params);
     Gradients { dx, dweight, dbias }
 }
 
@@ -240,7 +268,7 @@ struct GroupsBackward<'a, E: Elem> {
     weight: Option<&'a [E::Acc]>,
     spread: &'a [E::Acc],
     spec: GroupSpec,
-    /// The sums of `dy · x̂` of each channel, then those of `dy`.
+    /// The sums of `dy · x̂` of each weight, or of those of the groups alone, then those of `dy`.
     partial: &'a mut [f64],
 }
 
@@ -251,11 +279,15 @@ impl<E: Elem> Kernel for GroupsBackward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
         let len = spec.len();
-        let (dweight, dbias) = self.partial.split_at_mut(spec.shape.channels);
+        let (dweight, dbias) = self.partial.split_at_mut(self.partial.len() / 2);
+        let before = match spec.per_sample {
+            true => spec.first_param(self.first),
+            false => 0,
+        };
         let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
         for (i, ((x, dy), stats)) in groups.zip(self.stats).enumerate() {
             let row = self.first + i;
-            let first = spec.first_channel(row);
+            let first = spec.first_param(row);
             let normal = Normal::<I, E::Acc>::new(isa, *stats);
             let weight = |c: usize| self.weight.map_or(1., |w| w[c].to_f64());
             let (mut along, mut mean) = (0., 0.);
@@ -272,8 +304,8 @@ impl<E: Elem> Kernel for GroupsBackward<'_, E> {
                     |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
                 );
                 let a = stats.along::<E::Acc>([a, s]);
-                dweight[first + c] += a;
-                dbias[first + c] += s;
+                dweight[first - before + c] += a;
+                dbias[first - before + c] += s;
                 along += a * weight(first + c);
                 mean += s * weight(first + c);
             }

@@ -1,10 +1,12 @@
 //! Layer norm and RMS norm: each row by its own statistics, each column with its own weight and
 //! bias.
 
+use std::borrow::Cow;
 use std::iter::repeat_with;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
-use super::affine::{AffinePair, Normal};
+use super::affine::{AffinePair, Normal, part};
 use super::buffer::{Part, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
 use super::grads::{Gradients, InputGrad};
@@ -28,6 +30,17 @@ pub struct RowSpec {
     pub eps: f64,
     /// Round the normalized value to the element before it is multiplied by the weight.
     pub round_first: bool,
+    /// How many weights and biases there are: each serves a run of neighboring rows, all of them
+    /// equally many.
+    pub pairs: usize,
+}
+
+impl RowSpec {
+    /// How many of `rows` rows have a weight and a bias in common.
+    fn rows_per_pair(self, rows: usize) -> usize {
+        assert!(self.pairs > 0 && rows.is_multiple_of(self.pairs));
+        rows / self.pairs
+    }
 }
 
 /// `y` for all rows of `x`, and what they were normalized by.
@@ -52,8 +65,9 @@ fn forward_keeping<E: Elem>(
     keep: bool,
 ) -> (Vec<E>, Vec<Stats>) {
     let rows = x.len() / spec.len;
+    let rows_per_pair = spec.rows_per_pair(rows);
     assert_eq!(x.len(), rows * spec.len);
-    assert!(affine.fits(spec.len));
+    assert!(affine.fits(spec.pairs * spec.len));
     if par::divides(rows, spec.len) {
         return forward_divided(x, affine, spec);
     }
@@ -65,11 +79,13 @@ fn forward_keeping<E: Elem>(
             .chunks_mut(per_block)
             .map(Some)
             .chain(repeat_with(|| None));
-        let blocks = x.chunks(size).zip(y).zip(kept);
-        let blocks = blocks.map(|((x, y), stats)| RowsForward {
+        let blocks = x.chunks(size).zip(y).zip(kept).enumerate();
+        let blocks = blocks.map(|(block, ((x, y), stats))| RowsForward {
             x,
             y,
             stats,
+            first: block * per_block,
+            rows_per_pair,
             affine,
             spec,
         });
@@ -79,15 +95,29 @@ fn forward_keeping<E: Elem>(
 }
 
 /// Rows as a frame.
-fn frame(stats: &[Stats], len: usize) -> Frame<'_> {
+fn frame(stats: &[Stats], spec: RowSpec) -> Frame<'_> {
+    let (rows, inner) = (stats.len(), spec.len);
+    let by = NormalizedBy::Groups(stats);
+    if spec.pairs == 1 {
+        let shape = Shape {
+            outer: rows,
+            channels: 1,
+            inner,
+        };
+        return Frame {
+            shape,
+            by,
+            spread: Spread::Column,
+        };
+    }
     Frame {
         shape: Shape {
-            outer: stats.len(),
-            channels: 1,
-            inner: len,
+            outer: spec.pairs,
+            channels: spec.rows_per_pair(rows),
+            inner,
         },
-        by: NormalizedBy::Groups(stats),
-        spread: Spread::Column,
+        by,
+        spread: Spread::SampleAndColumn,
     }
 }
 
@@ -99,7 +129,7 @@ fn forward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
 ) -> (Vec<E>, Vec<Stats>) {
     let moments = slice_moments::of_rows(x, spec.len, spec.center);
     let stats = Stats::of_moments(&moments, spec.eps);
-    let y = spread::normalize(x, frame(&stats, spec.len), affine, spec.round_first);
+    let y = spread::normalize(x, frame(&stats, spec), affine, spec.round_first);
     (y, stats)
 }
 
@@ -119,8 +149,33 @@ struct RowsForward<'a, E: Elem> {
     y: Part<'a, E>,
     /// Where the statistics are kept.
     stats: Option<&'a mut [Stats]>,
+    /// The first row.
+    first: usize,
+    rows_per_pair: usize,
     affine: AffinePair<'a, E::Acc>,
     spec: RowSpec,
+}
+
+/// Runs of rows that have a weight and a bias in common: the pair of each run, and its rows,
+/// counted from `first`.
+#[inline(always)]
+fn runs(
+    first: usize,
+    rows: usize,
+    rows_per_pair: usize,
+) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let (from, to) = (
+        first / rows_per_pair,
+        (first + rows).div_ceil(rows_per_pair),
+    );
+    (from..to).map(
+        #[inline(always)]
+        move |pair| {
+            let start = (pair * rows_per_pair).max(first);
+            let end = ((pair + 1) * rows_per_pair).min(first + rows);
+            (pair, start - first..end - first)
+        },
+    )
 }
 
 impl<E: Elem> Kernel for RowsForward<'_, E> {
@@ -129,14 +184,17 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
-        let norm = Normalizer::new(isa, self.affine, self.spec);
-        for (group, x) in self.x.chunks(ROWS * len).enumerate() {
-            let mut passing = [Stats::NONE; ROWS];
-            let stats = match &mut self.stats {
-                Some(stats) => &mut stats[group * ROWS..][..x.len() / len],
-                None => &mut passing[..x.len() / len],
-            };
-            norm.rows(isa, x, &mut self.y, stats);
+        for (pair, rows) in runs(self.first, self.x.len() / len, self.rows_per_pair) {
+            let norm = Normalizer::new(isa, self.affine.part(pair, len), self.spec);
+            let x = &self.x[rows.start * len..rows.end * len];
+            for (group, x) in x.chunks(ROWS * len).enumerate() {
+                let mut passing = [Stats::NONE; ROWS];
+                let stats = match &mut self.stats {
+                    Some(stats) => &mut stats[rows.start + group * ROWS..][..x.len() / len],
+                    None => &mut passing[..x.len() / len],
+                };
+                norm.rows(isa, x, &mut self.y, stats);
+            }
         }
     }
 }
@@ -245,7 +303,7 @@ pub(crate) fn add_forward<E: Elem>(
     let rows = x.len() / spec.len;
     assert_eq!(x.len(), rows * spec.len);
     assert_eq!(x.len(), residual.len());
-    assert!(affine.fits(spec.len));
+    assert!(affine.fits(spec.len) && spec.pairs == 1);
     let per_block = par::items_per_block(rows, spec.len);
     let size = per_block * spec.len;
     let rounds = size_of::<E>() != size_of::<E::Acc>();
@@ -412,38 +470,113 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     params: bool,
 ) -> Gradients<X> {
     let len = spec.len;
+    let rows_per_pair = spec.rows_per_pair(stats.len());
     assert_eq!(x.len(), stats.len() * len);
     assert_eq!(x.len(), dy.len());
-    assert!(weight.is_none_or(|w| w.len() == len));
+    assert!(weight.is_none_or(|w| w.len() == spec.pairs * len));
     if par::divides(stats.len(), len) {
         return backward_divided(x, dy, weight, stats, spec, params);
     }
-    let per_block = if params {
-        rows_per_block(stats.len(), len)
-    } else {
-        par::items_per_block(stats.len(), len)
-    };
-    let size = per_block * len;
+    let blocks = SummingBlocks::new(stats.len(), spec, params);
     let width = if params { len } else { 0 };
-    let mut partial = vec![0f64; 2 * width * x.len().div_ceil(size)];
-    let dx = fill(x.len(), size, |dx| {
-        let mut partials = partial.chunks_mut((2 * width).max(1));
-        let blocks = x.chunks(size).zip(dy.chunks(size)).zip(dx);
-        let blocks = blocks.zip(stats.chunks(per_block));
-        let blocks = blocks.map(|(((x, dy), dx), stats)| RowsBackward {
-            x,
-            dy,
-            dx,
-            stats,
-            weight,
-            spec,
-            partial: partials.next().unwrap_or_default(),
+    let mut partial = vec![0f64; 2 * width * blocks.sums(stats.len())];
+    let (whole, size) = (blocks.whole * len, blocks.rows * len);
+    let dx = fill(x.len(), whole, |dx| {
+        let mut partials = partial.chunks_mut((2 * width * blocks.pairs).max(1));
+        let inputs = x.chunks(whole).zip(dy.chunks(whole));
+        let inputs = inputs.flat_map(|(x, dy)| x.chunks(size).zip(dy.chunks(size)));
+        let stats = stats.chunks(blocks.whole);
+        let stats = stats.flat_map(|stats| stats.chunks(blocks.rows));
+        let all = inputs.zip(dx.flat_map(|dx| dx.divide(size))).zip(stats);
+        let mut first = 0;
+        let all = all.map(|(((x, dy), dx), stats)| {
+            let block = RowsBackward {
+                x,
+                dy,
+                dx,
+                stats,
+                first,
+                rows_per_pair,
+                weight,
+                spec,
+                partial: partials.next().unwrap_or_default(),
+            };
+            first += stats.len();
+            block
         });
-        par::run(x.len(), blocks);
+        par::run(x.len(), all);
     });
-    let mut dweight = combined(&partial, 2 * width);
-    let dbias = dweight.split_off(width);
+    let [dweight, dbias] = blocks.by_pair(&partial, width);
     Gradients { dx, dweight, dbias }
+}
+
+/// Rows by blocks that leave sums for each weight and bias: parts of the rows of one, or all rows
+/// of some.
+#[derive(Debug, Clone, Copy)]
+struct SummingBlocks {
+    /// Rows that are cut into blocks by themselves.
+    whole: usize,
+    /// Rows of a block.
+    rows: usize,
+    /// Pairs of weight and bias that a block has rows of.
+    pairs: usize,
+}
+
+impl SummingBlocks {
+    fn new(rows: usize, spec: RowSpec, params: bool) -> Self {
+        let len = spec.len;
+        let rows_per_pair = spec.rows_per_pair(rows);
+        let of_pair = match params {
+            true => rows_per_block(rows_per_pair, len),
+            false => par::items_per_block(rows_per_pair, len),
+        };
+        if of_pair < rows_per_pair {
+            return Self {
+                whole: rows_per_pair,
+                rows: of_pair,
+                pairs: 1,
+            };
+        }
+        let pairs = par::items_per_block(spec.pairs, rows_per_pair * len);
+        Self {
+            whole: pairs * rows_per_pair,
+            rows: pairs * rows_per_pair,
+            pairs,
+        }
+    }
+
+    /// How many sums of a pair the blocks of `rows` rows leave.
+    fn sums(self, rows: usize) -> usize {
+        match self.whole == self.rows {
+            true => rows / (self.whole / self.pairs),
+            false => rows / self.whole * self.whole.div_ceil(self.rows),
+        }
+    }
+
+    /// The gradients of weights and biases of `width` columns from the sums of all blocks.
+    fn by_pair(self, partial: &[f64], width: usize) -> [Vec<f64>; 2] {
+        let sums = match self.whole == self.rows {
+            true => 1,
+            false => self.whole.div_ceil(self.rows),
+        };
+        if partial.len() == 2 * width * sums {
+            let mut dweight = combined(partial, 2 * width);
+            let dbias = dweight.split_off(width);
+            return [dweight, dbias];
+        }
+        let count = partial.len() / (2 * sums);
+        let mut all = [Vec::with_capacity(count), Vec::with_capacity(count)];
+        for partial in partial.chunks(2 * width * sums) {
+            let of_pair = match sums {
+                1 => Cow::Borrowed(partial),
+                _ => Cow::Owned(combined(partial, 2 * width)),
+            };
+            let (dweight, dbias) = of_pair.split_at(width);
+            all[0].extend_from_slice(dweight);
+            all[1].extend_from_slice(dbias);
+        }
+        all
+    }
 }
 
 /// [`backward`] of rows that are divided among threads, pass by pass.
@@ -455,7 +588,7 @@ fn backward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
     spec: RowSpec,
     params: bool,
 ) -> Gradients<X> {
-    let frame = frame(stats, spec.len);
+    let frame = frame(stats, spec);
     let sums = spread::grad_sums(x, dy, frame, weight, params, spec.round_first);
     let means = spread::means(&sums.sets, spec.len as f64, spec.center);
     Gradients {
@@ -470,10 +603,13 @@ struct RowsBackward<'a, X: Elem, E> {
     dy: &'a [E],
     dx: Part<'a, X>,
     stats: &'a [Stats],
+    /// The first row.
+    first: usize,
+    rows_per_pair: usize,
     weight: Option<&'a [X::Acc]>,
     spec: RowSpec,
-    /// The sums of this block: those of `dy · x̂` for each column, then those of `dy`; empty if
-    /// nobody wants them.
+    /// The sums of this block for each weight and bias: those of `dy · x̂` for each column, then
+    /// those of `dy`; empty if nobody wants them.
     partial: &'a mut [f64],
 }
 
@@ -483,34 +619,38 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, len) = (self.spec, self.spec.len);
-        let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, self.partial);
-        let weight = ColumnFactor::new(isa, self.weight);
-        let pairs = self
-            .x
-            .chunks(ROWS_BACKWARD * len)
-            .zip(self.dy.chunks(ROWS_BACKWARD * len));
-        for ((x, dy), stats) in pairs.zip(self.stats.chunks(ROWS_BACKWARD)) {
-            if stats.len() == ROWS_BACKWARD {
-                let rows = RowTile { x, dy, stats, spec };
-                self.dx.write(
-                    x.len(),
-                    #[inline(always)]
-                    |dx| rows.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
-                );
-            } else {
-                let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
-                for ((x, dy), stats) in pairs.zip(stats.chunks(1)) {
-                    let row = RowTile { x, dy, stats, spec };
+        let mut partials = self.partial.chunks_mut(2 * len);
+        for (pair, rows) in runs(self.first, self.stats.len(), self.rows_per_pair) {
+            let partial = partials.next().unwrap_or_default();
+            let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, partial);
+            let weight = ColumnFactor::new(isa, part(self.weight, pair, len));
+            let elements = rows.start * len..rows.end * len;
+            let pairs = self.x[elements.clone()]
+                .chunks(ROWS_BACKWARD * len)
+                .zip(self.dy[elements].chunks(ROWS_BACKWARD * len));
+            for ((x, dy), stats) in pairs.zip(self.stats[rows].chunks(ROWS_BACKWARD)) {
+                if stats.len() == ROWS_BACKWARD {
+                    let rows = RowTile { x, dy, stats, spec };
                     self.dx.write(
-                        len,
+                        x.len(),
                         #[inline(always)]
-                        |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
+                        |dx| rows.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
                     );
+                } else {
+                    let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
+                    for ((x, dy), stats) in pairs.zip(stats.chunks(1)) {
+                        let row = RowTile { x, dy, stats, spec };
+                        self.dx.write(
+                            len,
+                            #[inline(always)]
+                            |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
+                        );
+                    }
                 }
+                sums.added(isa, stats.len());
             }
-            sums.added(isa, stats.len());
+            sums.finish(isa);
         }
-        sums.finish(isa);
     }
 }
 

@@ -31,6 +31,8 @@ pub enum Spread {
     SampleAndColumn,
     /// One for each element of a sample, `[channels, inner]`.
     Element,
+    /// One for each element, `[outer, channels, inner]`.
+    SampleAndElement,
 }
 
 impl Spread {
@@ -47,6 +49,7 @@ impl Spread {
             Spread::SampleAndChannel => outer * channels,
             Spread::SampleAndColumn => outer * inner,
             Spread::Element => channels * inner,
+            Spread::SampleAndElement => shape.elements(),
         }
     }
 }
@@ -153,6 +156,7 @@ impl<'a> Planes<'a> {
             Spread::SampleAndChannel => (Slots::Plane, false),
             Spread::SampleAndColumn => (Slots::Sample, true),
             Spread::Element => (Slots::Channel, true),
+            Spread::SampleAndElement => (Slots::Plane, true),
         };
         let planes = Self {
             shape,

@@ -12,12 +12,13 @@ const EPS: f64 = 1e-5;
 /// Sizes of planes that lanes and runs do not divide.
 const INNER: [usize; 6] = [1, 15, 16, 17, 33, 1000];
 
-const SPREADS: [Spread; 5] = [
+const SPREADS: [Spread; 6] = [
     Spread::Column,
     Spread::Channel,
     Spread::SampleAndChannel,
     Spread::SampleAndColumn,
     Spread::Element,
+    Spread::SampleAndElement,
 ];
 
 /// A number with its conversions and the precision of results.
@@ -148,6 +149,7 @@ fn slot(spread: Spread, shape: Shape, [sample, channel, place]: [usize; 3]) -> u
         Spread::SampleAndChannel => sample * shape.channels + channel,
         Spread::SampleAndColumn => sample * shape.inner + place,
         Spread::Element => channel * shape.inner + place,
+        Spread::SampleAndElement => (sample * shape.channels + channel) * shape.inner + place,
     }
 }
 
@@ -528,6 +530,7 @@ fn row_and_group_passes<T: Number>() {
                 center,
                 eps: EPS,
                 round_first: false,
+                pairs: 1,
             };
             let what = format!("rows of {shape:?} {center}");
             let (y, stats) = T::rows_forward(&x, affine, spec);
@@ -566,6 +569,7 @@ fn row_and_group_passes<T: Number>() {
         for num_groups in [1, shape.channels] {
             let what = format!("{num_groups} groups of {shape:?}");
             let spec = GroupSpec {
+                per_sample: false,
                 shape,
                 num_groups,
                 eps: EPS,

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
-use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source};
+use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source, Spread};
 use candle_norm_kernels::{AffinePair, Order, Shape, Stats, Wanted};
 
 impl From<ChannelAxes> for Shape {
@@ -52,6 +52,15 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
 }
 
 impl Channels {
+    /// How weight and bias are spread, if not one for each channel.
+    fn wide_spread(&self) -> Option<candle_norm_kernels::Spread> {
+        match self.spread {
+            Spread::Channel => None,
+            Spread::SampleAndChannel => Some(candle_norm_kernels::Spread::SampleAndChannel),
+            Spread::Element => Some(candle_norm_kernels::Spread::SampleAndElement),
+        }
+    }
+
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
         let affine = AffinePair {
@@ -74,7 +83,11 @@ impl Channels {
             }
         };
         let (x, order) = input::<T>(args.x)?;
-        let (y, saved) = T::channels_forward(x, order, self.axes.into(), affine, statistics);
+        let shape = self.axes.into();
+        let (y, saved) = match self.wide_spread() {
+            None => T::channels_forward(x, order, shape, affine, statistics),
+            Some(spread) => T::spread_channels_forward(x, order, shape, affine, spread, statistics),
+        };
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
@@ -95,7 +108,13 @@ impl Channels {
             params: from.params,
         };
         let (shape, weight) = (self.axes.into(), weight.as_deref());
-        let grads = T::channels_backward(x, order, dy, shape, weight, from.saved, wanted);
+        let saved = from.saved;
+        let grads = match self.wide_spread() {
+            None => T::channels_backward(x, order, dy, shape, weight, saved, wanted),
+            Some(spread) => {
+                T::spread_channels_backward(x, order, dy, shape, weight, spread, saved, wanted)
+            }
+        };
         Ok(stored(grads, from.params))
     }
 }

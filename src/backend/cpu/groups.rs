@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, Result};
 
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics};
-use crate::computations::{Args, Gradients, Groups};
-use candle_norm_kernels::{AffinePair, GroupSpec, Stats};
+use crate::computations::{Args, ChannelAxes, Gradients, Groups, Spread};
+use candle_norm_kernels::{AffinePair, GroupSpec, RowSpec, Stats};
 
 impl Groups {
     fn spec(&self) -> GroupSpec {
@@ -13,6 +13,23 @@ impl Groups {
             shape: self.axes.into(),
             num_groups: self.num_groups,
             eps: self.eps,
+            per_sample: self.spread == Spread::SampleAndChannel,
+        }
+    }
+
+    /// The groups as rows, each with a weight and a bias for each of its elements.
+    fn as_rows(&self) -> RowSpec {
+        let ChannelAxes {
+            outer,
+            channels,
+            inner,
+        } = self.axes;
+        RowSpec {
+            len: channels / self.num_groups * inner,
+            center: true,
+            eps: self.eps,
+            round_first: false,
+            pairs: outer * self.num_groups,
         }
     }
 
@@ -22,7 +39,11 @@ impl Groups {
             weight: weight.as_deref(),
             bias: bias.as_deref(),
         };
-        let (y, saved) = T::groups_forward(elements(args.x)?, affine, self.spec());
+        let x = elements(args.x)?;
+        let (y, saved) = match self.spread {
+            Spread::Element => T::rows_forward(x, affine, self.as_rows()),
+            _ => T::groups_forward(x, affine, self.spec()),
+        };
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
             saved,
@@ -35,7 +56,11 @@ impl Groups {
     ) -> Result<Gradients<CpuStorage>> {
         let weight = parameter(from.weight)?;
         let (x, dy) = (elements(from.x)?, elements(from.dy)?);
-        let grads = T::groups_backward(x, dy, weight.as_deref(), from.saved, self.spec());
+        let (weight, saved) = (weight.as_deref(), from.saved);
+        let grads = match self.spread {
+            Spread::Element => T::rows_backward(x, dy, weight, saved, self.as_rows(), from.params),
+            _ => T::groups_backward(x, dy, weight, saved, self.spec()),
+        };
         Ok(stored(grads, from.params))
     }
 }

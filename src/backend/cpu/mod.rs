@@ -3,6 +3,7 @@
 mod channels;
 mod groups;
 mod mixture;
+mod modulate;
 mod plane_moments;
 mod rows;
 mod scale_shift;

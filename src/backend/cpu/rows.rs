@@ -16,6 +16,7 @@ impl Rows {
             center: self.center,
             eps: self.eps,
             round_first: self.cast == Cast::BeforeWeight,
+            pairs: self.pairs,
         }
     }
 

@@ -2,21 +2,21 @@
 
 use candle_core::{CpuStorage, DType, Result};
 
-use super::normalization::{Normalization, Stats, gradients};
+use super::normalization::{Normalization, Stats, gradients, weights};
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Channels, Gradients, Source};
 
 impl Channels {
-    /// A channel is a group, and has a weight and a bias.
+    /// A channel is a group.
     fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
         let axes = self.axes;
-        let channel = move |i| i / axes.inner % axes.channels;
+        let (num_params, param) = weights(self.spread.along(axes));
         Normalization {
             num_groups: axes.channels,
-            group: channel,
-            num_params: axes.channels,
-            param: channel,
+            group: move |i| i / axes.inner % axes.channels,
+            num_params,
+            param,
         }
     }
 }

@@ -2,21 +2,22 @@
 
 use candle_core::{CpuStorage, Result};
 
-use super::normalization::{Normalization, Stats, gradients};
+use super::normalization::{Normalization, Stats, gradients, weights};
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Gradients, Groups};
 
 impl Groups {
-    /// Neighboring channels of a sample are a group, and a channel has a weight and a bias.
+    /// Neighboring channels of a sample are a group.
     fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
         let (axes, num_groups) = (self.axes, self.num_groups);
         let len = axes.channels / num_groups * axes.inner;
+        let (num_params, param) = weights(self.spread.along(axes));
         Normalization {
             num_groups: axes.outer * num_groups,
             group: move |i| i / len,
-            num_params: axes.channels,
-            param: move |i| i / axes.inner % axes.channels,
+            num_params,
+            param,
         }
     }
 }

@@ -6,6 +6,7 @@
 mod channels;
 mod groups;
 mod mixture;
+mod modulate;
 mod normalization;
 mod plane_moments;
 mod rows;

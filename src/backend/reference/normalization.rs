@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Tensor};
 use super::{Sum, rounded, stored};
 use crate::backend::Statistics;
 use crate::computations::Gradients;
+use crate::computations::composed::Along;
 
 /// Statistics that a group is normalized by.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +32,11 @@ impl Stats {
     pub(super) fn normalized(&self, x: f64) -> f64 {
         ((x - self.mean) - self.mean_error) / self.std
     }
+}
+
+/// Index of the weight of each element where weights lie `along` axes.
+pub(super) fn weights((dims, along): ([usize; 3], Along)) -> (usize, impl Fn(usize) -> usize) {
+    (along.count(dims), move |i| along.of(dims, i))
 }
 
 /// Group, and weight and bias, that each element of a contiguous tensor belongs to.

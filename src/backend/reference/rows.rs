@@ -2,23 +2,24 @@
 
 use candle_core::{CpuStorage, DType, Result};
 
-use super::normalization::{Normalization, Stats, gradients};
+use super::normalization::{Normalization, Stats, gradients, weights};
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{AddOn, Added, Backward, Forward, On};
 use crate::computations::{Args, Cast, Gradients, Rows, composed};
 
 impl Rows {
-    /// A row is a group, and a column has a weight and a bias.
+    /// A row is a group.
     fn plain(
         &self,
         elements: usize,
     ) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
         let len = self.len;
+        let (num_params, param) = weights(self.along(elements / len));
         Normalization {
             num_groups: elements / len,
             group: move |i| i / len,
-            num_params: len,
-            param: move |i| i % len,
+            num_params,
+            param,
         }
     }
 
