@@ -10,7 +10,7 @@ mod statistics;
 
 pub(crate) use crate::support::messages::{NO_BATCH_AXIS, dtype, float, rank_at_least, shape};
 pub(crate) use input::{
-    Param, channels, channels_first, countable, features, input, param_dtype, residual,
+    Param, axis, channels, channels_first, countable, features, input, param_dtype, residual,
     same_device, trailing,
 };
 pub(crate) use options::{
