@@ -17,6 +17,9 @@
 //! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
 //! | [`WeightNorm`] | [`weight_norm`]`::linear`, … | none: a length and a direction | [`Module`] |
 //! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed | [`ModuleT`] |
+//! | [`GlobalResponseNorm`] | [`global_response_norm()`] | none: channels by their shares | [`Module`] |
+//! | [`L2Normalize`] | [`L2Normalize::new`] | none: each vector at length one | [`Module`] |
+//! | [`LayerScale`] | [`layer_scale()`] | none: a factor for each channel | [`Module`] |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
 //! | [`FrozenSwitchNorm`] | [`SwitchNorm::frozen`] | as SwitchNorm, batch fixed | [`Module`] |
 //!
@@ -134,11 +137,16 @@ pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch
 pub use layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
 };
+pub use layers::global_response_norm::{
+    GlobalResponseNorm, GlobalResponseNormOptions, global_response_norm,
+};
 pub use layers::group_norm::{GroupNorm, GroupNormOptions, group_norm};
 pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions, instance_norm};
+pub use layers::l2_normalize::{L2Normalize, L2NormalizeOptions};
 pub use layers::layer_norm::{
     LayerNorm, LayerNormConfig, LayerNormOptions, layer_norm, layer_norm_no_bias,
 };
+pub use layers::layer_scale::{LayerScale, LayerScaleOptions, layer_scale};
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
 pub use layers::scale_norm::{ScaleNorm, ScaleNormOptions, scale_norm};
 pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, switch_norm};

@@ -380,6 +380,14 @@ pub(crate) fn softmax(x: &Tensor) -> Result<Tensor> {
     exp.times(&exp.sum()?.recip()?)?.join()
 }
 
+/// The logarithm of [`softmax`].
+pub(crate) fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    let highest = x.detach().max(1)?;
+    let rows = Rows::new(x)?.minus(&highest)?;
+    let sum = rows.map(Tensor::exp)?.sum()?.log()?;
+    rows.minus(&sum)?.join()
+}
+
 /// The gradients of [`standardize`] and [`scale_shift`] together: of the rows `x` `[rows, len]`,
 /// and of one weight and bias for each channel of `dy` `[outer, channels, inner]`, the same
 /// elements in the same order.

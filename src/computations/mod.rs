@@ -7,13 +7,17 @@
 mod channels;
 pub(crate) mod composed;
 mod groups;
+mod lengths;
 mod mixture;
 mod modulate;
 mod plane_moments;
 mod rows;
+mod scale_add;
 mod scale_shift;
 mod spread;
+mod softmax;
 mod transpose;
+mod unit_rows;
 mod weight_rows;
 
 use std::fmt::Debug;
@@ -24,14 +28,19 @@ use candle_norm_support::messages;
 
 pub(crate) use channels::{Channels, FixedStatistics, Source};
 pub(crate) use groups::Groups;
+pub(crate) use lengths::Lengths;
 pub(crate) use mixture::{Batch, Mixture, Planes, finite, softmax};
 pub(crate) use modulate::Modulate;
 pub(crate) use plane_moments::PlaneMoments;
 pub use rows::Cast;
 pub(crate) use rows::Rows;
+pub(crate) use scale_add::{Places, ScaleAdd, Third};
 pub(crate) use scale_shift::ScaleShift;
 pub(crate) use spread::Spread;
+pub(crate) use softmax::Softmax;
 pub(crate) use transpose::Transpose;
+pub use unit_rows::L2Form;
+pub(crate) use unit_rows::UnitRows;
 pub(crate) use weight_rows::{WeightRows, norms_of_rows};
 
 /// The arguments of a computation: the input, and the parameters that there are.

@@ -86,15 +86,20 @@ impl WeightRows {
     /// One over the length of each row, from the sum of the squares of its elements over `scale`,
     /// in multiples of one over `scale`.
     fn inv_norm(&self, squares: &Tensor, scale: &Tensor) -> Result<Tensor> {
-        // A zero row has no direction: it divides by one instead of zero, and is cut off from
-        // weight and gradient.
-        let zero = squares.detach().eq(0.)?.to_dtype(squares.dtype())?;
-        let kept = (1. - &zero)?;
-        let inv_norm = ((squares + zero)?.sqrt()?.recip()? * kept)?;
+        let inv_norm = Self::own_inverse(squares)?;
         match self.short(squares, scale)? {
             Some(short) => short.where_cond(&(scale / self.least)?, &inv_norm),
             None => Ok(inv_norm),
         }
+    }
+
+    /// One over the root of `squares`; zero, without a gradient, where that is zero.
+    pub(super) fn own_inverse(squares: &Tensor) -> Result<Tensor> {
+        // A zero row has no direction: it divides by one instead of zero, and is cut off from
+        // weight and gradient.
+        let zero = squares.detach().eq(0.)?.to_dtype(squares.dtype())?;
+        let kept = (1. - &zero)?;
+        (squares + zero)?.sqrt()?.recip()? * kept
     }
 
     /// The rows that are shorter than the least length, where there is one.
@@ -117,7 +122,7 @@ pub(crate) fn norms_of_rows(rows: &Tensor) -> Result<Tensor> {
 
 /// A detached divisor `[rows, 1]` that brings the largest value of each row to 1, so that squares
 /// neither over- nor underflow; 1 for rows that are zero or not finite.
-fn row_scale(v: &Tensor) -> Result<Tensor> {
+pub(super) fn row_scale(v: &Tensor) -> Result<Tensor> {
     let largest = v.detach().abs()?.max_keepdim(1)?;
     let bound = match v.dtype() {
         DType::F64 => f64::MAX,

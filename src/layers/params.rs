@@ -77,14 +77,21 @@ pub(crate) const MAGNITUDE: &[&str] = &["parametrizations.weight.original0", "we
 /// Names of weight norm's `v`: PyTorch's, and its older one.
 pub(crate) const DIRECTION: &[&str] = &["parametrizations.weight.original1", "weight_v"];
 
+/// Names of LayerScale's factor: timm's, and those of transformers (DINOv2, ConvNeXt, Mimi).
+pub(crate) const GAMMA: &[&str] = &["gamma", "lambda1", "layer_scale_parameter", "scale"];
+/// Names of LayerScale's shift.
+pub(crate) const BETA: &[&str] = &["beta", "bias"];
+
 /// All tensors that may have other names.
-pub(crate) const ALIASES: [&[&str]; 6] = [
+pub(crate) const ALIASES: [&[&str]; 8] = [
     WEIGHT,
     BIAS,
     RUNNING_MEAN,
     RUNNING_VAR,
     MAGNITUDE,
     DIRECTION,
+    GAMMA,
+    BETA,
 ];
 
 /// The name of `names` under which the file of `vb` has a tensor, else the one that is written.
@@ -114,13 +121,20 @@ pub(super) fn path(vb: &VarBuilder, name: &str) -> String {
     }
 }
 
+/// The parameter of a shape under one of its names. A file may have it with other axes of size 1.
 pub(crate) fn get(
     vb: &VarBuilder,
     shape: impl Into<Shape>,
     names: &[&str],
     init: f64,
 ) -> Result<Tensor> {
-    vb.get_with_hints(shape, name_in(vb, names), Init::Const(init))
+    let (shape, name) = (shape.into(), name_in(vb, names));
+    match vb.get_unchecked(name) {
+        Ok(stored) if !stored.is_variable() && same_axes(stored.dims(), shape.dims()) => {
+            stored.reshape(shape)
+        }
+        _ => vb.get_with_hints(shape, name, Init::Const(init)),
+    }
 }
 
 fn held(vb: &VarBuilder, names: &[&str]) -> bool {

@@ -12,7 +12,8 @@ pub(crate) use candle_norm_support::messages::{
     NO_BATCH_AXIS, at_least_one, dtype, finite, float, rank_at_least, same_device, shape,
 };
 pub(crate) use input::{
-    Param, channels, channels_first, countable, features, input, param_dtype, residual, trailing,
+    Param, axis, channels, channels_first, countable, features, input, param_dtype, residual,
+    trailing,
 };
 pub(crate) use options::{dim, eps, groups, momentum, normalized_shape, one_axis};
 pub(crate) use statistics::{

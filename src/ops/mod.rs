@@ -9,8 +9,11 @@ pub(crate) mod linear_map;
 
 mod add_norm;
 mod batch_norm;
+mod global_response_norm;
 mod group_norm;
 mod instance_norm;
+mod l2_normalize;
+mod layer_scale;
 mod modulation;
 mod moments;
 mod row_norm;
@@ -25,10 +28,13 @@ pub(crate) use add_norm::add_row_norm;
 pub use add_norm::{add_layer_norm, add_rms_norm};
 pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference, modulated_batch_norm};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
+pub use global_response_norm::global_response_norm;
 pub(crate) use group_norm::group_norm_by;
 pub use group_norm::{group_norm, modulated_group_norm};
 pub use instance_norm::{instance_norm, modulated_instance_norm};
 pub(crate) use instance_norm::{instance_norm_by, instance_norm_with};
+pub use l2_normalize::{L2Form, l2_normalize};
+pub use layer_scale::{GateOptions, gated_residual, layer_scale};
 pub use modulation::{Modulation, adain, modulate};
 pub(crate) use modulation::{Scaling, modulate_in};
 #[doc(inline)]
@@ -37,7 +43,7 @@ pub use row_norm::{RmsOptions, layer_norm, modulated_layer_norm, modulated_rms_n
 pub(crate) use row_norm::{RowNorm, row_norm};
 pub use scale_norm::scale_norm;
 pub(crate) use scale_norm::scale_norm_by;
-pub(crate) use softmax::softmax_last_dim;
+pub use softmax::{log_softmax_last_dim, softmax_last_dim};
 pub use switch_norm::{SwitchBatch, SwitchSources, switch_norm};
 pub(crate) use switch_norm::{shares, switch_norm_with};
 pub use weight_norm::weight_norm;

@@ -504,7 +504,7 @@ fn weight_norm_plan(case: &Case) -> Outcome<Plan> {
     }))
 }
 
-fn builder(inputs: Inputs, dtype: DType) -> VarBuilder<'static> {
+pub(crate) fn builder(inputs: Inputs, dtype: DType) -> VarBuilder<'static> {
     let device = inputs
         .values()
         .next()
@@ -512,7 +512,7 @@ fn builder(inputs: Inputs, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_tensors(inputs, dtype, &device)
 }
 
-fn without_state(y: Tensor) -> Result<Outputs> {
+pub(crate) fn without_state(y: Tensor) -> Result<Outputs> {
     Ok(Outputs {
         y,
         sum: None,

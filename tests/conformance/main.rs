@@ -14,6 +14,7 @@
 
 mod case;
 mod compare;
+mod family;
 mod layers;
 mod runner;
 mod self_test;

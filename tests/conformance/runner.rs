@@ -11,6 +11,7 @@ use candle_norm::{Path, with_path};
 
 use crate::case::{Case, Outcome, device, one_line};
 use crate::compare::{Worst, compare};
+use crate::family;
 use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, RESIDUAL, STATE};
 
 /// How the input lies in memory. All layouts hold the same values.
@@ -189,6 +190,7 @@ fn collect(folder: &FilePath, files: &mut Vec<PathBuf>) -> Outcome<()> {
 fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     let op = OPS
         .iter()
+        .chain(family::OPS)
         .find(|op| op.name == case.op)
         .ok_or_else(|| format!("unknown op `{}`", case.op))?;
     check_tensors(case, op)?;

@@ -12,10 +12,11 @@ use super::moments::Moments;
 use super::rows::{Added, RowSpec};
 use super::shape::{Order, Shape};
 use super::simd::Elem;
+use super::softmax::ExpSum;
 use super::spread::{Frame, GradSums, Spread};
 use super::stats::{Statistics, Stats};
-use super::weight::Length;
-use super::{channels, groups, rows, slice_moments, spread, transpose, weight};
+use super::weight::{Floor, Length};
+use super::{channels, groups, rows, scale_add, slice_moments, softmax, spread, transpose, weight};
 
 mod sealed {
     pub trait Sealed {}
@@ -212,6 +213,47 @@ kernels! {
         lengths: &[Length],
         len: usize,
     ) -> (Vec<Self>, Vec<f64>) = weight::backward::<Self>;
+
+    /// Each row of `len` elements over its length, which `floor` keeps from zero, and the lengths.
+    fn unit_forward(v: &[Self], len: usize, floor: Floor) -> (Vec<Self>, Vec<Length>)
+        = weight::unit_forward::<Self>;
+
+    /// The gradient of [`unit_forward`](Self::unit_forward).
+    fn unit_backward(v: &[Self], dy: &[Self], lengths: &[Length], len: usize) -> Vec<Self>
+        = weight::unit_backward::<Self>;
+
+    /// The lengths of the rows of `len` elements.
+    fn row_lengths(v: &[Self], len: usize) -> Vec<Length> = weight::lengths::<Self>;
+
+    /// The gradient of [`row_lengths`](Self::row_lengths), zero for a row of zeros.
+    fn row_lengths_backward(
+        v: &[Self],
+        dlengths: &[f64],
+        lengths: &[Length],
+        len: usize,
+    ) -> Vec<Self> = weight::lengths_backward::<Self>;
+
+    /// Softmax of each row of `len` elements, or its logarithm, and the sums it was divided by.
+    fn softmax_forward(x: &[Self], len: usize, log: bool) -> (Vec<Self>, Vec<ExpSum>)
+        = softmax::forward::<Self>;
+
+    /// The gradient of [`softmax_forward`](Self::softmax_forward).
+    fn softmax_backward(
+        x: &[Self],
+        dy: &[Self],
+        sums: &[ExpSum],
+        len: usize,
+        log: bool,
+    ) -> Vec<Self> = softmax::backward::<Self>;
+
+    /// `y = residual + x · weight`, in planes of `inner` elements of `shape`.
+    fn scale_add(
+        x: &[Self],
+        residual: &[Self],
+        shape: Shape,
+        weight: &[Self::Acc],
+        spread: Spread,
+    ) -> Vec<Self> = scale_add::forward::<Self>;
 
     /// The moments of each row of `len` elements; about zero where they are not `center`ed.
     fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>

@@ -47,6 +47,8 @@ mod groups;
 mod planes;
 #[allow(unsafe_code)]
 mod rows;
+mod scale_add;
+mod softmax;
 mod weight;
 
 mod channels;
@@ -61,9 +63,10 @@ pub use moments::{Mean, Moments};
 pub use rows::{Added, RowSpec};
 pub use shape::{Order, Shape};
 pub use simd::Level;
+pub use softmax::ExpSum;
 pub use spread::{Frame, GradSums, NormalizedBy, Spread};
 pub use stats::{Statistics, Stats};
-pub use weight::Length;
+pub use weight::{Floor, Length};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

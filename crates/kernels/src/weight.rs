@@ -5,6 +5,17 @@ use super::loops::{map, map2, sums, sums2, tail};
 use super::par;
 use super::simd::{Elem, Isa, Kernel, Real, Vector, splat};
 
+/// A number that keeps the lengths of short rows from zero.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Floor {
+    /// The length of a row that is shorter, in place of its own.
+    Below(f64),
+    /// The length of a row that is not longer, in place of its own.
+    UpTo(f64),
+    /// Added to the sum of the squares.
+    Inside(f64),
+}
+
 /// The length of a row after `scale`, a power of two that keeps its squares from over- and
 /// underflow.
 #[derive(Debug, Clone, Copy)]
@@ -22,18 +33,35 @@ impl Length {
         fixed: false,
     };
 
-    /// The length of `v`, at least `least`.
+    /// The length of `v`, kept from zero by `floor`.
     #[inline(always)]
-    fn at_least<E: Elem, I: Isa>(isa: I, v: &[E], least: f64) -> Self {
+    fn above<E: Elem, I: Isa>(isa: I, v: &[E], floor: Floor) -> Self {
         let length = Self::of(isa, v);
-        match length.norm / length.scale < least {
-            true => Self {
-                norm: least,
-                scale: 1.,
-                fixed: true,
+        let norm = length.value();
+        let least = |norm: f64| Self {
+            norm,
+            fixed: true,
+            ..Self::NONE
+        };
+        match floor {
+            Floor::Below(shortest) if norm < shortest => least(shortest),
+            Floor::UpTo(shortest) if norm <= shortest => least(shortest),
+            // Beside the number, what was scaled up is zero.
+            Floor::Inside(added) if length.scale > 1. => Self {
+                norm: (norm * norm + added).sqrt(),
+                ..Self::NONE
             },
-            false => length,
+            Floor::Inside(added) => Self {
+                norm: (length.norm * length.norm + added * length.scale * length.scale).sqrt(),
+                ..length
+            },
+            Floor::Below(_) | Floor::UpTo(_) => length,
         }
+    }
+
+    /// The length itself.
+    pub fn value(self) -> f64 {
+        self.norm / self.scale
     }
 
     #[inline(always)]
@@ -98,6 +126,29 @@ pub(crate) fn forward<E: Elem>(
     len: usize,
     least: f64,
 ) -> (Vec<E>, Vec<Length>) {
+    forward_above(v, g, len, Floor::Below(least))
+}
+
+/// Each row over its length, and the lengths.
+pub(crate) fn unit_forward<E: Elem>(v: &[E], len: usize, floor: Floor) -> (Vec<E>, Vec<Length>) {
+    forward_above(v, &ones::<E>(v.len() / len), len, floor)
+}
+
+/// The gradient of [`unit_forward`].
+pub(crate) fn unit_backward<E: Elem>(v: &[E], dy: &[E], lengths: &[Length], len: usize) -> Vec<E> {
+    backward(v, dy, &ones::<E>(lengths.len()), lengths, len).0
+}
+
+fn ones<E: Elem>(count: usize) -> Vec<E::Acc> {
+    vec![E::Acc::from_f64(1.); count]
+}
+
+fn forward_above<E: Elem>(
+    v: &[E],
+    g: &[E::Acc],
+    len: usize,
+    floor: Floor,
+) -> (Vec<E>, Vec<Length>) {
     assert_eq!(v.len(), g.len() * len);
     let per_block = par::items_per_block(g.len(), len);
     let size = per_block * len;
@@ -111,7 +162,7 @@ pub(crate) fn forward<E: Elem>(
             g,
             lengths,
             len,
-            least,
+            floor,
         });
         par::run(v.len(), blocks);
     });
@@ -124,7 +175,7 @@ struct WeightForward<'a, E: Elem> {
     g: &'a [E::Acc],
     lengths: &'a mut [Length],
     len: usize,
-    least: f64,
+    floor: Floor,
 }
 
 impl<E: Elem> Kernel for WeightForward<'_, E> {
@@ -134,7 +185,7 @@ impl<E: Elem> Kernel for WeightForward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let rows = self.v.chunks_exact(self.len);
         for (v, (g, length)) in rows.zip(self.g.iter().zip(self.lengths)) {
-            *length = Length::at_least(isa, v, self.least);
+            *length = Length::above(isa, v, self.floor);
             let scale = splat::<I, _>(isa, E::Acc::from_f64(length.scale));
             let factor = splat::<I, _>(isa, E::Acc::from_f64(g.to_f64() * length.inverse()));
             self.w.write(
@@ -232,6 +283,96 @@ impl<E: Elem> Kernel for WeightBackward<'_, E> {
                         dv,
                         #[inline(always)]
                         |_, v, dw| ((dw - ((v * scale) * unit) * along) * factor) * scale,
+                    )
+                },
+            );
+        }
+    }
+}
+
+/// The lengths of rows.
+pub(crate) fn lengths<E: Elem>(v: &[E], len: usize) -> Vec<Length> {
+    assert!(v.len().is_multiple_of(len));
+    let count = v.len() / len;
+    let per_block = par::items_per_block(count, len);
+    let mut lengths = vec![Length::NONE; count];
+    let blocks = v
+        .chunks(per_block * len)
+        .zip(lengths.chunks_mut(per_block))
+        .map(|(v, lengths)| Lengths { v, lengths, len });
+    par::run(v.len(), blocks);
+    lengths
+}
+
+struct Lengths<'a, E: Elem> {
+    v: &'a [E],
+    lengths: &'a mut [Length],
+    len: usize,
+}
+
+impl<E: Elem> Kernel for Lengths<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        for (v, length) in self.v.chunks_exact(self.len).zip(self.lengths) {
+            *length = Length::of(isa, v);
+        }
+    }
+}
+
+/// The gradient of [`lengths`], zero for a row of zeros.
+pub(crate) fn lengths_backward<E: Elem>(
+    v: &[E],
+    dlengths: &[f64],
+    lengths: &[Length],
+    len: usize,
+) -> Vec<E> {
+    assert_eq!(v.len(), dlengths.len() * len);
+    assert_eq!(lengths.len(), dlengths.len());
+    let per_block = par::items_per_block(lengths.len(), len);
+    let size = per_block * len;
+    fill(v.len(), size, |dv| {
+        let rows = dlengths.chunks(per_block).zip(lengths.chunks(per_block));
+        let blocks = v.chunks(size).zip(dv).zip(rows);
+        let blocks = blocks.map(|((v, dv), (dlengths, lengths))| LengthsBackward {
+            v,
+            dv,
+            dlengths,
+            lengths,
+            len,
+        });
+        par::run(v.len(), blocks);
+    })
+}
+
+struct LengthsBackward<'a, E: Elem> {
+    v: &'a [E],
+    dv: Part<'a, E>,
+    dlengths: &'a [f64],
+    lengths: &'a [Length],
+    len: usize,
+}
+
+impl<E: Elem> Kernel for LengthsBackward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let rows = self.v.chunks_exact(self.len);
+        for (v, (dlength, length)) in rows.zip(self.dlengths.iter().zip(self.lengths)) {
+            let scale = splat::<I, _>(isa, E::Acc::from_f64(length.scale));
+            let factor = splat::<I, _>(isa, E::Acc::from_f64(dlength * length.inverse()));
+            self.dv.write(
+                v.len(),
+                #[inline(always)]
+                |dv| {
+                    map(
+                        isa,
+                        v,
+                        dv,
+                        #[inline(always)]
+                        |_, v| (v * scale) * factor,
                     )
                 },
             );

@@ -2,13 +2,17 @@
 
 mod channels;
 mod groups;
+mod lengths;
 mod mixture;
 mod modulate;
 mod plane_moments;
 mod rows;
+mod scale_add;
 mod scale_shift;
+mod softmax;
 mod statistics;
 mod transpose;
+mod unit_rows;
 mod weight_rows;
 
 use std::borrow::Cow;

@@ -5,13 +5,17 @@
 
 mod channels;
 mod groups;
+mod lengths;
 mod mixture;
 mod modulate;
 mod normalization;
 mod plane_moments;
 mod rows;
+mod scale_add;
 mod scale_shift;
+mod softmax;
 mod transpose;
+mod unit_rows;
 mod weight_rows;
 
 use candle_core::backend::BackendStorage;

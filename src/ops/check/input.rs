@@ -135,6 +135,15 @@ fn channels_elsewhere(dims: &[usize], channels: usize, if_last: Option<&str>) ->
     hint
 }
 
+/// An axis that the input does not have.
+pub(crate) fn axis<T>(layer: &str, x: &Tensor) -> Result<T> {
+    bail!(
+        "{layer}: expected dim to be an axis of the input, got one that is not, for input size \
+        {:?}",
+        x.dims()
+    )
+}
+
 /// Features along the last axis.
 pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.dims().last() != Some(&expected) {

@@ -44,10 +44,14 @@ pub(crate) trait Real:
 
     fn from_f64(v: f64) -> Self;
     fn to_f64(self) -> f64;
+
+    /// The exponential of a number that is not above zero but by rounding; zero where it is too
+    /// small for a normal number.
+    fn exp_of_negative(self) -> Self;
 }
 
 macro_rules! real {
-    ($t:ident, $lanes:ident) => {
+    ($t:ident, $lanes:ident, $exp:path) => {
         impl Real for $t {
             type Lanes<I: Isa> = I::$lanes;
             const LARGEST_EXPONENT: f64 = -($t::MIN_EXP as f64 - 1.);
@@ -60,11 +64,43 @@ macro_rules! real {
             fn to_f64(self) -> f64 {
                 self as f64
             }
+            #[inline(always)]
+            fn exp_of_negative(self) -> Self {
+                $exp(self)
+            }
         }
     };
 }
-real!(f32, F32);
-real!(f64, F64);
+real!(f32, F32, exp_f32);
+real!(f64, F64, f64::exp);
+
+/// `eˣ` as `2ⁿ · eʳ` with whole `n` and `|r| ≤ ln 2 / 2`, `eʳ` by the polynomial of Cephes
+/// (`expf`). It has no branch and calls nothing, so that lanes are computed at once.
+#[inline(always)]
+fn exp_f32(x: f32) -> f32 {
+    /// Added to a number, it leaves the nearest whole one in the last bits.
+    const WHOLE: f32 = 12_582_912.;
+    /// Logarithm of the smallest normal number, rounded up.
+    const LOWEST: f32 = -87.336_54;
+    let within = if x < LOWEST { LOWEST } else { x };
+    let whole = within * std::f32::consts::LOG2_E + WHOLE;
+    let n = whole - WHOLE;
+    // The first part of ln 2 has so few bits that its multiples are exact.
+    let r = (within - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for coefficient in [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        0.166_666_65,
+        0.5,
+    ] {
+        p = p * r + coefficient;
+    }
+    let fraction = (p * (r * r) + r) + 1.;
+    let power = f32::from_bits((whole.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < LOWEST { 0. } else { fraction * power }
+}
 
 /// Sixteen accumulator values in registers of `I`.
 pub(crate) type Lanes<I, T> = <T as Real>::Lanes<I>;

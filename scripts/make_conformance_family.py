@@ -1,0 +1,503 @@
+"""Writes tests/fixtures/conformance/family/*.safetensors: cases of the layers beside the norms of rows,
+groups and channels, in the format that tests/conformance/case.rs describes.
+
+    pip install numpy
+    python scripts/make_conformance_family.py            # rewrites tests/fixtures/conformance/family
+    python scripts/make_conformance_family.py some/dir   # writes somewhere else
+
+Every input is rounded to the dtype of its case; the expected values are computed in float64 from the
+rounded values, by formulas that are written out here, forward and backward. Each backward is compared
+with complex steps of its forward, which have no error of differences. The worked examples of the
+literature that this library follows are cases too, and the script stops where a formula misses their
+digits.
+
+A case draws from a generator seeded with its own name, so that adding one leaves the others as they are.
+"""
+
+import json
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+DTYPES = ("f64", "f32", "f16", "bf16")
+# rtol and atol, as in make_conformance.py.
+TOLERANCE = {"f64": 1e-11, "f32": 2e-6, "f16": 6e-4, "bf16": 4.5e-3}
+SOURCE = f"numpy {np.__version__} in float64, by hand, checked by complex steps"
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The nearest numbers of `dtype`, in float64."""
+    values = np.asarray(values, np.float64)
+    if dtype == "f64":
+        return values
+    if dtype == "bf16":
+        bits = values.astype(np.float32).view(np.uint32)
+        bits = bits + (0x7FFF + ((bits >> 16) & 1))
+        return (bits & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+    return values.astype({"f32": np.float32, "f16": np.float16}[dtype]).astype(np.float64)
+
+
+def stored(values: np.ndarray, dtype: str) -> bytes:
+    values = np.ascontiguousarray(values)
+    if dtype == "bf16":
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+    return values.astype({"f64": "<f8", "f32": "<f4", "f16": "<f2", "u8": "u1", "i64": "<i8"}[dtype]).tobytes()
+
+
+def save(path: Path, tensors: dict, metadata: dict) -> int:
+    """One file of tensors `name: (values, dtype)`, byte for byte the same on every run."""
+    names = {"f64": "F64", "f32": "F32", "f16": "F16", "bf16": "BF16", "u8": "U8", "i64": "I64"}
+    sizes = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "u8": 1, "i64": 8}
+    header = {"__metadata__": dict(sorted(metadata.items()))}
+    body = b""
+    for name in sorted(tensors, key=lambda n: (-sizes[tensors[n][1]], n)):
+        values, dtype = tensors[name]
+        start = len(body)
+        body += stored(values, dtype)
+        shape = list(np.shape(values))
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, len(body)]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = struct.pack("<Q", len(text)) + text + body
+    path.write_bytes(data)
+    return len(data)
+
+
+def rms(values) -> float:
+    values = np.asarray(values)
+    values = values[np.isfinite(values)]
+    return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------
+# Formulas. A forward serves complex numbers too, and branches on their real parts. A backward returns
+# the gradients, and for those that are differences of larger terms the size of these.
+# ---------------------------------------------------------------------------------------------------
+
+
+def l2_length(x, c):
+    squares = (x * x).sum(c["dim"], keepdims=True)
+    if c["form"] == "inside":
+        return np.sqrt(squares + c["eps"]), None
+    short = np.sqrt(np.abs(squares.real)) <= c["eps"]
+    return np.where(short, c["eps"], np.sqrt(np.where(short, 1.0, squares))), short
+
+
+def l2_normalize(t, c):
+    return {"y": t["x"] / l2_length(t["x"], c)[0]}
+
+
+def l2_normalize_backward(t, c):
+    length, short = l2_length(t["x"], c)
+    y = t["x"] / length
+    along = (t["dy"] * y).sum(c["dim"], keepdims=True)
+    if short is not None:
+        along = np.where(short, 0.0, along)
+    return {"dx": (t["dy"] - y * along) / length}, {"dx": rms(t["dy"] / length)}
+
+
+def softmax(t, c):
+    x = t["x"]
+    e = np.exp(x - x.real.max(-1, keepdims=True))
+    total = e.sum(-1, keepdims=True)
+    if c["log"]:
+        return {"y": (x - x.real.max(-1, keepdims=True)) - np.log(total)}
+    return {"y": e / total}
+
+
+def softmax_backward(t, c):
+    y = softmax(t, c | {"log": False})["y"]
+    dy = t["dy"]
+    if c["log"]:
+        return {"dx": dy - y * dy.sum(-1, keepdims=True)}, {}
+    return {"dx": y * (dy - (y * dy).sum(-1, keepdims=True))}, {"dx": rms(y * dy)}
+
+
+def gate(t, c):
+    """The weight as it multiplies x, and its derivative by the weight, in the shape of either."""
+    w = t["weight"]
+    value, slope = (np.tanh(w), 1 - np.tanh(w) ** 2) if c["tanh"] else (w, np.ones_like(w))
+    return [spread(p, t["x"], c) for p in (value, slope)]
+
+
+def spread(p, x, c):
+    """A parameter `[C]` or `[N, C]` with the axes of x."""
+    if c["channels_first"]:
+        return p.reshape(p.shape + (1,) * (x.ndim - 2)) if p.ndim == 2 else p.reshape((-1,) + (1,) * (x.ndim - 2))
+    return p.reshape((p.shape[0],) + (1,) * (x.ndim - 2) + (p.shape[1],)) if p.ndim == 2 else p
+
+
+def unspread(d, p, x, c):
+    """The sum of `d`, like x, over the axes that `p` does not have."""
+    axis = 1 if c["channels_first"] else x.ndim - 1
+    kept = (axis,) if p.ndim == 1 else (0, axis)
+    return d.sum(tuple(a for a in range(x.ndim) if a not in kept)).reshape(p.shape)
+
+
+def summed_size(d, p, x, c):
+    return rms(np.sqrt(unspread(d * d, p, x, c)))
+
+
+def layer_scale(t, c):
+    y = t["x"] * gate(t, c)[0]
+    if "bias" in t:
+        y = y + spread(t["bias"], t["x"], c)
+    return {"y": y + t["residual"] if "residual" in t else y}
+
+
+def layer_scale_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    value, slope = gate(t, c)
+    of_weight = dy * x * slope
+    grads = {"dx": dy * value, "dweight": unspread(of_weight, t["weight"], x, c)}
+    sizes = {"dweight": summed_size(of_weight, t["weight"], x, c)}
+    if "residual" in t:
+        grads["dresidual"] = dy
+    if "bias" in t:
+        grads["dbias"] = unspread(dy, t["bias"], x, c)
+        sizes["dbias"] = summed_size(dy, t["bias"], x, c)
+    return grads, sizes
+
+
+def grn_parts(t, c):
+    x = t["x"]
+    axis = 1 if c["channels_first"] else x.ndim - 1
+    space = tuple(a for a in range(1, x.ndim) if a != axis)
+    squares = (x * x).sum(space, keepdims=True) if space else x * x
+    zero = np.abs(squares.real) < 1e-50
+    g = np.where(zero, 0.0, np.sqrt(np.where(zero, 1.0, squares)))
+    e = g.mean(axis, keepdims=True) + c["eps"]
+    line = [1] * x.ndim
+    line[axis] = -1
+    return axis, space, g, e, [t[n].reshape(line) for n in ("weight", "bias")]
+
+
+def grn(t, c):
+    _, _, g, e, (w, b) = grn_parts(t, c)
+    return {"y": t["x"] + w * t["x"] * (g / e) + b}
+
+
+def grn_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    axis, space, g, e, (w, _) = grn_parts(t, c)
+    n = g / e
+    a = (dy * x).sum(space, keepdims=True) if space else dy * x
+    big_a = w * a
+    direction = x / np.where(g == 0, 1.0, g)
+    inner = big_a / e - (big_a * g).sum(axis, keepdims=True) / (x.shape[axis] * e**2)
+    over = tuple(i for i in range(x.ndim) if i != axis)
+    first, second = dy * (1 + w * n), direction * inner
+    grads = {"dx": first + second, "dweight": (a * n).sum(over), "dbias": dy.sum(over)}
+    sizes = {
+        "dx": max(rms(first), rms(second)),
+        "dweight": rms(np.sqrt(((dy * x * n) ** 2).sum(over))),
+        "dbias": rms(np.sqrt((dy**2).sum(over))),
+    }
+    return grads, sizes
+
+
+OPS = {
+    "l2_normalize": (l2_normalize, l2_normalize_backward),
+    "softmax": (softmax, softmax_backward),
+    "layer_scale": (layer_scale, layer_scale_backward),
+    "grn": (grn, grn_backward),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cases
+# ---------------------------------------------------------------------------------------------------
+
+
+class Draw:
+    def __init__(self, name: str, dtype: str):
+        self.rng, self.dtype = np.random.default_rng(zlib.crc32(name.encode())), dtype
+
+    def normal(self, *shape, mean=0.0, sigma=1.0):
+        return rounded(mean + sigma * self.rng.standard_normal(shape), self.dtype)
+
+
+class Writer:
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.safetensors"):
+            old.unlink()
+        self.folder, self.count, self.size = folder, 0, 0
+
+    def case(self, slug, op, dtype, config, t, like=None, of=None):
+        """Writes the case of the inputs `t`. `like` has digits of a worked example that must come out.
+        `of` has dtypes of tensors that are not in that of the case."""
+        name, of = f"{op}-{slug}-{dtype}", of or {}
+        t = {k: rounded(v, of.get(k, dtype)) if of.get(k) not in ("u8", "i64") else np.asarray(v) for k, v in t.items()}
+        forward, backward = OPS[op]
+        expected = {k: np.asarray(v, np.float64) for k, v in forward(t, config).items()}
+        sizes = {}
+        if "dy" in t:
+            grads, sizes = backward(t, config)
+            self.check(name, forward, t, config, grads, sizes)
+            expected |= grads
+        for key, digits in (like or {}).items():
+            got = expected[key].reshape(-1)
+            digits = np.asarray(digits, float).reshape(-1)
+            assert np.allclose(got, digits, rtol=2e-9, atol=1e-12), f"{name}: {key} {got} against {digits}"
+        scales = {k: v for k, v in sizes.items() if v > 2 * rms(expected[k])}
+        for key, want in expected.items():
+            kind = of.get(key, dtype)
+            size, tolerance = scales.get(key) or rms(want) or 1.0, TOLERANCE[dtype]
+            error = np.abs(rounded(want, kind) - want)
+            assert (error <= 0.9 * tolerance * (size + np.abs(want)))[np.isfinite(want)].all(), f"{name}: {key} range"
+        metadata = {
+            "op": op,
+            "config": json.dumps(config),
+            "dtype": dtype,
+            "rtol": repr(TOLERANCE[dtype]),
+            "atol": repr(TOLERANCE[dtype]),
+            "scales": json.dumps(dict(sorted(scales.items()))),
+            "source": SOURCE,
+        }
+        tensors = {k: (v, of.get(k, dtype)) for k, v in t.items()}
+        tensors |= {"expected." + k: (v, "f64") for k, v in expected.items()}
+        self.size += save(self.folder / f"{name}.safetensors", tensors, metadata)
+        self.count += 1
+
+    @staticmethod
+    def check(name, forward, t, config, grads, sizes):
+        """Complex steps along random directions, of what is finite."""
+        if any(not np.isfinite(v).all() for v in t.values()) or t["dy"].size == 0:
+            return
+        rng = np.random.default_rng(0)
+        for key, grad in grads.items():
+            of = key[1:]
+            for _ in range(3):
+                v = rng.standard_normal(t[of].shape)
+                step = 1e-30 * max(1.0, rms(t[of]))
+                moved = forward(t | {of: t[of] + 1j * step * v}, config)["y"].imag / step
+                want, got = (moved * t["dy"]).sum(), (grad * v).sum()
+                size = max(np.abs(grad * v).sum(), np.abs(moved * t["dy"]).sum(), sizes.get(key, 0.0), 1e-300)
+                assert abs(want - got) <= 1e-10 * size, f"{name}: {key} by {(want - got) / size:.1e}"
+
+
+def l2_normalize_cases(w: Writer) -> None:
+    op = "l2_normalize"
+
+    def case(slug, dtype, shape, dim, eps, form, change=None, sigma=1.0, dy=1.0):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = {"x": draw.normal(*shape, sigma=sigma), "dy": draw.normal(*shape, sigma=dy)}
+        if change:
+            change(t["x"])
+        w.case(slug, op, dtype, {"dim": dim, "eps": eps, "form": form}, t)
+
+    def zeros(x):
+        x[1] = 0.0
+        x[:, 2] = 0.0
+        x[2] = x[0]
+
+    for dtype in DTYPES:
+        for form, eps in (("max", 1e-12), ("inside", 1e-6)):
+            for width in (1, 2, 5, 33):
+                case(f"{form}_7x{width}", dtype, (7, width), 1, eps, form, sigma=1.5)
+            case(f"{form}_rank1", dtype, (19,), 0, eps, form)
+            case(f"{form}_last", dtype, (2, 3, 17), 2, eps, form)
+            case(f"{form}_channels", dtype, (2, 5, 3, 4), 1, eps, form)
+            case(f"{form}_first", dtype, (6, 3, 2), 0, eps, form)
+            case(f"{form}_empty", dtype, (0, 5), 1, eps, form)
+            if dtype != "f16":
+                case(f"{form}_huge", dtype, (4, 33), 1, eps, form, sigma=1e14)
+                case(f"{form}_tiny", dtype, (4, 33), 1, 1e-30, form, sigma=1e-8)
+        # Rows on both sides of a large epsilon, zeros and equal rows among them.
+        case("max_zeros", dtype, (5, 9), 1, 2.0, "max", change=zeros)
+        case("max_zeros_channels", dtype, (4, 5, 7), 1, 2.0, "max", change=zeros)
+        case("inside_zeros", dtype, (5, 9), 1, 0.25, "inside", change=zeros)
+        case("inside_zeros_channels", dtype, (4, 5, 7), 1, 0.25, "inside", change=zeros)
+        # The length of the row is epsilon itself.
+        t = {"x": [[3.0, 4.0], [3.0, 4.5]], "dy": [[1.0, -1.0], [0.5, 1.0]]}
+        w.case("max_tie", op, dtype, {"dim": 1, "eps": 5.0, "form": "max"}, t)
+    case("max_1031", "f32", (3, 1031), 1, 1e-12, "max")
+    case("max_columns_1031", "f32", (1031, 3), 0, 1e-12, "max")
+
+    def not_finite(x):
+        x[1, 3], x[2, 0] = np.nan, np.inf
+
+    with np.errstate(invalid="ignore"):
+        case("max_not_finite", "f32", (4, 9), 1, 1e-12, "max", change=not_finite)
+        case("inside_not_finite", "f32", (4, 9), 1, 1e-6, "inside", change=not_finite)
+    for slug, form, eps, x, dy, y, dx in (
+        ("max_3_4", "max", 1e-12, [3, 4], [1, -1], [0.6, 0.8], [0.224, -0.168]),
+        ("max_zero", "max", 1e-12, [0, 0], [1, 2], [0, 0], [1e12, 2e12]),
+        ("max_short", "max", 1e-12, [3e-13, 4e-13], [1, 0], [0.3, 0.4], [1e12, 0]),
+        ("inside_3_4", "inside", 1e-6, [3, 4], [1, -1], [0.599999988, 0.799999984], [0.2239999946, -0.1679999979]),
+        ("inside_zero", "inside", 1e-6, [0, 0], [1, 2], [0, 0], [1000, 2000]),
+    ):
+        for dtype in ("f64", "f32"):
+            like = {"y": y, "dx": dx} if dtype == "f64" else None
+            t = {"x": np.array([x], float), "dy": np.array([dy], float)}
+            w.case(f"example_{slug}", op, dtype, {"dim": 1, "eps": eps, "form": form}, t, like)
+
+
+def softmax_cases(w: Writer) -> None:
+    op = "softmax"
+    for log in (False, True):
+        kind = "log" if log else "plain"
+
+        def case(slug, dtype, shape, sigma=2.0, mean=0.0, change=None, dy=1.0):
+            draw = Draw(f"{op}-{kind}_{slug}-{dtype}", dtype)
+            t = {"x": draw.normal(*shape, sigma=sigma, mean=mean), "dy": draw.normal(*shape, sigma=dy)}
+            if change:
+                change(t["x"])
+            w.case(f"{kind}_{slug}", op, dtype, {"log": log}, t)
+
+        def masked(x):
+            x[0, 3:] = -np.inf
+            x[1, 0] = -np.inf
+
+        def ties(x):
+            x[0] = 1.5
+            x[1, ::2] = x[1].max()
+
+        for dtype in DTYPES:
+            for width in (1, 2, 5, 15, 16, 17, 33):
+                case(f"5x{width}", dtype, (5, width))
+            case("rank1", dtype, (19,))
+            case("rank4", dtype, (2, 3, 4, 7))
+            case("far", dtype, (4, 21), mean=-300.0)
+            case("ties", dtype, (3, 9), change=ties)
+            case("wide", dtype, (4, 21), sigma=30.0)
+            case("empty", dtype, (0, 5))
+            if not log:
+                with np.errstate(invalid="ignore"):
+                    case("masked", dtype, (3, 9), change=masked)
+        case("1031", "f32", (3, 1031))
+        case("4099", "bf16", (1, 4099), dy=30.0)
+
+        def not_finite(x):
+            x[0] = -np.inf
+            x[1, 4] = np.nan
+            x[2, 0] = np.inf
+
+        with np.errstate(invalid="ignore"):
+            case("not_finite", "f32", (4, 9), change=not_finite)
+
+
+def layer_scale_cases(w: Writer) -> None:
+    op = "layer_scale"
+
+    def case(slug, dtype, shape, first=False, sample=False, tanh=False, kind="", change=None):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        channels = shape[1] if first else shape[-1]
+        of = (shape[0], channels) if sample else (channels,)
+        t = {"x": draw.normal(*shape, sigma=1.5), "dy": draw.normal(*shape)}
+        t["weight"] = draw.normal(*of, mean=0.5)
+        t["weight"].flat[0] = 0.0
+        if "r" in kind:
+            t["residual"] = draw.normal(*shape)
+        if "b" in kind:
+            t["bias"] = draw.normal(*((channels,) if "c" in kind else of))
+        if change:
+            change(t["x"])
+        w.case(slug, op, dtype, {"channels_first": first, "tanh": tanh}, t)
+
+    def zeros(x):
+        x[0] = 0.0
+        x[..., 1] = 0.0
+
+    for dtype in DTYPES:
+        for kind, name in (("", "plain"), ("r", "residual"), ("b", "shift"), ("rb", "both")):
+            case(f"last_{name}", dtype, (2, 3, 17), kind=kind)
+            case(f"first_{name}", dtype, (2, 5, 3, 4), first=True, kind=kind)
+            case(f"sample_last_{name}", dtype, (3, 4, 5), sample=True, kind=kind)
+            case(f"sample_first_{name}", dtype, (3, 4, 5), first=True, sample=True, kind=kind)
+        case("sample_last_common_shift", dtype, (3, 4, 5), sample=True, kind="rbc")
+        case("rank1", dtype, (19,), kind="r")
+        case("rank2", dtype, (5, 9), kind="r")
+        case("rank2_first", dtype, (5, 9), first=True, kind="r")
+        case("tanh", dtype, (2, 3, 17), tanh=True)
+        case("tanh_sample_residual", dtype, (3, 4, 5), sample=True, tanh=True, kind="r")
+        case("zeros", dtype, (3, 4, 5), kind="r", change=zeros)
+        case("empty", dtype, (0, 4, 5), kind="r")
+        t = {"x": [[3.0, -1.0]], "residual": [[1.0, 2.0]], "weight": [0.5, 2.0], "dy": [[1.0, -1.0]]}
+        like = {"y": [2.5, 0], "dx": [0.5, -2], "dweight": [3, 1], "dresidual": [1, -1]}
+        w.case("example", op, dtype, {"channels_first": False, "tanh": False}, t, like)
+    case("first_1031", "f32", (2, 3, 1031), first=True, kind="r")
+    case("last_1031", "f32", (1031, 5), kind="r")
+
+
+def grn_cases(w: Writer) -> None:
+    op = "grn"
+
+    def case(slug, dtype, shape, first, change=None, sigma=1.0, eps=1e-6, dy=1.0):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        channels = shape[1] if first else shape[-1]
+        t = {"x": draw.normal(*shape, sigma=sigma, mean=0.3 * sigma), "dy": draw.normal(*shape, sigma=dy)}
+        if change:
+            change(t["x"])
+        t |= {"weight": draw.normal(channels), "bias": draw.normal(channels, sigma=0.7)}
+        w.case(slug, op, dtype, {"eps": eps, "channels_first": first}, t)
+
+    def dead(axis):
+        def change(x):
+            x[(slice(None),) * axis + (1,)] = 0.0
+            x[0] = 0.0
+            x[(slice(None),) * axis + (2,)] = x[(slice(None),) * axis + (3,)]
+
+        return change
+
+    for dtype in DTYPES:
+        case("first", dtype, (2, 5, 3, 4), True)
+        case("last", dtype, (2, 3, 4, 5), False)
+        case("first_rank3", dtype, (3, 7, 17), True)
+        case("last_rank3", dtype, (3, 17, 7), False)
+        case("first_rank2", dtype, (4, 9), True)
+        case("last_rank2", dtype, (4, 9), False)
+        case("first_rank5", dtype, (2, 3, 2, 3, 2), True)
+        case("one_channel", dtype, (2, 1, 5), True)
+        case("one_position", dtype, (2, 1, 1, 6), False)
+        case("dead_first", dtype, (3, 5, 7), True, change=dead(1))
+        case("dead_last", dtype, (3, 7, 5), False, change=dead(2))
+        case("dead_rank2", dtype, (3, 5), False, change=dead(1))
+        case("empty", dtype, (0, 4, 5), False)
+        case("eps_large", dtype, (2, 4, 9), True, eps=0.5)
+        # Squares exceed 65504 by far.
+        case("overflow", dtype, (2, 3, 33), True, sigma=2000.0)
+        if dtype != "f16":
+            case("huge", dtype, (2, 3, 33), True, sigma=1e14)
+            case("tiny", dtype, (2, 3, 33), True, sigma=1e-8, eps=1e-12)
+        example = {"x": [[[3.0, 4.0], [1.0, 0.0]]], "weight": [1.0, -1.0], "bias": [0.0, 0.5], "dy": [[[1.0, 0.0], [2.0, -1.0]]]}
+        like = {
+            "y": [7.999998333, 10.66666444, 1.166666778, 0.5],
+            "dx": [2.833332867, 0.2222223407, -0.05555462963, -0.6666667778],
+            "dweight": [4.999998333, 0.6666664444],
+            "dbias": [1, 1],
+        }
+        w.case("example_1", op, dtype, {"eps": 1e-6, "channels_first": True}, example, like)
+    example = {
+        "x": np.array([1, -2, 2, 1, 0, 0, 0, 0, 3, 0, 4, 0], float).reshape(1, 3, 2, 2),
+        "weight": [0.5, 2.0, -1.0],
+        "bias": [0.1, 0.2, 0.3],
+        "dy": np.array([1, 0, -1, 2, 1, 1, 0, 2, 0.5, -1, 0, 1], float).reshape(1, 3, 2, 2),
+    }
+    like = {
+        "y": [1.681138616, -3.062277233, 3.262277233, 1.681138616] + [0.2] * 4 + [-2.213164993, 0.3, -3.050886658, 0.3],
+        "dx": [1.723534775, -0.2847923162, -1.2963463, 3.304673391, 1, 1, 0, 2, -0.5897363179, 0.8377216644, -0.2278339809, -0.8377216644],
+        "dweight": [1.162277233, 0, 2.756582497],
+        "dbias": [2, 4, 0.5],
+    }
+    w.case("example_2", op, "f64", {"eps": 1e-6, "channels_first": True}, example, like)
+    case("last_1031", "f32", (2, 1031, 3), False)
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    default = here.parent / "tests" / "fixtures" / "conformance" / "family"
+    w = Writer(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    l2_normalize_cases(w)
+    softmax_cases(w)
+    layer_scale_cases(w)
+    grn_cases(w)
+    print(f"{w.count} cases, {w.size / 1e6:.2f} MB in {w.folder}")
+
+
+if __name__ == "__main__":
+    main()
