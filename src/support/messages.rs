@@ -64,6 +64,12 @@ pub(crate) fn internal<T>(layer: &str, what: &str) -> Result<T> {
     bail!("{layer}: expected {what}; this is a fault of candle-norm")
 }
 
+/// A kernel of a GPU that did not run.
+#[cfg(any(feature = "cuda", feature = "internals"))]
+pub(crate) fn launch<T>(layer: &str, kernel: &str, why: &str) -> Result<T> {
+    bail!("{layer}: expected the kernel {kernel} to run, got an error: {why}; use Path::Composed")
+}
+
 /// Outcome of reading a file.
 pub(crate) fn file<T, E: Display>(
     layer: &str,
