@@ -3,8 +3,8 @@
 
 use candle_core::{Result, Tensor};
 
-use crate::graph::recorder::{self, Handle};
 pub use crate::backend::cuda::emulated::{Argument, Emulator, Launch, install_emulator};
+use crate::graph::recorder::{self, Handle};
 use crate::ops;
 use crate::support::messages;
 pub use candle_norm_kernels::Level;

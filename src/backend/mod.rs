@@ -78,6 +78,24 @@ impl<S> Clone for View<'_, S> {
 }
 impl<S> Copy for View<'_, S> {}
 
+/// Whether `[N, C, *]` lies in memory as `[N, *, C]`, and not as it is written.
+pub(crate) fn is_channels_last(layout: &Layout) -> bool {
+    let rank = layout.dims().len();
+    if rank < 3 || layout.is_contiguous() {
+        return false;
+    }
+    let mut step = 1;
+    let inward = [1].into_iter().chain((2..rank).rev()).chain([0]);
+    for axis in inward {
+        let size = layout.dims()[axis];
+        if size != 1 && layout.stride()[axis] != step {
+            return false;
+        }
+        step *= size;
+    }
+    true
+}
+
 /// A forward that ran.
 pub(crate) struct Forward<S, Saved> {
     pub(crate) y: S,

@@ -29,9 +29,7 @@ use crate::backend::cuda::driver::Driver;
 use crate::backend::cuda::emulated::Emulated;
 #[cfg(feature = "internals")]
 use crate::backend::reference::Reference;
-use crate::backend::{
-    AddOn, Backend, Backward, DeviceStorage, Forward, On, Statistics, View,
-};
+use crate::backend::{AddOn, Backend, Backward, DeviceStorage, Forward, On, Statistics, View};
 use crate::computations::{Args, Gradients, composed};
 use crate::support::messages;
 

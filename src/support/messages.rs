@@ -70,6 +70,15 @@ pub(crate) fn launch<T>(layer: &str, kernel: &str, why: &str) -> Result<T> {
     bail!("{layer}: expected the kernel {kernel} to run, got an error: {why}; use Path::Composed")
 }
 
+/// Kernels that a GPU cannot load.
+#[cfg(feature = "cuda")]
+pub(crate) fn not_loaded<T>(layer: &str, built: &str, capability: &str, why: &str) -> Result<T> {
+    bail!(
+        "{layer}: expected a GPU of compute capability {built} or later, which the kernels are \
+        compiled for, got one of {capability}, whose driver says: {why}; use Path::Composed"
+    )
+}
+
 /// Outcome of reading a file.
 pub(crate) fn file<T, E: Display>(
     layer: &str,

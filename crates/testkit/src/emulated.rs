@@ -13,7 +13,10 @@ use candle_norm_cuda_emulator::{Args, Order, launch};
 /// Runs before `main`: the test harness has no other place that all programs share.
 #[used]
 #[cfg_attr(target_os = "linux", unsafe(link_section = ".init_array"))]
-#[cfg_attr(target_vendor = "apple", unsafe(link_section = "__DATA,__mod_init_func"))]
+#[cfg_attr(
+    target_vendor = "apple",
+    unsafe(link_section = "__DATA,__mod_init_func")
+)]
 #[cfg_attr(windows, unsafe(link_section = ".CRT$XCU"))]
 static INSTALL: extern "C" fn() = {
     extern "C" fn install() {

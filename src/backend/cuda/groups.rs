@@ -105,8 +105,6 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
             None => Some(alloc_backs(device, types, planes.channels)?),
         };
         if let Some(partial) = &partial {
-            let backs = backs.as_mut();
-            let (mean, along) = backs.map(|b| (&mut b.mean, &mut b.along)).unzip();
             device
                 .call(&shape.grad_merge(fitted.is_none()))
                 .read_all(partial)
@@ -116,8 +114,7 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
                 .read_all(&saved.inv_std)
                 .maybe_write(dweight.as_mut())
                 .maybe_write(dbias.as_mut())
-                .maybe_write(mean)
-                .maybe_write(along)
+                .write_backs(backs.as_mut())
                 .sizes([shape.samples, shape.channels, shape.num_groups])
                 .parts(parts)
                 .float(planes.inner as f64)

@@ -8,6 +8,7 @@ use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
 use super::operands::dtype;
 use super::statistics::Moments;
 use super::{Call, Device, Launcher, Operand};
+use crate::computations::Gradients;
 
 /// Weight and bias of each channel.
 pub(super) struct Affine<'a, S> {
@@ -33,6 +34,16 @@ impl<'a, S> By<'a, S> {
             mean: Some(&moments.mean),
             rest: Some(&moments.rest),
             third: Some(&moments.inv_std),
+            ..Self::none()
+        }
+    }
+
+    /// The values as they are.
+    pub(super) fn none() -> Self {
+        Self {
+            mean: None,
+            rest: None,
+            third: None,
             of_var: false,
             eps: 0.,
         }
@@ -43,9 +54,7 @@ impl<'a, S> By<'a, S> {
         Self {
             mean: Some(mean),
             rest,
-            third: None,
-            of_var: false,
-            eps: 0.,
+            ..Self::none()
         }
     }
 }
@@ -63,6 +72,13 @@ impl<'a, L: Launcher> Call<'a, L> {
 
     fn matrix(self, m: Columns) -> Self {
         self.sizes([m.elements, m.width, m.rows, m.period, m.inner])
+    }
+
+    pub(super) fn write_backs(self, backs: Option<&'a mut Backs<L::Storage>>) -> Self {
+        match backs {
+            Some(Backs { mean, along }) => self.write(mean).write(along),
+            None => self.null().null(),
+        }
     }
 
     fn write_moments(self, moments: &'a mut Moments<L>) -> Self {
@@ -93,6 +109,26 @@ impl Spread {
     fn sizes(self) -> [u64; 2] {
         [self.span, self.period]
     }
+}
+
+/// The gradients that a backward is to compute.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// The statistics are those of x, about the means of the channels or about zero.
+    pub(super) own: Option<bool>,
+    pub(super) params: bool,
+}
+
+/// Memory for the gradients of parameters.
+fn alloc_params<L: Launcher>(
+    device: Device<L>,
+    types: Types,
+    channels: u64,
+    wanted: Wanted,
+) -> Result<[Option<L::Storage>; 2]> {
+    let alloc = || device.alloc(dtype(types.param()), channels as usize);
+    let alloc = || wanted.params.then(alloc).transpose();
+    Ok([alloc()?, alloc()?])
 }
 
 fn accumulator(types: Types) -> candle_core::DType {
@@ -314,4 +350,155 @@ pub(super) fn grad_input_of_planes<L: Launcher>(
         .float(by.eps)
         .run()?;
     Ok(dx)
+}
+
+/// The gradients of columns: of x, and of weight and bias where `params`. The statistics are those
+/// of x, about the means of the channels or zero, or do not depend on it.
+pub(super) fn grads_of_columns<L: Launcher>(
+    device: Device<L>,
+    columns: Columns,
+    [x, dy]: [&Operand<L::Storage>; 2],
+    weight: Option<&Operand<L::Storage>>,
+    by: &By<L::Storage>,
+    wanted: Wanted,
+) -> Result<Gradients<L::Storage>> {
+    let channels = columns.period / columns.inner;
+    let [mut dweight, mut dbias] = alloc_params(device, columns.types, channels, wanted)?;
+    let backs = |_| alloc_backs(device, columns.types, channels);
+    let mut backs = wanted.own.map(backs).transpose()?;
+    if wanted.params || wanted.own.is_some() {
+        let acc = accumulator(columns.types);
+        let mut partial = device.alloc(acc, columns.grad_scratch() as usize)?;
+        device
+            .call(&columns.grad_sums())
+            .read(x)
+            .read(dy)
+            .maybe_read_all(by.mean)
+            .write(&mut partial)
+            .matrix(columns)
+            .parts(columns.across)
+            .run()?;
+        device
+            .call(&columns.grad_merge())
+            .read_all(&partial)
+            .maybe_read(weight)
+            .by(by)
+            .maybe_write(dweight.as_mut())
+            .maybe_write(dbias.as_mut())
+            .write_backs(backs.as_mut())
+            .matrix(columns)
+            .parts(columns.parts)
+            .float((columns.elements / channels) as f64)
+            .flag(by.of_var)
+            .float(by.eps)
+            .flag(wanted.own == Some(true))
+            .run()?;
+    }
+    let mut dx = device.alloc(dtype(columns.types.x()), x.len())?;
+    device
+        .call(&columns.grad_input())
+        .read(x)
+        .read(dy)
+        .maybe_read(weight)
+        .by(by)
+        .maybe_read_all(backs.as_ref().map(|b| &b.mean))
+        .maybe_read_all(backs.as_ref().map(|b| &b.along))
+        .write(&mut dx)
+        .matrix(columns)
+        .parts(columns.across)
+        .flag(by.of_var)
+        .float(by.eps)
+        .run()?;
+    Ok(Gradients { dx, dweight, dbias })
+}
+
+/// [`grads_of_columns`] of planes with one weight for each channel, in one launch where a channel
+/// fits.
+pub(super) fn grads_of_planes<L: Launcher>(
+    device: Device<L>,
+    planes: Planes,
+    [x, dy]: [&Operand<L::Storage>; 2],
+    weight: Option<&Operand<L::Storage>>,
+    by: &By<L::Storage>,
+    wanted: Wanted,
+) -> Result<Gradients<L::Storage>> {
+    let [mut dweight, mut dbias] = alloc_params(device, planes.types, planes.channels, wanted)?;
+    if let (Some(center), Some(launch)) = (wanted.own, planes.grad_fit()) {
+        let mut dx = device.alloc(dtype(planes.types.x()), x.len())?;
+        device
+            .call(&launch)
+            .read(x)
+            .read(dy)
+            .maybe_read(weight)
+            .by(by)
+            .write(&mut dx)
+            .maybe_write(dweight.as_mut())
+            .maybe_write(dbias.as_mut())
+            .null()
+            .planes(planes)
+            .sizes([planes.channels])
+            .flag(center)
+            .run()?;
+        return Ok(Gradients { dx, dweight, dbias });
+    }
+    let backs = |_| alloc_backs(device, planes.types, planes.channels);
+    let mut backs = wanted.own.map(backs).transpose()?;
+    if wanted.params || wanted.own.is_some() {
+        let partial = grad_sums_of_planes(device, planes, [x, dy], by.mean, 1)?;
+        device
+            .call(&planes.grad_merge())
+            .read_all(&partial)
+            .maybe_read(weight)
+            .by(by)
+            .maybe_write(dweight.as_mut())
+            .maybe_write(dbias.as_mut())
+            .write_backs(backs.as_mut())
+            .sizes([planes.channels])
+            .parts(planes.parts())
+            .float((planes.outer * planes.inner) as f64)
+            .flag(by.of_var)
+            .float(by.eps)
+            .flag(wanted.own == Some(true))
+            .run()?;
+    }
+    let spread = Spread::by_channel(planes);
+    let dx = grad_input_of_planes(device, planes, [x, dy], weight, spread, by, backs.as_ref())?;
+    Ok(Gradients { dx, dweight, dbias })
+}
+
+/// The sum of each column of a matrix with one column for each channel.
+pub(super) fn column_sums<L: Launcher>(
+    device: Device<L>,
+    columns: Columns,
+    values: &Operand<L::Storage>,
+) -> Result<L::Storage> {
+    let acc = accumulator(columns.types);
+    let mut partial = device.alloc(acc, columns.grad_scratch() as usize)?;
+    let mut sums = device.alloc(dtype(columns.types.param()), columns.period as usize)?;
+    // The gradient of a bias is such a sum.
+    device
+        .call(&columns.grad_sums())
+        .read(values)
+        .read(values)
+        .null()
+        .write(&mut partial)
+        .matrix(columns)
+        .parts(columns.across)
+        .run()?;
+    device
+        .call(&columns.grad_merge())
+        .read_all(&partial)
+        .null()
+        .by(&By::none())
+        .null()
+        .write(&mut sums)
+        .write_backs(None)
+        .matrix(columns)
+        .parts(columns.parts)
+        .float(1.)
+        .flag(false)
+        .float(1.)
+        .flag(false)
+        .run()?;
+    Ok(sums)
 }

@@ -4,13 +4,20 @@
 //! the feature `cuda`; the emulator of the tests is another, under the feature `internals`. Nothing
 //! here copies to the host or waits for the device.
 
+mod channels;
+#[cfg(feature = "cuda")]
+pub(crate) mod driver;
 #[cfg(feature = "internals")]
 pub(crate) mod emulated;
 mod groups;
 mod launches;
 mod operands;
+mod plane_moments;
 mod rows;
+mod scale_shift;
 mod statistics;
+mod transpose;
+mod weight_rows;
 mod without_kernels;
 
 use std::marker::PhantomData;

@@ -1,7 +1,8 @@
 //! Arguments of launches: which storages they may be, and what is converted before.
 
 use candle_core::backend::BackendStorage;
-use candle_core::op::Add;
+use candle_core::op::{Add, Sub};
+use candle_core::scalar::Scalar;
 use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::rows::ALIGNMENT;
 use candle_norm_cuda_kernels::{Element, Launch, Types};
@@ -37,7 +38,8 @@ enum Held<'a, S> {
 }
 
 impl<'a, S: BackendStorage> Operand<'a, S> {
-    fn whole(storage: S, len: usize) -> Self {
+    /// All of the `len` elements of a storage of its own.
+    pub(super) fn whole(storage: S, len: usize) -> Self {
         Self {
             storage: Held::Owned(storage),
             start: 0,
@@ -95,6 +97,13 @@ impl<'a, L: Launcher> Device<'a, L> {
         L::alloc(self.like, dtype, len.max(1))
     }
 
+    /// `len` zeros.
+    pub(super) fn zeros(self, dtype: DType, len: usize) -> Result<Operand<'a, L::Storage>> {
+        let mut zeros = self.alloc(dtype, len)?;
+        zeros.const_set(Scalar::zero(dtype), &Layout::contiguous(len))?;
+        Ok(Operand::whole(zeros, len))
+    }
+
     /// The elements of a tensor that fills its part of the storage, in whatever order, where
     /// vectors can be read.
     pub(super) fn input<'b>(self, x: View<'b, L::Storage>) -> Result<Operand<'b, L::Storage>> {
@@ -107,7 +116,8 @@ impl<'a, L: Launcher> Device<'a, L> {
             return Ok(operand);
         }
         let mut copy = self.alloc(operand.dtype(), operand.len)?;
-        x.storage.copy_strided_src(&mut copy, 0, &operand.layout())?;
+        x.storage
+            .copy_strided_src(&mut copy, 0, &operand.layout())?;
         Ok(Operand::whole(copy, operand.len))
     }
 
@@ -154,11 +164,7 @@ impl<'a, L: Launcher> Device<'a, L> {
     }
 
     /// The elements of both added up in `dtype`.
-    pub(super) fn sum(
-        self,
-        [a, b]: [&Operand<L::Storage>; 2],
-        dtype: DType,
-    ) -> Result<L::Storage> {
+    pub(super) fn sum(self, [a, b]: [&Operand<L::Storage>; 2], dtype: DType) -> Result<L::Storage> {
         let layout = Layout::contiguous(a.len);
         let [a, b] = [a, b].map(|t| t.storage().to_dtype(&t.layout(), dtype));
         a?.binary_impl::<Add>(&b?, &layout, &layout)
@@ -208,6 +214,28 @@ impl<'a, L: Launcher> Device<'a, L> {
             launch,
             args: vec![],
         }
+    }
+}
+
+/// Numbers of `f64` in the dtype that kernels compute in.
+pub(crate) struct Pair<S> {
+    pub(super) high: S,
+    /// What they were rounded by, if they were.
+    pub(super) low: Option<S>,
+}
+
+impl<S: BackendStorage> Pair<S> {
+    /// Of `len` numbers in `f64`.
+    pub(super) fn of(wide: &S, len: usize, dtype: DType) -> Result<Self> {
+        let line = Layout::contiguous(len);
+        let high = wide.to_dtype(&line, dtype)?;
+        let low = || {
+            let rounded = high.to_dtype(&line, DType::F64)?;
+            let low = wide.binary_impl::<Sub>(&rounded, &line, &line)?;
+            low.to_dtype(&line, dtype)
+        };
+        let low = (dtype != DType::F64).then(low).transpose()?;
+        Ok(Self { high, low })
     }
 }
 

@@ -5,7 +5,7 @@ use candle_core::op::{Add, BackpropOp, Recip};
 use candle_core::{DType, Layout, Result, Tensor};
 use candle_norm_cuda_kernels::geometry::channels::Columns;
 
-use super::launches::own_of_columns;
+use super::launches::column_sums;
 use super::{Device, Launcher, Operand};
 use crate::backend::{DeviceStorage, Statistics};
 
@@ -44,7 +44,8 @@ impl<L: Launcher> Moments<L> {
     pub(super) fn wide_mean(&self) -> Result<L::Storage> {
         let line = Layout::contiguous(self.len);
         let rest = self.wide(&self.rest)?;
-        self.wide(&self.mean)?.binary_impl::<Add>(&rest, &line, &line)
+        self.wide(&self.mean)?
+            .binary_impl::<Add>(&rest, &line, &line)
     }
 
     /// The biased variances in `f64`.
@@ -56,11 +57,11 @@ impl<L: Launcher> Moments<L> {
     fn over_samples(&self, values: &L::Storage, channels: usize) -> Result<Tensor> {
         let device = Device::<L>::of(self.layer, values);
         let types = device.types(DType::F64, [])?;
-        let samples = (self.len / channels) as u64;
-        let columns = Columns::new(types, samples, channels as u64, 1);
-        let values = Operand::all(values, self.len);
-        let means = own_of_columns(device, columns, &values, true, 1.)?;
-        Ok(tensor(means.wide_mean()?, channels))
+        let samples = self.len / channels;
+        let columns = Columns::new(types, samples as u64, channels as u64, 1);
+        let sums = column_sums(device, columns, &Operand::all(values, self.len))?;
+        let means = sums.affine(&Layout::contiguous(channels), 1. / samples as f64, 0.)?;
+        Ok(tensor(means, channels))
     }
 }
 

@@ -4,10 +4,7 @@ use candle_core::Result;
 
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
-use crate::computations::{
-    Args, Channels, Computation, Gradients, Mixture, PlaneMoments, ScaleShift, Transpose,
-    WeightRows,
-};
+use crate::computations::{Args, Computation, Gradients, Mixture};
 use crate::support::messages;
 
 macro_rules! without_kernels {
@@ -29,4 +26,4 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(Channels, Mixture, PlaneMoments, ScaleShift, Transpose, WeightRows);
+without_kernels!(Mixture);
