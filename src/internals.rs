@@ -1,8 +1,9 @@
 //! For the tests and benches of this crate only: the backward of an op without candle's engine
-//! around it, and the instruction set of the kernels.
+//! around it, the instruction set of the kernels, and the emulator of the CUDA kernels.
 
 use candle_core::{Result, Tensor};
 
+pub use crate::backend::cuda::emulated::{Argument, Emulator, Launch, install_emulator};
 use crate::graph::recorder::{self, Handle};
 use crate::ops;
 pub use candle_norm_kernels::Level;

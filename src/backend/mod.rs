@@ -4,18 +4,65 @@
 //! and one more arm where [`graph`](crate::graph) picks between them; no layer and no op changes.
 
 pub(crate) mod cpu;
+#[cfg(any(feature = "cuda", feature = "internals"))]
+pub(crate) mod cuda;
 #[cfg(feature = "internals")]
 pub(crate) mod reference;
 
-use candle_core::{Layout, Result, Tensor};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, Layout, Result, Storage, Tensor};
 
 use crate::computations::{Args, Computation, Gradients};
 
 /// A kind of storage, and who computes on it.
-pub(crate) trait Backend {
+pub(crate) trait Backend: Send + Sync + 'static {
     /// candle's storage of the device.
-    type Storage;
+    type Storage: DeviceStorage;
 }
+
+/// candle's storage of one kind of device.
+pub(crate) trait DeviceStorage: BackendStorage + Send + Sync + 'static {
+    /// A storage, if it is of this kind.
+    fn of(storage: &Storage) -> Option<&Self>;
+
+    /// A storage, if it is of this kind.
+    fn from_storage(storage: Storage) -> Option<Self>;
+
+    fn into_storage(self) -> Storage;
+
+    /// The elements, where the host can read them.
+    fn on_host(&self) -> Option<&CpuStorage>;
+}
+
+macro_rules! device_storage {
+    ($storage:ident, $kind:ident, $on_host:expr) => {
+        impl DeviceStorage for $storage {
+            fn of(storage: &Storage) -> Option<&Self> {
+                match storage {
+                    Storage::$kind(storage) => Some(storage),
+                    _ => None,
+                }
+            }
+
+            fn from_storage(storage: Storage) -> Option<Self> {
+                match storage {
+                    Storage::$kind(storage) => Some(storage),
+                    _ => None,
+                }
+            }
+
+            fn into_storage(self) -> Storage {
+                Storage::$kind(self)
+            }
+
+            fn on_host(&self) -> Option<&CpuStorage> {
+                $on_host(self)
+            }
+        }
+    };
+}
+device_storage!(CpuStorage, Cpu, Some);
+device_storage!(CudaStorage, Cuda, |_| None);
 
 /// A tensor as a backend sees it.
 #[derive(Debug)]
@@ -30,6 +77,24 @@ impl<S> Clone for View<'_, S> {
     }
 }
 impl<S> Copy for View<'_, S> {}
+
+/// Whether `[N, C, *]` lies in memory as `[N, *, C]`, and not as it is written.
+pub(crate) fn is_channels_last(layout: &Layout) -> bool {
+    let rank = layout.dims().len();
+    if rank < 3 || layout.is_contiguous() {
+        return false;
+    }
+    let mut step = 1;
+    let inward = [1].into_iter().chain((2..rank).rev()).chain([0]);
+    for axis in inward {
+        let size = layout.dims()[axis];
+        if size != 1 && layout.stride()[axis] != step {
+            return false;
+        }
+        step *= size;
+    }
+    true
+}
 
 /// A forward that ran.
 pub(crate) struct Forward<S, Saved> {
@@ -52,6 +117,11 @@ pub(crate) struct Backward<'a, S, Saved> {
 pub(crate) trait On<B: Backend>: Computation {
     /// State that the backward needs of the forward, in storage of the backend.
     type Saved: Send + Sync + 'static;
+
+    /// Whether the backend has kernels for it; the composed form serves otherwise.
+    fn is_carried_out(&self) -> bool {
+        true
+    }
 
     /// Whether the input may lie in memory like this; it is made contiguous otherwise.
     fn takes(&self, x: &Layout) -> bool {
@@ -85,6 +155,11 @@ pub(crate) struct Added<S, Saved> {
 
 /// Rows of a sum: two inputs are added and the sum is normalized in one pass.
 pub(crate) trait AddOn<B: Backend>: On<B> {
+    /// Whether the backend has kernels for it; the composed form serves otherwise.
+    fn is_carried_out_added(&self) -> bool {
+        self.is_carried_out()
+    }
+
     fn add_forward(
         &self,
         args: Args<View<B::Storage>>,

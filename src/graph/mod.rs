@@ -21,6 +21,14 @@ pub(crate) use path::{Route, route};
 use crate::computations::{Args, Transpose, composed};
 use candle_norm_support::messages;
 
+/// The route of `computation`: composed also where its backend has no kernels for it.
+fn route_of<C: Served>(computation: &C, x: &Tensor) -> Result<Route> {
+    Ok(match route(computation.layer(), x)? {
+        Route::Fused(kernels) if !node::is_carried_out(computation, kernels) => Route::Composed,
+        route => route,
+    })
+}
+
 /// `computation` of `x`, which is not empty, and the parameters that there are.
 pub(crate) fn apply<C: Served>(
     computation: C,
@@ -29,7 +37,7 @@ pub(crate) fn apply<C: Served>(
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let args = Args { x, weight, bias };
-    match route(computation.layer(), x)? {
+    match route_of(&computation, x)? {
         Route::Composed => Ok(computation.composed(args)?.y),
         Route::Fused(kernels) => Ok(node::fused(computation, kernels, args, false)?.0),
     }
@@ -43,7 +51,7 @@ pub(crate) fn apply_with_statistics<C: Served>(
     bias: Option<&Tensor>,
 ) -> Result<(Tensor, Statistics)> {
     let args = Args { x, weight, bias };
-    match route(computation.layer(), x)? {
+    match route_of(&computation, x)? {
         Route::Composed => {
             let result = computation.composed(args)?;
             match result.statistics {
@@ -69,8 +77,10 @@ pub(crate) fn apply_added<C: ServedAdded>(
 ) -> Result<(Tensor, Tensor)> {
     let args = Args { x, weight, bias };
     match route(computation.layer(), x)? {
-        Route::Fused(kernels) => node::fused_added(computation, kernels, args, residual),
-        Route::Composed => {
+        Route::Fused(kernels) if node::is_carried_out_added(&computation, kernels) => {
+            node::fused_added(computation, kernels, args, residual)
+        }
+        Route::Fused(_) | Route::Composed => {
             let acc = composed::accumulator(x.dtype());
             let sum = (x.to_dtype(acc)? + residual.to_dtype(acc)?)?;
             let y = computation.composed(Args { x: &sum, ..args })?.y;

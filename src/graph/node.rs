@@ -5,42 +5,99 @@
 //! without a backward of its own, on detached tensors: `storage_and_layout` could wait for ever on
 //! a thread that sets a variable, where two arguments share a storage.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::iter::once;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, StorageRef,
-    Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape,
+    StorageRef, Tensor, bail,
 };
 
 use super::fingerprint::Fingerprint;
 use super::path::Kernels;
 use crate::backend::cpu::Cpu;
+#[cfg(any(feature = "cuda", feature = "internals"))]
+use crate::backend::cuda::Cuda;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::driver::Driver;
+#[cfg(feature = "internals")]
+use crate::backend::cuda::emulated::Emulated;
 #[cfg(feature = "internals")]
 use crate::backend::reference::Reference;
-use crate::backend::{AddOn, Added, Backward, Forward, On, Statistics, View};
+use crate::backend::{AddOn, Backend, Backward, DeviceStorage, Forward, On, Statistics, View};
 use crate::computations::{Args, Gradients, composed};
 use candle_norm_support::messages;
 
-/// A computation that every backend carries out.
-#[cfg(not(feature = "internals"))]
-pub(crate) trait Served: On<Cpu> {}
-#[cfg(not(feature = "internals"))]
-impl<C: On<Cpu>> Served for C {}
+/// A computation that every backend carries out, or else names as one that it does not.
+pub(crate) trait Served: On<Cpu> + OnTests + OnCards {}
+impl<C: On<Cpu> + OnTests + OnCards> Served for C {}
 
-/// A computation that every backend carries out.
-#[cfg(feature = "internals")]
-pub(crate) trait Served: On<Cpu> + On<Reference> {}
-#[cfg(feature = "internals")]
-impl<C: On<Cpu> + On<Reference>> Served for C {}
+/// A computation that every backend carries out on sums.
+pub(crate) trait ServedAdded: Served + AddOn<Cpu> + AddOnTests + AddOnCards {}
+impl<C: Served + AddOn<Cpu> + AddOnTests + AddOnCards> ServedAdded for C {}
 
-/// State that a forward left for the backward.
-enum Saved<C: Served> {
-    Cpu(<C as On<Cpu>>::Saved),
-    #[cfg(feature = "internals")]
-    Reference(<C as On<Reference>>::Saved),
+/// Bounds of the backends that there are under a feature.
+macro_rules! under {
+    ($feature:literal: $($name:ident, $on:ident: [$($backend:ty),+];)+) => {$(
+        #[cfg(feature = $feature)]
+        pub(crate) trait $name: $($on<$backend> +)+ {}
+        #[cfg(feature = $feature)]
+        impl<C: $($on<$backend> +)+> $name for C {}
+        #[cfg(not(feature = $feature))]
+        pub(crate) trait $name {}
+        #[cfg(not(feature = $feature))]
+        impl<C> $name for C {}
+    )+};
+}
+under!("internals":
+    OnTests, On: [Reference, Cuda<Emulated>];
+    AddOnTests, AddOn: [Reference, Cuda<Emulated>];
+);
+under!("cuda":
+    OnCards, On: [Cuda<Driver>];
+    AddOnCards, AddOn: [Cuda<Driver>];
+);
+
+/// `$body`, in which `$b` is the backend that has `$kernels`.
+macro_rules! with_backend {
+    ($kernels:expr, $b:ident => $body:expr) => {
+        match $kernels {
+            Kernels::Cpu => {
+                type $b = Cpu;
+                $body
+            }
+            #[cfg(feature = "internals")]
+            Kernels::Reference => {
+                type $b = Reference;
+                $body
+            }
+            #[cfg(feature = "internals")]
+            Kernels::Emulated => {
+                type $b = Cuda<Emulated>;
+                $body
+            }
+            #[cfg(feature = "cuda")]
+            Kernels::Cuda => {
+                type $b = Cuda<Driver>;
+                $body
+            }
+        }
+    };
+}
+
+/// Whether the backend of `kernels` carries out `computation`.
+pub(super) fn is_carried_out<C: Served>(computation: &C, kernels: Kernels) -> bool {
+    with_backend!(kernels, B => On::<B>::is_carried_out(computation))
+}
+
+/// Whether the backend of `kernels` carries out `computation` on sums.
+pub(super) fn is_carried_out_added<C: ServedAdded>(computation: &C, kernels: Kernels) -> bool {
+    with_backend!(kernels, B => AddOn::<B>::is_carried_out_added(computation))
 }
 
 /// A node whose forward formed statistics.
@@ -76,17 +133,17 @@ impl Names {
     }
 }
 
-/// One call of a computation.
-pub(super) struct Node<C: Served> {
+/// One call of a computation on a backend.
+struct Node<C: On<B>, B: Backend> {
     computation: C,
-    kernels: Kernels,
     names: Names,
-    saved: OnceLock<Saved<C>>,
+    saved: OnceLock<C::Saved>,
     /// Whether a backward or a question for statistics may follow.
     is_followed: bool,
     /// The output, where it was computed before.
-    ready: OneShot<Storage>,
-    /// Of the input of the forward, where a backward that reads it may follow.
+    ready: OneShot<B::Storage>,
+    /// Of the input of the forward, where a backward that reads it may follow and the host can read
+    /// it too.
     input: Option<OnceLock<Fingerprint>>,
 }
 
@@ -96,24 +153,25 @@ pub(super) fn fused<C: Served>(
     kernels: Kernels,
     args: Args<&Tensor>,
     asked: bool,
-) -> Result<(Tensor, Arc<Node<C>>)> {
-    connected(computation, kernels, args, asked, None)
+) -> Result<(Tensor, Arc<dyn KeepsStatistics>)> {
+    with_backend!(kernels, B => {
+        let (y, node) = connected::<C, B>(computation, args, asked, None)?;
+        Ok((y, node as Arc<dyn KeepsStatistics>))
+    })
 }
 
+/// A node, and its output.
+type Connected<C, B> = (Tensor, Arc<Node<C, B>>);
+
 /// The node of a computation whose forward has run, where there is one.
-fn connected<C: Served>(
+fn connected<C: On<B>, B: Backend>(
     computation: C,
-    kernels: Kernels,
     args: Args<&Tensor>,
     asked: bool,
-    ran: Option<Forward<Storage, Saved<C>>>,
-) -> Result<(Tensor, Arc<Node<C>>)> {
+    ran: Option<Forward<B::Storage, C::Saved>>,
+) -> Result<Connected<C, B>> {
     let Args { x, weight, bias } = args;
-    let takes = match kernels {
-        Kernels::Cpu => On::<Cpu>::takes(&computation, x.layout()),
-        #[cfg(feature = "internals")]
-        Kernels::Reference => On::<Reference>::takes(&computation, x.layout()),
-    };
+    let takes = computation.takes(x.layout());
     let mut inputs = vec![if takes { x.clone() } else { x.contiguous()? }];
     // The backward multiplies by the weight: a step of an optimizer may come before.
     inputs.extend(match weight {
@@ -127,7 +185,6 @@ fn connected<C: Served>(
     let (ready, saved) = ran.map(|f| (f.y, f.saved)).unzip();
     let node = Arc::new(Node {
         computation,
-        kernels,
         names: Names {
             weight: weight.is_some(),
             bias: bias.is_some(),
@@ -137,17 +194,17 @@ fn connected<C: Served>(
         ready: OneShot::new(ready),
         input: reads_input.then(OnceLock::new),
     });
-    let link = Link(node.clone());
+    let op = Custom(node.clone());
     let y = match inputs.as_slice() {
-        [x] => x.apply_op1(link)?,
-        [x, a] => x.apply_op2(a, link)?,
-        [x, a, b] => x.apply_op3(a, b, link)?,
+        [x] => x.apply_op1(op)?,
+        [x, a] => x.apply_op2(a, op)?,
+        [x, a, b] => x.apply_op3(a, b, op)?,
         _ => messages::internal(node.computation.layer(), "at most three arguments")?,
     };
     #[cfg(feature = "internals")]
     {
         let node = node.clone();
-        super::recorder::record(move |dy| node.bwd(&inputs.iter().collect::<Vec<_>>(), dy));
+        super::recorder::record(move |dy| node.backward(&inputs.iter().collect::<Vec<_>>(), dy));
     }
     Ok((y, node))
 }
@@ -160,49 +217,34 @@ fn recorded() -> bool {
     false
 }
 
-impl<C: Served> Node<C> {
-    fn forward_on_cpu(&self, all: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
+impl<C: On<B>, B: Backend> Op for Arc<Node<C, B>> {
+    type Storage = B::Storage;
+
+    fn layer(&self) -> &'static str {
+        self.computation.layer()
+    }
+
+    fn forward(&self, all: &[View<B::Storage>]) -> Result<(B::Storage, Shape)> {
         let args = self.names.args(all)?;
-        if let Some(input) = &self.input {
-            let _ = input.set(Fingerprint::of(args.x));
+        if let (Some(input), Some(x)) = (&self.input, on_host(args.x)) {
+            let _ = input.set(Fingerprint::of(x));
         }
-        let layout = args.x.layout;
-        let (shape, _) = self.computation.output(layout.shape(), DType::F32);
-        if let Some(Storage::Cpu(y)) = self.ready.take() {
+        let (shape, _) = self
+            .computation
+            .output(args.x.layout.shape(), args.x.storage.dtype());
+        if let Some(y) = self.ready.take() {
             return Ok((y, shape));
         }
         if !self.is_followed {
-            let y = match self.kernels {
-                Kernels::Cpu => On::<Cpu>::inference(&self.computation, args)?,
-                #[cfg(feature = "internals")]
-                Kernels::Reference => On::<Reference>::inference(&self.computation, args)?,
-            };
-            return Ok((y, shape));
+            return Ok((self.computation.inference(args)?, shape));
         }
-        let (y, saved) = match self.kernels {
-            Kernels::Cpu => {
-                let Forward { y, saved } = On::<Cpu>::forward(&self.computation, args)?;
-                (y, Saved::Cpu(saved))
-            }
-            #[cfg(feature = "internals")]
-            Kernels::Reference => {
-                let Forward { y, saved } = On::<Reference>::forward(&self.computation, args)?;
-                (y, Saved::Reference(saved))
-            }
-        };
+        let Forward { y, saved } = self.computation.forward(args)?;
         let _ = self.saved.set(saved);
         Ok((y, shape))
     }
 
-    fn saved(&self) -> Result<&Saved<C>> {
-        match self.saved.get() {
-            Some(saved) => Ok(saved),
-            None => messages::internal(self.computation.layer(), "a forward before the backward"),
-        }
-    }
-
     /// The gradients of all arguments, in their order.
-    fn bwd(&self, all: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    fn backward(&self, all: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let args = self.names.args(all)?;
         let (layer, x) = (self.computation.layer(), args.x);
         let (shape, dtype) = self.computation.output(x.shape(), x.dtype());
@@ -229,16 +271,27 @@ impl<C: Served> Node<C> {
             }))
             .collect()
     }
+}
+
+impl<C: On<B>, B: Backend> Node<C, B> {
+    fn saved(&self) -> Result<&C::Saved> {
+        match self.saved.get() {
+            Some(saved) => Ok(saved),
+            None => messages::internal(self.computation.layer(), "a forward before the backward"),
+        }
+    }
 
     /// Checks that the backward finds the input of the forward.
     fn check_input(&self, x: &Tensor) -> Result<()> {
         let Some(input) = self.input.as_ref().and_then(OnceLock::get) else {
             return Ok(());
         };
-        let is_same = on_storages(self.computation.layer(), &[x], |all| {
-            Ok(Fingerprint::of(all[0]) == *input)
+        let layer = self.computation.layer();
+        let (_, is_same) = on_storages::<CpuStorage, _>(layer, &[x], |all| {
+            let is_same = Fingerprint::of(all[0]) == *input;
+            Ok((CpuStorage::U8(vec![]), Shape::from(0), is_same))
         })?;
-        unchanged(self.computation.layer(), is_same)
+        unchanged(layer, is_same)
     }
 
     /// The gradients by the backend that ran the forward, outside of the graph.
@@ -248,56 +301,42 @@ impl<C: Served> Node<C> {
         let params = params.into_iter().any(Tensor::track_op);
         let dy = dy.contiguous()?;
         let inputs: Vec<&Tensor> = [args.x, &dy].into_iter().chain(args.weight).collect();
-        let grads = on_storages(layer, &inputs, |all| {
-            let (x, dy, weight) = (all[0], all[1], all.get(2).copied());
-            match saved {
-                Saved::Cpu(saved) => On::<Cpu>::backward(
-                    &self.computation,
-                    Backward {
-                        x,
-                        weight,
-                        dy,
-                        saved,
-                        params,
-                    },
-                ),
-                #[cfg(feature = "internals")]
-                Saved::Reference(saved) => On::<Reference>::backward(
-                    &self.computation,
-                    Backward {
-                        x,
-                        weight,
-                        dy,
-                        saved,
-                        params,
-                    },
-                ),
-            }
+        let (dx, [dweight, dbias]) = on_storages::<B::Storage, _>(layer, &inputs, |all| {
+            let grads = self.computation.backward(Backward {
+                x: all[0],
+                dy: all[1],
+                weight: all.get(2).copied(),
+                saved,
+                params,
+            })?;
+            let shape = all[0].layout.shape().clone();
+            Ok((grads.dx, shape, [grads.dweight, grads.dbias]))
         })?;
-        let count = |t: &Tensor| t.elem_count();
-        let of = |grad: Option<CpuStorage>, arg: Option<&Tensor>| {
-            Some(outside(Storage::Cpu(grad?), arg.map(count)?))
+        let of = |grad: Option<B::Storage>, arg: Option<&Tensor>| {
+            Some(outside(grad?, arg?.elem_count()))
         };
         Ok(Gradients {
-            dx: outside(Storage::Cpu(grads.dx), count(args.x)),
-            dweight: of(grads.dweight, args.weight),
-            dbias: of(grads.dbias, args.bias),
+            dx,
+            dweight: of(dweight, args.weight),
+            dbias: of(dbias, args.bias),
         })
     }
 }
 
-impl<C: Served> KeepsStatistics for Node<C> {
+impl<C: On<B>, B: Backend> KeepsStatistics for Node<C, B> {
     fn statistics(&self) -> Result<&dyn Statistics> {
-        let statistics = match self.saved()? {
-            Saved::Cpu(saved) => <C as On<Cpu>>::statistics(saved),
-            #[cfg(feature = "internals")]
-            Saved::Reference(saved) => <C as On<Reference>>::statistics(saved),
-        };
-        match statistics {
+        match C::statistics(self.saved()?) {
             Some(statistics) => Ok(statistics),
             None => messages::internal(self.computation.layer(), "statistics"),
         }
     }
+}
+
+/// A view of elements that the host can read.
+fn on_host<S: DeviceStorage>(view: View<S>) -> Option<View<CpuStorage>> {
+    let View { storage, layout } = view;
+    let storage = storage.on_host()?;
+    Some(View { storage, layout })
 }
 
 /// Check that the backward finds the input of the forward.
@@ -313,8 +352,8 @@ fn unchanged(layer: &str, unchanged: bool) -> Result<()> {
 }
 
 /// A storage as a tensor outside of the graph.
-fn outside(storage: Storage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+fn outside(storage: impl DeviceStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage.into_storage(), shape, BackpropOp::none(), false)
 }
 
 /// Whether candle keeps the graph of gradients; it reads the variable once for each thread, as this
@@ -339,8 +378,8 @@ impl<T> OneShot<T> {
         Self(Mutex::new(value))
     }
 
-    fn put(&self, value: T) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+    fn put(&self, value: Option<T>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = value;
     }
 
     fn take(&self) -> Option<T> {
@@ -348,18 +387,6 @@ impl<T> OneShot<T> {
         value.take()
     }
 }
-
-/// A computation that every backend carries out on sums.
-#[cfg(not(feature = "internals"))]
-pub(crate) trait ServedAdded: Served + AddOn<Cpu> {}
-#[cfg(not(feature = "internals"))]
-impl<C: Served + AddOn<Cpu>> ServedAdded for C {}
-
-/// A computation that every backend carries out on sums.
-#[cfg(feature = "internals")]
-pub(crate) trait ServedAdded: Served + AddOn<Cpu> + AddOn<Reference> {}
-#[cfg(feature = "internals")]
-impl<C: Served + AddOn<Cpu> + AddOn<Reference>> ServedAdded for C {}
 
 /// `args.x + residual`, and `computation` of that sum: `(y, sum)`, each a node of the graph. One
 /// pass computes both.
@@ -372,283 +399,221 @@ pub(super) fn fused_added<C: ServedAdded>(
     args: Args<&Tensor>,
     residual: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
+    with_backend!(kernels, B => added_on::<C, B>(computation, args, residual))
+}
+
+fn added_on<C: AddOn<B>, B: Backend>(
+    computation: C,
+    args: Args<&Tensor>,
+    residual: &Tensor,
+) -> Result<(Tensor, Tensor)> {
     let (layer, x) = (computation.layer(), args.x);
     // Copies, which nothing else locks: an inner op has no argument left for them.
     let copy = |p: Option<&Tensor>| p.map(|p| p.detach().force_contiguous()).transpose();
     let (weight, bias) = (copy(args.weight)?, copy(args.bias)?);
-    let added = on_storages(layer, &[x, residual], |all| {
-        let [weight, bias] = [&weight, &bias].map(|p| p.as_ref().map(Tensor::storage_and_layout));
-        let view = |param| Option::as_ref(param).map(|p| view(layer, p)).transpose();
-        let args = Args {
-            x: all[0],
-            weight: view(&weight)?,
-            bias: view(&bias)?,
-        };
-        match kernels {
-            Kernels::Cpu => Ok(stored(
-                AddOn::<Cpu>::add_forward(&computation, args, all[1])?,
-                Saved::Cpu,
-            )),
-            #[cfg(feature = "internals")]
-            Kernels::Reference => Ok(stored(
-                AddOn::<Reference>::add_forward(&computation, args, all[1])?,
-                Saved::Reference,
-            )),
-        }
-    })?;
-    let ready = |storage: Storage| Ready {
+    let rest = Arc::new(OneShot::new(None));
+    let sum = Through {
         layer,
-        dtype: storage.dtype(),
-        storage: OneShot::new(Some(storage)),
+        dtype: composed::accumulator(x.dtype()),
+        run: {
+            let (computation, rest) = (computation.clone(), rest.clone());
+            move |all: &[View<B::Storage>]| {
+                let [weight, bias] =
+                    [&weight, &bias].map(|p| p.as_ref().map(Tensor::storage_and_layout));
+                let view = |param| Option::as_ref(param).map(|p| view(layer, p)).transpose();
+                let args = Args {
+                    x: all[0],
+                    weight: view(&weight)?,
+                    bias: view(&bias)?,
+                };
+                let added = computation.add_forward(args, all[1])?;
+                rest.put(Some((added.rounded, added.normalized)));
+                Ok(added.sum)
+            }
+        },
+        storage: PhantomData,
     };
-    let sum = x.apply_op2(residual, ready(added.sum))?;
+    let sum = x.apply_op2(residual, Custom(sum))?;
+    let Some((rounded, normalized)) = rest.take() else {
+        return messages::internal(layer, "a forward of the sum");
+    };
     let args = Args { x: &sum, ..args };
-    let (y, _) = connected(computation, kernels, args, false, Some(added.normalized))?;
-    match added.rounded {
-        None => Ok((y, sum)),
-        Some(rounded) => Ok((y, sum.apply_op1(ready(rounded))?)),
-    }
+    let (y, _) = connected(computation, args, false, Some(normalized))?;
+    let Some(rounded) = rounded else {
+        return Ok((y, sum));
+    };
+    let rounded = OneShot::new(Some(rounded));
+    let rounding = Through {
+        layer,
+        dtype: x.dtype(),
+        run: move |_: &[View<B::Storage>]| match rounded.take() {
+            Some(rounded) => Ok(rounded),
+            None => messages::internal(layer, "the rounded sum"),
+        },
+        storage: PhantomData,
+    };
+    Ok((y, sum.apply_op1(Custom(rounding))?))
 }
 
-fn view<'a>(
+fn view<'a, S: DeviceStorage>(
     layer: &str,
     (storage, layout): &'a (StorageRef<'_>, &'a Layout),
-) -> Result<View<'a, CpuStorage>> {
-    match &**storage {
-        Storage::Cpu(storage) => Ok(View { storage, layout }),
-        _ => messages::internal(layer, "parameters on the CPU"),
+) -> Result<View<'a, S>> {
+    match S::of(storage) {
+        Some(storage) => Ok(View { storage, layout }),
+        None => messages::internal(layer, "parameters on the device of the input"),
     }
 }
 
-fn stored<T, C: Served>(
-    added: Added<CpuStorage, T>,
-    saved: impl Fn(T) -> Saved<C>,
-) -> Added<Storage, Saved<C>> {
-    Added {
-        sum: Storage::Cpu(added.sum),
-        rounded: added.rounded.map(Storage::Cpu),
-        normalized: Forward {
-            y: Storage::Cpu(added.normalized.y),
-            saved: saved(added.normalized.saved),
-        },
-    }
-}
-
-/// A [`Node`] as candle's op of as many arguments as it has.
-struct Link<C: Served>(Arc<Node<C>>);
-
-impl<C: Served> CustomOp1 for Link<C> {
-    fn name(&self) -> &'static str {
-        self.0.computation.layer()
-    }
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.0.forward_on_cpu(&[View { storage, layout }])
-    }
-    fn bwd(&self, x: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.0.bwd(&[x], dy)?.swap_remove(0))
-    }
-}
-
-impl<C: Served> CustomOp2 for Link<C> {
-    fn name(&self) -> &'static str {
-        self.0.computation.layer()
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.0.forward_on_cpu(&views([s1, s2], [l1, l2]))
-    }
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.0.bwd(&[x, a], dy)?.into_iter();
-        let mut next = || grads.next().flatten();
-        Ok((next(), next()))
-    }
-}
-
-impl<C: Served> CustomOp3 for Link<C> {
-    fn name(&self) -> &'static str {
-        self.0.computation.layer()
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.0.forward_on_cpu(&views([s1, s2, s3], [l1, l2, l3]))
-    }
-    fn bwd(
-        &self,
-        x: &Tensor,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut grads = self.0.bwd(&[x, a, b], dy)?.into_iter();
-        let mut next = || grads.next().flatten();
-        Ok((next(), next(), next()))
-    }
-}
-
-fn views<'a, const N: usize>(
-    storages: [&'a CpuStorage; N],
-    layouts: [&'a Layout; N],
-) -> [View<'a, CpuStorage>; N] {
-    std::array::from_fn(|i| View {
-        storage: storages[i],
-        layout: layouts[i],
-    })
-}
-
-/// A node whose output was computed before, through which gradients pass as they are.
-struct Ready {
+/// An op whose output has the shape of its arguments, and through which gradients pass as they are.
+struct Through<S, F> {
     layer: &'static str,
+    /// Of the output.
     dtype: DType,
-    storage: OneShot<Storage>,
+    run: F,
+    storage: PhantomData<fn() -> S>,
 }
 
-impl Ready {
-    fn forward_on_cpu(&self, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        match self.storage.take() {
-            Some(Storage::Cpu(storage)) => Ok((storage, layout.shape().clone())),
-            _ => messages::internal(self.layer, "the sum on the CPU"),
-        }
+impl<S: DeviceStorage, F: Fn(&[View<S>]) -> Result<S>> Op for Through<S, F> {
+    type Storage = S;
+
+    fn layer(&self) -> &'static str {
+        self.layer
     }
 
-    fn bwd(&self, arg: &Tensor, dsum: &Tensor) -> Result<Option<Tensor>> {
+    fn forward(&self, all: &[View<S>]) -> Result<(S, Shape)> {
+        Ok(((self.run)(all)?, all[0].layout.shape().clone()))
+    }
+
+    fn backward(&self, all: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let name = "the gradient of the sum";
-        messages::shape(self.layer, name, dsum, arg.dims())?;
-        messages::dtype(self.layer, name, dsum, self.dtype)?;
-        arg.track_op()
-            .then(|| dsum.to_dtype(arg.dtype()))
-            .transpose()
+        let grads = all.iter().map(|arg| {
+            messages::shape(self.layer, name, dy, arg.dims())?;
+            messages::dtype(self.layer, name, dy, self.dtype)?;
+            let is_tracked = arg.track_op();
+            is_tracked.then(|| dy.to_dtype(arg.dtype())).transpose()
+        });
+        grads.collect()
     }
 }
 
-impl CustomOp1 for Ready {
-    fn name(&self) -> &'static str {
-        self.layer
-    }
-    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.forward_on_cpu(layout)
-    }
-    fn bwd(&self, arg: &Tensor, _: &Tensor, dsum: &Tensor) -> Result<Option<Tensor>> {
-        self.bwd(arg, dsum)
-    }
-}
-
-impl CustomOp2 for Ready {
-    fn name(&self) -> &'static str {
-        self.layer
-    }
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        layout: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.forward_on_cpu(layout)
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        dsum: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((self.bwd(a, dsum)?, self.bwd(b, dsum)?))
-    }
-}
-
-/// The result of `f` for the storages of tensors, outside of the graph.
-fn on_storages<R, F>(layer: &'static str, tensors: &[&Tensor], f: F) -> Result<R>
-where
-    F: Fn(&[View<CpuStorage>]) -> Result<R>,
-{
-    let visit = Visit {
+/// The output of `f` for the storages of tensors, and what else it returns, outside of the graph.
+fn on_storages<S: DeviceStorage, R>(
+    layer: &'static str,
+    tensors: &[&Tensor],
+    f: impl Fn(&[View<S>]) -> Result<(S, Shape, R)>,
+) -> Result<(Tensor, R)> {
+    let rest = OneShot::new(None);
+    let visit = Custom(Visit {
         layer,
-        f,
-        result: OneShot::new(None),
-    };
+        run: |all: &[View<S>]| {
+            let (output, shape, other) = f(all)?;
+            rest.put(Some(other));
+            Ok((output, shape))
+        },
+        storage: PhantomData,
+    });
     let detached: Vec<Tensor> = tensors.iter().map(|t| t.detach()).collect();
-    match detached.as_slice() {
+    let output = match detached.as_slice() {
         [a] => a.apply_op1_no_bwd(&visit)?,
         [a, b] => a.apply_op2_no_bwd(b, &visit)?,
         [a, b, c] => a.apply_op3_no_bwd(b, c, &visit)?,
         _ => messages::internal(layer, "at most three arguments")?,
     };
-    match visit.result.take() {
-        Some(result) => Ok(result),
+    match rest.take() {
+        Some(rest) => Ok((output, rest)),
         None => messages::internal(layer, "a result"),
     }
 }
 
-/// An op that hands the storages of its arguments to a function; its output has no elements.
-struct Visit<F, R> {
+/// An op without a backward.
+struct Visit<S, F> {
     layer: &'static str,
-    f: F,
-    result: OneShot<R>,
+    run: F,
+    storage: PhantomData<fn() -> S>,
 }
 
-impl<R, F: Fn(&[View<CpuStorage>]) -> Result<R>> Visit<F, R> {
-    fn run(&self, views: &[View<CpuStorage>]) -> Result<(CpuStorage, Shape)> {
-        self.result.put((self.f)(views)?);
-        Ok((CpuStorage::U8(vec![]), Shape::from(0)))
-    }
-}
+impl<S: DeviceStorage, F: Fn(&[View<S>]) -> Result<(S, Shape)>> Op for Visit<S, F> {
+    type Storage = S;
 
-impl<R, F: Fn(&[View<CpuStorage>]) -> Result<R>> CustomOp1 for Visit<F, R> {
-    fn name(&self) -> &'static str {
+    fn layer(&self) -> &'static str {
         self.layer
     }
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.run(&[View { storage, layout }])
+
+    fn forward(&self, all: &[View<S>]) -> Result<(S, Shape)> {
+        (self.run)(all)
+    }
+
+    fn backward(&self, _: &[&Tensor], _: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        messages::internal(self.layer, "an op without a backward")
     }
 }
 
-impl<R, F: Fn(&[View<CpuStorage>]) -> Result<R>> CustomOp2 for Visit<F, R> {
-    fn name(&self) -> &'static str {
-        self.layer
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run(&views([s1, s2], [l1, l2]))
+/// An op of one to three arguments on storages of one kind.
+trait Op {
+    type Storage: DeviceStorage;
+
+    /// The name that messages begin with.
+    fn layer(&self) -> &'static str;
+
+    fn forward(&self, all: &[View<Self::Storage>]) -> Result<(Self::Storage, Shape)>;
+
+    /// The gradients of all arguments, in their order.
+    fn backward(&self, all: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// An [`Op`] as candle's op of as many arguments as it has.
+struct Custom<O>(O);
+
+impl<O: Op> Custom<O> {
+    /// The forward on storages of `S`, which is the op's own kind: another device would have
+    /// another node.
+    fn run<S: DeviceStorage>(&self, all: &[(&S, &Layout)]) -> Result<(S, Shape)> {
+        let own = |&(storage, layout)| {
+            let storage = (storage as &dyn Any).downcast_ref()?;
+            Some(View { storage, layout })
+        };
+        let Some(all) = all.iter().map(own).collect::<Option<Vec<_>>>() else {
+            return messages::internal(self.0.layer(), "arguments on the device of its node");
+        };
+        let (y, shape) = self.0.forward(&all)?;
+        match S::from_storage(y.into_storage()) {
+            Some(y) => Ok((y, shape)),
+            None => messages::internal(self.0.layer(), "an output on the device of its node"),
+        }
     }
 }
 
-impl<R, F: Fn(&[View<CpuStorage>]) -> Result<R>> CustomOp3 for Visit<F, R> {
-    fn name(&self) -> &'static str {
-        self.layer
-    }
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.run(&views([s1, s2, s3], [l1, l2, l3]))
-    }
+/// candle's op of as many arguments as there are names.
+macro_rules! custom_op {
+    ($op:ident, $grads:ty: $($arg:ident $storage:ident $layout:ident),+) => {
+        impl<O: Op> $op for Custom<O> {
+            fn name(&self) -> &'static str {
+                self.0.layer()
+            }
+            fn cpu_fwd(
+                &self,
+                $($storage: &CpuStorage, $layout: &Layout),+
+            ) -> Result<(CpuStorage, Shape)> {
+                self.run(&[$(($storage, $layout)),+])
+            }
+            fn cuda_fwd(
+                &self,
+                $($storage: &CudaStorage, $layout: &Layout),+
+            ) -> Result<(CudaStorage, Shape)> {
+                self.run(&[$(($storage, $layout)),+])
+            }
+            fn bwd(&self, $($arg: &Tensor,)+ _: &Tensor, dy: &Tensor) -> Result<$grads> {
+                let mut grads = self.0.backward(&[$($arg),+], dy)?.into_iter();
+                Ok(($({
+                    let $arg = grads.next().flatten();
+                    $arg
+                }),+))
+            }
+        }
+    };
 }
+type Grad = Option<Tensor>;
+custom_op!(CustomOp1, Grad: a s1 l1);
+custom_op!(CustomOp2, (Grad, Grad): a s1 l1, b s2 l2);
+custom_op!(CustomOp3, (Grad, Grad, Grad): a s1 l1, b s2 l2, c s3 l3);

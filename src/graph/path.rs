@@ -23,7 +23,8 @@ pub enum Path {
     /// The fastest path that serves the device and dtype of the input.
     #[default]
     Auto,
-    /// The fused CPU kernels, forward and backward: `f16`, `bf16`, `f32`, `f64`.
+    /// The fused kernels of the CPU, and of NVIDIA GPUs under the feature `cuda`, forward and
+    /// backward: `f16`, `bf16`, `f32`, `f64`.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,
@@ -31,6 +32,9 @@ pub enum Path {
     /// against.
     #[cfg(feature = "internals")]
     Reference,
+    /// The CUDA kernels on the CPU, by the emulator that a test program installs.
+    #[cfg(feature = "internals")]
+    Emulated,
 }
 
 thread_local! {
@@ -77,27 +81,36 @@ pub(crate) enum Kernels {
     Cpu,
     #[cfg(feature = "internals")]
     Reference,
+    #[cfg(feature = "internals")]
+    Emulated,
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+/// The kernels that serve the device of `x`.
+fn kernels_for(x: &Tensor) -> Option<Kernels> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return Some(Kernels::Cuda);
+    }
+    x.device().is_cpu().then_some(Kernels::Cpu)
 }
 
 /// The route by which `layer` computes `x`, whose dtype is one of floating point.
 pub(crate) fn route(layer: &str, x: &Tensor) -> Result<Route> {
-    let served = x.device().is_cpu();
     #[cfg(feature = "internals")]
     let forced = by_environment(PATH.get())?;
     #[cfg(not(feature = "internals"))]
     let forced = PATH.get();
-    match forced {
-        Path::Composed => return Ok(Route::Composed),
-        Path::Auto if !served => return Ok(Route::Composed),
+    match (forced, kernels_for(x)) {
+        (Path::Composed, _) | (Path::Auto, None) => Ok(Route::Composed),
         #[cfg(feature = "internals")]
-        Path::Reference => {
-            served_on_cpu(layer, x, served)?;
-            return Ok(Route::Fused(Kernels::Reference));
-        }
-        Path::Auto | Path::Fused => {}
+        (Path::Reference, Some(Kernels::Cpu)) => Ok(Route::Fused(Kernels::Reference)),
+        #[cfg(feature = "internals")]
+        (Path::Emulated, Some(Kernels::Cpu)) => Ok(Route::Fused(Kernels::Emulated)),
+        (Path::Auto | Path::Fused, Some(kernels)) => Ok(Route::Fused(kernels)),
+        _ => unserved(layer, x),
     }
-    served_on_cpu(layer, x, served)?;
-    Ok(Route::Fused(Kernels::Cpu))
 }
 
 /// `path`, or in place of [`Path::Auto`] the path that the environment variable `CANDLE_NORM_PATH`
@@ -111,19 +124,20 @@ fn by_environment(path: Path) -> Result<Path> {
     match (path, name.as_str()) {
         (Path::Auto, "reference") => Ok(Path::Reference),
         (Path::Auto, "composed") => Ok(Path::Composed),
-        (Path::Auto, "") | (Path::Fused | Path::Composed | Path::Reference, _) => Ok(path),
-        (Path::Auto, _) => messages::internal("CANDLE_NORM_PATH", "reference or composed"),
+        (Path::Auto, "emulated") => Ok(Path::Emulated),
+        (Path::Auto, "") => Ok(path),
+        (Path::Auto, _) => {
+            messages::internal("CANDLE_NORM_PATH", "reference, composed or emulated")
+        }
+        _ => Ok(path),
     }
 }
 
-/// The fused path was forced: whether it can serve `x`.
-fn served_on_cpu(layer: &str, x: &Tensor, served: bool) -> Result<()> {
-    if !served {
-        bail!(
-            "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; \
-            use Path::Auto",
-            x.device().location()
-        )
-    }
-    Ok(())
+/// The error of a path that was forced for a device that it does not serve.
+fn unserved(layer: &str, x: &Tensor) -> Result<Route> {
+    bail!(
+        "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; \
+        use Path::Auto",
+        x.device().location()
+    )
 }

@@ -1,6 +1,6 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
@@ -125,12 +125,15 @@ pub(crate) fn switch_norm_with(
                 len: space,
             };
             let moments = graph::apply(moments, &rows, None, None)?;
-            let is_own = matches!(mixture.batch, Batch::Own);
             let (weight, logits) = (weight.as_ref(), Some(&logits));
-            let (coefficients, saved) =
-                graph::apply_with_statistics(mixture, &moments, weight, logits)?;
-            let statistics = is_own.then(|| Ok::<_, Error>([saved.mean()?, saved.var()?]));
-            (rows, coefficients, statistics.transpose()?)
+            if matches!(mixture.batch, Batch::Own) {
+                let (coefficients, saved) =
+                    graph::apply_with_statistics(mixture, &moments, weight, logits)?;
+                (rows, coefficients, Some([saved.mean()?, saved.var()?]))
+            } else {
+                let coefficients = graph::apply(mixture, &moments, weight, logits)?;
+                (rows, coefficients, None)
+            }
         }
         Route::Composed => {
             let (values, planes) = planes(&rows, &mixture)?;

@@ -21,6 +21,9 @@ mod self_test;
 
 use std::path::PathBuf;
 
+/// Linked for its emulator of the CUDA kernels.
+use testkit as _;
+
 #[test]
 fn every_case_of_the_folder_passes() {
     let folder = match std::env::var_os("CANDLE_NORM_CONFORMANCE") {

@@ -79,6 +79,7 @@ fn path_name(path: Path) -> &'static str {
         Path::Fused => "fused",
         Path::Composed => "composed",
         Path::Reference => "reference",
+        Path::Emulated => "cuda emulated",
         _ => "another",
     }
 }
@@ -115,7 +116,8 @@ impl fmt::Display for Report {
                 "{op} {dtype} {path}: at most {error:.1e} of the tolerance, {place}"
             )?;
         }
-        for path in [Path::Fused, Path::Composed, Path::Reference].map(path_name) {
+        let paths = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
+        for path in paths.map(path_name) {
             let runs = self.runs.iter().filter(|((p, _), _)| *p == path);
             let counts: Vec<String> = runs
                 .map(|((_, layout), n)| format!("{n} {layout}"))
@@ -198,7 +200,7 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     let mut short = vec![];
     let mut paths = vec![Path::Composed];
     if op.fused && device()?.is_cpu() {
-        paths.extend([Path::Fused, Path::Reference]);
+        paths.extend([Path::Fused, Path::Reference, Path::Emulated]);
     } else {
         // Should the forced path run all the same, then either it fell back quietly or the table is
         // behind.

@@ -121,6 +121,19 @@ pub fn internal<T>(layer: &str, what: &str) -> Result<T> {
     bail!("{layer}: expected {what}; this is a fault of candle-norm")
 }
 
+/// A kernel of a GPU that did not run.
+pub fn launch<T>(layer: &str, kernel: &str, why: &str) -> Result<T> {
+    bail!("{layer}: expected the kernel {kernel} to run, got an error: {why}; use Path::Composed")
+}
+
+/// Kernels that a GPU cannot load.
+pub fn not_loaded<T>(layer: &str, built: &str, capability: &str, why: &str) -> Result<T> {
+    bail!(
+        "{layer}: expected a GPU of compute capability {built} or later, which the kernels are \
+        compiled for, got one of {capability}, whose driver says: {why}; use Path::Composed"
+    )
+}
+
 /// Outcome of reading a file.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
-use crate::backend::{Backward, Forward, On, Statistics};
+use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source, Spread};
 use candle_norm_kernels::{AffinePair, Order, Shape, Stats, Wanted};
 
@@ -17,24 +17,6 @@ impl From<ChannelAxes> for Shape {
             inner: axes.inner,
         }
     }
-}
-
-/// Whether `[N, C, *]` lies in memory as `[N, *, C]`, and not as it is written.
-fn is_channels_last(layout: &Layout) -> bool {
-    let rank = layout.dims().len();
-    if rank < 3 || layout.is_contiguous() {
-        return false;
-    }
-    let mut step = 1;
-    let inward = [1].into_iter().chain((2..rank).rev()).chain([0]);
-    for axis in inward {
-        let size = layout.dims()[axis];
-        if size != 1 && layout.stride()[axis] != step {
-            return false;
-        }
-        step *= size;
-    }
-    true
 }
 
 /// The elements of the input, and how they lie in memory.

@@ -1,0 +1,179 @@
+//! Batch norm, by the statistics of the batch or by given ones.
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::{DType, Layout, Result, Tensor};
+use candle_norm_cuda_kernels::Types;
+use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+
+use super::launches::{
+    Affine, By, Spread, Wanted, grads_of_columns, grads_of_planes, normalized_columns,
+    normalized_planes, own_and_normalized_planes, own_of_columns,
+};
+use super::operands::{Pair, dtype};
+use super::statistics::Moments;
+use super::transpose::from_channels_last;
+use super::{Cuda, Device, Launcher, Operand, View};
+use crate::backend::{Backward, DeviceStorage, Forward, On, Statistics, is_channels_last};
+use crate::computations::composed::accumulator;
+use crate::computations::{Args, Channels, FixedStatistics, Gradients, Source};
+use candle_norm_support::messages;
+
+/// How a tensor with channels is read.
+enum Form {
+    /// Along the neighbors of a channel in a sample.
+    Planes(Planes),
+    /// Down the rows of a matrix.
+    Columns(Columns),
+}
+
+/// Given statistics in the accumulator's dtype.
+pub(crate) struct Given<L: Launcher> {
+    mean: Pair<L::Storage>,
+    var: L::Storage,
+}
+
+/// The statistics that a forward normalized by.
+pub(crate) enum Saved<L: Launcher> {
+    Own(Moments<L>),
+    Given(Arc<Given<L>>),
+}
+
+/// A contiguous vector in `dtype`, in storage of its own.
+fn in_dtype<S: DeviceStorage>(layer: &str, vector: &Tensor, dtype: DType) -> Result<S> {
+    let (storage, layout) = vector.storage_and_layout();
+    match S::of(&storage) {
+        Some(storage) => storage.to_dtype(layout, dtype),
+        None => messages::internal(layer, "statistics on the device of the input"),
+    }
+}
+
+impl<L: Launcher> Given<L> {
+    fn new(layer: &str, fixed: &FixedStatistics, acc: DType) -> Result<Self> {
+        let wide: L::Storage = in_dtype(layer, fixed.mean(), DType::F64)?;
+        Ok(Self {
+            mean: Pair::of(&wide, fixed.mean().elem_count(), acc)?,
+            var: in_dtype(layer, fixed.var(), acc)?,
+        })
+    }
+}
+
+impl Channels {
+    fn form(&self, types: Types) -> Form {
+        let [outer, channels, inner] =
+            [self.axes.outer, self.axes.channels, self.axes.inner].map(|n| n as u64);
+        let planes = Planes {
+            types,
+            outer,
+            channels,
+            inner,
+        };
+        match planes.are_long() {
+            true => Form::Planes(planes),
+            false => Form::Columns(Columns::new(types, outer, channels, inner)),
+        }
+    }
+
+    /// The elements in logical order.
+    fn input<'a, L: Launcher>(
+        &self,
+        device: Device<L>,
+        x: View<'a, L::Storage>,
+    ) -> Result<Operand<'a, L::Storage>> {
+        match is_channels_last(x.layout) {
+            true => from_channels_last(device, x, self.axes),
+            false => device.input(x),
+        }
+    }
+
+    fn given<L: Launcher>(&self, fixed: &FixedStatistics, acc: DType) -> Result<Arc<Given<L>>> {
+        let form = || Given::<L>::new(self.layer, fixed, acc);
+        let given = fixed.prepared(self.eps, form)?;
+        match given.var.dtype() == acc {
+            true => Ok(given),
+            false => Ok(Arc::new(form()?)),
+        }
+    }
+
+    fn by<'a, L: Launcher>(&self, saved: &'a Saved<L>) -> By<'a, L::Storage> {
+        match saved {
+            Saved::Own(moments) => By::own(moments),
+            Saved::Given(given) => By {
+                mean: Some(&given.mean.high),
+                rest: given.mean.low.as_ref(),
+                third: Some(&given.var),
+                of_var: true,
+                eps: self.eps,
+            },
+        }
+    }
+}
+
+impl<L: Launcher> On<Cuda<L>> for Channels {
+    type Saved = Saved<L>;
+
+    fn takes(&self, x: &Layout) -> bool {
+        x.is_contiguous() || is_channels_last(x)
+    }
+
+    fn statistics(saved: &Saved<L>) -> Option<&dyn Statistics> {
+        match saved {
+            Saved::Own(moments) => Some(moments),
+            Saved::Given(_) => None,
+        }
+    }
+
+    fn forward(&self, args: Args<View<L::Storage>>) -> Result<Forward<L::Storage, Saved<L>>> {
+        let device = Device::<L>::of(self.layer, args.x.storage);
+        let x = self.input(device, args.x)?;
+        let types = device.types(x.dtype(), [args.weight, args.bias])?;
+        let affine = Affine {
+            weight: device.maybe_param(args.weight, dtype(types.param()))?,
+            bias: device.maybe_param(args.bias, dtype(types.param()))?,
+        };
+        let form = self.form(types);
+        let saved = match (&self.source, &form) {
+            (Source::Own { center }, Form::Planes(planes)) => {
+                let spread = Spread::by_channel(*planes);
+                let (y, moments) = own_and_normalized_planes(
+                    device, *planes, &x, &affine, spread, *center, self.eps,
+                )?;
+                let saved = Saved::Own(moments);
+                return Ok(Forward { y, saved });
+            }
+            (Source::Own { center }, Form::Columns(columns)) => {
+                Saved::Own(own_of_columns(device, *columns, &x, *center, self.eps)?)
+            }
+            (Source::Given(fixed), _) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
+        };
+        let by = self.by(&saved);
+        let y = match form {
+            Form::Planes(planes) => {
+                let spread = Spread::by_channel(planes);
+                normalized_planes(device, planes, &x, &affine, spread, &by)?
+            }
+            Form::Columns(columns) => normalized_columns(device, columns, &x, &affine, &by)?,
+        };
+        Ok(Forward { y, saved })
+    }
+
+    fn backward(&self, from: Backward<L::Storage, Saved<L>>) -> Result<Gradients<L::Storage>> {
+        let device = Device::<L>::of(self.layer, from.x.storage);
+        let (x, dy) = (self.input(device, from.x)?, device.input(from.dy)?);
+        let types = device.types(x.dtype(), [from.weight])?;
+        let weight = device.maybe_param(from.weight, dtype(types.param()))?;
+        let (weight, both, by) = (weight.as_ref(), [&x, &dy], self.by(from.saved));
+        let wanted = Wanted {
+            own: match self.source {
+                Source::Own { center } => Some(center),
+                Source::Given(_) => None,
+            },
+            params: from.params,
+        };
+        match self.form(types) {
+            Form::Planes(planes) => grads_of_planes(device, planes, both, weight, &by, wanted),
+            Form::Columns(columns) => grads_of_columns(device, columns, both, weight, &by, wanted),
+        }
+    }
+}
