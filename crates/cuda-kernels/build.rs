@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::SystemTime;
 use std::{env, fs, thread};
 
 /// The modules of a source that asks `HAS`: see common.cuh.
@@ -43,6 +44,11 @@ fn main() {
             units.push((source.clone(), stem.to_string(), ""));
         }
     }
+    let headers = fs::read_dir("kernels")
+        .expect("kernels/ is readable")
+        .map(|entry| entry.expect("an entry of kernels/").path())
+        .filter(|path| path.extension().is_some_and(|ext| ext == "cuh"));
+    let shared = headers.map(|path| changed(&path)).max();
     let left = Mutex::new(units.iter());
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, |n| n.get()) {
@@ -52,7 +58,8 @@ fn main() {
                     let Some((source, module, types)) = next else {
                         break;
                     };
-                    compile(source, &out.join(format!("{module}.ptx")), types);
+                    let newest = shared.max(Some(changed(source)));
+                    compile(source, &out.join(format!("{module}.ptx")), types, newest);
                 }
             });
         }
@@ -67,7 +74,14 @@ fn main() {
     fs::write(out.join("modules.rs"), modules).expect("OUT_DIR is writable");
 }
 
-fn compile(source: &Path, target: &Path, types: &str) {
+fn changed(path: &Path) -> SystemTime {
+    fs::metadata(path)
+        .and_then(|data| data.modified())
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Compiles what has changed since `target` was made, or is compiled by another command.
+fn compile(source: &Path, target: &Path, types: &str, newest: Option<SystemTime>) {
     let nvcc = env::var_os("NVCC").map(PathBuf::from).unwrap_or_else(|| {
         env::var_os("CUDA_HOME").map_or("nvcc".into(), |home| PathBuf::from(home).join("bin/nvcc"))
     });
@@ -85,8 +99,16 @@ fn compile(source: &Path, target: &Path, types: &str) {
         command.arg(format!("-DONLY={types}"));
     }
     command.arg("-o").arg(target).arg(source);
+    let made_by = target.with_extension("command");
+    let line = format!("{command:?}");
+    let same = fs::read_to_string(&made_by).is_ok_and(|made_by| made_by == line);
+    if same && fs::metadata(target).is_ok() && Some(changed(target)) > newest {
+        return;
+    }
     match command.status() {
-        Ok(status) if status.success() => {}
+        Ok(status) if status.success() => {
+            fs::write(&made_by, line).expect("OUT_DIR is writable");
+        }
         Ok(status) => panic!("{command:?} ended with {status}"),
         Err(error) => panic!(
             "the feature `ptx` needs nvcc: {} cannot be run ({error}). Set CUDA_HOME to a CUDA \
