@@ -302,7 +302,7 @@ fn custom_op(word: &str) -> bool {
 /// Words of tensors, of which a group of ranks knows nothing.
 fn tensors(word: &str) -> bool {
     let tensor = ["Tensor", "Var", "VarMap", "Device"].contains(&word);
-    tensor || custom_op(word) || [KERNELS, "rayon"].contains(&word)
+    tensor || custom_op(word) || ["candle_norm_kernels", "rayon"].contains(&word)
 }
 
 /// Words of `graph`, `backend` and the kernels alone.
@@ -637,6 +637,7 @@ mod scanner {
             ),
             ("models/a.rs", "use candle_norm_scaling::Archive;"),
             ("layers/a.rs", "use candle_norm_support::messages;"),
+            (
                 "computations/a.rs",
                 "use crate::collective::Collective; fn f(x: &Tensor) {}",
             ),

@@ -63,6 +63,7 @@ impl<E: Elem> Kernel for ScaleAdd<'_, E> {
                 Spread::Column => Some(0),
                 Spread::SampleAndColumn => Some(plane / channels),
                 Spread::Element => Some(plane % channels),
+                Spread::SampleAndElement => Some(plane),
                 Spread::Channel | Spread::SampleAndChannel => None,
             };
             if let Some(slot) = columns {

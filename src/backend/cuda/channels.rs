@@ -17,7 +17,7 @@ use super::transpose::from_channels_last;
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, DeviceStorage, Forward, On, Statistics, is_channels_last};
 use crate::computations::composed::accumulator;
-use crate::computations::{Args, Channels, FixedStatistics, Gradients, Source};
+use crate::computations::{self, Args, Channels, FixedStatistics, Gradients, Source};
 use candle_norm_support::messages;
 
 /// How a tensor with channels is read.
@@ -112,6 +112,10 @@ impl Channels {
 
 impl<L: Launcher> On<Cuda<L>> for Channels {
     type Saved = Saved<L>;
+
+    fn is_carried_out(&self) -> bool {
+        self.spread == computations::Spread::Channel
+    }
 
     fn takes(&self, x: &Layout) -> bool {
         x.is_contiguous() || is_channels_last(x)

@@ -13,7 +13,7 @@ use super::statistics::Moments;
 use super::{Cuda, Device, Launcher, View};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::composed::accumulator;
-use crate::computations::{Args, Gradients, Groups};
+use crate::computations::{self, Args, Gradients, Groups};
 
 impl Groups {
     fn geometry(&self, types: Types) -> groups::Groups {
@@ -37,6 +37,10 @@ impl Groups {
 
 impl<L: Launcher> On<Cuda<L>> for Groups {
     type Saved = Moments<L>;
+
+    fn is_carried_out(&self) -> bool {
+        self.spread == computations::Spread::Channel
+    }
 
     fn statistics(saved: &Moments<L>) -> Option<&dyn Statistics> {
         Some(saved)

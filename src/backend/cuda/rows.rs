@@ -93,7 +93,8 @@ impl<L: Launcher> On<Cuda<L>> for Rows {
     type Saved = L::Storage;
 
     fn is_carried_out(&self) -> bool {
-        !self.center || self.offset == 0. && self.cast == Cast::AfterWeight
+        let is_plain = !self.center || self.offset == 0. && self.cast == Cast::AfterWeight;
+        is_plain && self.pairs == 1
     }
 
     fn forward(&self, args: Args<View<L::Storage>>) -> Result<Forward<L::Storage, L::Storage>> {

@@ -4,7 +4,9 @@ use candle_core::Result;
 
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
-use crate::computations::{Args, Computation, Gradients, Mixture};
+use crate::computations::{
+    Args, Computation, Gradients, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows,
+};
 use candle_norm_support::messages;
 
 macro_rules! without_kernels {
@@ -26,4 +28,4 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(Mixture);
+without_kernels!(Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows);
