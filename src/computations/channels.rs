@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Result, Tensor};
 
 use super::composed;
+use super::synchronized::Synchronized;
 use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 
 /// Where the statistics of the channels come from.
@@ -15,6 +16,8 @@ pub(crate) enum Source {
     Own { center: bool },
     /// The caller.
     Given(Arc<FixedStatistics>),
+    /// The batches of all ranks of a group.
+    Synchronized(Arc<Synchronized>),
 }
 
 /// The mean and the variance of each channel, `[C]` each, which never change.
@@ -84,8 +87,33 @@ impl Channels {
         }
     }
 
+    /// Of `x` `[N, C, *]` that may be empty, as that of a rank may be.
+    pub(crate) fn synchronized(
+        layer: &'static str,
+        x: &Tensor,
+        by: Arc<Synchronized>,
+        eps: f64,
+    ) -> Self {
+        let dims = x.dims();
+        Self {
+            layer,
+            axes: ChannelAxes {
+                outer: dims[0],
+                channels: dims[1],
+                inner: dims[2..].iter().product(),
+            },
+            source: Source::Synchronized(by),
+            eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+        }
+    }
+
+    /// The number of values of a channel.
+    pub(crate) fn values_per_channel(&self) -> f64 {
+        (self.axes.outer * self.axes.inner) as f64
+    }
+
     /// One channel in each row, in the accumulator's dtype.
-    fn by_channel(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn by_channel(&self, x: &Tensor) -> Result<Tensor> {
         let ChannelAxes {
             outer,
             channels,
@@ -100,7 +128,7 @@ impl Channels {
     }
 
     /// The elements of rows of channels in the order of the input.
-    fn in_order(&self, rows: &Tensor) -> Result<Tensor> {
+    pub(super) fn in_order(&self, rows: &Tensor) -> Result<Tensor> {
         rows.reshape((self.axes.channels, self.axes.outer, self.axes.inner))?
             .transpose(0, 1)?
             .contiguous()
@@ -127,6 +155,7 @@ impl Computation for Channels {
         let acc = composed::accumulator(x.dtype());
         let [weight, bias] = composed::parameters(args.weight, args.bias, acc)?;
         let (y, statistics) = match &self.source {
+            Source::Synchronized(by) => return by.composed(self, args),
             Source::Own { center } => {
                 let rows = self.by_channel(&composed::unshared(x)?)?;
                 let standardized = composed::standardize(&rows, *center, self.eps)?;
@@ -158,6 +187,7 @@ impl Computation for Channels {
         let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
         let (x, dy) = (self.by_channel(args.x)?, self.by_channel(dy)?);
         let mut grads = match &self.source {
+            Source::Synchronized(by) => return by.composed_gradients(self, args, &dy),
             Source::Own { center } => {
                 let dy = dy.unsqueeze(0)?;
                 composed::backward(&x, &dy, weight.as_ref(), *center, self.eps)?

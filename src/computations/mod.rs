@@ -11,6 +11,7 @@ mod mixture;
 mod plane_moments;
 mod rows;
 mod scale_shift;
+mod synchronized;
 mod transpose;
 mod weight_rows;
 
@@ -27,6 +28,9 @@ pub(crate) use plane_moments::PlaneMoments;
 pub use rows::Cast;
 pub(crate) use rows::Rows;
 pub(crate) use scale_shift::ScaleShift;
+pub(crate) use synchronized::{
+    First, JointMoments, Local, LocalMoments, LocalTensors, RankSum, Synchronized, wide,
+};
 pub(crate) use transpose::Transpose;
 pub(crate) use weight_rows::{WeightRows, norms_of_rows};
 

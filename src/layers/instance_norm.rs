@@ -12,8 +12,9 @@ use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use crate::collective::Collective;
 use crate::computations::FixedStatistics;
-use crate::ops::{self, check};
+use crate::ops::{self, BatchStatistics, check};
 
 const LAYER: &str = "InstanceNorm";
 
@@ -95,6 +96,8 @@ pub struct InstanceNorm {
     /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: InstanceNormOptions,
+    /// Ranks that form running statistics together.
+    group: Option<Arc<dyn Collective>>,
 }
 
 /// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics
@@ -139,6 +142,7 @@ pub fn instance_norm(
         params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
+        group: None,
     })
 }
 
@@ -182,6 +186,28 @@ impl InstanceNorm {
         let (params, eps) = (&self.params, self.options.eps);
         FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)
     }
+
+    /// This layer with its running statistics updated by the batches of all ranks of `group`, each
+    /// sample counted once, so that they have the same bits on every rank.
+    ///
+    /// Output and gradients are those of the plain layer, since samples do not see each other. Each
+    /// forward in training takes one sum over ranks of 2 C numbers if statistics are tracked, which
+    /// every rank must take part in, also one with an empty batch; otherwise nothing is sent. The
+    /// layer and its clones share running statistics with the layer that this was called on.
+    pub fn synchronized(mut self, group: Arc<dyn Collective>) -> Self {
+        self.group = (group.size() > 1).then_some(group);
+        self
+    }
+
+    fn normalize(&self, xs: &Tensor) -> Result<(Tensor, Option<BatchStatistics>)> {
+        self.check_input(xs)?;
+        ops::instance_norm(xs, self.weight(), self.bias(), self.options.eps)
+    }
+
+    fn check_input(&self, xs: &Tensor) -> Result<()> {
+        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features())
+    }
 }
 
 impl ModuleT for InstanceNorm {
@@ -196,15 +222,25 @@ impl ModuleT for InstanceNorm {
     /// An input of another rank, number of channels, dtype or device; one spatial element where its
     /// own statistics are used. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features())?;
-        let (weight, bias, options) = (self.weight(), self.bias(), &self.options);
+        let options = &self.options;
         if options.track_running_stats && !train {
+            self.check_input(xs)?;
+            let affine = [self.weight(), self.bias()];
             let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
-            return ops::normalize_with(LAYER, 3, xs, &statistics, [weight, bias], options.eps);
+            return ops::normalize_with(LAYER, 3, xs, &statistics, affine, options.eps);
         }
-        let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
-        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
+        let Some(group) = self.group.as_ref().filter(|_| options.track_running_stats) else {
+            let (y, statistics) = self.normalize(xs)?;
+            self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
+            return Ok(y);
+        };
+        let normalized = self.normalize(xs);
+        let local = normalized.as_ref().ok();
+        let local = local.map(|(_, statistics)| Some((xs.dims()[0], statistics.as_ref()?)));
+        let joint = ops::averaged_over_ranks(&**group, LAYER, self.num_features(), local);
+        // The error of this rank says more than that of the sum.
+        let (y, _) = normalized?;
+        self.stats.observe_joint(joint?, Taken::OfSamples)?;
         Ok(y)
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// Rooms from the lowest floor to the highest: folders and files of `src`.
-const FLOORS: [&str; 9] = [
+const FLOORS: [&str; 10] = [
     "support",
     "collective",
     "computations",
@@ -20,6 +20,7 @@ const FLOORS: [&str; 9] = [
     "scalers",
     "layers",
     "models",
+    "distributed",
 ];
 
 /// Names at the root of the crate that are no rooms, with the floor that they belong to.
@@ -32,7 +33,7 @@ const BESIDE: [(&str, &[&str]); 1] = [("gradcheck", &["gradcheck"])];
 type Forbidden = fn(&str) -> bool;
 
 /// Words that must not occur in a room.
-const NEVER: [(&str, Forbidden); 9] = [
+const NEVER: [(&str, Forbidden); 10] = [
     ("support", below_tensors),
     ("collective", tensors),
     ("computations", below_tensors),
@@ -40,6 +41,7 @@ const NEVER: [(&str, Forbidden); 9] = [
     ("ops", custom_op),
     ("layers", below_tensors),
     ("models", custom_op),
+    ("distributed", below_tensors),
     ("scalers", below_tensors),
     ("gradcheck", below_tensors),
 ];

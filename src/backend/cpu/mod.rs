@@ -7,6 +7,7 @@ mod plane_moments;
 mod rows;
 mod scale_shift;
 mod statistics;
+mod synchronized;
 mod transpose;
 mod weight_rows;
 

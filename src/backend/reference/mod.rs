@@ -10,6 +10,7 @@ mod normalization;
 mod plane_moments;
 mod rows;
 mod scale_shift;
+mod synchronized;
 mod transpose;
 mod weight_rows;
 
