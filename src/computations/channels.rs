@@ -5,8 +5,11 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Result, Tensor};
 
+use candle_norm_support::messages;
+
 use super::composed;
 use super::spread::{Affine, AffineGradients, Spread};
+use super::synchronized::Synchronized;
 use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 
 /// Where the statistics of the channels come from.
@@ -16,6 +19,8 @@ pub(crate) enum Source {
     Own { center: bool },
     /// The caller.
     Given(Arc<FixedStatistics>),
+    /// The batches of all ranks of a group.
+    Synchronized(Arc<Synchronized>),
 }
 
 /// The mean and the variance of each channel, `[C]` each, which never change.
@@ -99,8 +104,34 @@ impl Channels {
         }
     }
 
+    /// Of `x` `[N, C, *]` that may be empty, as that of a rank may be.
+    pub(crate) fn synchronized(
+        layer: &'static str,
+        x: &Tensor,
+        by: Arc<Synchronized>,
+        eps: f64,
+    ) -> Self {
+        let dims = x.dims();
+        Self {
+            layer,
+            axes: ChannelAxes {
+                outer: dims[0],
+                channels: dims[1],
+                inner: dims[2..].iter().product(),
+            },
+            source: Source::Synchronized(by),
+            spread: Spread::Channel,
+            eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+        }
+    }
+
+    /// The number of values of a channel.
+    pub(crate) fn values_per_channel(&self) -> f64 {
+        (self.axes.outer * self.axes.inner) as f64
+    }
+
     /// One channel in each row, in the accumulator's dtype.
-    fn by_channel(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn by_channel(&self, x: &Tensor) -> Result<Tensor> {
         let ChannelAxes {
             outer,
             channels,
@@ -115,7 +146,7 @@ impl Channels {
     }
 
     /// The elements of rows of channels in the order of the input.
-    fn in_order(&self, rows: &Tensor) -> Result<Tensor> {
+    pub(super) fn in_order(&self, rows: &Tensor) -> Result<Tensor> {
         rows.reshape((self.axes.channels, self.axes.outer, self.axes.inner))?
             .transpose(0, 1)?
             .contiguous()
@@ -153,6 +184,9 @@ impl Channels {
                 let grads = affine.gradients(&self.in_order(&normal)?, dy)?;
                 (self.by_channel(&grads.g)?.broadcast_mul(&inv_std)?, grads)
             }
+            Source::Synchronized(_) => {
+                return messages::internal(self.layer, "one weight for each channel");
+            }
         };
         Ok(Gradients {
             dx: self.in_order(&dx)?,
@@ -175,6 +209,7 @@ impl Computation for Channels {
         let acc = composed::accumulator(x.dtype());
         let [weight, bias] = composed::parameters(args.weight, args.bias, acc)?;
         let (y, statistics) = match &self.source {
+            Source::Synchronized(by) => return by.composed(self, args),
             Source::Own { center } => {
                 let rows = self.by_channel(&composed::unshared(x)?)?;
                 let standardized = composed::standardize(&rows, *center, self.eps)?;
@@ -218,6 +253,7 @@ impl Computation for Channels {
         }
         let (x, dy) = (self.by_channel(args.x)?, self.by_channel(dy)?);
         let mut grads = match &self.source {
+            Source::Synchronized(by) => return by.composed_gradients(self, args, &dy),
             Source::Own { center } => {
                 let dy = dy.unsqueeze(0)?;
                 composed::backward(&x, &dy, weight.as_ref(), *center, self.eps)?

@@ -122,7 +122,7 @@ impl Rows {
         })
     }
 
-    fn minus(&self, value: &Tensor) -> Result<Self> {
+    pub(crate) fn minus(&self, value: &Tensor) -> Result<Self> {
         self.with_row_value(value, |part, v| part - v)
     }
 
@@ -173,18 +173,19 @@ impl Rows {
         }
     }
 
-    /// The rows less their means, and the means `[rows]`.
+    /// The rows less their means, and the means `[rows]` as two parts, of which the second is what
+    /// the first was rounded by.
     ///
     /// A mean of 3000 σ rounded to `f32` is wrong by 2·10⁻⁴ σ. So the rows are shifted by a first mean, which is
     /// exact for values near it, and what is left of the mean is taken off after that. The first mean is
     /// itself formed from differences to the row's first element: a constant row is then exactly zero.
-    fn centered(&self, x: &Tensor) -> Result<(Self, Tensor)> {
+    fn centered(&self, x: &Tensor) -> Result<(Self, [Tensor; 2])> {
         let first = x.detach().narrow(1, 0, 1)?.flatten_all()?;
         let detached = self.map(|part| Ok(part.detach()))?;
         let shift = (&first + detached.minus(&first)?.mean()?)?;
         let shifted = self.minus(&shift)?;
         let rest = shifted.mean()?;
-        Ok((shifted.minus(&rest)?, (shift + rest)?))
+        Ok((shifted.minus(&rest)?, [shift, rest]))
     }
 }
 
@@ -213,13 +214,25 @@ pub(crate) struct Standardized {
 fn moments(x: &Tensor, center: bool) -> Result<(Rows, Tensor, Tensor)> {
     let rows = Rows::new(x)?;
     let (centered, mean) = if center {
-        rows.centered(x)?
+        let (centered, [shift, rest]) = rows.centered(x)?;
+        (centered, (shift + rest)?)
     } else {
         let zero = Tensor::zeros(rows.rows, x.dtype(), x.device())?;
         (rows, zero)
     };
     let var = centered.sqr()?.mean()?;
     Ok((centered, mean, var))
+}
+
+/// The rows of `x`, contiguous, `[rows, len]`, in the accumulator's dtype, less their means, and
+/// the two parts of the means; without `center` the rows as they are, and no parts.
+pub(crate) fn centered(x: &Tensor, center: bool) -> Result<(Rows, Vec<Tensor>)> {
+    let rows = Rows::new(x)?;
+    if !center {
+        return Ok((rows, vec![]));
+    }
+    let (centered, parts) = rows.centered(x)?;
+    Ok((centered, parts.to_vec()))
 }
 
 fn std(var: &Tensor, eps: f64) -> Result<Tensor> {

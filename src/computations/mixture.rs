@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Shape, Tensor};
 
 use super::composed;
+use super::synchronized::wide;
 use super::{Args, ChannelAxes, Composed, Computation, Gradients, argument};
 
 /// The statistics of a batch that are mixed in.
@@ -15,6 +16,9 @@ pub(crate) enum Batch {
     /// The caller's: the mean and the variance of each channel, `[C]` each, contiguous and in
     /// memory that nothing else writes to.
     Given { mean: Tensor, var: Tensor },
+    /// Those of the planes of all ranks of a group, as tensors of the graph, `[C]` each in `f64`
+    /// on the CPU: for the composed form alone.
+    Joint { mean: Tensor, var: Tensor },
 }
 
 /// The coefficients of [`ScaleShift`](super::ScaleShift), `[3, N · C]`, that normalize the planes
@@ -90,8 +94,20 @@ impl Mixture {
         (self.axes.outer, self.axes.channels)
     }
 
+    /// The mean of each plane, whole, and its variance times its factor, `[N, C]` each in `f64` on
+    /// the CPU.
+    pub(crate) fn whole(&self, planes: &Planes) -> Result<[Tensor; 2]> {
+        let add = |mean: Tensor, offset| mean.broadcast_add(&wide(offset)?);
+        let mean = planes
+            .offsets
+            .iter()
+            .rev()
+            .try_fold(wide(&planes.mean)?, add)?;
+        Ok([mean, (wide(&planes.var)? * self.factors().plane)?])
+    }
+
     /// The planes of an input `[2, N · C]`.
-    fn planes(&self, moments: &Tensor) -> Result<Planes> {
+    pub(crate) fn planes(&self, moments: &Tensor) -> Result<Planes> {
         let [mean, var] = [0, 1].map(|i| moments.narrow(0, i, 1)?.reshape(self.dims()));
         let mean = mean?;
         let offset = self.offset(&mean)?;
@@ -130,6 +146,14 @@ impl Mixture {
                 let subtract = |mean: Tensor, offset| mean.broadcast_sub(offset);
                 let mean = planes.offsets.iter().try_fold(row(mean)?, subtract)?;
                 Some([mean, row(var)?])
+            }
+            Batch::Joint { mean, var } => {
+                let device = planes.mean.device();
+                let row = |t: &Tensor| t.reshape((1, channels));
+                let near = |t: Tensor| t.to_dtype(planes.mean.dtype())?.to_device(device);
+                let subtract = |mean: Tensor, offset| mean.broadcast_sub(&wide(offset)?);
+                let mean = planes.offsets.iter().try_fold(row(mean)?, subtract)?;
+                Some([near(mean)?, near(row(var)?)?])
             }
         };
         Ok(Terms {

@@ -16,6 +16,7 @@ mod scale_add;
 mod scale_shift;
 mod softmax;
 mod spread;
+mod synchronized;
 mod transpose;
 mod unit_rows;
 mod weight_rows;
@@ -38,6 +39,9 @@ pub(crate) use scale_add::{Places, ScaleAdd, Third};
 pub(crate) use scale_shift::ScaleShift;
 pub(crate) use softmax::Softmax;
 pub(crate) use spread::Spread;
+pub(crate) use synchronized::{
+    First, JointMoments, Local, LocalMoments, LocalTensors, RankSum, Synchronized, wide,
+};
 pub(crate) use transpose::Transpose;
 pub use unit_rows::L2Form;
 pub(crate) use unit_rows::UnitRows;

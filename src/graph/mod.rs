@@ -7,6 +7,7 @@
 mod fingerprint;
 mod node;
 mod path;
+mod rank_sum;
 #[cfg(feature = "internals")]
 pub(crate) mod recorder;
 
@@ -17,6 +18,7 @@ use candle_core::{Result, Tensor};
 pub(crate) use node::{Served, ServedAdded};
 pub use path::{Path, with_path};
 pub(crate) use path::{Route, route};
+pub(crate) use rank_sum::sums_over_ranks;
 
 use crate::computations::{Args, Transpose, composed};
 use candle_norm_support::messages;

@@ -1,4 +1,4 @@
-//! Nodes of candle's graph: the one file that knows candle's custom ops.
+//! Computations as nodes of candle's graph.
 //!
 //! A [`Node`] is made for one call and lives in the graph: what its forward leaves for the backward
 //! stays inside it. A backward reaches the storages of its arguments as an op does, by an inner op

@@ -39,11 +39,20 @@ pub(crate) enum Taken {
 impl Batch {
     /// The `statistics` of the training batch `x`.
     pub(super) fn new(x: &Tensor, statistics: BatchStatistics, taken: Taken) -> Self {
-        let values = x.elem_count() / statistics.mean.elem_count().max(1);
-        let (correction, has_mean, about_mean, count) = match taken {
-            Taken::OverValues { correction } => (correction, true, true, values),
-            Taken::AboutZero => (1, false, false, values),
-            Taken::OfSamples => (0, true, false, x.dims()[0]),
+        let count = match taken {
+            Taken::OfSamples => x.dims()[0],
+            _ => x.elem_count() / statistics.mean.elem_count().max(1),
+        };
+        Self::of(count as f64, statistics, taken)
+    }
+
+    /// The `statistics` of a training batch with `count` values of a channel, or samples where they
+    /// were taken of these.
+    pub(super) fn of(count: f64, statistics: BatchStatistics, taken: Taken) -> Self {
+        let (correction, has_mean, about_mean) = match taken {
+            Taken::OverValues { correction } => (correction, true, true),
+            Taken::AboutZero => (1, false, false),
+            Taken::OfSamples => (0, true, false),
         };
         Self {
             mean: has_mean.then_some(statistics.mean),
@@ -53,7 +62,7 @@ impl Batch {
                 has_mean,
                 about_mean,
             },
-            count: count as f64,
+            count,
         }
     }
 

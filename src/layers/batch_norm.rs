@@ -15,6 +15,7 @@ use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use crate::collective::Collective;
 use crate::computations::FixedStatistics;
 use crate::ops::{self, Modulation, Scaling, check};
 
@@ -115,6 +116,8 @@ pub struct BatchNorm {
     /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: BatchNormOptions,
+    /// Ranks that form the statistics of training batches together.
+    group: Option<Arc<dyn Collective>>,
 }
 
 /// A [`BatchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken
@@ -162,6 +165,7 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
         params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
+        group: None,
     })
 }
 
@@ -197,6 +201,7 @@ impl BatchNorm {
                 affine,
                 ..Default::default()
             },
+            group: None,
         })
     }
 
@@ -389,15 +394,84 @@ impl BatchNorm {
     }
 
     fn trained(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {
-        self.check_input(x)?;
         let options = &self.options;
-        let (y, statistics) = ops::batch_norm_with(x, scaling, options.eps, options.remove_mean)?;
         let taken = match options.remove_mean {
             true => Taken::OverValues { correction: 1 },
             false => Taken::AboutZero,
         };
+        if let Some(group) = &self.group {
+            let (y, statistics) = ops::sync_batch_norm_with(
+                group,
+                self.check_input(x),
+                x,
+                scaling,
+                self.num_features(),
+                options.eps,
+                options.remove_mean,
+            )?;
+            self.stats.observe_joint(statistics, taken)?;
+            return Ok(y);
+        }
+        self.check_input(x)?;
+        let (y, statistics) = ops::batch_norm_with(x, scaling, options.eps, options.remove_mean)?;
         self.stats.observe_as(x, statistics, taken)?;
         Ok(y)
+    }
+
+    /// This layer with the statistics of training batches formed over all ranks of `group`, each
+    /// value counted once: synchronized batch normalization.
+    ///
+    /// `y = (x − μ) / √(σ² + ε) · w + b`, where μ and σ² are those of the batches of all ranks
+    /// together (MegDet, Peng et al., 2018, <https://arxiv.org/abs/1711.07240>). The batches may
+    /// differ in size, and be empty; one value per channel is an error if there is no other on any
+    /// rank. Every rank gets the same statistics to the bit, and updates its running ones by them.
+    /// Where these and the parameters start out equal
+    /// ([`broadcast_vars`](crate::distributed::broadcast_vars)), they stay equal.
+    ///
+    /// Each forward in training takes two sums over ranks, of C numbers and of 2 C, and each
+    /// backward one of 2 C. Inference takes none, also without running statistics. The gradient of
+    /// the input is that of the loss of all ranks; those of weight and bias are the part of this
+    /// rank, to be summed with all other gradients
+    /// ([`sum_gradients`](crate::distributed::sum_gradients)): **the loss of a rank is the sum over
+    /// its samples, divided by the number of samples of all ranks.**
+    ///
+    /// All ranks must run the same layers forward and backward in the same order, also a rank
+    /// whose batch is empty: its loss must come from its output, as `y.sum_all()` does. Multiplying
+    /// the loss by 0 cuts candle's graph, and the others wait for a backward that does not come.
+    /// Gradients that are accumulated over micro-batches are not one batch for that: each
+    /// micro-batch has statistics of its own.
+    ///
+    /// Names in checkpoints are those of the plain layer. A group of one rank changes nothing. The
+    /// layer and its clones share running statistics with the layer that this was called on.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use candle_norm::{batch_norm, distributed::Threads};
+    ///
+    /// // Ranks with the batches 1 2 6, -1 and nothing.
+    /// let batches = [vec![1f64, 2., 6.], vec![-1.], vec![]];
+    /// let means = Threads::run(3, |group| {
+    ///     let vars = VarMap::new();
+    ///     let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    ///     let batch = &batches[group.rank()];
+    ///     let norm = batch_norm(1, 1e-5, vb)?.synchronized(group);
+    ///     norm.forward_train(&Tensor::from_slice(batch, (batch.len(), 1), &Device::Cpu)?)?;
+    ///     norm.running_mean().to_vec1::<f64>()
+    /// })?;
+    /// // A tenth of the mean of 1, 2, 6 and -1, on every rank.
+    /// assert_eq!(means, [[0.2]; 3]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn synchronized(mut self, group: Arc<dyn Collective>) -> Self {
+        self.group = (group.size() > 1).then_some(group);
+        self
+    }
+
+    /// The group of ranks that form the statistics of training batches together, if there are
+    /// several.
+    pub fn group(&self) -> Option<&Arc<dyn Collective>> {
+        self.group.as_ref()
     }
 
     fn inferred(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {

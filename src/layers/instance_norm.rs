@@ -12,6 +12,7 @@ use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
+use crate::collective::Collective;
 use crate::computations::FixedStatistics;
 use crate::ops::{self, Modulation, Scaling, check};
 
@@ -95,6 +96,8 @@ pub struct InstanceNorm {
     /// Placeholder statistics if none are tracked.
     stats: RunningStats,
     options: InstanceNormOptions,
+    /// Ranks that form running statistics together.
+    group: Option<Arc<dyn Collective>>,
 }
 
 /// An [`InstanceNorm`] of the `num_features` channels on axis 1, its parameters and statistics
@@ -139,6 +142,7 @@ pub fn instance_norm(
         params: AffineParams::new(LAYER, &vb, num_features, options.affine, 1.)?,
         stats,
         options,
+        group: None,
     })
 }
 
@@ -181,6 +185,18 @@ impl InstanceNorm {
     pub fn frozen(&self) -> Result<FrozenNorm> {
         let (params, eps) = (&self.params, self.options.eps);
         FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)
+    }
+
+    /// This layer with its running statistics updated by the batches of all ranks of `group`, each
+    /// sample counted once, so that they have the same bits on every rank.
+    ///
+    /// Output and gradients are those of the plain layer, since samples do not see each other. Each
+    /// forward in training takes one sum over ranks of 2 C numbers if statistics are tracked, which
+    /// every rank must take part in, also one with an empty batch; otherwise nothing is sent. The
+    /// layer and its clones share running statistics with the layer that this was called on.
+    pub fn synchronized(mut self, group: Arc<dyn Collective>) -> Self {
+        self.group = (group.size() > 1).then_some(group);
+        self
     }
 
     /// `forward_t` with scale and shift from outside, in one pass:
@@ -235,16 +251,34 @@ impl InstanceNorm {
     }
 
     fn normalized(&self, xs: &Tensor, scaling: Scaling, train: bool) -> Result<Tensor> {
-        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features())?;
         let options = &self.options;
         if options.track_running_stats && !train {
+            self.check_input(xs)?;
             let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
             return ops::normalize_with(LAYER, 3, xs, &statistics, scaling, options.eps);
         }
-        let (y, statistics) = ops::instance_norm_with(xs, scaling, options.eps)?;
-        self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
+        let by_samples = || {
+            self.check_input(xs)?;
+            ops::instance_norm_with(xs, scaling, options.eps)
+        };
+        let Some(group) = self.group.as_ref().filter(|_| options.track_running_stats) else {
+            let (y, statistics) = by_samples()?;
+            self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
+            return Ok(y);
+        };
+        let normalized = by_samples();
+        let local = normalized.as_ref().ok();
+        let local = local.map(|(_, statistics)| Some((xs.dims()[0], statistics.as_ref()?)));
+        let joint = ops::averaged_over_ranks(&**group, LAYER, self.num_features(), local);
+        // The error of this rank says more than that of the sum.
+        let (y, _) = normalized?;
+        self.stats.observe_joint(joint?, Taken::OfSamples)?;
         Ok(y)
+    }
+
+    fn check_input(&self, xs: &Tensor) -> Result<()> {
+        check::rank_at_least(LAYER, xs, 3, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features())
     }
 }
 

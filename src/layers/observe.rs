@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::batch::{Batch, Taken};
 use super::running_stats::RunningStats;
 use super::updates::{self, Scope};
-use crate::ops::{BatchStatistics, check};
+use crate::ops::{BatchStatistics, JointStatistics, check};
 
 impl RunningStats {
     /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
@@ -41,7 +41,24 @@ impl RunningStats {
             return Ok(());
         };
         let batch = Batch::new(x, statistics, taken);
-        let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
+        self.observe_batch(batch, || format!("input size {:?}", x.dims()))
+    }
+
+    /// Takes in the statistics of the batches of all ranks, which are the same on each.
+    pub(super) fn observe_joint(
+        &self,
+        statistics: Option<JointStatistics>,
+        taken: Taken,
+    ) -> Result<()> {
+        let Some(joint) = statistics.filter(|_| self.are_tracked()) else {
+            return Ok(());
+        };
+        let batch = Batch::of(joint.count, joint.statistics, taken);
+        self.observe_batch(batch, || "the batches of all ranks".to_string())
+    }
+
+    fn observe_batch(&self, batch: Batch, of: impl Fn() -> String) -> Result<()> {
+        let fitted = self.fitted(batch.clone(), of)?;
         match updates::offer(self, batch)? {
             Some(_) => self.update(&fitted),
             None => Ok(()),

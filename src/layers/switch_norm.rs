@@ -1,5 +1,7 @@
 //! Switchable normalization.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::{Init, Module, ModuleT, VarBuilder};
 
@@ -9,7 +11,8 @@ use super::norm::{Norm, OnLastAxis};
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
-use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchSources, check};
+use crate::collective::Collective;
+use crate::ops::{self, BatchStatistics, JointStatistics, SwitchBatch, SwitchSources, check};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -150,6 +153,8 @@ pub struct SwitchNorm {
     stats: RunningStats,
     options: SwitchNormOptions,
     num_features: usize,
+    /// Ranks that form the statistics of training batches together.
+    group: Option<Arc<dyn Collective>>,
 }
 
 /// A [`SwitchNorm`] of the `num_features` channels on axis 1, its parameters and statistics taken
@@ -221,6 +226,7 @@ pub fn switch_norm(
         stats,
         options,
         num_features,
+        group: None,
     })
 }
 
@@ -311,11 +317,47 @@ impl SwitchNorm {
         Ok(FrozenSwitchNorm { norm, batch })
     }
 
+    /// This layer with the batch's part of its statistics formed over all ranks of `group`, as
+    /// [`BatchNorm::synchronized`](crate::BatchNorm::synchronized) forms them, with the same rules
+    /// for the ranks. Those of instances and layers are of each sample. Without `using_bn` nothing
+    /// changes.
+    ///
+    /// The gradients of weight, bias and mixing weights are the part of this rank, to be summed
+    /// with all other gradients.
+    pub fn synchronized(mut self, group: Arc<dyn Collective>) -> Self {
+        self.group = (group.size() > 1).then_some(group);
+        self
+    }
+
+    fn check_input(&self, xs: &Tensor) -> Result<()> {
+        let least = 2 + self.options.spatial_dims.min(1);
+        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
+        check::channels(LAYER, xs, self.num_features)
+    }
+
+    /// `xs` by the mixture with the batches of all ranks of `group`, and their statistics.
+    fn mixed_over(
+        &self,
+        group: &Arc<dyn Collective>,
+        xs: &Tensor,
+    ) -> Result<(Tensor, Option<JointStatistics>)> {
+        let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
+        let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
+        ops::sync_switch_norm_with(
+            group,
+            self.check_input(xs),
+            xs,
+            [weight.as_ref(), bias.as_ref()],
+            [&self.mean_weight, &self.var_weight],
+            self.options.sources(SwitchBatch::Own),
+            (self.num_features, self.options.eps),
+        )
+    }
+
     /// `xs` by the mixture with `batch`, and the statistics of the batch where they are its own.
     fn mixed(&self, xs: &Tensor, batch: SwitchBatch) -> Result<(Tensor, Option<BatchStatistics>)> {
-        let (least, options) = (2 + self.options.spatial_dims.min(1), &self.options);
-        check::rank_at_least(LAYER, xs, least, "[N, C, ...]")?;
-        check::channels(LAYER, xs, self.num_features)?;
+        let options = &self.options;
+        self.check_input(xs)?;
         let flat = |p: Option<&Tensor>| p.map(Tensor::flatten_all).transpose();
         let (weight, bias) = (flat(self.weight())?, flat(self.bias())?);
         ops::switch_norm_with(
@@ -347,10 +389,15 @@ impl ModuleT for SwitchNorm {
             let [mean, var] = batch_statistics(&self.stats)?;
             return Ok(self.mixed(xs, SwitchBatch::Given(&mean, &var))?.0);
         }
-        let (y, statistics) = self.mixed(xs, SwitchBatch::Own)?;
         let correction = self.options.batch_correction();
-        self.stats
-            .observe_as(xs, statistics, Taken::OverValues { correction })?;
+        let taken = Taken::OverValues { correction };
+        if let Some(group) = &self.group {
+            let (y, statistics) = self.mixed_over(group, xs)?;
+            self.stats.observe_joint(statistics, taken)?;
+            return Ok(y);
+        }
+        let (y, statistics) = self.mixed(xs, SwitchBatch::Own)?;
+        self.stats.observe_as(xs, statistics, taken)?;
         Ok(y)
     }
 }

@@ -9,7 +9,7 @@ use crate::computations::{
 };
 use crate::graph::{self, Route, route};
 
-const LAYER: &str = "SwitchNorm";
+pub(super) const LAYER: &str = "SwitchNorm";
 
 /// Statistics of a batch that [`switch_norm`] mixes in.
 #[derive(Debug, Clone, Copy)]
@@ -103,28 +103,13 @@ pub(crate) fn switch_norm_with(
     let (n, c) = (x.dims()[0], x.dims()[1]);
     let space = x.elem_count() / (n * c);
     check_counts(x, &sources, space)?;
-    let acc = composed::accumulator(x.dtype());
-    let rows = match route {
-        Route::Fused(_) => x.contiguous()?,
-        Route::Composed => composed::unshared(x)?,
-    };
-    let rows = rows.reshape((n, c, space))?;
-    let rows = match route {
-        Route::Fused(_) if !x.track_op() => rows,
-        // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
-        _ => rows.to_dtype(acc)?,
-    };
+    let rows = rows_of_planes(route, x, (n, c, space))?;
     let mixture = mixture(x, &sources, eps)?;
     let weight = weight.map(composed::kept).transpose()?;
-    // One argument of a node, and a copy, as the backward is to find it.
-    let logits = Tensor::cat(&[mean_weight.to_dtype(acc)?, var_weight.to_dtype(acc)?], 0)?;
+    let logits = joined_logits([mean_weight, var_weight], x)?;
     let (values, coefficients, statistics) = match route {
         Route::Fused(_) => {
-            let moments = PlaneMoments {
-                layer: LAYER,
-                len: space,
-            };
-            let moments = graph::apply(moments, &rows, None, None)?;
+            let moments = moments_of_planes(&rows)?;
             let (weight, logits) = (weight.as_ref(), Some(&logits));
             if matches!(mixture.batch, Batch::Own) {
                 let (coefficients, saved) =
@@ -142,18 +127,63 @@ pub(crate) fn switch_norm_with(
             (values, coefficients, statistics)
         }
     };
-    let scale_shift = ScaleShift {
-        layer: LAYER,
-        axes: ChannelAxes::of(&values),
-    };
-    let y = graph::apply(scale_shift, &values, Some(&coefficients), bias)?;
+    let y = scaled_and_shifted(&values, &coefficients, bias, x)?;
     let statistics = statistics.map(|[mean, var]| BatchStatistics { mean, var });
-    let y = y.reshape(x.shape())?.to_dtype(x.dtype())?;
     Ok((y, statistics))
 }
 
+/// `x` as `[N, C, space]`, in the dtype that it is computed on.
+pub(super) fn rows_of_planes(
+    route: Route,
+    x: &Tensor,
+    dims: (usize, usize, usize),
+) -> Result<Tensor> {
+    let rows = match route {
+        Route::Fused(_) => x.contiguous()?,
+        Route::Composed => composed::unshared(x)?,
+    };
+    let rows = rows.reshape(dims)?;
+    match route {
+        Route::Fused(_) if !x.track_op() => Ok(rows),
+        // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
+        _ => rows.to_dtype(composed::accumulator(x.dtype())),
+    }
+}
+
+/// The mixing weights before their softmax: one argument of a node, and a copy, as the backward is
+/// to find it.
+pub(super) fn joined_logits(weights: [&Tensor; 2], x: &Tensor) -> Result<Tensor> {
+    let acc = composed::accumulator(x.dtype());
+    let [mean, var] = weights.map(|w| w.to_dtype(acc));
+    Tensor::cat(&[mean?, var?], 0)
+}
+
+/// The moments of the planes of `rows` `[N, C, space]`, by a node.
+pub(super) fn moments_of_planes(rows: &Tensor) -> Result<Tensor> {
+    let moments = PlaneMoments {
+        layer: LAYER,
+        len: rows.dims()[2],
+    };
+    graph::apply(moments, rows, None, None)
+}
+
+/// `values` by the coefficients of their planes, in the shape and dtype of `x`.
+pub(super) fn scaled_and_shifted(
+    values: &Tensor,
+    coefficients: &Tensor,
+    bias: Option<&Tensor>,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let scale_shift = ScaleShift {
+        layer: LAYER,
+        axes: ChannelAxes::of(values),
+    };
+    let y = graph::apply(scale_shift, values, Some(coefficients), bias)?;
+    y.reshape(x.shape())?.to_dtype(x.dtype())
+}
+
 /// The mixture of `sources` for `x` `[N, C, *]`.
-fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<Mixture> {
+pub(super) fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<Mixture> {
     // Copies, which no later update of running statistics reaches.
     let copy = |t: &Tensor| t.detach().force_contiguous();
     Ok(Mixture {
@@ -173,7 +203,7 @@ fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<Mixture> {
     })
 }
 
-fn check_arguments(
+pub(super) fn check_arguments(
     x: &Tensor,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
@@ -207,23 +237,33 @@ fn check_arguments(
 
 /// Checks that sums divided by n − 1 have more than one value.
 fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()> {
-    if !sources.unbiased {
+    check_counts_of_samples(x, sources, space)?;
+    if !sources.unbiased || sources.instance {
         return Ok(());
     }
-    let (n, c) = (x.dims()[0], x.dims()[1]);
-    if sources.instance {
-        return check::more_values(LAYER, "channel of a sample", space, x);
-    }
-    check::more_values(LAYER, "sample", c * space, x)?;
+    let n = x.dims()[0];
     match sources.batch {
         SwitchBatch::Own => check::more_than_one_value(LAYER, n * space, x),
         _ => Ok(()),
     }
 }
 
+/// [`check_counts`] of what samples have by themselves.
+pub(super) fn check_counts_of_samples(
+    x: &Tensor,
+    sources: &SwitchSources,
+    space: usize,
+) -> Result<()> {
+    match (sources.unbiased, sources.instance) {
+        (false, _) => Ok(()),
+        (true, true) => check::more_values(LAYER, "channel of a sample", space, x),
+        (true, false) => check::more_values(LAYER, "sample", x.dims()[1] * space, x),
+    }
+}
+
 /// The moments of the planes of `x` `[N, C, space]` by tensor operations, and the values of `x`,
 /// each plane less a value of its own.
-fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
+pub(super) fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
     let (n, c, space) = x.dims3()?;
     // Each plane by itself, so that one whose values are far from those of others keeps its digits.
     let first = finite(x.detach().narrow(2, 0, 1)?)?;

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
 /// Rooms from the lowest floor to the highest: folders and files of `src`.
-const FLOORS: [&str; 7] = [
+const FLOORS: [&str; 8] = [
     "collective",
     "computations",
     "backend",
@@ -19,6 +19,7 @@ const FLOORS: [&str; 7] = [
     "ops",
     "layers",
     "models",
+    "distributed",
 ];
 
 /// Names at the root of the crate that are no rooms, with the floor that they belong to.
@@ -85,7 +86,7 @@ const CRATES: [Crate; 4] = [
 type Forbidden = fn(&str) -> bool;
 
 /// Words that must not occur in a room.
-const NEVER: [(&str, Forbidden); 9] = [
+const NEVER: [(&str, Forbidden); 10] = [
     ("support", below_tensors),
     ("collective", tensors),
     ("computations", below_tensors),
@@ -94,6 +95,7 @@ const NEVER: [(&str, Forbidden); 9] = [
     ("layers", below_tensors),
     ("models", custom_op),
     ("scaling", below_tensors),
+    ("distributed", below_tensors),
     ("gradcheck", below_tensors),
 ];
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Tensor};
 
+use super::synchronized;
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source, Spread};
@@ -44,6 +45,7 @@ impl Channels {
     }
 
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
+        let (x, order) = input::<T>(args.x)?;
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
         let affine = AffinePair {
             weight: weight.as_deref(),
@@ -63,8 +65,14 @@ impl Channels {
                 })?;
                 candle_norm_kernels::Statistics::Given(&given)
             }
+            Source::Synchronized(by) => {
+                given = Arc::new(synchronized::stats(self, by, x, order)?);
+                if x.is_empty() {
+                    return synchronized::nothing(x, &given);
+                }
+                candle_norm_kernels::Statistics::Given(&given)
+            }
         };
-        let (x, order) = input::<T>(args.x)?;
         let shape = self.axes.into();
         let (y, saved) = match self.wide_spread() {
             None => T::channels_forward(x, order, shape, affine, statistics),
@@ -82,10 +90,15 @@ impl Channels {
     ) -> Result<Gradients<CpuStorage>> {
         let weight = parameter(from.weight)?;
         let ((x, order), dy) = (input::<T>(from.x)?, elements(from.dy)?);
+        if let Source::Synchronized(by) = &self.source {
+            let grads =
+                synchronized::gradients(self, by, (x, order), dy, weight.as_deref(), from.saved)?;
+            return Ok(stored(grads, from.params));
+        }
         let wanted = Wanted {
             own: match self.source {
                 Source::Own { center } => Some(center),
-                Source::Given(_) => None,
+                Source::Given(_) | Source::Synchronized(_) => None,
             },
             params: from.params,
         };

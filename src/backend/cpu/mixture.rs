@@ -6,6 +6,7 @@ use super::{Arg, Cpu, elements, parameter, widened};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Batch, Gradients, Mixture, argument};
 use candle_norm_kernels::Stats;
+use candle_norm_support::messages;
 
 /// A mean and a variance.
 type Pair = [f64; 2];
@@ -136,6 +137,7 @@ impl Mixture {
         let none = vec![0.; offsets.len()];
         let mut statistics = None;
         let (batch, batch_offsets) = match &self.batch {
+            Batch::Joint { .. } => messages::internal(self.layer, "a composed mixture")?,
             Batch::Absent => (vec![], none),
             Batch::Own => {
                 let batch = scaled(batch, factors.batch);
@@ -239,7 +241,7 @@ impl On<Cpu> for Mixture {
         let through_layer = through(layer, channels, factors.layer);
         let through_batch = match self.batch {
             Batch::Own => Some(through(layer + 1, samples, factors.batch)),
-            Batch::Absent | Batch::Given { .. } => None,
+            Batch::Absent | Batch::Given { .. } | Batch::Joint { .. } => None,
         };
         let mut dx = vec![0.; 2 * planes];
         let (dmeans, dvars) = dx.split_at_mut(planes);

@@ -11,6 +11,7 @@ mod scale_add;
 mod scale_shift;
 mod softmax;
 mod statistics;
+mod synchronized;
 mod transpose;
 mod unit_rows;
 mod weight_rows;

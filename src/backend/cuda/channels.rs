@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout, Result, Tensor};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+use candle_norm_support::messages;
 
 use super::launches::{
     Affine, By, Spread, Wanted, grads_of_columns, grads_of_planes, normalized_columns,
@@ -18,7 +19,6 @@ use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, DeviceStorage, Forward, On, Statistics, is_channels_last};
 use crate::computations::composed::accumulator;
 use crate::computations::{self, Args, Channels, FixedStatistics, Gradients, Source};
-use candle_norm_support::messages;
 
 /// How a tensor with channels is read.
 enum Form {
@@ -114,7 +114,8 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
     type Saved = Saved<L>;
 
     fn is_carried_out(&self) -> bool {
-        self.spread == computations::Spread::Channel
+        let is_synchronized = matches!(self.source, Source::Synchronized(_));
+        self.spread == computations::Spread::Channel && !is_synchronized
     }
 
     fn takes(&self, x: &Layout) -> bool {
@@ -150,6 +151,7 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
                 Saved::Own(own_of_columns(device, *columns, &x, *center, self.eps)?)
             }
             (Source::Given(fixed), _) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
+            (Source::Synchronized(_), _) => messages::internal(self.layer, "its composed form")?,
         };
         let by = self.by(&saved);
         let y = match form {
@@ -171,7 +173,7 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
         let wanted = Wanted {
             own: match self.source {
                 Source::Own { center } => Some(center),
-                Source::Given(_) => None,
+                Source::Given(_) | Source::Synchronized(_) => None,
             },
             params: from.params,
         };

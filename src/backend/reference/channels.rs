@@ -3,13 +3,14 @@
 use candle_core::{CpuStorage, DType, Result};
 
 use super::normalization::{Normalization, Stats, gradients, weights};
+use super::synchronized;
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Channels, Gradients, Source};
 
 impl Channels {
     /// A channel is a group.
-    fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
+    pub(super) fn plain(&self) -> Normalization<impl Fn(usize) -> usize, impl Fn(usize) -> usize> {
         let axes = self.axes;
         let (num_params, param) = weights(self.spread.along(axes));
         Normalization {
@@ -41,6 +42,7 @@ impl On<Reference> for Channels {
                     .map(|(mean, var)| Stats::new(mean, 0., var, self.eps))
                     .collect()
             }
+            Source::Synchronized(by) => synchronized::stats(self, by, &x)?,
         };
         let affine = [weight.as_deref(), bias.as_deref()];
         let y = self.plain().forward(&x, &saved, affine, None);
@@ -53,11 +55,15 @@ impl On<Reference> for Channels {
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
         let (x, dy) = (values(from.x)?, values(from.dy)?);
         let weight = parameter(from.weight)?;
-        let own = match self.source {
-            Source::Own { center } => Some(center),
-            Source::Given(_) => None,
-        };
         let weight = weight.as_deref();
+        let own = match &self.source {
+            Source::Own { center } => Some(*center),
+            Source::Given(_) => None,
+            Source::Synchronized(by) => {
+                let grads = synchronized::gradients(self, by, [&x, &dy], from.saved, weight)?;
+                return gradients(grads, dtype(from.x));
+            }
+        };
         let grads = self
             .plain()
             .backward([&x, &dy], from.saved, weight, own, None);

@@ -6,6 +6,7 @@ use super::normalization::Stats;
 use super::{Arg, Reference, Sum, parameter, values};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Batch, Gradients, Mixture, argument};
+use candle_norm_support::messages;
 
 /// A kind of statistics that is mixed in, for each plane. Means are less the origin of the sample.
 #[derive(Debug, Clone)]
@@ -106,6 +107,7 @@ impl Mixture {
         sources.push(self.union(&near, &var, Of::Sample, factors.layer));
         let mut statistics = None;
         match &self.batch {
+            Batch::Joint { .. } => messages::internal(self.layer, "a composed mixture")?,
             Batch::Absent => {}
             Batch::Own => {
                 let batch = self.union(&near, &var, Of::Channel, factors.batch);

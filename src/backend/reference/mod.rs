@@ -14,6 +14,7 @@ mod rows;
 mod scale_add;
 mod scale_shift;
 mod softmax;
+mod synchronized;
 mod transpose;
 mod unit_rows;
 mod weight_rows;
