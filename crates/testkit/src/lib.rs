@@ -11,6 +11,7 @@ pub mod compare;
 pub mod data;
 pub mod errors;
 pub mod faults;
+pub mod functions;
 pub mod oracle;
 pub mod properties;
 pub mod subjects;
