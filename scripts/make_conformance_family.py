@@ -199,7 +199,197 @@ def grn_backward(t, c):
     return grads, sizes
 
 
+def standardize(t, c):
+    """The standardized rows, one over their deviation, and the factor of each row."""
+    w = t["weight"]
+    rows = w.reshape(w.shape[0], -1)
+    first = rows.real[:, :1]
+    d = rows - first
+    d = d - d.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt((d * d).mean(1, keepdims=True) + c["eps"])
+    s = 1.0
+    if c["gamma"] is not None:
+        s = t["gain"].reshape(-1, 1) * c["gamma"] / np.sqrt(rows.shape[1])
+    return d * rstd, rstd, s
+
+
+def weight_standardization(t, c):
+    xhat, _, s = standardize(t, c)
+    return {"y": (xhat * s).reshape(t["weight"].shape)}
+
+
+def weight_standardization_backward(t, c):
+    xhat, rstd, s = standardize(t, c)
+    dy = t["dy"].reshape(xhat.shape)
+    g = dy * s
+    dw = (g - g.mean(1, keepdims=True) - xhat * (g * xhat).mean(1, keepdims=True)) * rstd
+    grads, sizes = {"dweight": dw.reshape(t["weight"].shape)}, {"dweight": rms(g * rstd)}
+    if "gain" in t:
+        per = dy * xhat * c["gamma"] / np.sqrt(xhat.shape[1])
+        grads["dgain"] = per.sum(1).reshape(t["gain"].shape)
+        sizes["dgain"] = rms(np.sqrt((per**2).sum(1)))
+    return grads, sizes
+
+
+def spectral_vectors(t, c):
+    """u and v as the weight is divided by them, both constants."""
+    w = np.moveaxis(t["weight"].real, c["dim"], 0)
+    w = w.reshape(w.shape[0], -1)
+    u, v = t["u"], t["v"]
+    for _ in range(c["n_power_iterations"] if c["train"] and w.size else 0):
+        u = w @ v
+        u = u / max(np.linalg.norm(u), c["eps"])
+        v = w.T @ u
+        v = v / max(np.linalg.norm(v), c["eps"])
+    return u, v
+
+
+def spectral_norm(t, c):
+    u, v = spectral_vectors(t, c)
+    w = np.moveaxis(t["weight"], c["dim"], 0)
+    sigma = u @ w.reshape(w.shape[0], -1) @ v
+    y = t["weight"] / sigma if sigma.real != 0 else np.zeros_like(t["weight"])
+    return {"y": y, "u": u, "v": v}
+
+
+def spectral_norm_backward(t, c):
+    u, v = spectral_vectors(t, c)
+    w = np.moveaxis(t["weight"], c["dim"], 0)
+    sigma = u @ w.reshape(w.shape[0], -1) @ v
+    if sigma == 0:
+        return {"dweight": np.zeros_like(t["weight"])}, {}
+    outer = np.moveaxis(np.outer(u, v).reshape(w.shape), 0, c["dim"])
+    along = (t["dy"] * t["weight"] / sigma).sum()
+    dw = (t["dy"] - along * outer) / sigma
+    return {"dweight": dw}, {"dweight": max(rms(t["dy"] / sigma), rms(along * outer / sigma))}
+
+
+def masked_rows(t, c):
+    """For each set of elements that share statistics: where it lies in x, and its channels."""
+    x, mask = t["x"], t["mask"] != 0
+    n, channels = x.shape[:2]
+    if c["norm"] == "batch_norm":
+        return [((slice(None), k), [k]) for k in range(channels)], mask
+    groups = c["num_groups"] if c["norm"] == "group_norm" else channels
+    each = channels // groups
+    return [((i, slice(g * each, (g + 1) * each)), list(range(g * each, (g + 1) * each))) for i in range(n) for g in range(groups)], mask
+
+
+def masked_stats(t, c):
+    """Yields for each set: its place, the mask in its shape, x̂ and one over the deviation, mean, variance, count."""
+    x = t["x"]
+    sets, mask = masked_rows(t, c)
+    fixed = c["norm"] != "group_norm" and "running_mean" in t and not c["train"]
+    for place, channels in sets:
+        part = x[place]
+        here = mask if c["norm"] == "batch_norm" else np.broadcast_to(mask[place[0]], part.shape)
+        values = part[here]
+        count = values.size
+        if count == 0:
+            yield place, here, None, None, None, None, 0
+            continue
+        if fixed:
+            mean, var = t["running_mean"][channels[0]], t["running_var"][channels[0]]
+        else:
+            first = values.real[0]
+            mean = first + (values - first).mean()
+            var = ((values - mean) ** 2).mean()
+        rstd = 1 / np.sqrt(var + c["eps"])
+        yield place, here, (values - mean) * rstd, rstd, mean, var, count
+
+
+def masked_params(t, name, place, part_shape, c, default):
+    if name not in t:
+        return default
+    p = t[name]
+    if c["norm"] == "batch_norm":
+        return p[place[1]]
+    p = p[place[1]]
+    return np.broadcast_to(p.reshape((-1,) + (1,) * (len(part_shape) - 1)), part_shape)
+
+
+def at(p, here):
+    return p[here] if isinstance(p, np.ndarray) and p.ndim else p
+
+
+def masked(t, c):
+    x = t["x"]
+    kind = np.result_type(*(t[n] for n in ("x", "weight", "bias") if n in t))
+    y = np.zeros(x.shape, kind)
+    for place, here, xhat, *_ in masked_stats(t, c):
+        if xhat is None:
+            continue
+        w = at(masked_params(t, "weight", place, here.shape, c, 1.0), here)
+        b = at(masked_params(t, "bias", place, here.shape, c, 0.0), here)
+        part = np.zeros(x[place].shape, kind)
+        part[here] = xhat * w + b
+        y[place] = part
+    return {"y": y} | masked_state(t, c)
+
+
+def masked_state(t, c):
+    if "running_mean" not in t:
+        return {}
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    old = {n: np.asarray(t[n], np.float64) for n in names}
+    if not c["train"]:
+        return old
+    sets = [(place, mean, var, n) for place, _, xhat, _, mean, var, n in masked_stats(t, c) if xhat is not None and n > 1]
+    if not sets:
+        return old
+    channels = t["x"].shape[1]
+    if c["norm"] == "batch_norm":
+        mean = np.array([s[1].real for s in sets])
+        var = np.array([s[2].real * s[3] / (s[3] - 1) for s in sets])
+    else:
+        mean = np.array([s[1].real for s in sets]).reshape(-1, channels).mean(0)
+        var = np.array([s[2].real * s[3] / (s[3] - 1) for s in sets]).reshape(-1, channels).mean(0)
+    count = old["num_batches_tracked"] + 1
+    m = 1 / float(count) if c["momentum"] is None else c["momentum"]
+    return {
+        "running_mean": (1 - m) * old["running_mean"] + m * mean,
+        "running_var": (1 - m) * old["running_var"] + m * var,
+        "num_batches_tracked": count,
+    }
+
+
+def masked_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    fixed = c["norm"] != "group_norm" and "running_mean" in t and not c["train"]
+    dx, terms = np.zeros_like(x), np.zeros_like(x)
+    dw, db, dw2, db2 = (np.zeros(x.shape[1]) for _ in range(4))
+    for place, here, xhat, rstd, _, _, n in masked_stats(t, c):
+        if xhat is None:
+            continue
+        w = at(masked_params(t, "weight", place, here.shape, c, 1.0), here)
+        d = dy[place][here]
+        g = d * w
+        part, term = np.zeros_like(x[place]), np.zeros_like(x[place])
+        part[here] = g * rstd if fixed else (g - g.mean() - xhat * (g * xhat).mean()) * rstd
+        term[here] = g * rstd
+        dx[place], terms[place] = part, term
+        full, plain = np.zeros_like(part), np.zeros_like(part)
+        full[here], plain[here] = d * xhat, d
+        if c["norm"] == "batch_norm":
+            k = place[1]
+            dw[k], db[k], dw2[k], db2[k] = full.sum(), plain.sum(), (full**2).sum(), (plain**2).sum()
+        else:
+            over = tuple(range(1, full.ndim))
+            dw[place[1]] += full.sum(over)
+            db[place[1]] += plain.sum(over)
+            dw2[place[1]] += (full**2).sum(over)
+            db2[place[1]] += (plain**2).sum(over)
+    grads, sizes = {"dx": dx}, {"dx": rms(terms)}
+    for name, value, squares in (("weight", dw, dw2), ("bias", db, db2)):
+        if name in t:
+            grads["d" + name], sizes["d" + name] = value, rms(np.sqrt(squares))
+    return grads, sizes
+
+
 OPS = {
+    "weight_standardization": (weight_standardization, weight_standardization_backward),
+    "spectral_norm": (spectral_norm, spectral_norm_backward),
+    "masked": (masked, masked_backward),
     "l2_normalize": (l2_normalize, l2_normalize_backward),
     "softmax": (softmax, softmax_backward),
     "layer_scale": (layer_scale, layer_scale_backward),
@@ -245,7 +435,8 @@ class Writer:
             assert np.allclose(got, digits, rtol=2e-9, atol=1e-12), f"{name}: {key} {got} against {digits}"
         scales = {k: v for k, v in sizes.items() if v > 2 * rms(expected[k])}
         for key, want in expected.items():
-            kind = of.get(key, dtype)
+            # Statistics of a model in f64 are f64, whatever they were stored in.
+            kind = "f64" if dtype == "f64" or of.get(key) == "i64" else of.get(key, dtype)
             size, tolerance = scales.get(key) or rms(want) or 1.0, TOLERANCE[dtype]
             error = np.abs(rounded(want, kind) - want)
             assert (error <= 0.9 * tolerance * (size + np.abs(want)))[np.isfinite(want)].all(), f"{name}: {key} range"
@@ -266,6 +457,9 @@ class Writer:
     @staticmethod
     def check(name, forward, t, config, grads, sizes):
         """Complex steps along random directions, of what is finite."""
+        hidden = np.broadcast_to(t["mask"][:, None] == 0, t["x"].shape) if "mask" in t else None
+        if hidden is not None:
+            t = t | {"x": np.where(hidden, 0.0, t["x"])}
         if any(not np.isfinite(v).all() for v in t.values()) or t["dy"].size == 0:
             return
         rng = np.random.default_rng(0)
@@ -488,6 +682,158 @@ def grn_cases(w: Writer) -> None:
     case("last_1031", "f32", (2, 1031, 3), False)
 
 
+def weight_standardization_cases(w: Writer) -> None:
+    op = "weight_standardization"
+
+    def case(slug, dtype, shape, gamma=None, eps=1e-6, change=None, sigma=1.0, dy=1.0):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = {"weight": draw.normal(*shape, sigma=sigma, mean=0.4 * sigma), "dy": draw.normal(*shape, sigma=dy)}
+        if change:
+            change(t["weight"])
+        if gamma is not None:
+            t["gain"] = draw.normal(shape[0], *[1] * (len(shape) - 1), mean=1.0, sigma=0.5)
+        w.case(slug, op, dtype, {"eps": eps, "gamma": gamma}, t)
+
+    def constant(x):
+        x[1] = 0.75
+        x[2] = x[0]
+
+    relu = 1.7139588594436646
+    for dtype in DTYPES:
+        case("conv2d", dtype, (4, 3, 3, 3))
+        case("conv1d", dtype, (4, 3, 5), eps=1e-8 if dtype in ("f64", "f32") else 1e-6)
+        case("conv2d_gain", dtype, (4, 3, 3, 3), gamma=relu, eps=1e-5)
+        case("conv1d_gain", dtype, (4, 3, 5), gamma=1.0)
+        case("two_elements", dtype, (5, 1, 2))
+        case("one_by_one", dtype, (3, 7, 1, 1), gamma=relu)
+        # A large epsilon, since the gradient of a constant row grows with one over its root.
+        case("constant", dtype, (4, 3, 2, 2), eps=0.25, change=constant)
+        case("constant_gain", dtype, (4, 3, 2, 2), gamma=relu, eps=0.25, change=constant)
+        if dtype != "f16":
+            case("tiny", dtype, (4, 3, 3, 3), sigma=1e-3, eps=1e-8)
+    example = {"weight": np.array([1, 2, 3, 6, 2, 2, 2, 2], float).reshape(2, 2, 1, 2), "dy": np.zeros((2, 2, 1, 2))}
+    # The cotangent of the weight under the convolution of x by dy = 1 2.
+    example["dy"][:] = np.multiply.outer([1.0, 2.0], np.array([[1.0, 2.0], [-1.0, 1.0]]).reshape(2, 1, 2))
+    like = {"dweight": [0.05727027976, 0.6299728483, -0.9354142131, 0.248171085, 500, 2500, -3500, 500]}
+    w.case("example_std", op, "f64", {"eps": 1e-6, "gamma": None}, example, like)
+    example["gain"] = np.array([2.0, 1.0]).reshape(2, 1, 1, 1)
+    like = {"dgain": [-0.458074119, 0]}
+    w.case("example_scaled", op, "f64", {"eps": 1e-5, "gamma": relu}, example, like)
+
+
+def spectral_norm_cases(w: Writer) -> None:
+    op = "spectral_norm"
+
+    def case(slug, dtype, shape, dim, train, count=1, zero=False, sigma=1.0):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        state = "f64" if dtype == "f64" else "f32"
+        unit = lambda n: (lambda a: a / np.linalg.norm(a))(draw.rng.standard_normal(n))
+        rest = int(np.prod(shape)) // shape[dim]
+        t = {"weight": draw.normal(*shape, sigma=sigma), "u": unit(shape[dim]), "v": unit(rest), "dy": draw.normal(*shape)}
+        if zero:
+            t["weight"][...] = 0.0
+        if not train:
+            # As training would leave them: not orthogonal to the weight.
+            c = {"dim": dim, "n_power_iterations": 3, "eps": 1e-12, "train": True}
+            t["u"], t["v"] = spectral_vectors(t, c) if not zero else (t["u"], t["v"])
+        c = {"dim": dim, "eps": 1e-12, "n_power_iterations": count, "train": train}
+        w.case(slug, op, dtype, c, t, of={"u": state, "v": state})
+
+    for dtype in DTYPES:
+        for train, mode in ((True, "train"), (False, "eval")):
+            case(f"linear_{mode}", dtype, (5, 7), 0, train)
+            case(f"linear_wide_{mode}", dtype, (3, 33), 0, train)
+            case(f"conv1d_{mode}", dtype, (4, 3, 5), 0, train)
+            case(f"conv2d_{mode}", dtype, (4, 3, 3, 3), 0, train)
+            case(f"dim1_{mode}", dtype, (4, 3, 2, 2), 1, train)
+            case(f"zero_{mode}", dtype, (3, 4), 0, train, zero=True)
+        case("linear_three", dtype, (5, 7), 0, True, count=3)
+        case("one_row", dtype, (1, 9), 0, True)
+    w_ = [[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]]
+    # The cotangent of the weight under y = w̄ x, x 1 1 2, dy 1 -2.
+    dy = np.outer([1.0, -2.0], [1.0, 1.0, 2.0])
+    t = {"weight": w_, "u": [0.6, 0.8], "v": [0.0, 1.0, 0.0], "dy": dy}
+    c = {"dim": 0, "eps": 1e-12, "n_power_iterations": 1, "train": False}
+    like = {"y": [0.5, 1, 0, 0, 0.5, -0.5], "dweight": [0.5, -0.25, 1, -1, -2, -2]}
+    w.case("example_eval", op, "f64", c, t, like, of={"u": "f64", "v": "f64"})
+    like = {
+        "u": [0.894427191, 0.4472135955],
+        "v": [0.3651483717, 0.9128709292, -0.1825741858],
+        "dweight": [0.1360827635, -0.272165527, 0.9525793444, -0.9525793444, -1.15670349, -1.56495178],
+    }
+    w.case("example_train", op, "f64", c | {"train": True}, t, like, of={"u": "f64", "v": "f64"})
+
+
+def masked_cases(w: Writer) -> None:
+    op = "masked"
+    of = {"mask": "u8", "running_mean": "f32", "running_var": "f32", "num_batches_tracked": "i64"}
+
+    def case(slug, dtype, shape, norm, train=True, kind="wb", lengths=None, state=None, nan=False, more=None, eps=1e-5):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = {"x": draw.normal(*shape, mean=0.3, sigma=1.5), "dy": draw.normal(*shape)}
+        mask = (draw.rng.uniform(size=(shape[0], *shape[2:])) < 0.7).astype(np.uint8)
+        if lengths is not None:
+            mask = (np.arange(shape[2])[None, :] < np.array(lengths)[:, None]).astype(np.uint8)
+        hidden = np.broadcast_to(mask[:, None] == 0, shape)
+        t["x"][hidden] = np.nan if nan else 7.0
+        t["mask"] = mask
+        if "w" in kind:
+            t["weight"] = draw.normal(shape[1], mean=1.0, sigma=0.5)
+        if "b" in kind:
+            t["bias"] = draw.normal(shape[1], sigma=0.7)
+        c = {"norm": norm, "eps": eps, "train": train} | (more or {})
+        if norm == "batch_norm":
+            c["momentum"] = 0.1
+        if norm == "instance_norm":
+            c["track_running_stats"] = state is not None
+            if state is not None:
+                c["momentum"] = 0.1
+        if state is not None:
+            t["running_mean"] = draw.rng.normal(0.3, 0.5, shape[1])
+            t["running_var"] = draw.rng.uniform(0.3, 2.0, shape[1])
+            t["num_batches_tracked"] = np.array(state)
+        w.case(slug, op, dtype, c, t, of=of)
+
+    for dtype in DTYPES:
+        for nan, name in ((False, ""), (True, "_nan")):
+            case(f"batch_train{name}", dtype, (3, 4, 7), "batch_norm", state=4, lengths=(7, 3, 5), nan=nan)
+            case(f"batch_eval{name}", dtype, (3, 4, 7), "batch_norm", train=False, state=4, lengths=(7, 3, 0), nan=nan)
+            case(f"group{name}", dtype, (3, 6, 7), "group_norm", lengths=(7, 3, 5), nan=nan, more={"num_groups": 2})
+            case(f"instance_train{name}", dtype, (3, 4, 7), "instance_norm", lengths=(7, 3, 5), nan=nan)
+        case("batch_maps", dtype, (2, 3, 4, 5), "batch_norm", state=0)
+        case("batch_rows", dtype, (9, 5), "batch_norm", state=2)
+        case("batch_plain", dtype, (3, 4, 7), "batch_norm", state=2, kind="")
+        case("batch_none", dtype, (2, 3, 4), "batch_norm", state=2, lengths=(0, 0))
+        case("group_maps", dtype, (2, 6, 4, 5), "group_norm", more={"num_groups": 3})
+        case("group_one", dtype, (4, 6, 5), "group_norm", lengths=(1, 0, 5, 2), more={"num_groups": 6})
+        case("group_rows", dtype, (5, 8), "group_norm", more={"num_groups": 2})
+        case("instance_one", dtype, (4, 3, 5), "instance_norm", lengths=(1, 0, 5, 2))
+        case("instance_tracking", dtype, (4, 3, 5), "instance_norm", lengths=(1, 0, 5, 3), state=3)
+        case("instance_tracking_eval", dtype, (4, 3, 5), "instance_norm", train=False, lengths=(1, 0, 5, 3), state=3)
+        case("instance_maps", dtype, (2, 3, 4, 5), "instance_norm")
+    # The example has its channels last.
+    x = np.array([[[1, 2], [3, -1], [9, 9]], [[0, 4], [7, 7], [7, 7]]], float).transpose(0, 2, 1)
+    dy = np.array([[[1, 0], [-1, 2], [0, 0]], [[0.5, 1], [0, 0], [0, 0]]], float).transpose(0, 2, 1)
+    t = {"x": x, "dy": dy, "mask": np.array([[1, 1, 0], [1, 0, 0]], np.uint8)}
+    batch = t | {"weight": [2.0, 1.0], "bias": [0.0, 0.5], "running_mean": [0.0, 0.0], "running_var": [1.0, 1.0], "num_batches_tracked": np.array(0)}
+    like = {
+        "y": np.array([[[-0.5345207657, 0.662221229], [2.672603829, -0.7977698322], [0, 0]], [[-2.138083063, 1.635548603], [0, 0], [0, 0]]]).transpose(0, 2, 1),
+        "dx": np.array([[[1.03086344, -0.4482429607], [-0.3436303099, 0.1792978758], [0, 0]], [[-0.6872331304, 0.2689450848], [0, 0], [0, 0]]]).transpose(0, 2, 1),
+        "dweight": [-2.138083063, -1.459991061],
+        "dbias": [0.5, 3],
+        "running_mean": [0.1333333333, 0.1666666667],
+        "running_var": [1.133333333, 1.533333333],
+    }
+    w.case("example_batch", op, "f64", {"norm": "batch_norm", "eps": 1e-5, "train": True, "momentum": 0.1}, batch, like, of=of)
+    like = {
+        "y": [-0.1690308506, 1.183215954, 0, 0.5070925517, -1.521277655, 0, -0.9999999988, 0, 0, 0.9999999988, 0, 0],
+    }
+    first = np.array([0.212495927, -0.1352246845, 0.03863562126, -0.1159068638])
+    w.case("example_group", op, "f64", {"norm": "group_norm", "num_groups": 1, "eps": 1e-8, "train": True}, t, like, of=of)
+    got = masked_backward(t, {"norm": "group_norm", "num_groups": 1, "eps": 1e-8, "train": True})[0]["dx"]
+    assert np.allclose(got[0][:, :2].reshape(-1), first, rtol=2e-9), got[0]
+
+
 def main() -> None:
     here = Path(__file__).resolve().parent
     default = here.parent / "tests" / "fixtures" / "conformance" / "family"
@@ -496,6 +842,9 @@ def main() -> None:
     softmax_cases(w)
     layer_scale_cases(w)
     grn_cases(w)
+    weight_standardization_cases(w)
+    spectral_norm_cases(w)
+    masked_cases(w)
     print(f"{w.count} cases, {w.size / 1e6:.2f} MB in {w.folder}")
 
 

@@ -16,6 +16,8 @@
 //! | [`GroupNorm`] | [`group_norm()`] | group of channels of a sample | [`Module`] |
 //! | [`InstanceNorm`] | [`instance_norm()`] | channel of a sample, over space | [`ModuleT`] |
 //! | [`WeightNorm`] | [`weight_norm`]`::linear`, … | none: a length and a direction | [`Module`] |
+//! | [`SpectralNorm`] | [`spectral_norm`]`::linear`, … | none: the largest singular value | [`ModuleT`] |
+//! | [`WeightStandardization`] | [`weight_standardization`]`::conv2d`, … | output of a weight | [`Module`] |
 //! | [`SwitchNorm`] | [`switch_norm()`] | instance, layer and batch, mixed | [`ModuleT`] |
 //! | [`GlobalResponseNorm`] | [`global_response_norm()`] | none: channels by their shares | [`Module`] |
 //! | [`L2Normalize`] | [`L2Normalize::new`] | none: each vector at length one | [`Module`] |
@@ -149,12 +151,14 @@ pub use layers::layer_norm::{
 pub use layers::layer_scale::{LayerScale, LayerScaleOptions, layer_scale};
 pub use layers::rms_norm::{RmsNorm, RmsNormOptions, rms_norm};
 pub use layers::scale_norm::{ScaleNorm, ScaleNormOptions, scale_norm};
+pub use layers::spectral_norm::{SpectralNorm, SpectralNormOptions};
 pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, switch_norm};
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
+pub use layers::weight_standardization::{WeightStandardization, WeightStandardizationOptions};
 pub use layers::{
     Affine, Foldable, FrozenNorm, Norm, RevIn, RevInOptions, RevInStats, RunningStats, Snapshot,
-    batch_norm, group_norm, instance_norm, pool_updates, rev_in, rms_norm, switch_norm,
-    weight_norm, without_updates,
+    batch_norm, group_norm, instance_norm, pool_updates, rev_in, rms_norm, spectral_norm,
+    switch_norm, weight_norm, weight_standardization, without_updates,
 };
 pub use models::{
     Average, AveragedModel, AveragedModelOptions, Decay, Follower, NormConfig, NormedLayer,

@@ -82,8 +82,17 @@ pub(crate) const GAMMA: &[&str] = &["gamma", "lambda1", "layer_scale_parameter",
 /// Names of LayerScale's shift.
 pub(crate) const BETA: &[&str] = &["beta", "bias"];
 
+/// Name of the gains of weight standardization.
+pub(crate) const GAIN: &[&str] = &["gain"];
+/// Names of spectral norm's weight: PyTorch's, its older one, and that of a plain layer.
+pub(crate) const ORIGINAL: &[&str] = &["parametrizations.weight.original", "weight_orig", "weight"];
+/// Names of spectral norm's `u`: PyTorch's, and its older one.
+pub(crate) const LEFT_VECTOR: &[&str] = &["parametrizations.weight.0._u", "weight_u"];
+/// Names of spectral norm's `v`: PyTorch's, and its older one.
+pub(crate) const RIGHT_VECTOR: &[&str] = &["parametrizations.weight.0._v", "weight_v"];
+
 /// All tensors that may have other names.
-pub(crate) const ALIASES: [&[&str]; 8] = [
+pub(crate) const ALIASES: [&[&str]; 11] = [
     WEIGHT,
     BIAS,
     RUNNING_MEAN,
@@ -92,6 +101,9 @@ pub(crate) const ALIASES: [&[&str]; 8] = [
     DIRECTION,
     GAMMA,
     BETA,
+    ORIGINAL,
+    LEFT_VECTOR,
+    RIGHT_VECTOR,
 ];
 
 /// The name of `names` under which the file of `vb` has a tensor, else the one that is written.

@@ -6,7 +6,10 @@ use candle_core::Var;
 use candle_nn::VarMap;
 
 use crate::layers::Norm;
-use crate::layers::params::{BIAS, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR};
+use crate::layers::params::{
+    BIAS, GAIN, LEFT_VECTOR, MAGNITUDE, NUM_BATCHES_TRACKED, RIGHT_VECTOR, RUNNING_MEAN,
+    RUNNING_VAR,
+};
 
 /// The variables of a model, by how an optimizer should treat them.
 #[derive(Debug, Clone)]
@@ -16,7 +19,7 @@ pub struct ParamGroups {
     pub decay: Vec<Var>,
     /// Biases and the parameters of norms: trained without. Decay would pull a scale towards zero.
     pub no_decay: Vec<Var>,
-    /// Running statistics and counters: not trained.
+    /// Running statistics, counters, and vectors of spectral norm: not trained.
     pub statistics: Vec<Var>,
 }
 
@@ -48,8 +51,8 @@ impl ParamGroups {
     }
 }
 
-/// The variables of `vars` that training changes: all but running statistics and counters, in the
-/// order of their names.
+/// The variables of `vars` that training changes: all but running statistics, counters and the
+/// vectors of spectral norm, in the order of their names.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -75,7 +78,8 @@ pub fn trainable_vars(vars: &VarMap) -> Vec<Var> {
 /// The variables of `vars` in three groups, each in the order of their names.
 ///
 /// Told by name and shape: running statistics and biases by their names; norms by having at most
-/// one axis, or a weight and a bias of the same shape, or by being the magnitude of a weight norm.
+/// one axis, or a weight and a bias of the same shape, or by being the magnitude of a weight norm or
+/// the gain of a standardized weight.
 /// The direction `v` of a weight norm decays as the weight would, which leaves the function as it
 /// is and keeps `v` from growing. A norm's weight of two axes or more without a bias looks like a
 /// linear layer: see [`ParamGroups::exempt`].
@@ -118,7 +122,7 @@ pub fn param_groups(vars: &VarMap) -> ParamGroups {
             .into_iter()
             .any(|(mine, other)| sibling(mine, other) == Some(var.dims()));
         let magnitude = MAGNITUDE.iter().any(|m| ends_with_part(name, m));
-        let bias = ends_with_part(name, BIAS[0]);
+        let bias = ends_with_part(name, BIAS[0]) || ends_with_part(name, GAIN[0]);
         let group = if is_statistic(name) {
             &mut groups.statistics
         } else if var.rank() <= 1 || bias || magnitude || like_its_sibling {
@@ -138,12 +142,17 @@ fn named(vars: &VarMap) -> Vec<(String, Var)> {
     named
 }
 
-/// Whether a variable is a running mean, a running variance or a counter of batches, told by its
-/// name.
+/// Whether a variable is a running mean, a running variance, a counter of batches or a singular
+/// vector, told by its name.
 pub(crate) fn is_statistic(name: &str) -> bool {
-    [RUNNING_MEAN[0], RUNNING_VAR[0], NUM_BATCHES_TRACKED]
-        .iter()
-        .any(|s| ends_with_part(name, s))
+    let statistics = [RUNNING_MEAN[0], RUNNING_VAR[0], NUM_BATCHES_TRACKED];
+    statistics.iter().any(|s| ends_with_part(name, s)) || is_vector(name)
+}
+
+/// Whether a variable is a singular vector of spectral norm, of which there is no average.
+pub(crate) fn is_vector(name: &str) -> bool {
+    let vectors = [LEFT_VECTOR[0], RIGHT_VECTOR[0]];
+    vectors.iter().any(|s| ends_with_part(name, s))
 }
 
 /// Whether the path `name` ends in the parts of `end`.

@@ -1,13 +1,19 @@
 //! Operations beside the norms of rows, groups and channels.
 
-use candle_core::{ModuleT, Tensor};
+use candle_core::{DType, ModuleT, Tensor};
+use candle_nn::{Conv1dConfig, Conv2dConfig};
 use candle_norm::ops::{self, GateOptions, L2Form};
 use candle_norm::{
-    GlobalResponseNormOptions, L2Normalize, L2NormalizeOptions, LayerScale, LayerScaleOptions,
+    BatchNormOptions, GlobalResponseNormOptions, GroupNormOptions, InstanceNormOptions,
+    L2Normalize, L2NormalizeOptions, LayerScale, LayerScaleOptions, SpectralNormOptions,
+    WeightStandardizationOptions, spectral_norm, weight_standardization,
 };
 
 use crate::case::{Case, Outcome, required};
-use crate::layers::{Op, Plan, RESIDUAL, builder, without_state};
+use crate::layers::{
+    Op, Outputs, Plan, RESIDUAL, affine, builder, channels, momentum, stored_state, with_state,
+    without_state,
+};
 
 pub(crate) const OPS: &[Op] = &[
     Op {
@@ -50,7 +56,56 @@ pub(crate) const OPS: &[Op] = &[
         fused: true,
         plan: grn,
     },
+    Op {
+        name: "weight_standardization",
+        input: "weight",
+        required: &[],
+        optional: &["gain"],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: weight_standardization_plan,
+    },
+    Op {
+        name: "spectral_norm",
+        input: "weight",
+        required: &[],
+        optional: &[],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: spectral_norm_plan,
+    },
+    Op {
+        name: "masked",
+        input: "x",
+        required: &[],
+        optional: &["weight", "bias"],
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: masked,
+    },
 ];
+
+/// Tensors of an operation that no case can do without, which get no gradient and have any dtype.
+pub(crate) fn fixed(op: &Op) -> &'static [&'static str] {
+    match op.name {
+        "spectral_norm" => VECTORS,
+        "masked" => &["mask"],
+        _ => &[],
+    }
+}
+
+/// State of an operation beside running statistics.
+pub(crate) fn state(op: &Op) -> &'static [&'static str] {
+    match op.name {
+        "spectral_norm" => VECTORS,
+        _ => &[],
+    }
+}
+
+const VECTORS: &[&str] = &["u", "v"];
 
 fn l2_normalize(case: &Case) -> Outcome<Plan> {
     let mut c = case.config();
@@ -140,4 +195,154 @@ fn grn(case: &Case) -> Outcome<Plan> {
         let norm = candle_norm::global_response_norm(channels, options, builder(inputs, dtype))?;
         without_state(norm.forward_t(&x, true)?)
     }))
+}
+
+fn weight_standardization_plan(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let gamma = required("gamma", c.number_or_null("gamma")?)?;
+    c.finish()?;
+    if gamma.is_some() != case.has("gain") {
+        return Err("`gamma` and `gain` are there together, or neither".to_string());
+    }
+    let options = WeightStandardizationOptions { eps, gamma };
+    let (dims, dtype) = (case.tensor("weight")?.dims().to_vec(), case.dtype);
+    Ok(Box::new(move |inputs| {
+        let (weight, gain) = (inputs["weight"].clone(), inputs.get("gain").cloned());
+        let vb = builder(inputs, dtype);
+        // The layers take square kernels only; for other weights there is the function.
+        let y = match dims[..] {
+            [o, i, k] => {
+                let config = Conv1dConfig::default();
+                weight_standardization::conv1d_no_bias(i, o, k, config, options, vb)?.weight()?
+            }
+            [o, i, k, l] if k == l => {
+                let config = Conv2dConfig::default();
+                weight_standardization::conv2d_no_bias(i, o, k, config, options, vb)?.weight()?
+            }
+            _ => ops::weight_standardization(&weight, gain.as_ref().zip(gamma), eps)?,
+        };
+        without_state(y)
+    }))
+}
+
+fn spectral_norm_plan(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let dim = required("dim", c.size("dim")?)?;
+    let eps = required("eps", c.number("eps")?)?;
+    let n_power_iterations = required("n_power_iterations", c.size("n_power_iterations")?)?;
+    let train = required("train", c.flag("train")?)?;
+    c.finish()?;
+    let options = SpectralNormOptions {
+        n_power_iterations,
+        eps,
+        dim: Some(dim),
+    };
+    let (dims, dtype) = (case.tensor("weight")?.dims().to_vec(), case.dtype);
+    Ok(Box::new(move |mut inputs| {
+        let prefix = "parametrizations.weight.";
+        let names = [("weight", "original"), ("u", "0._u"), ("v", "0._v")];
+        let weight = inputs["weight"].clone();
+        for (name, end) in names {
+            if let Some(value) = inputs.remove(name) {
+                inputs.insert(format!("{prefix}{end}"), value);
+            }
+        }
+        let device = weight.device().clone();
+        let like = |dims: &[usize]| Tensor::zeros(dims, dtype, &device);
+        let vb = builder(inputs, dtype);
+        // A forward makes the steps; the weight is then that of the vectors that it left.
+        macro_rules! ran {
+            ($layer:expr, $x:expr) => {{
+                let layer = $layer?;
+                layer.forward_t(&$x?, train)?;
+                (layer.weight()?, layer.vectors()?)
+            }};
+        }
+        let (y, [u, v]) = match dims[..] {
+            [o, i] => ran!(
+                spectral_norm::linear_no_bias(i, o, options, vb),
+                like(&[1, i])
+            ),
+            [o, i, k] => ran!(
+                spectral_norm::conv1d_no_bias(i, o, k, Conv1dConfig::default(), options, vb),
+                like(&[1, i, k])
+            ),
+            [o, i, k, l] if k == l => ran!(
+                spectral_norm::conv2d_no_bias(i, o, k, Conv2dConfig::default(), options, vb),
+                like(&[1, i, k, k])
+            ),
+            _ => candle_core::bail!("no layer has a weight of shape {dims:?}"),
+        };
+        Ok(Outputs {
+            state: vec![("u", u), ("v", v)],
+            ..without_state(y)?
+        })
+    }))
+}
+
+fn masked(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let norm = required("norm", c.word("norm")?)?;
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let (features, dtype, affine) = (channels(case)?, case.dtype, affine(case));
+    match norm.as_str() {
+        "batch_norm" => {
+            let tracks = c.flag("track_running_stats")?.unwrap_or(true);
+            let momentum = momentum(&mut c, train && tracks)?;
+            c.finish()?;
+            let state = stored_state(case, train, tracks)?;
+            let options = BatchNormOptions {
+                eps,
+                momentum,
+                affine,
+                track_running_stats: tracks,
+                ..Default::default()
+            };
+            Ok(Box::new(move |mut inputs| {
+                let (x, mask) = (inputs["x"].clone(), inputs["mask"].clone());
+                inputs.extend(state.clone());
+                let norm = candle_norm::batch_norm(features, options, builder(inputs, dtype))?;
+                with_state(
+                    norm.forward_masked_t(&x, &mask, train)?,
+                    norm.running_stats(),
+                )
+            }))
+        }
+        "instance_norm" => {
+            let tracks = required("track_running_stats", c.flag("track_running_stats")?)?;
+            let momentum = momentum(&mut c, train && tracks)?;
+            c.finish()?;
+            let state = stored_state(case, train, tracks)?;
+            let options = InstanceNormOptions {
+                eps,
+                momentum,
+                affine,
+                track_running_stats: tracks,
+                ..Default::default()
+            };
+            Ok(Box::new(move |mut inputs| {
+                let (x, mask) = (inputs["x"].clone(), inputs["mask"].clone());
+                inputs.extend(state.clone());
+                let norm = candle_norm::instance_norm(features, options, builder(inputs, dtype))?;
+                with_state(
+                    norm.forward_masked_t(&x, &mask, train)?,
+                    norm.running_stats(),
+                )
+            }))
+        }
+        "group_norm" => {
+            let groups = required("num_groups", c.size("num_groups")?)?;
+            c.finish()?;
+            let options = GroupNormOptions { eps, affine };
+            Ok(Box::new(move |inputs| {
+                let (x, mask) = (inputs["x"].clone(), inputs["mask"].to_dtype(DType::U8)?);
+                let vb = builder(inputs, dtype);
+                let norm = candle_norm::group_norm(groups, features, options, vb)?;
+                without_state(norm.forward_masked(&x, &mask)?)
+            }))
+        }
+        other => Err(format!("unknown norm `{other}`")),
+    }
 }

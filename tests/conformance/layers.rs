@@ -527,7 +527,7 @@ fn with_sum((y, sum): (Tensor, Tensor)) -> Result<Outputs> {
     })
 }
 
-fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
+pub(crate) fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
     let Some(stats) = stats else {
         return without_state(y);
     };
@@ -542,7 +542,7 @@ fn with_state(y: Tensor, stats: Option<&RunningStats>) -> Result<Outputs> {
 }
 
 /// The number of channels, axis 1 of the input.
-fn channels(case: &Case) -> Outcome<usize> {
+pub(crate) fn channels(case: &Case) -> Outcome<usize> {
     let x = case.tensor("x")?;
     match x.dims() {
         [_, channels, ..] => Ok(*channels),
@@ -551,7 +551,7 @@ fn channels(case: &Case) -> Outcome<usize> {
 }
 
 /// Parameters that a case does not hold are parameters that the layer does not have.
-fn affine(case: &Case) -> Affine {
+pub(crate) fn affine(case: &Case) -> Affine {
     match (case.has("weight"), case.has("bias")) {
         (false, false) => Affine::None,
         (true, false) => Affine::Weight,
@@ -560,7 +560,7 @@ fn affine(case: &Case) -> Affine {
     }
 }
 
-fn momentum(config: &mut Config<'_>, updates: bool) -> Outcome<Option<f64>> {
+pub(crate) fn momentum(config: &mut Config<'_>, updates: bool) -> Outcome<Option<f64>> {
     match config.number_or_null("momentum")? {
         Some(momentum) => Ok(momentum),
         None if updates => Err("no config key `momentum`".to_string()),
@@ -570,7 +570,11 @@ fn momentum(config: &mut Config<'_>, updates: bool) -> Outcome<Option<f64>> {
 
 /// The running statistics before the call. A training case that stores none starts from those of a
 /// new layer.
-fn stored_state(case: &Case, train: bool, tracks: bool) -> Outcome<HashMap<String, Tensor>> {
+pub(crate) fn stored_state(
+    case: &Case,
+    train: bool,
+    tracks: bool,
+) -> Outcome<HashMap<String, Tensor>> {
     let mut state: HashMap<String, Tensor> = STATE
         .iter()
         .filter_map(|(name, _)| Some((name.to_string(), case.tensors.get(*name)?.clone())))

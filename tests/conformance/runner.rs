@@ -257,13 +257,15 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
 /// Names and dtypes: what is missing, and what nobody would look at.
 fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
     let inputs = || std::iter::once(&op.input).chain(op.required);
-    for name in inputs() {
+    for name in inputs().chain(family::fixed(op)) {
         case.tensor(name)?;
     }
     let state = || STATE.iter().filter(|_| op.stateful);
     for (name, tensor) in &case.tensors {
         let dtype = if let Some((_, dtype)) = state().find(|(state, _)| state == name) {
             *dtype
+        } else if family::fixed(op).contains(&name.as_str()) {
+            continue;
         } else if inputs().chain(op.optional).any(|n| n == name) || is_cotangent(op, name) {
             case.dtype
         } else {
@@ -285,6 +287,7 @@ fn check_tensors(case: &Case, op: &Op) -> Outcome<()> {
             || (op.adds && name == "sum")
             || gradient(name).is_some()
             || state().any(|(state, _)| *state == name)
+            || family::state(op).contains(&name)
     };
     let has_cotangent = case.tensors.keys().any(|name| is_cotangent(op, name));
     for name in case.expected.keys() {
@@ -329,6 +332,10 @@ impl Leaves {
             inputs: HashMap::new(),
             vars: HashMap::new(),
         };
+        for name in family::fixed(op) {
+            let value = case.tensor(name)?.to_device(device).map_err(one_line)?;
+            leaves.inputs.insert(name.to_string(), value);
+        }
         let differentiable = std::iter::once(&op.input)
             .chain(op.required)
             .chain(op.optional);

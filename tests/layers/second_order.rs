@@ -14,6 +14,7 @@ use candle_norm::{Cast, FrozenNorm, Path, batch_norm, ops, with_path};
 
 use testkit::child;
 use testkit::data::{Draw, tensor, values, variable};
+use testkit::functions::FUNCTIONS;
 use testkit::subjects::{Kind, Params, Subject};
 use testkit::table::{Layer, shapes};
 
@@ -346,4 +347,24 @@ fn candle_detaches_unless_it_is_told_not_to() {
     let forward = |t: &[Tensor]| ops::layer_norm(&t[0], 3, None, None, 1e-2);
     let sum = of_gradients(&forward, std::slice::from_ref(&x)).unwrap();
     assert!(sum.backward().unwrap().get(&x).is_none());
+}
+
+/// The functions of the other table.
+#[test]
+fn functions() {
+    in_a_process_of_its_own("functions", || {
+        for function in FUNCTIONS {
+            for dims in function.tiny {
+                let mut draw = Draw::new(11);
+                let mut inputs = vec![normal(&mut draw, dims)];
+                let params = (function.params)(dims);
+                inputs.extend(params.iter().map(|dims| normal(&mut draw, dims)));
+                for path in [Path::Fused, Path::Composed] {
+                    let what = format!("{} of {dims:?}, {path:?}", function.name);
+                    with_path(path, || check(&what, &inputs, function.call))?;
+                }
+            }
+        }
+        Ok(())
+    })
 }

@@ -12,6 +12,7 @@ use candle_norm::{Path, with_path};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use testkit::data::{Draw, bits, tensor, variable};
+use testkit::functions::FUNCTIONS;
 use testkit::subjects::{DTypes, Kind, Numbers, Subject, backward, gradient};
 use testkit::table::{Layer, RAGGED_ROWS};
 
@@ -302,4 +303,36 @@ fn another_order_is_another_sum() {
     let forward: f32 = x.iter().map(|v| *v as f32).sum();
     let backward: f32 = x.iter().rev().map(|v| *v as f32).sum();
     assert_ne!(forward.to_bits(), backward.to_bits());
+}
+
+/// The functions of the other table, at their ragged shapes.
+#[test]
+fn functions() {
+    for function in FUNCTIONS {
+        for (case, dims) in function.ragged.iter().enumerate() {
+            for dtype in DTYPES {
+                let mut draw = Draw::new(case as u64);
+                let mut shapes = vec![dims.to_vec()];
+                shapes.extend((function.params)(dims));
+                let count = |dims: &[usize]| dims.iter().product::<usize>();
+                let made = shapes.iter().map(|dims| spread(&mut draw, count(dims)));
+                let numbers: Vec<_> = made.collect();
+                let dy = spread(&mut draw, count(dims));
+                let what = format!("{} of {dims:?} in {dtype:?}", function.name);
+                assert_same(&what, || {
+                    let pairs = numbers.iter().zip(&shapes);
+                    let leaves = pairs.map(|(numbers, dims)| variable(numbers, dims, dtype));
+                    let leaves: Vec<Tensor> = leaves.collect::<Result<_>>()?;
+                    let y = (function.call)(&leaves)?;
+                    let grads = backward(&y, &tensor(&dy, y.dims(), dtype)?)?;
+                    let of = |t: &Tensor| Ok(("a gradient", bits(&gradient(&grads, t))?));
+                    let mut all = vec![("y", bits(&y)?)];
+                    for leaf in &leaves {
+                        all.push(of(leaf)?);
+                    }
+                    Ok(all)
+                });
+            }
+        }
+    }
 }

@@ -13,6 +13,7 @@ pub mod data;
 pub mod emulated;
 pub mod errors;
 pub mod faults;
+pub mod functions;
 pub mod oracle;
 pub mod properties;
 pub mod subjects;

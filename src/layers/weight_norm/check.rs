@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-pub(super) use crate::ops::check::{dim, float, same_device, shape};
+pub(in crate::layers) use crate::ops::check::{dim, float, same_device, shape};
 
 /// A checkpoint for a layer that is built without a bias.
-pub(super) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
+pub(in crate::layers) fn no_stored_bias(layer: &str, stored: Option<String>) -> Result<()> {
     match stored {
         Some(stored) => bail!(
             "{layer}: expected a checkpoint without a bias, got {stored:?}, which would be dropped \

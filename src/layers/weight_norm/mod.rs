@@ -1,7 +1,7 @@
 //! Weight normalization around candle-nn's linear layers and convolutions.
 
 mod build;
-mod check;
+pub(super) mod check;
 
 use candle_core::{Result, Tensor, Var};
 use candle_nn::{Module, VarBuilder};

@@ -13,7 +13,7 @@ use candle_nn::VarMap;
 pub use options::{Average, AveragedModelOptions, Decay, Warmup};
 
 use super::checkpoint;
-use super::optim::is_statistic;
+use super::optim::{is_statistic, is_vector};
 use candle_norm_support::files;
 
 const LAYER: &str = "AveragedModel";
@@ -175,7 +175,7 @@ impl AveragedModel {
                 continue;
             };
             let value = var.as_detached_tensor().to_dtype(average.dtype())?;
-            let counts = value.dtype().is_int();
+            let counts = value.dtype().is_int() || is_vector(name);
             let copied = counts || (is_statistic(name) && !self.options.average_statistics);
             if copied || decay == 0. {
                 average.set(&value)?;

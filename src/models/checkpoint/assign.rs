@@ -10,7 +10,8 @@ use super::report::{count, few, quoted};
 use super::source::{Entry, Source};
 use super::{LoadOptions, LoadReport, rename};
 use crate::layers::params::{
-    ALIASES, DIRECTION, MAGNITUDE, NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, same_axes,
+    ALIASES, DIRECTION, LEFT_VECTOR, MAGNITUDE, NUM_BATCHES_TRACKED, RIGHT_VECTOR, RUNNING_MEAN,
+    RUNNING_VAR, same_axes,
 };
 use crate::ops::check;
 
@@ -233,7 +234,9 @@ fn fate(name: &str, var: &Var, entries: &Entries, vars: &Vars) -> Result<Fate> {
     let value = &fitted.value;
     // As the variable holds it: what is finite in f64 need not be so in f32.
     let variance = last_part(name) == RUNNING_VAR[0];
-    if variance || last_part(name) == RUNNING_MEAN[0] {
+    let mut vectors = [LEFT_VECTOR[0], RIGHT_VECTOR[0]].into_iter();
+    let vector = vectors.any(|end| before(name, end).is_some());
+    if variance || vector || last_part(name) == RUNNING_MEAN[0] {
         check::statistic("checkpoint", &found, value, variance)?;
     }
     let value = value.to_device(var.device())?;
