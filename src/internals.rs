@@ -3,7 +3,9 @@
 
 use candle_core::{Result, Tensor};
 
+use crate::Path;
 pub use crate::backend::cuda::emulated::{Argument, Emulator, Launch, install_emulator};
+use crate::graph::forced;
 use crate::graph::recorder::{self, Handle};
 use crate::ops;
 pub use candle_norm_kernels::Level;
@@ -76,12 +78,16 @@ pub fn saved(
     })
 }
 
-/// Runs `f`, which calls one op or layer, on the fused path.
+/// Runs `f`, which calls one op or layer, on the path that is forced, or else the fused one.
 ///
 /// # Errors
 /// Those of `f`.
 pub fn recorded(f: impl FnOnce() -> Result<Tensor>) -> Result<Saved> {
-    let (output, handle) = recorder::recording(|| crate::with_path(crate::Path::Fused, f))?;
+    let path = match forced() {
+        Path::Auto => Path::Fused,
+        path => path,
+    };
+    let (output, handle) = recorder::recording(|| crate::with_path(path, f))?;
     Ok(Saved { output, handle })
 }
 

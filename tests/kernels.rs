@@ -1,4 +1,5 @@
-//! The fused kernels against loops in float64: the same suite for every instruction set and dtype.
+//! The fused kernels against loops in float64: the same suite for every instruction set and dtype,
+//! and for the CUDA kernels on the emulator.
 //!
 //! What this processor cannot run is reported as ignored, by name: `avx512::f32::layer_norm ... ignored`. The sizes are those at which a blocking
 //! has a remainder, whatever the blocking is: lanes, rows that go together, runs, blocks, jobs.
@@ -29,9 +30,23 @@ use common::subjects::{DTypes, Kind, Numbers, Subject};
 /// What the kernels are compiled for and what they work on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stamp {
-    level: Level,
+    kernels: Kernels,
     pub(crate) dtype: DType,
 }
+
+#[derive(Debug, Clone, Copy)]
+enum Kernels {
+    /// Those of the CPU for an instruction set.
+    Cpu(Level),
+    /// Those of NVIDIA GPUs.
+    Emulated,
+}
+
+/// The most elements of one of many shapes on the emulator, which takes a microsecond for each.
+const MOST_EMULATED: usize = 3_000;
+
+/// The most elements of a shape on the emulator.
+const LONGEST_EMULATED: usize = 125_000;
 
 /// The parameters that a layer has: a weight, a bias.
 const FORMS: [(bool, bool); 4] = [(true, true), (true, false), (false, true), (false, false)];
@@ -39,9 +54,29 @@ const FORMS: [(bool, bool); 4] = [(true, true), (true, false), (false, true), (f
 impl Stamp {
     /// Runs `f` on the kernels of this instruction set.
     pub(crate) fn run<T>(self, f: impl FnOnce() -> Result<T>) -> T {
-        match self.level.force(|| with_path(Path::Fused, f)) {
-            Some(result) => result.expect("a call that the fused path serves"),
-            None => panic!("this processor does not have {:?}", self.level),
+        let ran = match self.kernels {
+            Kernels::Cpu(level) => level.force(|| with_path(Path::Fused, f)),
+            Kernels::Emulated => Some(with_path(Path::Emulated, f)),
+        };
+        match ran {
+            Some(result) => result.expect("a call that the path serves"),
+            None => panic!("this processor does not have {:?}", self.kernels),
+        }
+    }
+
+    /// The most elements of one of many shapes, of which there are up to `most` on the CPU.
+    pub(crate) fn limit(self, most: usize) -> usize {
+        match self.kernels {
+            Kernels::Cpu(_) => most,
+            Kernels::Emulated => most.min(MOST_EMULATED),
+        }
+    }
+
+    /// Whether a shape of as many elements is not too large.
+    pub(crate) fn takes(self, elements: usize) -> bool {
+        match self.kernels {
+            Kernels::Cpu(_) => true,
+            Kernels::Emulated => elements <= LONGEST_EMULATED,
         }
     }
 
@@ -63,6 +98,9 @@ impl Stamp {
 
     /// Compares `y`, `dx`, `dweight` and `dbias` of one of many cases, which take turns with the parameters that there are.
     pub(crate) fn check(self, case: usize, kind: Kind, dims: &[usize]) {
+        if !self.takes(dims.iter().product()) {
+            return;
+        }
         let subject = Subject::new(kind, 1e-5);
         let numbers = numbers(subject, dims, FORMS[case % FORMS.len()], 0.5);
         self.check_numbers(&numbers, subject, dims, self.dtypes(case / FORMS.len()));
@@ -129,16 +167,20 @@ fn trials() -> Vec<Trial> {
         ("f16", DType::F16),
         ("bf16", DType::BF16),
     ];
-    let mut trials = vec![];
-    for level in Level::ALL {
+    let levels = Level::ALL.map(|level| {
         let set = format!("{level:?}").to_lowercase();
+        (set, Kernels::Cpu(level), level.is_available())
+    });
+    let emulated = ("emulated".to_string(), Kernels::Emulated, true);
+    let mut trials = vec![];
+    for (set, kernels, is_available) in levels.into_iter().chain([emulated]) {
         for (name, dtype) in dtypes {
             for (check, run) in suite(dtype) {
                 let trial = Trial::test(format!("{set}::{name}::{check}"), move || {
-                    run(Stamp { level, dtype });
+                    run(Stamp { kernels, dtype });
                     Ok(())
                 });
-                trials.push(trial.with_ignored_flag(!level.is_available()));
+                trials.push(trial.with_ignored_flag(!is_available));
             }
         }
     }

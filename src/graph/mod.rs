@@ -16,6 +16,8 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 pub(crate) use node::{Served, ServedAdded};
+#[cfg(feature = "internals")]
+pub(crate) use path::forced;
 pub use path::{Path, with_path};
 pub(crate) use path::{Route, route};
 pub(crate) use rank_sum::sums_over_ranks;

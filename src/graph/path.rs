@@ -66,6 +66,12 @@ pub fn with_path<T>(path: Path, f: impl FnOnce() -> T) -> T {
     f()
 }
 
+/// The path that this thread is forced to.
+#[cfg(feature = "internals")]
+pub(crate) fn forced() -> Path {
+    PATH.get()
+}
+
 /// How a call is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Route {

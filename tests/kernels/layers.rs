@@ -31,7 +31,7 @@ fn sizes(limit: usize) -> impl Iterator<Item = (usize, usize, usize)> {
 }
 
 pub(crate) fn layer_norm(stamp: Stamp) {
-    for (case, rows, len) in sizes(LIMIT) {
+    for (case, rows, len) in sizes(stamp.limit(LIMIT)) {
         stamp.check(case, Kind::Layer { axes: 1 }, &[rows, len]);
     }
 }
@@ -51,47 +51,47 @@ pub(crate) fn layer_norm_of_axes(stamp: Stamp) {
 }
 
 /// `C` channels of maps of `space` positions.
-fn maps() -> impl Iterator<Item = (usize, Vec<usize>)> {
-    sizes(20_000).map(|(case, space, channels)| {
+fn maps(stamp: Stamp) -> impl Iterator<Item = (usize, Vec<usize>)> {
+    sizes(stamp.limit(20_000)).map(|(case, space, channels)| {
         let samples = 1 + case % 3;
         (case, vec![samples, channels, space])
     })
 }
 
 pub(crate) fn layer_norm_channels_first(stamp: Stamp) {
-    for (case, dims) in maps() {
+    for (case, dims) in maps(stamp) {
         stamp.check(case, Kind::LayerChannelsFirst, &dims);
     }
 }
 
 pub(crate) fn layer_norm_without_mean(stamp: Stamp) {
-    for (case, rows, len) in sizes(20_000) {
+    for (case, rows, len) in sizes(stamp.limit(20_000)) {
         stamp.check(case, Kind::LayerNoMean, &[rows, len]);
     }
 }
 
 pub(crate) fn rms_norm(stamp: Stamp) {
-    for (case, rows, len) in sizes(LIMIT) {
+    for (case, rows, len) in sizes(stamp.limit(LIMIT)) {
         let offset = if case % 2 == 0 { 0. } else { 1. };
         stamp.check(case, Kind::Rms { axes: 1, offset }, &[rows, len]);
     }
 }
 
 pub(crate) fn rms_norm_channels_first(stamp: Stamp) {
-    for (case, dims) in maps() {
+    for (case, dims) in maps(stamp) {
         stamp.check(case, Kind::RmsChannelsFirst, &dims);
     }
 }
 
 pub(crate) fn scale_norm(stamp: Stamp) {
-    for (case, rows, len) in sizes(LIMIT) {
+    for (case, rows, len) in sizes(stamp.limit(LIMIT)) {
         stamp.check(case, Kind::Scale, &[rows, len]);
     }
 }
 
 /// An ε between the lengths of short rows and of long ones.
 pub(crate) fn scale_norm_of_short_rows(stamp: Stamp) {
-    for (case, rows, len) in sizes(20_000) {
+    for (case, rows, len) in sizes(stamp.limit(20_000)) {
         let (dims, subject) = ([rows, len], Subject::new(Kind::Scale, 8.));
         let numbers = numbers(subject, &dims, (case % 2 == 0, false), 0.5);
         stamp.check_numbers(&numbers, subject, &dims, stamp.dtypes(case));
@@ -100,7 +100,7 @@ pub(crate) fn scale_norm_of_short_rows(stamp: Stamp) {
 
 /// The normalized value is rounded before the weight, and so twice: `dweight` sees what was multiplied.
 pub(crate) fn rms_norm_cast_before_weight(stamp: Stamp) {
-    for (case, rows, len) in sizes(20_000) {
+    for (case, rows, len) in sizes(stamp.limit(20_000)) {
         let (dims, offset) = ([rows, len], [0., 1.][case % 2]);
         let kind = Kind::Rms { axes: 1, offset };
         let numbers = numbers(Subject::new(kind, 1e-5), &dims, (true, false), 0.5);
@@ -159,7 +159,7 @@ const SAMPLES_CHANNELS_GROUPS: [(usize, usize, &[usize]); 12] = [
 pub(crate) fn group_norm(stamp: Stamp) {
     for (i, &space) in WIDTHS.iter().enumerate() {
         for (j, &(samples, channels, groups)) in SAMPLES_CHANNELS_GROUPS.iter().enumerate() {
-            if samples * channels * space > LIMIT / 2 {
+            if samples * channels * space > stamp.limit(LIMIT / 2) {
                 continue;
             }
             for (k, &groups) in groups.iter().enumerate() {
@@ -173,7 +173,7 @@ pub(crate) fn group_norm(stamp: Stamp) {
 pub(crate) fn instance_norm(stamp: Stamp) {
     for (i, &space) in WIDTHS.iter().enumerate().filter(|(_, space)| **space > 1) {
         for (j, &(samples, channels, _)) in SAMPLES_CHANNELS_GROUPS.iter().enumerate() {
-            if samples * channels * space <= LIMIT / 2 {
+            if samples * channels * space <= stamp.limit(LIMIT / 2) {
                 stamp.check(i + j, Kind::Instance, &[samples, channels, space]);
             }
         }
@@ -184,7 +184,7 @@ pub(crate) fn instance_norm(stamp: Stamp) {
 pub(crate) fn switch_norm(stamp: Stamp) {
     for (i, &space) in WIDTHS.iter().enumerate() {
         for (j, &(samples, channels, _)) in SAMPLES_CHANNELS_GROUPS.iter().enumerate() {
-            if samples * channels * space <= LIMIT / 5 {
+            if samples * channels * space <= stamp.limit(LIMIT / 5) {
                 stamp.check(i + j, Kind::Switch, &[samples, channels, space]);
             }
         }
@@ -210,19 +210,19 @@ fn batches(limit: usize) -> Vec<(usize, Vec<usize>)> {
 }
 
 pub(crate) fn batch_norm(stamp: Stamp) {
-    for (case, dims) in batches(LIMIT) {
+    for (case, dims) in batches(stamp.limit(LIMIT)) {
         stamp.check(case, Kind::Batch, &dims);
     }
 }
 
 pub(crate) fn batch_norm_without_mean(stamp: Stamp) {
-    for (case, dims) in batches(10_000) {
+    for (case, dims) in batches(stamp.limit(10_000)) {
         stamp.check(case, Kind::BatchNoMean, &dims);
     }
 }
 
 pub(crate) fn batch_norm_inference(stamp: Stamp) {
-    for (case, dims) in batches(30_000) {
+    for (case, dims) in batches(stamp.limit(30_000)) {
         check_inference(stamp, case, &dims).expect("tensors that fit");
     }
 }
@@ -273,7 +273,7 @@ fn check_inference(stamp: Stamp, case: usize, dims: &[usize]) -> Result<()> {
 
 /// What running statistics take: the mean, and the unbiased variance, of each channel, in the accumulator's precision.
 pub(crate) fn batch_statistics(stamp: Stamp) {
-    for (_, dims) in batches(30_000) {
+    for (_, dims) in batches(stamp.limit(30_000)) {
         check_statistics(stamp, &dims, false).expect("tensors that fit");
         if dims.len() > 2 && dims[2..].iter().product::<usize>() > 1 {
             check_statistics(stamp, &dims, true).expect("tensors that fit");

@@ -1,5 +1,5 @@
 //! The same inputs give the same bits: on any number of threads and on every instruction set of
-//! this processor.
+//! this processor, and by the CUDA kernels in any order of their threads.
 //!
 //! Sizes are ragged, and lie on both sides of the border from which work goes to threads.
 
@@ -12,6 +12,7 @@ use candle_norm::{Path, with_path};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use testkit::data::{Draw, bits, tensor, variable};
+use testkit::emulated::{Order, with_order};
 use testkit::functions::FUNCTIONS;
 use testkit::subjects::{DTypes, Kind, Numbers, Subject, backward, gradient};
 use testkit::table::{Layer, RAGGED_ROWS};
@@ -33,7 +34,11 @@ fn bits_of(named: &[(&'static str, &Tensor)]) -> Result<Bits> {
     named.iter().map(of).collect()
 }
 
-/// Runs `f` on every number of threads and every instruction set, and compares what it gives.
+/// The most elements of a tensor on the emulator, which takes a microsecond for each.
+const MOST_EMULATED: usize = 20_000;
+
+/// Runs `f` on every number of threads and every instruction set, and on the CUDA kernels in every
+/// order of their threads, and compares what each of both gives.
 #[track_caller]
 fn assert_same(what: &str, f: impl Fn() -> Result<Bits> + Sync) {
     let run = |pool: &ThreadPool, level: Level| {
@@ -47,16 +52,33 @@ fn assert_same(what: &str, f: impl Fn() -> Result<Bits> + Sync) {
             let Some(got) = run(pool, level) else {
                 continue;
             };
-            for ((name, got), (_, want)) in got.iter().zip(&want) {
-                let differs = got.iter().zip(want).position(|(a, b)| a != b);
-                assert!(
-                    got.len() == want.len() && differs.is_none(),
-                    "{what}: {name} differs on {} threads with {level:?} at element {differs:?} of {}",
-                    pool.current_num_threads(),
-                    want.len(),
-                );
-            }
+            let threads = pool.current_num_threads();
+            let on = || format!("{what}, on {threads} threads with {level:?}");
+            assert_equal(on, &got, &want);
         }
+    }
+    if want.iter().any(|(_, bits)| bits.len() > MOST_EMULATED) {
+        return;
+    }
+    let [want, others @ ..] = Order::ALL.map(|order| {
+        let ran = with_order(order, || with_path(Path::Emulated, &f));
+        ran.expect("tensors that fit")
+    });
+    for got in others {
+        assert_equal(|| format!("{what}, in other orders"), &got, &want);
+    }
+}
+
+#[track_caller]
+fn assert_equal(what: impl Fn() -> String, got: &Bits, want: &Bits) {
+    for ((name, got), (_, want)) in got.iter().zip(want) {
+        let differs = got.iter().zip(want).position(|(a, b)| a != b);
+        assert!(
+            got.len() == want.len() && differs.is_none(),
+            "{}: {name} differs at element {differs:?} of {}",
+            what(),
+            want.len(),
+        );
     }
 }
 

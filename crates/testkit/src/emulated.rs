@@ -5,10 +5,12 @@
 //! or `shuffled`. The first is the default; results have the same bits in all of them.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 use candle_norm::internals::{Argument, Launch, install_emulator};
-use candle_norm_cuda_emulator::{Args, Order, launch};
+pub use candle_norm_cuda_emulator::Order;
+use candle_norm_cuda_emulator::{Args, launch};
 
 /// Runs before `main`: the test harness has no other place that all programs share.
 #[used]
@@ -25,8 +27,23 @@ static INSTALL: extern "C" fn() = {
     install
 };
 
-/// The order of threads that the environment asks for.
+thread_local! {
+    static ORDER: Cell<Option<Order>> = const { Cell::new(None) };
+}
+
+/// Runs `f`, whose launches on this thread run their own threads in `order`.
+pub fn with_order<T>(order: Order, f: impl FnOnce() -> T) -> T {
+    let before = ORDER.replace(Some(order));
+    let result = f();
+    ORDER.set(before);
+    result
+}
+
+/// The order of threads that the caller or the environment asks for.
 fn order() -> Result<Order, String> {
+    if let Some(order) = ORDER.get() {
+        return Ok(order);
+    }
     static NAME: OnceLock<String> = OnceLock::new();
     let read = || std::env::var("CANDLE_NORM_EMULATED_ORDER").unwrap_or_default();
     match NAME.get_or_init(read).as_str() {
