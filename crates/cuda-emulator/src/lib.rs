@@ -44,6 +44,8 @@ pub enum Fault {
     Barrier,
     /// Some lanes of a warp wait in a shuffle that others never reach.
     Shuffle,
+    /// More or fewer arguments than the kernel has.
+    Arguments,
 }
 
 impl fmt::Display for Fault {
@@ -53,6 +55,7 @@ impl fmt::Display for Fault {
             Fault::Geometry => "the grid, block or shared memory is beyond the limits",
             Fault::Barrier => "some threads wait at a barrier that others never reach",
             Fault::Shuffle => "some lanes wait in a shuffle that others never reach",
+            Fault::Arguments => "the kernel has another number of arguments",
         })
     }
 }
@@ -138,6 +141,7 @@ unsafe extern "C" {
         block: *const u32,
         shared: u32,
         params: *mut *mut c_void,
+        arguments: u32,
         order: u32,
     ) -> c_int;
 }
@@ -175,6 +179,7 @@ pub unsafe fn launch(
             block.as_ptr(),
             shared,
             params.as_mut_ptr(),
+            params.len() as u32,
             order.code(),
         )
     };
@@ -183,7 +188,8 @@ pub unsafe fn launch(
         1 => Err(Fault::NoKernel),
         2 => Err(Fault::Geometry),
         3 => Err(Fault::Barrier),
-        _ => Err(Fault::Shuffle),
+        4 => Err(Fault::Shuffle),
+        _ => Err(Fault::Arguments),
     }
 }
 
@@ -258,6 +264,9 @@ mod tests {
             run("self_test_divergent_barrier", 99 * 1024 + 1),
             Err(Fault::Geometry)
         );
+        let two = one().i32(0);
+        let two = super::tests::run("self_test_divergent_barrier", 1, 0, two, Order::Ascending);
+        assert_eq!(two, Err(Fault::Arguments));
         // SAFETY: nothing runs.
         let partial_warp = unsafe {
             launch(
@@ -265,7 +274,7 @@ mod tests {
                 [1; 3],
                 [33, 1, 1],
                 0,
-                one(),
+                one().i32(0),
                 Order::Ascending,
             )
         };

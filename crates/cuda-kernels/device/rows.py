@@ -44,7 +44,7 @@ class Geometry:
         self.forward = None
         team = small([(1, "w1"), (2, "w2")])
         if team:
-            room = 2 if not even else {"w1": 4, "w2": 3}[team[0]]
+            room = 2 if not even else {"w1": 4, "w2": 2 if add else 3}[team[0]]
             self.forward = launch("forward", team[0], min(cdiv(rows, team[2]), 132 * room), 1, team[1], team[2])
         elif not plain:
             b2, b4 = ((512, 1024), (1024, 1024)) if even and not add else ((512, 512), (512, 512))
@@ -108,7 +108,7 @@ class Emulator:
             kept = [np.array(a) for a in args]
             params = (ctypes.c_void_p * len(kept))(*[a.ctypes.data for a in kept])
             three = ctypes.c_uint * 3
-            code = self.library.candle_norm_emulate(name.encode(), three(*grid), three(*block), ctypes.c_uint(shared_mem), params, ctypes.c_uint(0))
+            code = self.library.candle_norm_emulate(name.encode(), three(*grid), three(*block), ctypes.c_uint(shared_mem), params, ctypes.c_uint(len(kept)), ctypes.c_uint(0))
             assert code == 0, (name, code)
         return kernel
 
@@ -132,7 +132,9 @@ class Case:
         shape = (i64(rows), i64(cols))
         p = pointer
         sum_ = self.sum if add else None
-        self.forward_launches = [(plan.forward, (p(x), p(residual), p(w), p(b), p(self.y), p(sum_), p(self.stats), *shape, f64(1e-5), f64(offset), i32(flags)))]
+        forward = (p(x), p(residual), p(w), p(b), p(self.y), p(sum_), p(self.stats), *shape, f64(1e-5), f64(offset), i32(flags))
+        # The unrounded sum is not asked for.
+        self.forward_launches = [(plan.forward, (*forward, p(None)) if add else forward)]
         start = (p(x), p(residual), p(w), p(dy), p(dsum), p(self.stats), p(self.dx))
         if plan.columns:
             self.backward_launches = [(plan.dx, (*start, *shape, f64(offset))),
