@@ -1132,26 +1132,104 @@ fn group_and_instance_norm() {
                 inner: shape.s as u64,
                 num_groups: num_groups as u64,
             };
-            let weights = (g.inner, g.num_groups);
-            for (parts, fit) in [(3, false), (1, true)] {
-                let p = g.as_planes();
-                if fit && (p.fit().is_none() || g.grad_fit().is_none()) {
-                    continue;
-                }
-                let name = format!(
-                    "{} {shape:?} by {num_groups}, {parts} parts, fit {fit}",
-                    types.name()
-                );
-                let d = same_in_all_orders(&name, |order| {
-                    let mut d = planes(&i, p, weights, parts, fit, order);
-                    d.dweight = Buffer::empty(types.param(), shape.c);
-                    d.dbias = Buffer::empty(types.param(), shape.c);
-                    groups_back(&i, g, parts, fit, order, &mut d);
-                    d
-                });
-                check(&name, &i, &r, &d);
-            }
+            check_groups(&i, g, &r);
         }
+    }
+}
+
+/// Several launches, and one where a group fits.
+fn check_groups(i: &Inputs, g: Groups, r: &Reference) {
+    let weights = (g.inner, g.num_groups);
+    for (parts, fit) in [(3, false), (1, true)] {
+        let p = g.as_planes();
+        if fit && (p.fit().is_none() || g.grad_fit().is_none()) {
+            continue;
+        }
+        let name = format!("{g:?}, {parts} parts, fit {fit}");
+        let d = same_in_all_orders(&name, |order| {
+            let mut d = planes(i, p, weights, parts, fit, order);
+            d.dweight = Buffer::empty(g.types.param(), g.channels as usize);
+            d.dbias = Buffer::empty(g.types.param(), g.channels as usize);
+            groups_back(i, g, parts, fit, order, &mut d);
+            d
+        });
+        check(&name, i, r, &d);
+    }
+}
+
+#[test]
+fn weights_of_each_channel_of_each_sample() {
+    for types in Types::ALL {
+        for (whole, num_groups) in [(shape(3, 6, 49), 3), (shape(2, 4, 64), 1)] {
+            // Weights are counted through all samples, groups are those of a sample.
+            let spread = shape(1, whole.n * whole.c, whole.s);
+            let v = Values::new(spread, types, 0.5);
+            let p = v.problem(spread);
+            let per = whole.c / num_groups;
+            let r = p.solve(whole.n * num_groups, |k| {
+                whole.sample(k) * num_groups + whole.channel(k) / per
+            });
+            let g = Groups {
+                types,
+                samples: whole.n as u64,
+                channels: whole.c as u64,
+                inner: whole.s as u64,
+                num_groups: num_groups as u64,
+            };
+            check_groups(&Inputs::new(types, &p), g.by_sample(), &r);
+        }
+    }
+}
+
+#[test]
+fn a_list_of_several_lines_is_the_same_list() {
+    // Three lines of blocks, the last with blocks beyond the end, as where a grid is too narrow.
+    let folded = |l: Launch| {
+        let [blocks, 1, 1] = l.grid else {
+            panic!("{l:?} is folded")
+        };
+        Launch {
+            grid: [blocks.div_ceil(3) + 1, 3, 1],
+            ..l
+        }
+    };
+    let (types, n) = (F32_ONLY, 10 * 7 * 30);
+    let [x, dy] = [1, 2].map(|seed| Buffer::of(F32, &random(seed, n, 0.5, F32)));
+    let p = Planes {
+        types,
+        outer: 10,
+        channels: 7,
+        inner: 30,
+    };
+    let all = [false, true].map(|fold| {
+        let of = |l: Launch| if fold { folded(l) } else { l };
+        let mut partial = Buffer::empty(F32, 4 * 7);
+        let a = Args::new().read(&x).write(&mut partial);
+        let a = a.i64(10).i64(7).i64(30).i32(1).i32(1);
+        run(&of(p.moments()), a, Order::Ascending);
+        let mut stats = [0; 4].map(|_| Buffer::empty(F32, 7));
+        let [mean, rest, inv_std, var] = &mut stats;
+        let a = Args::new().read(&partial).write(mean).write(rest);
+        let a = a.write(inv_std).write(var).i64(7).i32(1).f64(1e-5);
+        run(&of(p.merge()), a, Order::Ascending);
+        let mut y = Buffer::empty(F32, n);
+        let a = Args::new().read(&x).null().null().read(&stats[0]);
+        let a = a.read(&stats[1]).read(&stats[2]).write(&mut y);
+        let a = a.i64(10).i64(7).i64(30).i64(30).i64(7);
+        run(
+            &of(p.normalize()),
+            a.i32(1).i32(0).f64(1e-5),
+            Order::Ascending,
+        );
+        let mut sums = Buffer::empty(F32, 2 * 7);
+        let a = Args::new().read(&x).read(&dy).read(&stats[0]);
+        let a = a.write(&mut sums).i64(10).i64(7).i64(30).i64(1).i32(1);
+        run(&of(p.grad_sums()), a, Order::Ascending);
+        [stats.to_vec(), vec![partial, y, sums]].concat()
+    });
+    assert!(all[0] == all[1]);
+    for b in &all[0] {
+        assert!(b.values().iter().all(|v| v.is_finite()));
     }
 }
 
