@@ -191,13 +191,14 @@ uint64_t *exchange() { return &pool.exchange[thread->linear / 32 * 64 + (thread-
 void add_kernel(const char *name, Call call, unsigned arguments) { kernels()[name] = {call, arguments}; }
 }  // namespace emulator
 
-// `order`: 0 ascending, 1 descending, else the seed of a shuffle, of threads and of blocks.
+// `order`: 0 ascending, 1 descending, else the seed of a shuffle, of threads and of blocks. `arguments`: how many `params`
+// has, or ~0 where the caller does not know.
 extern "C" int candle_norm_emulate(const char *name, const unsigned *grid, const unsigned *block, unsigned shared,
                                    void **params, unsigned arguments, unsigned order) {
   using namespace emulator;
   const auto found = kernels().find(name);
   if (found == kernels().end()) return NO_KERNEL;
-  if (found->second.arguments != arguments) return ARGUMENTS;
+  if (found->second.arguments != arguments && arguments != ~0u) return ARGUMENTS;
   const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
   const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
   if (threads == 0 || threads > 1024 || threads % 32 || block[2] > 64 || blocks == 0 || grid[0] > 0x7fffffffu ||

@@ -4,9 +4,14 @@
 //! a shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of
 //! threads
 //! and blocks: what lacks a barrier gives other bits under another order.
+//!
+//! With `CANDLE_NORM_GPU=FOLDER` launches run on a GPU too, by the modules of the folder, and bytes
+//! are compared: see `device.rs`.
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
 use std::marker::PhantomData;
+
+mod device;
 
 /// The order in which a block's threads run between barriers, and the blocks of a grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +71,8 @@ impl std::error::Error for Fault {}
 #[derive(Default)]
 pub struct Args<'a> {
     words: Vec<u64>,
-    buffers: PhantomData<&'a mut ()>,
+    buffers: Vec<device::Buffer>,
+    lifetime: PhantomData<&'a mut ()>,
 }
 
 impl<'a> Args<'a> {
@@ -77,7 +83,7 @@ impl<'a> Args<'a> {
 
     /// A buffer that the kernel reads.
     pub fn read<T>(mut self, buffer: &'a [T]) -> Self {
-        self.words.push(buffer.as_ptr() as u64);
+        self.push(buffer.as_ptr() as u64, buffer);
         self
     }
 
@@ -91,8 +97,18 @@ impl<'a> Args<'a> {
 
     /// A buffer that the kernel writes.
     pub fn write<T>(mut self, buffer: &'a mut [T]) -> Self {
-        self.words.push(buffer.as_mut_ptr() as u64);
+        self.push(buffer.as_mut_ptr() as u64, buffer);
         self
+    }
+
+    fn push<T>(&mut self, address: u64, buffer: &[T]) {
+        self.buffers.push(device::Buffer {
+            argument: self.words.len(),
+            address,
+            bytes: size_of_val(buffer),
+            size: size_of::<T>(),
+        });
+        self.words.push(address);
     }
 
     /// A buffer that the kernel writes, or a null pointer.
@@ -165,7 +181,13 @@ pub unsafe fn launch(
     let Ok(name) = CString::new(name) else {
         return Err(Fault::NoKernel);
     };
-    let mut words = args.words;
+    let Args {
+        mut words, buffers, ..
+    } = args;
+    let on_gpu = match order {
+        Order::Ascending => device::before(&name, (grid, block, shared), &words, &buffers),
+        _ => None,
+    };
     let mut params: Vec<*mut c_void> = words
         .iter_mut()
         .map(|word| (word as *mut u64).cast::<c_void>())
@@ -183,6 +205,9 @@ pub unsafe fn launch(
             order.code(),
         )
     };
+    if let Some(found) = on_gpu {
+        device::after(&name, &buffers, found);
+    }
     match code {
         0 => Ok(()),
         1 => Err(Fault::NoKernel),

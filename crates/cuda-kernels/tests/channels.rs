@@ -2,7 +2,7 @@
 //! against loops in f64.
 #![allow(unsafe_code)]
 
-use candle_norm_cuda_emulator::{Order, launch};
+use candle_norm_cuda_emulator::{self as emulator, Order, launch};
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes, update_running};
 use candle_norm_cuda_kernels::geometry::groups::Groups;
 use candle_norm_cuda_kernels::geometry::transpose::transpose;
@@ -12,7 +12,6 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use Element::{Bf16, F16, F32, F64};
-use tape::Args;
 
 /// What the tests need to know of a type.
 trait Numbers: Copy {
@@ -82,6 +81,14 @@ impl Buffer {
         let words = vec![u128::MAX; len * kind.size() / 16 + 2];
         Self { kind, len, words }
     }
+    fn elements<T>(&self) -> &[T] {
+        // SAFETY: the words have as many bytes, of which all patterns are elements.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), self.len) }
+    }
+    fn elements_mut<T>(&mut self) -> &mut [T] {
+        // SAFETY: as above, and the words are borrowed as long.
+        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), self.len) }
+    }
     /// The bytes behind the values.
     fn guard(&self) -> (*const u8, usize) {
         let begin = self.len * self.kind.size();
@@ -103,17 +110,13 @@ impl Buffer {
 }
 
 fn run(l: &Launch, args: Args, order: Order) {
-    let record = tape::begin(&args, order);
-    let (writes, guards) = (args.writes.clone(), args.guards.clone());
+    let Args { inner, guards } = args;
     guard::close(&guards);
     // SAFETY: the arguments are those that the geometry's functions describe, with buffers of
     // their sizes.
-    unsafe { launch(&l.kernel, l.grid, l.block, l.shared, args.inner, order) }
+    unsafe { launch(&l.kernel, l.grid, l.block, l.shared, inner, order) }
         .unwrap_or_else(|fault| panic!("{}: {fault}", l.kernel));
     guard::open(&guards);
-    if let Some(record) = record {
-        tape::end(l, record, &writes);
-    }
 }
 
 /// With AddressSanitizer, a kernel that reads or writes a guard is reported.
@@ -145,149 +148,63 @@ mod guard {
     pub(super) fn open(_: &[(*const u8, usize)]) {}
 }
 
-/// With CANDLE_NORM_TAPE=FOLDER every launch is written there with the bytes of its buffers before
-/// and after, so that device/channels.py can repeat it on a GPU and compare bits.
-mod tape {
-    use super::{Buffer, Launch, Order};
-    use candle_norm_cuda_emulator as emulator;
-    use std::fmt::Write as _;
-    use std::io::Write as _;
-    use std::sync::Mutex;
+/// The emulator's arguments, with the guards of the buffers among them.
+#[derive(Default)]
+struct Args<'a> {
+    inner: emulator::Args<'a>,
+    guards: Vec<(*const u8, usize)>,
+}
 
-    /// No launch with larger buffers is recorded.
-    const MOST_BYTES: usize = 150_000;
-
-    #[derive(Default)]
-    pub(super) struct Args<'a> {
-        pub(super) inner: emulator::Args<'a>,
-        /// `["kind", value]`; of a buffer, the index of its bytes.
-        log: Vec<String>,
-        before: Vec<Vec<u8>>,
-        pub(super) writes: Vec<(*const u128, usize)>,
-        pub(super) guards: Vec<(*const u8, usize)>,
+impl<'a> Args<'a> {
+    fn new() -> Self {
+        Self::default()
     }
-
-    fn recording() -> Option<String> {
-        std::env::var("CANDLE_NORM_TAPE").ok()
-    }
-
-    fn bytes(words: &[u128]) -> Vec<u8> {
-        words.iter().flat_map(|w| w.to_le_bytes()).collect()
-    }
-
-    impl<'a> Args<'a> {
-        pub(super) fn new() -> Self {
-            Self::default()
-        }
-        fn buffer(&mut self, kind: &str, b: &Buffer) {
-            self.guards.push(b.guard());
-            if recording().is_some() {
-                self.log
-                    .push(format!(r#"["{kind}", {}]"#, self.before.len()));
-                self.before.push(bytes(&b.words));
-            }
-        }
-        fn scalar(&mut self, kind: &str, value: impl std::fmt::Display) {
-            self.log.push(format!(r#"["{kind}", {value}]"#));
-        }
-        pub(super) fn read(mut self, b: &'a Buffer) -> Self {
-            self.buffer("read", b);
-            self.inner = self.inner.read(&b.words);
-            self
-        }
-        pub(super) fn maybe_read(self, b: Option<&'a Buffer>) -> Self {
-            match b {
-                Some(b) => self.read(b),
-                None => self.null(),
-            }
-        }
-        pub(super) fn write(mut self, b: &'a mut Buffer) -> Self {
-            self.buffer("write", b);
-            self.writes.push((b.words.as_ptr(), b.words.len()));
-            self.inner = self.inner.write(&mut b.words);
-            self
-        }
-        pub(super) fn maybe_write(self, b: Option<&'a mut Buffer>) -> Self {
-            match b {
-                Some(b) => self.write(b),
-                None => self.null(),
-            }
-        }
-        pub(super) fn null(mut self) -> Self {
-            self.scalar("null", 0);
-            self.inner = self.inner.null();
-            self
-        }
-        pub(super) fn i64(mut self, v: i64) -> Self {
-            self.scalar("i64", v);
-            self.inner = self.inner.i64(v);
-            self
-        }
-        pub(super) fn i32(mut self, v: i32) -> Self {
-            self.scalar("i32", v);
-            self.inner = self.inner.i32(v);
-            self
-        }
-        pub(super) fn f64(mut self, v: f64) -> Self {
-            self.scalar("f64", v);
-            self.inner = self.inner.f64(v);
-            self
-        }
-    }
-
-    pub(super) struct Record {
-        folder: String,
-        log: Vec<String>,
-        before: Vec<Vec<u8>>,
-    }
-
-    pub(super) fn begin(args: &Args, order: Order) -> Option<Record> {
-        let folder = recording()?;
-        let small = args.before.iter().map(Vec::len).sum::<usize>() < MOST_BYTES;
-        (small && order == Order::Ascending).then(|| Record {
-            folder,
-            log: args.log.clone(),
-            before: args.before.clone(),
-        })
-    }
-
-    pub(super) fn end(l: &Launch, record: Record, writes: &[(*const u128, usize)]) {
-        static FILES: Mutex<usize> = Mutex::new(0);
-        let mut at = FILES.lock().unwrap();
-        let open = |name: &str| {
-            let mut options = std::fs::OpenOptions::new();
-            let options = options
-                .create(true)
-                .append(*at > 0)
-                .write(true)
-                .truncate(*at == 0);
-            options.open(format!("{}/{name}", record.folder)).unwrap()
+    fn read(mut self, b: &'a Buffer) -> Self {
+        self.guards.push(b.guard());
+        // As many bytes as an element has: a GPU's are compared by elements.
+        self.inner = match b.kind.size() {
+            2 => self.inner.read(b.elements::<u16>()),
+            4 => self.inner.read(b.elements::<u32>()),
+            _ => self.inner.read(b.elements::<u64>()),
         };
-        let (mut lines, mut data) = (open("tape.jsonl"), open("tape.bin"));
-        let mut places = |all: &[Vec<u8>]| {
-            let mut text = String::new();
-            for bytes in all {
-                let comma = if text.is_empty() { "" } else { ", " };
-                write!(text, "{comma}[{}, {}]", *at, bytes.len()).unwrap();
-                data.write_all(bytes).unwrap();
-                *at += bytes.len();
-            }
-            text
+        self
+    }
+    fn maybe_read(self, b: Option<&'a Buffer>) -> Self {
+        match b {
+            Some(b) => self.read(b),
+            None => self.null(),
+        }
+    }
+    fn write(mut self, b: &'a mut Buffer) -> Self {
+        self.guards.push(b.guard());
+        self.inner = match b.kind.size() {
+            2 => self.inner.write(b.elements_mut::<u16>()),
+            4 => self.inner.write(b.elements_mut::<u32>()),
+            _ => self.inner.write(b.elements_mut::<u64>()),
         };
-        let before = places(&record.before);
-        let after = writes.iter().map(|(p, n)| {
-            // SAFETY: the buffers outlive the launch that has just ended; no reference to them is
-            // in use.
-            bytes(unsafe { std::slice::from_raw_parts(*p, *n) })
-        });
-        let after = places(&after.collect::<Vec<_>>());
-        let args = record.log.join(", ");
-        let launch = format!(
-            r#""kernel": "{}", "grid": {:?}, "block": {:?}, "shared": {}"#,
-            l.kernel, l.grid, l.block, l.shared,
-        );
-        let buffers = format!(r#""before": [{before}], "after": [{after}]"#);
-        writeln!(lines, r#"{{{launch}, "args": [{args}], {buffers}}}"#).unwrap();
+        self
+    }
+    fn maybe_write(self, b: Option<&'a mut Buffer>) -> Self {
+        match b {
+            Some(b) => self.write(b),
+            None => self.null(),
+        }
+    }
+    fn null(mut self) -> Self {
+        self.inner = self.inner.null();
+        self
+    }
+    fn i64(mut self, v: i64) -> Self {
+        self.inner = self.inner.i64(v);
+        self
+    }
+    fn i32(mut self, v: i32) -> Self {
+        self.inner = self.inner.i32(v);
+        self
+    }
+    fn f64(mut self, v: f64) -> Self {
+        self.inner = self.inner.f64(v);
+        self
     }
 }
 
