@@ -91,7 +91,7 @@ run() {
     done
     mv "$OUT/bits/launches.tsv" "$OUT/launches.tsv" || true
     if [ -e "$pack/conformance" ]; then
-        step conformance 90 env CANDLE_NORM_CONFORMANCE="$PWD/tests/fixtures/conformance" "$pack/conformance" --nocapture
+        step conformance 90 env CANDLE_NORM_CONFORMANCE="$PWD/tests/fixtures/conformance" "$pack/conformance" every_case --nocapture
     fi
     if [ -e "$pack/device" ]; then
         step device 60 "$pack/device" --nocapture

@@ -45,6 +45,20 @@ def tests(step):
         check(False, step, (text.strip().splitlines() or ["no output"])[-1][:200])
 
 
+def conformance():
+    """The cases that passed, as one check each, and those that did not."""
+    text, code = text_of("conformance.log"), steps["conformance"][0]
+    counts = re.search(r"^(\d+) passed, (\d+) failed$", text, re.M)
+    if not counts:
+        return check(False, "conformance", (text.strip().splitlines() or ["no output"])[-1][:200])
+    checks.extend([(True, "conformance", "")] * int(counts[1]))
+    failed = re.findall(r"^FAILED (.*)$", text, re.M)
+    for name in failed:
+        check(False, "conformance", name[:200])
+    check(code == 0 or failed, "conformance", f"status {code}")
+    print(f"Conformance: {counts[0]}")
+
+
 def bits():
     kernels = collections.defaultdict(collections.Counter)
     first = {}
@@ -174,9 +188,11 @@ def table(lines):
 
 
 bits()
-for name in ("bits-rows", "bits-channels", "conformance", "device"):
+for name in ("bits-rows", "bits-channels", "device"):
     if name in steps:
         tests(name)
+if "conformance" in steps:
+    conformance()
 for name in steps:
     if name.startswith(("memcheck", "racecheck")):
         sanitizer(name)
