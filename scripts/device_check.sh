@@ -5,9 +5,10 @@
 #   scripts/device_check.sh run      # on a machine with a GPU, PyTorch and CuPy, in under eight minutes
 #
 # `build` fills the folder .device, which git ignores: kernels, programs. `run` needs that folder and the sources of this
-# repository, nothing else. DEVICE_ARCH is the compute capability (90), OUT where results go (.device/out).
+# repository, nothing else. DEVICE_ARCH is the compute capability (90). Results go to .device/out; where OUT is set, the
+# report and an archive of the logs are copied there.
 #
-# It ends with a table, with lines of what falls short, and with `N passed, N failed`; OUT/report.json has all numbers.
+# It ends with a table, with lines of what falls short, and with `N passed, N failed`; report.json has all numbers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=$PWD/.device
@@ -65,31 +66,38 @@ limit() {
     printf '%s' $(($1 < left ? $1 : left > 5 ? left : 5))
 }
 
-# A step that may fail: step NAME SECONDS COMMAND... Its output is OUT/NAME.log, its status a line of OUT/steps.tsv.
+# A step that may fail: step NAME SECONDS COMMAND... Its output is NAME.log, its status a line of steps.tsv.
 step() {
     local name=$1 seconds from=$SECONDS code=0
     seconds=$(limit "$2")
     shift 2
-    timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1 || code=$?
-    printf '%s\t%d\t%d\n' "$name" "$code" $((SECONDS - from)) >> "$OUT/steps.tsv"
+    timeout "$seconds" "$@" > "$results/$name.log" 2>&1 || code=$?
+    printf '%s\t%d\t%d\n' "$name" "$code" $((SECONDS - from)) >> "$results/steps.tsv"
     printf '%-24s %3d s, status %d\n' "$name" $((SECONDS - from)) "$code"
+}
+
+results=$pack/out
+hand_out() {
+    if [ -n "${OUT:-}" ]; then
+        mkdir -p "$OUT"
+        cp "$results"/report.* "$OUT/" || true
+        tar -czf "$OUT/logs.tar.gz" -C "$results" .
+    fi
 }
 
 run() {
     local python=${PYTHON:-python3} device=crates/cuda-kernels/device folder tool
-    export OUT=${OUT:-$pack/out}
-    mkdir -p "$OUT"
-    rm -f "$OUT"/*.{log,tsv,json}
+    rm -rf "$results"
+    mkdir -p "$results/bits"
+    trap hand_out EXIT
     # The libraries that candle links come with PyTorch.
     folder=$("$python" -c 'import os, nvidia; print(":".join(os.path.join(p, "cu13/lib") for p in nvidia.__path__))' || true)
     export LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-} PYTHONUNBUFFERED=1 CANDLE_NORM_DEVICE=cuda
     nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
-    mkdir -p "$OUT/bits"
     for name in rows channels; do
-        step "bits-$name" 90 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$OUT/bits" "$pack/$name"
+        step "bits-$name" 90 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results" "$pack/$name"
     done
-    mv "$OUT/bits/launches.tsv" "$OUT/launches.tsv" || true
     if [ -e "$pack/conformance" ]; then
         step conformance 90 env CANDLE_NORM_CONFORMANCE="$PWD/tests/fixtures/conformance" "$pack/conformance" every_case --nocapture
     fi
@@ -97,12 +105,12 @@ run() {
         step device 60 "$pack/device" --nocapture
     fi
     export SECONDS_OF_TIMING=45
-    step timings-rows 120 "$python" "$device/rows.py" "$pack/kernels" "$OUT"
-    step timings-channels 80 "$python" "$device/channels.py" "$pack/kernels" "$OUT"
+    step timings-rows 120 "$python" "$device/rows.py" "$pack/kernels" "$results"
+    step timings-channels 80 "$python" "$device/channels.py" "$pack/kernels" "$results"
     for tool in memcheck racecheck; do
         for name in rows channels; do
             # Small launches of every kernel's kind; buffers end where they end.
-            step "$tool-$name" 40 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$OUT/bits" CANDLE_NORM_GPU_EXACT=1 \
+            step "$tool-$name" 40 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results/bits" CANDLE_NORM_GPU_EXACT=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
                 "$pack/$name" finite sample sum_that parameters batch_norm_along group columns weight elements
         done
@@ -110,7 +118,7 @@ run() {
     if [ -e "$pack/cuda" ]; then
         step candle-nn 60 "$pack/cuda" --bench
     fi
-    "$python" scripts/device_report.py "$OUT"
+    "$python" scripts/device_report.py "$results" | tee "$results/report.txt"
     printf '%d s in all\n' $((SECONDS - start))
 }
 
@@ -118,7 +126,7 @@ case ${1:-} in
     build) build ;;
     run) run ;;
     *)
-        sed -n '2,11s/^# \{0,1\}//p' "$0"
+        sed -n '2,12s/^# \{0,1\}//p' "$0"
         exit 2
         ;;
 esac
