@@ -89,6 +89,13 @@ fn main() {
             });
         }
     });
+    if asan {
+        // Static: as a shared library it would have to come before all others, which rustc orders.
+        let library = sanitizer(&compiler(&here, &kernels, asan));
+        let folder = library.parent().expect("a file is in a folder");
+        println!("cargo:rustc-link-search=native={}", folder.display());
+        println!("cargo:rustc-link-lib=static:+whole-archive=asan");
+    }
     println!("cargo:rustc-link-search=native={}", out.display());
     for unit in &units {
         // A kernel registers itself in a static constructor, which nothing else refers to.
@@ -97,15 +104,28 @@ fn main() {
     compiler(&here, &kernels, asan)
         .file(here.join("emulator.cpp"))
         .compile("emulator");
-    if asan {
-        println!("cargo:rustc-link-lib=asan");
-    }
 }
 
 fn changed(path: &Path) -> SystemTime {
     fs::metadata(path)
         .and_then(|data| data.modified())
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The library of AddressSanitizer that the compiler has.
+fn sanitizer(build: &cc::Build) -> PathBuf {
+    let printed = build
+        .get_compiler()
+        .to_command()
+        .arg("-print-file-name=libasan.a")
+        .output()
+        .expect("the C++ compiler runs");
+    let path = PathBuf::from(String::from_utf8_lossy(&printed.stdout).trim());
+    assert!(
+        path.is_absolute(),
+        "the feature `address-sanitizer` needs GCC with its static libasan.a"
+    );
+    path
 }
 
 fn compiler(here: &Path, kernels: &Path, asan: bool) -> cc::Build {

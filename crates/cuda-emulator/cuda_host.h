@@ -56,7 +56,7 @@ template <class T> struct Shared {
 };
 
 using Call = void (*)(void **);
-void add_kernel(const char *name, Call call);
+void add_kernel(const char *name, Call call, unsigned arguments);
 template <class... A, size_t... I>
 void unpack(void (*kernel)(A...), void **p, std::index_sequence<I...>) {
   kernel(*static_cast<A *>(p[I])...);
@@ -64,9 +64,10 @@ void unpack(void (*kernel)(A...), void **p, std::index_sequence<I...>) {
 template <auto K> struct Caller;
 template <class... A, void (*K)(A...)> struct Caller<K> {
   static void call(void **p) { unpack(K, p, std::index_sequence_for<A...>{}); }
+  static constexpr unsigned arguments = sizeof...(A);
 };
 struct Registration {
-  Registration(const char *name, Call call) { add_kernel(name, call); }
+  Registration(const char *name, Call call, unsigned arguments) { add_kernel(name, call, arguments); }
 };
 
 template <class T> T shuffle(T v, unsigned from) {
@@ -82,7 +83,8 @@ template <class T> T shuffle(T v, unsigned from) {
 
 #define KERNEL(threads, blocks, name, ...)                                                          \
   extern "C" void name(__VA_ARGS__);                                                                \
-  static emulator::Registration register_##name(#name, emulator::Caller<name>::call);               \
+  static emulator::Registration register_##name(#name, emulator::Caller<name>::call,                \
+                                                emulator::Caller<name>::arguments);                 \
   extern "C" void name(__VA_ARGS__)
 #define SHARED(T, name, count)                                                                      \
   static thread_local emulator::Shared<T> name##_slot;                                              \

@@ -120,12 +120,16 @@ std::vector<unsigned> sequence(unsigned count, unsigned order, uint64_t salt) {
   return s;
 }
 
-std::map<std::string, Call> &kernels() {
-  static std::map<std::string, Call> all;
+struct Entry {
+  Call call;
+  unsigned arguments;
+};
+std::map<std::string, Entry> &kernels() {
+  static std::map<std::string, Entry> all;
   return all;
 }
 
-enum Fault { NONE = 0, NO_KERNEL = 1, GEOMETRY = 2, BARRIER = 3, SHUFFLE = 4 };
+enum Fault { NONE = 0, NO_KERNEL = 1, GEOMETRY = 2, BARRIER = 3, SHUFFLE = 4, ARGUMENTS = 5 };
 
 Fault run_block(unsigned threads, unsigned order) {
   auto &fibers = pool.fibers;
@@ -184,15 +188,17 @@ void wait(Wait what) {
   change(f->context, pool.scheduler);
 }
 uint64_t *exchange() { return &pool.exchange[thread->linear / 32 * 64 + (thread->turn++ & 1) * 32]; }
-void add_kernel(const char *name, Call call) { kernels()[name] = call; }
+void add_kernel(const char *name, Call call, unsigned arguments) { kernels()[name] = {call, arguments}; }
 }  // namespace emulator
 
-// `order`: 0 ascending, 1 descending, else the seed of a shuffle, of threads and of blocks.
+// `order`: 0 ascending, 1 descending, else the seed of a shuffle, of threads and of blocks. `arguments`: how many `params`
+// has, or ~0 where the caller does not know.
 extern "C" int candle_norm_emulate(const char *name, const unsigned *grid, const unsigned *block, unsigned shared,
-                                   void **params, unsigned order) {
+                                   void **params, unsigned arguments, unsigned order) {
   using namespace emulator;
   const auto found = kernels().find(name);
   if (found == kernels().end()) return NO_KERNEL;
+  if (found->second.arguments != arguments && arguments != ~0u) return ARGUMENTS;
   const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
   const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
   if (threads == 0 || threads > 1024 || threads % 32 || block[2] > 64 || blocks == 0 || grid[0] > 0x7fffffffu ||
@@ -203,7 +209,7 @@ extern "C" int candle_norm_emulate(const char *name, const unsigned *grid, const
         mmap(nullptr, 1024 * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (pool.fibers.size() < threads) pool.fibers.resize(threads);
   pool.exchange.assign(threads / 32 * 64, ~uint64_t(0));
-  pool.call = found->second;
+  pool.call = found->second.call;
   pool.params = params;
   launch.grid = {grid[0], grid[1], grid[2]};
   launch.block = {block[0], block[1], block[2]};

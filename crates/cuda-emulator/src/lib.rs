@@ -4,9 +4,14 @@
 //! a shuffle switches; shared memory starts as NaN. A launch runs under a chosen [`Order`] of
 //! threads
 //! and blocks: what lacks a barrier gives other bits under another order.
+//!
+//! With `CANDLE_NORM_GPU=FOLDER` launches run on a GPU too, by the modules of the folder, and bytes
+//! are compared: see `device.rs`.
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::fmt;
 use std::marker::PhantomData;
+
+mod device;
 
 /// The order in which a block's threads run between barriers, and the blocks of a grid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +49,8 @@ pub enum Fault {
     Barrier,
     /// Some lanes of a warp wait in a shuffle that others never reach.
     Shuffle,
+    /// More or fewer arguments than the kernel has.
+    Arguments,
 }
 
 impl fmt::Display for Fault {
@@ -53,6 +60,7 @@ impl fmt::Display for Fault {
             Fault::Geometry => "the grid, block or shared memory is beyond the limits",
             Fault::Barrier => "some threads wait at a barrier that others never reach",
             Fault::Shuffle => "some lanes wait in a shuffle that others never reach",
+            Fault::Arguments => "the kernel has another number of arguments",
         })
     }
 }
@@ -63,7 +71,8 @@ impl std::error::Error for Fault {}
 #[derive(Default)]
 pub struct Args<'a> {
     words: Vec<u64>,
-    buffers: PhantomData<&'a mut ()>,
+    buffers: Vec<device::Buffer>,
+    lifetime: PhantomData<&'a mut ()>,
 }
 
 impl<'a> Args<'a> {
@@ -74,7 +83,7 @@ impl<'a> Args<'a> {
 
     /// A buffer that the kernel reads.
     pub fn read<T>(mut self, buffer: &'a [T]) -> Self {
-        self.words.push(buffer.as_ptr() as u64);
+        self.push(buffer.as_ptr() as u64, buffer);
         self
     }
 
@@ -88,8 +97,18 @@ impl<'a> Args<'a> {
 
     /// A buffer that the kernel writes.
     pub fn write<T>(mut self, buffer: &'a mut [T]) -> Self {
-        self.words.push(buffer.as_mut_ptr() as u64);
+        self.push(buffer.as_mut_ptr() as u64, buffer);
         self
+    }
+
+    fn push<T>(&mut self, address: u64, buffer: &[T]) {
+        self.buffers.push(device::Buffer {
+            argument: self.words.len(),
+            address,
+            bytes: size_of_val(buffer),
+            size: size_of::<T>(),
+        });
+        self.words.push(address);
     }
 
     /// A buffer that the kernel writes, or a null pointer.
@@ -138,6 +157,7 @@ unsafe extern "C" {
         block: *const u32,
         shared: u32,
         params: *mut *mut c_void,
+        arguments: u32,
         order: u32,
     ) -> c_int;
 }
@@ -161,7 +181,13 @@ pub unsafe fn launch(
     let Ok(name) = CString::new(name) else {
         return Err(Fault::NoKernel);
     };
-    let mut words = args.words;
+    let Args {
+        mut words, buffers, ..
+    } = args;
+    let on_gpu = match order {
+        Order::Ascending => device::before(&name, (grid, block, shared), &words, &buffers),
+        _ => None,
+    };
     let mut params: Vec<*mut c_void> = words
         .iter_mut()
         .map(|word| (word as *mut u64).cast::<c_void>())
@@ -175,15 +201,20 @@ pub unsafe fn launch(
             block.as_ptr(),
             shared,
             params.as_mut_ptr(),
+            params.len() as u32,
             order.code(),
         )
     };
+    if let Some(found) = on_gpu {
+        device::after(&name, &buffers, found);
+    }
     match code {
         0 => Ok(()),
         1 => Err(Fault::NoKernel),
         2 => Err(Fault::Geometry),
         3 => Err(Fault::Barrier),
-        _ => Err(Fault::Shuffle),
+        4 => Err(Fault::Shuffle),
+        _ => Err(Fault::Arguments),
     }
 }
 
@@ -258,6 +289,9 @@ mod tests {
             run("self_test_divergent_barrier", 99 * 1024 + 1),
             Err(Fault::Geometry)
         );
+        let two = one().i32(0);
+        let two = super::tests::run("self_test_divergent_barrier", 1, 0, two, Order::Ascending);
+        assert_eq!(two, Err(Fault::Arguments));
         // SAFETY: nothing runs.
         let partial_warp = unsafe {
             launch(
@@ -265,7 +299,7 @@ mod tests {
                 [1; 3],
                 [33, 1, 1],
                 0,
-                one(),
+                one().i32(0),
                 Order::Ascending,
             )
         };

@@ -1,10 +1,10 @@
-"""Batch, group and instance norm on a device: against torch in float64, and timings beside torch eager and a copy.
+"""Batch, group, instance and weight norm, and transposition, on a device: against torch in float64, and timings beside
+torch eager and a copy.
 
     python3 channels.py MODULES [OUT] [--correct-only]
 
-Launches that the tests recorded (CANDLE_NORM_TAPE=MODULES cargo test --test channels) are repeated and compared bit by bit.
-MODULES has channels.cubin and groups.cubin, or the same as .ptx, or a module for each pair of types (channels_f16_f32.ptx). Results go to OUT/channels.json; the table is printed
-last. `main(modules, out)` does the same from another script.
+MODULES has a module for each source and pair of types (channels_f16_f32.cubin or .ptx). Results go to OUT/channels.json;
+the table is printed last. SECONDS_OF_TIMING (60) is the time that the whole may take.
 """
 import json, math, os, statistics, sys, time
 import cupy, numpy as np, torch
@@ -293,38 +293,6 @@ class Case:
         return ok, worst
 
 
-def bits(m, folder):
-    """Repeats the launches that tests/channels.rs recorded on the emulator; the kernels whose bytes differ, and how many did not."""
-    data = open(os.path.join(folder, "tape.bin"), "rb").read()
-    data = torch.frombuffer(bytearray(data), dtype=torch.uint8).cuda()
-    same, differ = 0, {}
-    for line in open(os.path.join(folder, "tape.jsonl")):
-        l = json.loads(line)
-        try:
-            kernel = m.get(l["kernel"])
-        except FileNotFoundError:
-            differ["no module: " + l["kernel"]] = 0
-            continue
-        buffers = []  # each at a multiple of 256 bytes
-        for at, n in l["before"]:
-            b = torch.empty(n, dtype=torch.uint8, device="cuda")
-            b.copy_(data[at : at + n])
-            buffers.append(b)
-        args, writes = [], []
-        for kind, value in l["args"]:
-            if kind in ("read", "write"):
-                args.append(pointer(buffers[value]))
-                writes += [buffers[value]] if kind == "write" else []
-            else:
-                args.append({"null": np.uint64, "i64": i64, "i32": i32, "f64": f64}[kind](value))
-        kernel(tuple(l["grid"]), tuple(l["block"]), tuple(args), shared_mem=l["shared"])
-        if all(torch.equal(w, data[at : at + n]) for w, (at, n) in zip(writes, l["after"])):
-            same += 1
-        else:
-            differ[l["kernel"]] = differ.get(l["kernel"], 0) + 1
-    return same, differ
-
-
 CORRECT = [
     (kind, shape, dtype, groups, channels_last)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -422,6 +390,65 @@ def measure(m, spec):
     return row
 
 
+def weight_plans(m, rows, n, v, dw, g):
+    """Forward and backward of weight norm, and their outputs."""
+    v_, acc = NAMES[v.dtype], torch.float64 if v.dtype == torch.float64 else torch.float32
+    threads = clamp(cdiv(cdiv(cdiv(n, 16 // v.element_size()) + 1, 4), 32) * 32, 32, 256)
+    teams = 8 if threads == 32 else 1
+    place = ((cdiv(rows, teams), 1, 1), (threads, teams, 1))
+    norm, scale = (torch.full((rows,), float("nan"), dtype=acc, device="cuda") for _ in range(2))
+    w, dv, dg = torch.full_like(v, float("nan")), torch.full_like(v, float("nan")), torch.full_like(g, float("nan"))
+    pair, forward, backward = f"{v_}_{NAMES[g.dtype]}", Plan(m), Plan(m)
+    forward.add(f"weight_norm_{pair}", *place, v, g, w, norm, scale, i64(rows), i64(n))
+    backward.add(f"weight_norm_grad_{pair}", *place, v, dw, g, norm, scale, dv, dg, i64(rows), i64(n))
+    return forward, backward, w, dv, dg
+
+
+def weight(m, rows, n, dtype):
+    """Timings beside torch, and the largest error of a result's scale in float64."""
+    new = lambda s: torch.randn(s, device="cuda").to(dtype)
+    sets = []
+    for _ in range(2):
+        v, dw, g = new((rows, n)), new((rows, n)), new((rows, 1)) + 1
+        sets.append((v, dw, g, *weight_plans(m, rows, n, v, dw, g)))
+    row = {"name": f"weight {rows}x{n} {NAMES[dtype]}", "bytes": rows * n * dtype.itemsize}
+    row["copy"] = timed([lambda s=s: s[5].copy_(s[0]) for s in sets])
+    row["forward"], row["backward"] = timed([s[3] for s in sets]), timed([s[4] for s in sets])
+    graphs = [(v.detach().requires_grad_(), g.detach().requires_grad_(), dw) for v, dw, g, *_ in sets]
+    with torch.no_grad():
+        row["torch_forward"] = timed([lambda s=s: torch._weight_norm(s[0], s[1], 0) for s in graphs])
+    made = [(torch._weight_norm(v, g, 0), (v, g), dw) for v, g, dw in graphs]
+    row["torch_backward"] = timed([lambda s=s: torch.autograd.grad(*s, retain_graph=True) for s in made])
+    v, dw, g, _, _, w, dv, dg = sets[0]
+    V, G = (t.double().detach().requires_grad_() for t in (v, g))
+    want = G * V / V.norm(dim=1, keepdim=True)
+    unit = {"f32": 6e-8, "f16": 4.9e-4, "bf16": 3.95e-3, "f64": 1.2e-16}[NAMES[dtype]] * 1.01
+    row["worst"] = max(float((((a.double() - b).abs() - unit * b.abs()) / b.abs().max()).max())
+                       for a, b in zip((w, dv, dg), (want, *torch.autograd.grad(want, (V, G), dw.double()))))
+    return row
+
+
+def transposition(m, outer, rows, columns, dtype):
+    sets = [torch.randn((outer, rows, columns), device="cuda").to(dtype) for _ in range(2)]
+    outs = [torch.empty((outer, columns, rows), dtype=dtype, device="cuda") for _ in sets]
+    tiles = outer * cdiv(rows, 32) * cdiv(columns, 32)
+    plans = []
+    for x, y in zip(sets, outs):
+        plan = Plan(m)
+        plan.add(f"transpose_{8 * x.element_size()}", (tiles, 1, 1), (32, 8, 1), x, y, i64(outer), i64(rows), i64(columns))
+        plans.append(plan)
+    row = {"name": f"transpose {outer}x{rows}x{columns} {NAMES[dtype]}", "bytes": sets[0].numel() * dtype.itemsize}
+    row["copy"] = timed([lambda x=x, y=y: y.view(-1).copy_(x.view(-1)) for x, y in zip(sets, outs)])
+    row["forward"] = timed(plans)
+    row["torch_forward"] = timed([lambda x=x: x.transpose(1, 2).contiguous() for x in sets])
+    row["worst"] = 0. if torch.equal(outs[0], sets[0].transpose(1, 2)) else math.inf
+    return row
+
+
+MORE = [lambda m, r=r, n=n, t=t: weight(m, r, n, t) for r, n, t in [(4096, 4096, S), (4096, 4096, B), (50257, 769, B)]]
+MORE += [lambda m, s=s, t=t: transposition(m, *s, t) for s, t in [((32, 3136, 256), B), ((32, 3136, 256), S), ((1, 4097, 4097), B)]]
+
+
 def main(modules, out=".", correct_only=False, seconds=60.):
     m = Modules(modules)
     began, failed, results = time.time(), [], {"device": torch.cuda.get_device_name(), "correct": [], "timed": []}
@@ -441,11 +468,6 @@ def main(modules, out=".", correct_only=False, seconds=60.):
     if not results["beyond 2^31"]:
         failed.append("more than 2^31 elements")
     torch.cuda.empty_cache()
-    folder = next((f for f in (modules, os.path.join(modules, "..", "tape"), "tape") if os.path.exists(os.path.join(f, "tape.jsonl"))), None)
-    if folder:
-        same, differ = bits(m, folder)
-        results["bits"] = {"same": same, "differ": differ}
-        print(f"bits of the emulator: {same} launches the same, {sum(differ.values())} not: {differ}")
     correct = time.time() - began
     for spec in [] if correct_only else TIMED:
         if time.time() - began > seconds:
@@ -456,14 +478,28 @@ def main(modules, out=".", correct_only=False, seconds=60.):
         except Exception as e:  # one shape's failure must not hide the others
             failed.append(f"{spec}: {e}")
         torch.cuda.empty_cache()
+    results["more"] = []
+    for more in [] if correct_only else MORE:
+        try:
+            row = more(m)
+            results["more"].append(row)
+            if not row["worst"] <= 2e-6:
+                failed.append(f"{row['name']}: {row['worst']}")
+        except Exception as e:
+            failed.append(f"weight or transposition: {e}")
+    results["failed"] = failed
     with open(os.path.join(out, "channels.json"), "w") as f:
         json.dump(results, f, indent=1)
     print(f"{'layer, shape, dtype':42} {'copy µs':>8} {'GB/s':>6} | {'fwd µs':>7} {'/copy':>6} {'torch':>6} | {'bwd µs':>7} {'/copy':>6} {'torch':>6}")
-    for r in results["timed"]:
+    for r in results["timed"] + [r for r in results["more"] if "backward" in r]:
         us = {k: 1e3 * v for k, v in r.items() if isinstance(v, float)}
         print(f"{r['name']:42} {us['copy']:8.1f} {2 * r['bytes'] / us['copy'] / 1e3:6.0f} | {us['forward']:7.1f} "
               f"{us['copy'] / us['forward']:6.2f} {us['torch_forward'] / us['forward']:6.2f} | {us['backward']:7.1f} "
               f"{1.5 * us['copy'] / us['backward']:6.2f} {us['torch_backward'] / us['backward']:6.2f}")
+    for r in [r for r in results["more"] if "backward" not in r]:
+        us = {k: 1e3 * v for k, v in r.items() if isinstance(v, float)}
+        print(f"{r['name']:42} {us['copy']:8.1f} {2 * r['bytes'] / us['copy'] / 1e3:6.0f} | {us['forward']:7.1f} "
+              f"{us['copy'] / us['forward']:6.2f} {us['torch_forward'] / us['forward']:6.2f} |")
     print("/copy: a copy of as many tensors (2 forward, 3 backward) over ours; torch: eager over ours")
     for f in failed:
         print("FAILED", f)
@@ -473,4 +509,5 @@ def main(modules, out=".", correct_only=False, seconds=60.):
 
 if __name__ == "__main__":
     args = [a for a in sys.argv[1:] if not a.startswith("--")]
-    main(args[0], args[1] if len(args) > 1 else os.environ.get("OUT", "."), "--correct-only" in sys.argv)
+    main(args[0], args[1] if len(args) > 1 else os.environ.get("OUT", "."), "--correct-only" in sys.argv,
+         float(os.environ.get("SECONDS_OF_TIMING", "60")))

@@ -18,7 +18,8 @@ __device__ __forceinline__ void planes_moments(const T *x, Acc<T> *partial, u64 
                                                unsigned parts, int center) {
   typedef Acc<T> A;
   SHARED(A, buffer, 128);
-  const u64 channel = divide(blockIdx.x, parts), part = blockIdx.x - channel * parts;
+  const u64 block = block_of_list(), channel = divide(block, parts), part = block - channel * parts;
+  if (channel >= channels) return;
   const bool vectors = aligned(x);
   const Planes<T> planes(outer, channels, inner, channel);
   const u64 per = (planes.total + parts - 1) / parts, from = part * per;
@@ -55,7 +56,7 @@ __device__ __forceinline__ void planes_moments(const T *x, Acc<T> *partial, u64 
   }
   m = team_moments(m, buffer, center);
   if (threadIdx.x == 0) {
-    A *out = partial + 4 * (u64)blockIdx.x;
+    A *out = partial + 4 * block;
     out[0] = m.count;
     out[1] = m.count == A(0) ? A(0) : m.mean;
     out[2] = m.count == A(0) ? A(0) : m.rest;
@@ -67,7 +68,7 @@ __device__ __forceinline__ void planes_moments(const T *x, Acc<T> *partial, u64 
 template <class A>
 __device__ __forceinline__ void planes_merge(const A *partial, Statistics<A> out, u64 channels, unsigned parts,
                                              double eps) {
-  const u64 channel = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 channel = block_of_list() * blockDim.y + threadIdx.y;
   if (channel >= channels) return;
   const A *p = partial + 4 * channel * parts;
   double count = 0, sum = 0;
@@ -95,7 +96,7 @@ __device__ __forceinline__ void planes_fit(const T *x, const P *weight, const P 
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
   SHARED(A, buffer, 96);
-  const u64 channel = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 channel = block_of_list() * blockDim.y + threadIdx.y;
   if (channel >= channels) return;
   const bool vectors = aligned(x), to_vectors = aligned(y);
   const Planes<T> planes(outer, channels, inner, channel);
@@ -161,8 +162,9 @@ __device__ __forceinline__ void planes_normalize(const T *x, const P *weight, co
                                                  double eps) {
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
-  const unsigned block = gridDim.x - 1 - blockIdx.x;
-  const u64 channel = divide(block, parts), part = block - channel * parts;
+  const u64 index = block_of_list(), blocks = channels * parts;
+  if (index >= blocks) return;
+  const u64 block = blocks - 1 - index, channel = divide(block, parts), part = block - channel * parts;
   const bool vectors = aligned(x), to_vectors = aligned(y);
   const Planes<T> planes(outer, channels, inner, channel);
   const u64 per = (planes.total + parts - 1) / parts, from = part * per;
@@ -200,7 +202,7 @@ __device__ __forceinline__ void planes_grad_sums(const T *x, const T *dy, const 
   typedef Acc<T> A;
   SHARED(A, buffer, 64);
   // A team of a warp takes a channel alone, several of them make a block.
-  const u64 item = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 item = block_of_list() * blockDim.y + threadIdx.y;
   const u64 channel = divide(item, parts), part = item - channel * parts;
   if (channel >= channels) return;
   const bool vectors = aligned(x), dy_vectors = aligned(dy);
@@ -241,7 +243,7 @@ __device__ __forceinline__ void planes_grad_merge(const A *partial, const P *wei
                                                   const A *third, P *dweight, P *dbias, A *back_mean, A *back_along,
                                                   u64 channels, unsigned parts, double count, int of_var, double eps,
                                                   int center) {
-  const u64 channel = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 channel = block_of_list() * blockDim.y + threadIdx.y;
   if (channel >= channels) return;
   const A *p = partial + 2 * channel * parts;
   double along = 0, sum = 0;
@@ -265,8 +267,9 @@ __device__ __forceinline__ void planes_grad_input(const T *x, const T *dy, const
                                                   u64 span, u64 period, unsigned parts, int of_var, double eps) {
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
-  const unsigned block = gridDim.x - 1 - blockIdx.x;
-  const u64 channel = divide(block, parts), part = block - channel * parts;
+  const u64 index = block_of_list(), blocks = channels * parts;
+  if (index >= blocks) return;
+  const u64 block = blocks - 1 - index, channel = divide(block, parts), part = block - channel * parts;
   const bool vectors = aligned(x), dy_vectors = aligned(dy), to_vectors = aligned(dx);
   const Planes<T> planes(outer, channels, inner, channel);
   const u64 per = (planes.total + parts - 1) / parts, from = part * per;
@@ -313,7 +316,7 @@ __device__ __forceinline__ void planes_grad_fit(const T *x, const T *dy, const P
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
   SHARED(A, buffer, 64);
-  const u64 channel = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 channel = block_of_list() * blockDim.y + threadIdx.y;
   if (channel >= channels) return;
   const bool vectors = aligned(x), dy_vectors = aligned(dy), to_vectors = aligned(dx);
   const Planes<T> planes(outer, channels, inner, channel);
@@ -425,7 +428,7 @@ __device__ __forceinline__ void columns_moments(const T *x, Acc<T> *partial, Col
   SHARED(A, lines_mean, 256 * SIZE);
   SHARED(A, lines_rest, 256 * SIZE);
   SHARED(A, lines_m2, 256 * SIZE);
-  const Stripe<T> stripe(m, across, blockIdx.x, blockIdx.y, gridDim.y);
+  const Stripe<T> stripe(m, across, block_across(), blockIdx.y, gridDim.y);
   const bool vectors = aligned(x);
   A mean[SIZE], rest[SIZE], m2[SIZE];
 #pragma unroll
@@ -509,7 +512,7 @@ __device__ __forceinline__ void columns_moments(const T *x, Acc<T> *partial, Col
   // The lines of a column, by one thread, in order.
   const unsigned columns = across * SIZE;
   for (unsigned c = threadIdx.x; c < columns; c += blockDim.x) {
-    const u64 column = (u64)blockIdx.x * columns + c;
+    const u64 column = block_across() * columns + c;
     if (column >= m.width) break;
     A sum = 0, count = 0;
     for (unsigned l = 0; l < stripe.lines; ++l) {
@@ -579,7 +582,7 @@ struct Line {
     lines = blockDim.x;
     line = m.inner >= 8 ? threadIdx.x : t / channels;
     in_block = m.inner >= 8 ? threadIdx.y : t - line * channels;
-    channel = (u64)blockIdx.x * channels + in_block;
+    channel = block_of_list() * channels + in_block;
   }
   // The sum over the lines, on each of them.
   __device__ __forceinline__ double sum(double v, double *buffer) const {
@@ -640,7 +643,7 @@ __device__ __forceinline__ void columns_normalize(const T *x, const P *weight, c
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
   // From the last block to the first: see planes_normalize.
-  const Stripe<T> stripe(m, across, blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.y);
+  const Stripe<T> stripe(m, across, block_across(), gridDim.y - 1 - blockIdx.y, gridDim.y);
   if (!stripe.mine) return;
   const bool vectors = aligned(x), to_vectors = aligned(y);
   A high[SIZE], scale[SIZE], shift[SIZE];
@@ -681,7 +684,7 @@ __device__ __forceinline__ void columns_grad_sums(const T *x, const T *dy, const
   constexpr int SIZE = Lanes<T>::count;
   SHARED(A, lines_along, 256 * SIZE);
   SHARED(A, lines_sum, 256 * SIZE);
-  const Stripe<T> stripe(m, across, blockIdx.x, blockIdx.y, gridDim.y);
+  const Stripe<T> stripe(m, across, block_across(), blockIdx.y, gridDim.y);
   const bool vectors = aligned(x), dy_vectors = aligned(dy);
   if (stripe.mine) {
     A high[SIZE], along[SIZE], sum[SIZE];
@@ -723,7 +726,7 @@ __device__ __forceinline__ void columns_grad_sums(const T *x, const T *dy, const
   __syncthreads();
   const unsigned columns = across * SIZE;
   for (unsigned c = threadIdx.x; c < columns; c += blockDim.x) {
-    const u64 column = (u64)blockIdx.x * columns + c;
+    const u64 column = block_across() * columns + c;
     if (column >= m.width) break;
     A along = 0, sum = 0;
     for (unsigned l = 0; l < stripe.lines; ++l) {
@@ -771,7 +774,7 @@ __device__ __forceinline__ void columns_grad_input(const T *x, const T *dy, cons
                                                    int of_var, double eps) {
   typedef Acc<T> A;
   constexpr int SIZE = Lanes<T>::count;
-  const Stripe<T> stripe(m, across, blockIdx.x, gridDim.y - 1 - blockIdx.y, gridDim.y);
+  const Stripe<T> stripe(m, across, block_across(), gridDim.y - 1 - blockIdx.y, gridDim.y);
   if (!stripe.mine) return;
   const bool vectors = aligned(x), dy_vectors = aligned(dy), to_vectors = aligned(dx), own = back_mean != 0;
   A high[SIZE], scale[SIZE], slope[SIZE], shift[SIZE];

@@ -12,8 +12,9 @@ __device__ __forceinline__ void groups_grad_merge(const A *partial, const P *wei
                                                   double count) {
   const u64 per_group = divide(channels, num_groups), groups = samples * num_groups;
   const u64 group_blocks = back_mean ? (groups + blockDim.y - 1) / blockDim.y : 0;
-  if (blockIdx.x < group_blocks) {
-    const u64 group = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 block = block_of_list();
+  if (block < group_blocks) {
+    const u64 group = block * blockDim.y + threadIdx.y;
     if (group >= groups) return;
     const u64 first = (group - divide(group, num_groups) * num_groups) * per_group, entries = per_group * parts;
     const A *p = partial + 2 * group * entries;
@@ -32,7 +33,7 @@ __device__ __forceinline__ void groups_grad_merge(const A *partial, const P *wei
     }
     return;
   }
-  const u64 channel = (blockIdx.x - group_blocks) * blockDim.y + threadIdx.y;
+  const u64 channel = (block - group_blocks) * blockDim.y + threadIdx.y;
   if (channel >= channels) return;
   const u64 in_sample = divide(channel, per_group);
   double along = 0, sum = 0;

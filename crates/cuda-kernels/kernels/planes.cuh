@@ -8,6 +8,12 @@ __device__ __forceinline__ u64 divide(u64 a, u64 b) {
   return ((a | b) >> 32) == 0 ? (u64)((unsigned)a / (unsigned)b) : a / b;
 }
 
+// The block's place in a list of blocks, which has several lines where it is longer than a grid is wide. The last line may
+// have blocks beyond the list's end.
+__device__ __forceinline__ u64 block_of_list() { return (u64)blockIdx.y * gridDim.x + blockIdx.x; }
+// The same where blockIdx.y counts something else.
+__device__ __forceinline__ u64 block_across() { return (u64)blockIdx.z * gridDim.x + blockIdx.x; }
+
 // A slot: the 16 bytes at a multiple of 16 bytes from a tensor's start. Of a slot at the end of a plane only the elements
 // from `low` on and before `high` are the plane's.
 template <class T> struct Place {

@@ -4,8 +4,11 @@
 // whatever the number of columns. A vector that a row shares with its neighbor is loaded whole and what belongs to the
 // neighbor is masked. Weights and biases, which begin with the row and not with the vector, are shifted into place.
 //
-// A team works on a row: a part of a warp, a warp, or a block. x, residual, y, sum, dy, dsum and dx begin at multiples
+// A team works on a row: a part of a warp, a warp, or a block. x, residual, y, sums, dy, dsum and dx begin at multiples
 // of 16 bytes; parameters may begin anywhere.
+//
+// The rows of a sample share a row of weights and biases: gridDim.z samples follow each other, and a block has rows of
+// one of them. Usually there is one sample.
 #include "common.cuh"
 
 // The bits of `flags`.
@@ -23,14 +26,14 @@ template <class T, class I> struct Row {
   I whole;   // those that end before the tensor does
   int first; // the place of the row's first element in the first vector
   int last;  // the places of the last vector that are the row's
-  __device__ __forceinline__ Row(i64 row, i64 rows, i64 cols) {
+  __device__ __forceinline__ Row(i64 row, i64 rows, i64 cols, bool exists = true) {
     const i64 start = row * cols;
     first = (int)start & (V - 1);
     base = start - first;
     end = rows * cols;
     vectors = (I)((first + cols + V - 1) / V);
     last = (int)(first + cols - (i64)(vectors - 1) * V);
-    limit(row < rows);
+    limit(exists && row < rows);
   }
   __device__ __forceinline__ void limit(bool exists) {
     if (!exists) vectors = 0;
@@ -51,6 +54,19 @@ template <class T, class I> struct Row {
   __device__ __forceinline__ i64 column(I g) const { return (i64)g * V - first; }
 };
 
+// The rows of the block's sample, and the weights that they share.
+struct Sample {
+  i64 first, rows;
+  __device__ __forceinline__ Sample(i64 all) : first(0), rows(all) {
+    if (gridDim.z == 1) return;
+    rows = all / gridDim.z;
+    first = blockIdx.z * rows;
+  }
+  template <class P> __device__ __forceinline__ P *of(P *p, i64 cols) const {
+    return p && gridDim.z > 1 ? p + blockIdx.z * cols : p;
+  }
+};
+
 // Elements outside lo..hi become zero.
 template <class T> __device__ __forceinline__ void keep(Raw &r, int lo, int hi) {
   constexpr int size = (int)sizeof(T);
@@ -66,15 +82,24 @@ template <class T> __device__ __forceinline__ void keep(Raw &r, int lo, int hi) 
   }
 }
 
-// The vectors lane, lane + lanes, ... of the row from vector g0 on; zero where the row has no element.
-template <class T, int PER, bool EVEN, class I>
-__device__ __forceinline__ void load_row(Raw *raw, const T *x, const Row<T, I> &row, I g0, int lanes) {
-  constexpr int V = Lanes<T>::count;
+// X is T, or what T is accumulated in: a vector of T has as many elements as N of X.
+template <class X, class T> struct Wide {
+  static constexpr int V = Lanes<T>::count, VX = Lanes<X>::count, N = V / VX;
+};
+
+// The vectors lane, lane + lanes, ... of the row from vector g0 on, N times 16 bytes each; zero where the row has no
+// element.
+template <class T, int PER, bool EVEN, class X, class I>
+__device__ __forceinline__ void load_row(Raw *raw, const X *x, const Row<T, I> &row, I g0, int lanes) {
+  constexpr int V = Lanes<T>::count, VX = Lanes<X>::count, N = Wide<X, T>::N;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     const I g = g0 + k * lanes;
-    raw[k] = zero_raw();
-    if (g < (EVEN ? row.vectors : row.whole)) raw[k] = load_raw(x + row.base + (i64)g * V);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      raw[k * N + n] = zero_raw();
+      if (g < (EVEN ? row.vectors : row.whole)) raw[k * N + n] = load_raw(x + row.base + (i64)g * V + n * VX);
+    }
   }
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
@@ -84,22 +109,31 @@ __device__ __forceinline__ void load_row(Raw *raw, const T *x, const Row<T, I> &
     if (lo == 0 && hi == V) continue;
     if (g >= row.whole && g < row.vectors) {
       // The tensor ends within the vector.
-      Acc<T> v[V];
+      Acc<X> v[V];
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = i >= lo && i < hi ? load(x + row.base + (i64)g * V + i) : Acc<T>(0);
-      raw[k] = pack(v, (const T *)nullptr);
+      for (int i = 0; i < V; ++i) v[i] = i >= lo && i < hi ? load(x + row.base + (i64)g * V + i) : Acc<X>(0);
+#pragma unroll
+      for (int n = 0; n < N; ++n) raw[k * N + n] = pack(v + n * VX, (const X *)nullptr);
     }
-    keep<T>(raw[k], lo, hi);
+#pragma unroll
+    for (int n = 0; n < N; ++n) keep<X>(raw[k * N + n], lo - n * VX, hi - n * VX);
   }
 }
 
-template <class T, bool EVEN, class I>
-__device__ __forceinline__ void store_vector(T *y, const Row<T, I> &row, I g, const Acc<T> *v) {
-  constexpr int V = Lanes<T>::count;
-  T *const at = y + row.base + (i64)g * V;
+// The values of a vector of T that lie as N of X.
+template <class T, class X> __device__ __forceinline__ void values_of(const Raw *raw, Acc<T> *v, const X *) {
+#pragma unroll
+  for (int n = 0; n < Wide<X, T>::N; ++n) unpack(raw[n], v + n * Lanes<X>::count, (const X *)nullptr);
+}
+
+template <class T, bool EVEN, class X, class I>
+__device__ __forceinline__ void store_vector(X *y, const Row<T, I> &row, I g, const Acc<T> *v) {
+  constexpr int V = Lanes<T>::count, VX = Lanes<X>::count;
+  X *const at = y + row.base + (i64)g * V;
   const int lo = row.lo(g), hi = row.hi(g);
   if (EVEN ? g < row.vectors : lo == 0 && hi == V) {
-    store_raw(at, pack(v, (const T *)nullptr));
+#pragma unroll
+    for (int n = 0; n < Wide<X, T>::N; ++n) store_raw(at + n * VX, pack(v + n * VX, (const X *)nullptr));
   } else if (!EVEN) {
 #pragma unroll
     for (int i = 0; i < V; ++i)
@@ -164,16 +198,22 @@ template <class T, class P> struct Param {
   }
 };
 
+// Where the sums of x and residual are written; nowhere by a null pointer.
+template <class T> struct Sums {
+  T *rounded;
+  Acc<T> *unrounded;
+};
+
 // Values that a thread holds of a row: as they lie in memory, or, where a residual is added, the unrounded sums.
 template <class T, int PER, bool ADD> struct Held {
   static constexpr int V = Lanes<T>::count;
   Raw raw[PER];
   template <bool EVEN, class I>
-  __device__ __forceinline__ void load_all(const T *x, const T *, T *, const Row<T, I> &row, I g0, int lanes) {
+  __device__ __forceinline__ void load_all(const T *x, const T *, Sums<T>, const Row<T, I> &row, I g0, int lanes) {
     load_row<T, PER, EVEN>(raw, x, row, g0, lanes);
   }
   template <bool EVEN, class I>
-  __device__ __forceinline__ void take(const Raw *x, const Raw *, T *, const Row<T, I> &, I, int) {
+  __device__ __forceinline__ void take(const Raw *x, const Raw *, Sums<T>, const Row<T, I> &, I, int) {
 #pragma unroll
     for (int k = 0; k < PER; ++k) raw[k] = x[k];
   }
@@ -182,17 +222,16 @@ template <class T, int PER, bool ADD> struct Held {
 template <class T, int PER> struct Held<T, PER, true> {
   static constexpr int V = Lanes<T>::count;
   Acc<T> sum[PER][V];
-  // Writes the rounded sums where `rounded` is not null.
   template <bool EVEN, class I>
-  __device__ __forceinline__ void load_all(const T *x, const T *residual, T *rounded, const Row<T, I> &row, I g0,
+  __device__ __forceinline__ void load_all(const T *x, const T *residual, Sums<T> out, const Row<T, I> &row, I g0,
                                            int lanes) {
     Raw a[PER], b[PER];
     load_row<T, PER, EVEN>(a, x, row, g0, lanes);
     load_row<T, PER, EVEN>(b, residual, row, g0, lanes);
-    take<EVEN>(a, b, rounded, row, g0, lanes);
+    take<EVEN>(a, b, out, row, g0, lanes);
   }
   template <bool EVEN, class I>
-  __device__ __forceinline__ void take(const Raw *a, const Raw *b, T *rounded, const Row<T, I> &row, I g0, int lanes) {
+  __device__ __forceinline__ void take(const Raw *a, const Raw *b, Sums<T> out, const Row<T, I> &row, I g0, int lanes) {
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       Acc<T> v[V];
@@ -200,7 +239,8 @@ template <class T, int PER> struct Held<T, PER, true> {
       unpack(b[k], v, (const T *)nullptr);
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[k][i] += v[i];
-      if (rounded) store_vector<T, EVEN>(rounded, row, g0 + k * lanes, sum[k]);
+      if (out.rounded) store_vector<T, EVEN>(out.rounded, row, g0 + k * lanes, sum[k]);
+      if (out.unrounded) store_vector<T, EVEN>(out.unrounded, row, g0 + k * lanes, sum[k]);
     }
   }
   __device__ __forceinline__ void get(int k, Acc<T> *v) const {
@@ -388,38 +428,39 @@ __device__ __forceinline__ void write_row(const Held<T, PER, ADD> &held, const R
 
 template <class T, class P, bool CENTER, bool ADD, int PER, bool WARP, bool EVEN>
 __device__ __forceinline__ void forward_row(const T *x, const T *residual, const P *weight, const P *bias, T *y,
-                                            T *sum, Acc<T> *stats_out, i64 rows, i64 cols, double eps, double offset,
-                                            int flags) {
+                                            Sums<T> sums, Acc<T> *stats_out, i64 rows, i64 cols, double eps,
+                                            double offset, int flags) {
   typedef Acc<T> A;
   constexpr int ADDED = ADD ? PER : 1;
   // What the registers have room for: the next row while this one is worked on, and the parameters.
-  constexpr bool AHEAD = PER <= (ADD ? 2 : 4), HOLD = PER <= 2;
+  constexpr bool AHEAD = PER <= (ADD ? 2 : 4), HOLD = PER <= (sizeof(P) > sizeof(T) ? 1 : 2);
   SHARED(A, part, 192);
   const int lanes = (int)blockDim.x, lane = (int)threadIdx.x;
   const i64 slots = WARP ? (i64)gridDim.x * blockDim.y : (i64)gridDim.x;
   const i64 slot = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
-  const Row<T, int> home(slot, rows, cols);
-  Affine<T, P, PER, HOLD, EVEN> affine(weight, bias, home, lane, lanes, cols);
+  const Sample sample(rows);
+  const Row<T, int> home(sample.first + slot, rows, cols, slot < sample.rows);
+  Affine<T, P, PER, HOLD, EVEN> affine(sample.of(weight, cols), sample.of(bias, cols), home, lane, lanes, cols);
   Raw next_x[PER], next_r[ADDED];
   if (AHEAD) {
     load_row<T, PER, EVEN>(next_x, x, home, lane, lanes);
     if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, home, lane, lanes);
   }
-  const i64 turns = (rows + slots - 1) / slots, step = slots * cols;
+  const i64 turns = (sample.rows + slots - 1) / slots, step = slots * cols;
   const A share = A(1) / A(cols);
   for (i64 turn = 0; turn < turns; ++turn) {
     const i64 index = slot + turn * slots;
-    const Row<T, int> row = home.later(turn * step, index < rows);
+    const Row<T, int> row = home.later(turn * step, index < sample.rows);
     Held<T, PER, ADD> held;
     if (AHEAD) {
-      held.template take<EVEN>(next_x, next_r, sum, row, lane, lanes);
+      held.template take<EVEN>(next_x, next_r, sums, row, lane, lanes);
       if (turn + 1 < turns) {
-        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < rows);
+        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < sample.rows);
         load_row<T, PER, EVEN>(next_x, x, coming, lane, lanes);
         if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, coming, lane, lanes);
       }
     } else {
-      held.template load_all<EVEN>(x, residual, sum, row, lane, lanes);
+      held.template load_all<EVEN>(x, residual, sums, row, lane, lanes);
     }
     Stats<A> stats;
     stats.mean = stats.low = 0;
@@ -438,7 +479,7 @@ __device__ __forceinline__ void forward_row(const T *x, const T *residual, const
     }
     stats.rstd = A(1) / sqrt_(var + A(eps));
     write_row<CENTER, EVEN>(held, row, lane, lanes, stats, affine, y, A(offset), flags);
-    if (stats_out && lane == 0 && row.vectors) stats.template write<CENTER>(stats_out, index, rows);
+    if (stats_out && lane == 0 && row.vectors) stats.template write<CENTER>(stats_out, sample.first + index, rows);
   }
 }
 
@@ -446,22 +487,25 @@ __device__ __forceinline__ void forward_row(const T *x, const T *residual, const
 // few values before it adds them to its total.
 template <class T, class P, bool CENTER, bool ADD>
 __device__ __forceinline__ void forward_long(const T *x, const T *residual, const P *weight, const P *bias, T *y,
-                                             T *sum, Acc<T> *stats_out, i64 rows, i64 cols, double eps, double offset,
-                                             int flags) {
+                                             Sums<T> sums, Acc<T> *stats_out, i64 rows, i64 cols, double eps,
+                                             double offset, int flags) {
   typedef Acc<T> A;
   constexpr int PER = 4;
   SHARED(A, part, 128);
   const int lanes = (int)blockDim.x;
   const i64 step = (i64)PER * lanes;
-  const Row<T, i64> row(blockIdx.x, rows, cols);
-  Affine<T, P, PER, false, false> affine(weight, bias, row, (i64)threadIdx.x, lanes, cols);
+  const Sample sample(rows);
+  const i64 index = sample.first + blockIdx.x;
+  const Row<T, i64> row(index, rows, cols);
+  Affine<T, P, PER, false, false> affine(sample.of(weight, cols), sample.of(bias, cols), row, (i64)threadIdx.x, lanes,
+                                         cols);
   Held<T, PER, ADD> held;
   Stats<A> stats;
   stats.mean = stats.low = 0;
   A var;
   A total = 0;
   for (i64 g = threadIdx.x; g < row.vectors; g += step) {
-    held.template load_all<false>(x, residual, sum, row, g, lanes);
+    held.template load_all<false>(x, residual, sums, row, g, lanes);
     total += CENTER ? sum_of<T, PER, ADD>(held) : squares_of<T, PER, ADD>(held);
   }
   total = team_sum<false>(total, part) / A(cols);
@@ -470,7 +514,7 @@ __device__ __forceinline__ void forward_long(const T *x, const T *residual, cons
     A first = 0, second = 0;
     for (i64 g = threadIdx.x; g < row.vectors; g += step) {
       A few = 0, few_squares = 0;
-      held.template load_all<false>(x, residual, nullptr, row, g, lanes);
+      held.template load_all<false>(x, residual, Sums<T>{nullptr, nullptr}, row, g, lanes);
       distances<false>(held, row, g, lanes, stats.mean, few, few_squares);
       first += few;
       second += few_squares;
@@ -483,32 +527,36 @@ __device__ __forceinline__ void forward_long(const T *x, const T *residual, cons
   }
   stats.rstd = A(1) / sqrt_(var + A(eps));
   for (i64 g = threadIdx.x; g < row.vectors; g += step) {
-    held.template load_all<false>(x, residual, nullptr, row, g, lanes);
+    held.template load_all<false>(x, residual, Sums<T>{nullptr, nullptr}, row, g, lanes);
     write_row<CENTER, false>(held, row, g, lanes, stats, affine, y, A(offset), flags);
   }
-  if (stats_out && threadIdx.x == 0) stats.template write<CENTER>(stats_out, blockIdx.x, rows);
+  if (stats_out && threadIdx.x == 0) stats.template write<CENTER>(stats_out, index, rows);
 }
 
 // dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) with g = dy * weight, and sums over rows of dy * x_hat and of dy.
 //
 // A team takes the rows slot, slot + slots, ...: where a team has more than one row, `slots` is a multiple of the
 // elements of a vector, so that all its rows begin at the same place of a vector and a thread's columns stay the same.
-// It keeps their sums in registers. `partial` is [gridDim.x, 2, cols], or null where no parameter's gradient is wanted.
-template <class T, class P, bool CENTER, bool ADD, int PER, bool WARP, bool EVEN>
-__device__ __forceinline__ void backward_rows(const T *x, const T *residual, const P *weight, const T *dy,
-                                              const T *dsum, const Acc<T> *stats_in, T *dx, Acc<T> *partial, i64 rows,
+// It keeps their sums in registers. `partial` is [samples, gridDim.x, 2, cols], or null where no parameter's gradient is wanted.
+//
+// X, the type of x and dx, is T, or its accumulator's where x is an unrounded sum.
+template <class X, class T, class P, bool CENTER, bool ADD, int PER, bool WARP, bool EVEN>
+__device__ __forceinline__ void backward_rows(const X *x, const T *residual, const P *weight, const T *dy,
+                                              const T *dsum, const Acc<T> *stats_in, X *dx, Acc<T> *partial, i64 rows,
                                               i64 cols, double offset, int flags) {
   typedef Acc<T> A;
-  constexpr int V = Lanes<T>::count;
+  constexpr int V = Lanes<T>::count, N = Wide<X, T>::N;
   constexpr int ADDED = ADD ? PER : 1;
   // What the registers have room for: the next row while this one is worked on, and the weights.
-  constexpr bool AHEAD = (ADD ? 3 : 2) * PER <= 4, KEEP_WEIGHT = PER <= 2;
+  constexpr bool AHEAD = (N + (ADD ? 2 : 1)) * PER <= 4, KEEP_WEIGHT = PER <= 2;
   // The sums of a row, twice; after the last row, the sums of all teams of the block for each column.
   SHARED(A, part, WARP ? 256 * PER * V * 2 : 128);
   const int lanes = (int)blockDim.x, lane = (int)threadIdx.x;
   const i64 slots = WARP ? (i64)gridDim.x * blockDim.y : (i64)gridDim.x;
   const i64 slot = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
-  const Row<T, int> home(slot, rows, cols);
+  const Sample sample(rows);
+  const Row<T, int> home(sample.first + slot, rows, cols, slot < sample.rows);
+  weight = sample.of(weight, cols);
 
   Param<T, P> w[KEEP_WEIGHT ? PER : 1];
   A dweight[PER][V], dbias[PER][V];
@@ -521,47 +569,48 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
   const A shift = weight ? A(offset) : A(0), share = A(1) / A(cols);
   const i64 step = slots * cols;
 
-  Raw next_x[PER], next_dy[PER], next_r[ADDED];
+  Raw next_x[PER * N], next_dy[PER], next_r[ADDED];
   Stats<A> next;
   if (AHEAD) {
     load_row<T, PER, EVEN>(next_x, x, home, lane, lanes);
     load_row<T, PER, EVEN>(next_dy, dy, home, lane, lanes);
     if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, home, lane, lanes);
-    next.template read<CENTER>(stats_in, slot, rows);
+    next.template read<CENTER>(stats_in, sample.first + slot, rows);
   }
-  const i64 turns = (rows + slots - 1) / slots;
+  const i64 turns = (sample.rows + slots - 1) / slots;
   for (i64 turn = 0; turn < turns; ++turn) {
     const i64 index = slot + turn * slots;
-    const Row<T, int> row = home.later(turn * step, index < rows);
-    Raw now_x[PER], now_dy[PER], now_r[ADDED];
+    const Row<T, int> row = home.later(turn * step, index < sample.rows);
+    Raw now_x[PER * N], now_dy[PER], now_r[ADDED];
     Stats<A> stats;
     if (AHEAD) {
 #pragma unroll
       for (int k = 0; k < PER; ++k) {
-        now_x[k] = next_x[k];
+#pragma unroll
+        for (int n = 0; n < N; ++n) now_x[k * N + n] = next_x[k * N + n];
         now_dy[k] = next_dy[k];
         if (ADD) now_r[k] = next_r[k];
       }
       stats = next;
       if (turn + 1 < turns) {
-        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < rows);
+        const Row<T, int> coming = home.later((turn + 1) * step, index + slots < sample.rows);
         load_row<T, PER, EVEN>(next_x, x, coming, lane, lanes);
         load_row<T, PER, EVEN>(next_dy, dy, coming, lane, lanes);
         if (ADD) load_row<T, ADDED, EVEN>(next_r, residual, coming, lane, lanes);
-        next.template read<CENTER>(stats_in, index + slots, rows);
+        next.template read<CENTER>(stats_in, sample.first + index + slots, rows);
       }
     } else {
       load_row<T, PER, EVEN>(now_x, x, row, lane, lanes);
       load_row<T, PER, EVEN>(now_dy, dy, row, lane, lanes);
       if (ADD) load_row<T, ADDED, EVEN>(now_r, residual, row, lane, lanes);
-      stats.template read<CENTER>(stats_in, index, rows);
+      stats.template read<CENTER>(stats_in, sample.first + index, rows);
     }
     const Normal<A, CENTER> normal(stats);
     A sum_g = 0, sum_gh = 0;
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       A v[V], g[V], weights[V];
-      unpack(now_x[k], v, (const T *)nullptr);
+      values_of<T>(now_x + k * N, v, (const X *)nullptr);
       if (ADD) {
         unpack(now_r[k], g, (const T *)nullptr);
 #pragma unroll
@@ -600,7 +649,7 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
       const int at = lane + k * lanes;
       if (at >= row.vectors) continue;
       A v[V], g[V], weights[V];
-      unpack(now_x[k], v, (const T *)nullptr);
+      values_of<T>(now_x + k * N, v, (const X *)nullptr);
       if (ADD) {
         unpack(now_r[k], g, (const T *)nullptr);
 #pragma unroll
@@ -627,7 +676,7 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
     }
   }
   if (!partial) return;
-  A *const out = partial + (i64)blockIdx.x * 2 * cols;
+  A *const out = partial + ((i64)blockIdx.z * gridDim.x + blockIdx.x) * 2 * cols;
   if (WARP) {
     // The teams of a block are added in their order.
     const int width = (int)cols, teams = (int)blockDim.y;
@@ -643,7 +692,8 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
         }
     }
     __syncthreads();
-    const int used = (int)(rows - (i64)blockIdx.x * teams < teams ? rows - (i64)blockIdx.x * teams : teams);
+    const i64 rest = sample.rows - (i64)blockIdx.x * teams;
+    const int used = (int)(rest < teams ? rest : teams);
     for (int c = (int)threadIdx.y * lanes + lane; c < 2 * width; c += lanes * teams) {
       A total = 0;
       for (int t = 0; t < used; ++t) total += part[t * 2 * width + c];
@@ -665,24 +715,26 @@ __device__ __forceinline__ void backward_rows(const T *x, const T *residual, con
 }
 
 // dx of rows of any length, one to a block. The parameters' gradients are those of `backward_columns`.
-template <class T, class P, bool CENTER, bool ADD>
-__device__ __forceinline__ void backward_long(const T *x, const T *residual, const P *weight, const T *dy,
-                                              const T *dsum, const Acc<T> *stats_in, T *dx, i64 rows, i64 cols,
+template <class X, class T, class P, bool CENTER, bool ADD>
+__device__ __forceinline__ void backward_long(const X *x, const T *residual, const P *weight, const T *dy,
+                                              const T *dsum, const Acc<T> *stats_in, X *dx, i64 rows, i64 cols,
                                               double offset) {
   typedef Acc<T> A;
-  constexpr int V = Lanes<T>::count, PER = 2;
+  constexpr int V = Lanes<T>::count, PER = 2, N = Wide<X, T>::N;
   SHARED(A, part, 64);
   const int lanes = (int)blockDim.x;
-  const Row<T, i64> row(blockIdx.x, rows, cols);
+  const Sample sample(rows);
+  const Row<T, i64> row(sample.first + blockIdx.x, rows, cols);
+  weight = sample.of(weight, cols);
   Stats<A> stats;
-  stats.template read<CENTER>(stats_in, blockIdx.x, rows);
+  stats.template read<CENTER>(stats_in, sample.first + blockIdx.x, rows);
   const A shift = weight ? A(offset) : A(0);
   const Normal<A, CENTER> normal(stats);
   A mean_g = 0, mean_gh = 0;
 #pragma unroll
   for (int pass = 0; pass < 2; ++pass) {
     for (i64 g0 = threadIdx.x; g0 < row.vectors; g0 += PER * lanes) {
-      Raw in_x[PER], in_dy[PER], in_r[PER];
+      Raw in_x[PER * N], in_dy[PER], in_r[PER];
       load_row<T, PER, false>(in_x, x, row, g0, lanes);
       load_row<T, PER, false>(in_dy, dy, row, g0, lanes);
       if (ADD) load_row<T, PER, false>(in_r, residual, row, g0, lanes);
@@ -692,7 +744,7 @@ __device__ __forceinline__ void backward_long(const T *x, const T *residual, con
         const i64 at = g0 + k * lanes;
         if (at >= row.vectors) continue;
         A v[V], g[V], weights[V];
-        unpack(in_x[k], v, (const T *)nullptr);
+        values_of<T>(in_x + k * N, v, (const X *)nullptr);
         if (ADD) {
           unpack(in_r[k], g, (const T *)nullptr);
 #pragma unroll
@@ -736,31 +788,32 @@ __device__ __forceinline__ void backward_long(const T *x, const T *residual, con
 }
 
 // Sums over rows of dy * x_hat and of dy, a vector of columns to a thread. Block (i, j) takes the rows j, j + gridDim.y,
-// ...; gridDim.y is a multiple of the elements of a vector, or at least the number of rows. `partial` is
-// [gridDim.y, 2, cols].
-template <class T, bool CENTER, bool ADD>
-__device__ __forceinline__ void backward_columns(const T *x, const T *residual, const T *dy, const Acc<T> *stats_in,
+// ... of a sample; gridDim.y is a multiple of the elements of a vector, or at least the number of its rows. `partial` is
+// [samples, gridDim.y, 2, cols].
+template <class X, class T, bool CENTER, bool ADD>
+__device__ __forceinline__ void backward_columns(const X *x, const T *residual, const T *dy, const Acc<T> *stats_in,
                                                  Acc<T> *partial, i64 rows, i64 cols, int flags) {
   typedef Acc<T> A;
-  constexpr int V = Lanes<T>::count;
+  constexpr int V = Lanes<T>::count, N = Wide<X, T>::N;
   const i64 g = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  const Row<T, i64> home(blockIdx.y, rows, cols);
+  const Sample sample(rows);
+  const Row<T, i64> home(sample.first + blockIdx.y, rows, cols);
   if (g >= home.vectors) return;
   A dweight[V], dbias[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) dweight[i] = dbias[i] = 0;
 #pragma unroll 4
-  for (i64 r = blockIdx.y; r < rows; r += gridDim.y) {
+  for (i64 r = sample.first + blockIdx.y; r < sample.first + sample.rows; r += gridDim.y) {
     const Row<T, i64> row(r, rows, cols);
     Stats<A> stats;
     stats.template read<CENTER>(stats_in, r, rows);
     const Normal<A, CENTER> normal(stats);
-    Raw in_x, in_dy, in_r;
-    load_row<T, 1, false>(&in_x, x, row, g, 0);
+    Raw in_x[N], in_dy, in_r;
+    load_row<T, 1, false>(in_x, x, row, g, 0);
     load_row<T, 1, false>(&in_dy, dy, row, g, 0);
     if (ADD) load_row<T, 1, false>(&in_r, residual, row, g, 0);
     A v[V], d[V];
-    unpack(in_x, v, (const T *)nullptr);
+    values_of<T>(in_x, v, (const X *)nullptr);
     if (ADD) {
       unpack(in_r, d, (const T *)nullptr);
 #pragma unroll
@@ -775,7 +828,7 @@ __device__ __forceinline__ void backward_columns(const T *x, const T *residual, 
       dbias[i] += d[i];
     }
   }
-  A *const out = partial + (i64)blockIdx.y * 2 * cols;
+  A *const out = partial + ((i64)blockIdx.z * gridDim.y + blockIdx.y) * 2 * cols;
   const i64 c = home.column(g);
   const int lo = home.lo(g), hi = home.hi(g);
 #pragma unroll
@@ -786,12 +839,13 @@ __device__ __forceinline__ void backward_columns(const T *x, const T *residual, 
     }
 }
 
-// The sums of `partial` [parts, 2, cols] over parts, in one order: line j of 16 adds the parts j, j + 16, ..., and the
+// The sums of `partial` [samples, parts, 2, cols] over parts, in one order: line j of 16 adds the parts j, j + 16, ..., and the
 // lines are added in theirs. Blocks of 32 columns by 16 lines over 2 * cols. dweight and dbias may be null.
 template <class P, class A>
 __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *dbias, i64 parts, i64 cols) {
   SHARED(A, lines, 16 * 33);
-  const i64 c = (i64)blockIdx.x * 32 + threadIdx.x;
+  const i64 c = (i64)blockIdx.x * 32 + threadIdx.x, before = blockIdx.z * cols;
+  partial += 2 * parts * before;
   A sum = 0;
   if (c < 2 * cols) {
 #pragma unroll 8
@@ -802,38 +856,49 @@ __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *
   if (threadIdx.y || c >= 2 * cols) return;
 #pragma unroll
   for (int j = 1; j < 16; ++j) sum += lines[j * 33 + threadIdx.x];
-  if (c < cols && dweight) store(dweight + c, sum);
-  if (c >= cols && dbias) store(dbias + c - cols, sum);
+  if (c < cols && dweight) store(dweight + before + c, sum);
+  if (c >= cols && dbias) store(dbias + before + c - cols, sum);
 }
 
 #define FORWARD_ARGUMENTS(T, P)                                                                                   \
   const T *x, const T *residual, const P *weight, const P *bias, T *y, T *sum, Acc<T> *stats, i64 rows, i64 cols, \
       double eps, double offset, int flags
 // EVEN: all rows begin at multiples of 16 bytes, as the parameters do. They need no mask and no shift.
-#define FORWARD(THREADS, BLOCKS, name, T, P, CENTER, ADD, PER, WARP, EVEN)                                         \
+#define FORWARD(THREADS, BLOCKS, name, T, P, CENTER, PER, WARP, EVEN)                                              \
   KERNEL(THREADS, BLOCKS, name, FORWARD_ARGUMENTS(T, P)) {                                                         \
-    forward_row<T, P, CENTER, ADD, PER, WARP, EVEN>(x, residual, weight, bias, y, sum, stats, rows, cols, eps,     \
-                                                    offset, flags);                                                \
+    forward_row<T, P, CENTER, false, PER, WARP, EVEN>(x, nullptr, weight, bias, y, Sums<T>{nullptr, nullptr},      \
+                                                      stats, rows, cols, eps, offset, flags);                      \
   }
-#define FORWARD_LONG(name, T, P, CENTER, ADD)                                                                      \
+#define FORWARD_LONG(name, T, P, CENTER)                                                                           \
   KERNEL(512, 1, name, FORWARD_ARGUMENTS(T, P)) {                                                                  \
-    forward_long<T, P, CENTER, ADD>(x, residual, weight, bias, y, sum, stats, rows, cols, eps, offset, flags);     \
+    forward_long<T, P, CENTER, false>(x, nullptr, weight, bias, y, Sums<T>{nullptr, nullptr}, stats, rows, cols,   \
+                                      eps, offset, flags);                                                         \
   }
-#define BACKWARD(THREADS, BLOCKS, name, T, P, CENTER, ADD, PER, WARP, EVEN)                                        \
-  KERNEL(THREADS, BLOCKS, name, const T *x, const T *residual, const P *weight, const T *dy, const T *dsum,        \
-         const Acc<T> *stats, T *dx, Acc<T> *partial, i64 rows, i64 cols, double offset, int flags) {              \
-    backward_rows<T, P, CENTER, ADD, PER, WARP, EVEN>(x, residual, weight, dy, dsum, stats, dx, partial, rows,     \
-                                                      cols, offset, flags);                                        \
+#define ADD_FORWARD(THREADS, BLOCKS, name, T, P, CENTER, PER, WARP, EVEN)                                          \
+  KERNEL(THREADS, BLOCKS, name, FORWARD_ARGUMENTS(T, P), Acc<T> *unrounded) {                                      \
+    forward_row<T, P, CENTER, true, PER, WARP, EVEN>(x, residual, weight, bias, y, Sums<T>{sum, unrounded}, stats, \
+                                                     rows, cols, eps, offset, flags);                              \
   }
-#define BACKWARD_LONG(name, T, P, CENTER, ADD)                                                                     \
-  KERNEL(512, 2, name, const T *x, const T *residual, const P *weight, const T *dy, const T *dsum,                 \
-         const Acc<T> *stats, T *dx, i64 rows, i64 cols, double offset) {                                          \
-    backward_long<T, P, CENTER, ADD>(x, residual, weight, dy, dsum, stats, dx, rows, cols, offset);                \
+#define ADD_FORWARD_LONG(name, T, P, CENTER)                                                                       \
+  KERNEL(512, 1, name, FORWARD_ARGUMENTS(T, P), Acc<T> *unrounded) {                                               \
+    forward_long<T, P, CENTER, true>(x, residual, weight, bias, y, Sums<T>{sum, unrounded}, stats, rows, cols,     \
+                                     eps, offset, flags);                                                          \
   }
-#define BACKWARD_COLUMNS(name, T, CENTER, ADD)                                                                     \
-  KERNEL(256, 4, name, const T *x, const T *residual, const T *dy, const Acc<T> *stats, Acc<T> *partial, i64 rows, \
+#define BACKWARD(THREADS, BLOCKS, name, X, T, P, CENTER, ADD, PER, WARP, EVEN)                                     \
+  KERNEL(THREADS, BLOCKS, name, const X *x, const T *residual, const P *weight, const T *dy, const T *dsum,        \
+         const Acc<T> *stats, X *dx, Acc<T> *partial, i64 rows, i64 cols, double offset, int flags) {              \
+    backward_rows<X, T, P, CENTER, ADD, PER, WARP, EVEN>(x, residual, weight, dy, dsum, stats, dx, partial, rows,  \
+                                                         cols, offset, flags);                                     \
+  }
+#define BACKWARD_LONG(name, X, T, P, CENTER, ADD)                                                                  \
+  KERNEL(512, 2, name, const X *x, const T *residual, const P *weight, const T *dy, const T *dsum,                 \
+         const Acc<T> *stats, X *dx, i64 rows, i64 cols, double offset) {                                          \
+    backward_long<X, T, P, CENTER, ADD>(x, residual, weight, dy, dsum, stats, dx, rows, cols, offset);             \
+  }
+#define BACKWARD_COLUMNS(name, X, T, CENTER, ADD)                                                                  \
+  KERNEL(256, 4, name, const X *x, const T *residual, const T *dy, const Acc<T> *stats, Acc<T> *partial, i64 rows, \
          i64 cols, int flags) {                                                                                    \
-    backward_columns<T, CENTER, ADD>(x, residual, dy, stats, partial, rows, cols, flags);                          \
+    backward_columns<X, T, CENTER, ADD>(x, residual, dy, stats, partial, rows, cols, flags);                       \
   }
 #define FINISH(name, P, A)                                                                                         \
   KERNEL(512, 2, name, const A *partial, P *dweight, P *dbias, i64 parts, i64 cols) {                              \
@@ -841,77 +906,84 @@ __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *
   }
 
 // Names: norm, what is done, T, P, team and vectors of a thread; `odd` where rows do not begin at multiples of 16 bytes.
-#define KIND(norm, t, p, T, P, CENTER, ADD)                                                \
-  FORWARD(256, 4, norm##_forward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)         \
-  FORWARD(256, 3, norm##_forward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true) \
-  FORWARD(512, ADD ? 1 : 2, norm##_forward_##t##_##p##_b2, T, P, CENTER, ADD, 2, false, true) \
-  FORWARD(ADD ? 512 : 1024, 1, norm##_forward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true) \
-  FORWARD(256, 3, norm##_forward_##t##_##p##_w1_odd, T, P, CENTER, ADD, 1, true, false)    \
-  FORWARD(256, 2, norm##_forward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)    \
-  FORWARD(512, 1, norm##_forward_##t##_##p##_b2_odd, T, P, CENTER, ADD, 2, false, false)   \
-  FORWARD(512, 1, norm##_forward_##t##_##p##_b4_odd, T, P, CENTER, ADD, 4, false, false)   \
-  FORWARD_LONG(norm##_forward_##t##_##p##_long, T, P, CENTER, ADD)                         \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1, T, P, CENTER, ADD, 1, true, true)       \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2, T, P, CENTER, ADD, 2, true, true)       \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2, T, P, CENTER, ADD, 2, false, true)      \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4, T, P, CENTER, ADD, 4, false, true)      \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1_odd, T, P, CENTER, ADD, 1, true, false)  \
-  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2_odd, T, P, CENTER, ADD, 2, true, false)  \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2_odd, T, P, CENTER, ADD, 2, false, false) \
-  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4_odd, T, P, CENTER, ADD, 4, false, false) \
-  BACKWARD_LONG(norm##_backward_##t##_##p##_long, T, P, CENTER, ADD)
-#define WIDE(norm, t, p, T, P, CENTER, ADD) \
-  FORWARD(1024, 1, norm##_forward_##t##_##p##_b8, T, P, CENTER, ADD, 8, false, true)
-#define PLAIN(norm, t, T, CENTER, ADD)                                                   \
-  FORWARD(256, 2, norm##_forward_##t##_##t##_w1, T, T, CENTER, ADD, 1, true, true)       \
-  FORWARD(256, 2, norm##_forward_##t##_##t##_w1_odd, T, T, CENTER, ADD, 1, true, false)  \
-  FORWARD_LONG(norm##_forward_##t##_##t##_long, T, T, CENTER, ADD)                       \
-  BACKWARD(256, 1, norm##_backward_##t##_##t##_w1, T, T, CENTER, ADD, 1, true, true)     \
-  BACKWARD(256, 1, norm##_backward_##t##_##t##_w1_odd, T, T, CENTER, ADD, 1, true, false) \
-  BACKWARD_LONG(norm##_backward_##t##_##t##_long, T, T, CENTER, ADD)
-#define ALL(t, p, T, P)                                    \
-  KIND(layer_norm, t, p, T, P, true, false)                \
-  KIND(rms_norm, t, p, T, P, false, false)                 \
-  KIND(add_layer_norm, t, p, T, P, true, true)             \
-  KIND(add_rms_norm, t, p, T, P, false, true)              \
-  WIDE(layer_norm, t, p, T, P, true, false)                \
-  WIDE(rms_norm, t, p, T, P, false, false)
-#define COLUMNS(t, p, T)                                                \
-  BACKWARD_COLUMNS(layer_norm_columns_##t##_##p, T, true, false)        \
-  BACKWARD_COLUMNS(rms_norm_columns_##t##_##p, T, false, false)         \
-  BACKWARD_COLUMNS(add_layer_norm_columns_##t##_##p, T, true, true)     \
-  BACKWARD_COLUMNS(add_rms_norm_columns_##t##_##p, T, false, true)
+#define FORWARDS(norm, t, p, T, P, CENTER)                                              \
+  FORWARD(256, 4, norm##_forward_##t##_##p##_w1, T, P, CENTER, 1, true, true)           \
+  FORWARD(256, 3, norm##_forward_##t##_##p##_w2, T, P, CENTER, 2, true, true)           \
+  FORWARD(512, 2, norm##_forward_##t##_##p##_b2, T, P, CENTER, 2, false, true)          \
+  FORWARD(1024, 1, norm##_forward_##t##_##p##_b4, T, P, CENTER, 4, false, true)         \
+  FORWARD(1024, 1, norm##_forward_##t##_##p##_b8, T, P, CENTER, 8, false, true)         \
+  FORWARD(256, 3, norm##_forward_##t##_##p##_w1_odd, T, P, CENTER, 1, true, false)      \
+  FORWARD(256, 2, norm##_forward_##t##_##p##_w2_odd, T, P, CENTER, 2, true, false)      \
+  FORWARD(512, 1, norm##_forward_##t##_##p##_b2_odd, T, P, CENTER, 2, false, false)     \
+  FORWARD(512, 1, norm##_forward_##t##_##p##_b4_odd, T, P, CENTER, 4, false, false)     \
+  FORWARD_LONG(norm##_forward_##t##_##p##_long, T, P, CENTER)
+#define ADD_FORWARDS(norm, t, p, T, P, CENTER)                                          \
+  ADD_FORWARD(256, 4, norm##_forward_##t##_##p##_w1, T, P, CENTER, 1, true, true)       \
+  ADD_FORWARD(256, 2, norm##_forward_##t##_##p##_w2, T, P, CENTER, 2, true, true)       \
+  ADD_FORWARD(512, 1, norm##_forward_##t##_##p##_b2, T, P, CENTER, 2, false, true)      \
+  ADD_FORWARD(512, 1, norm##_forward_##t##_##p##_b4, T, P, CENTER, 4, false, true)      \
+  ADD_FORWARD(256, 3, norm##_forward_##t##_##p##_w1_odd, T, P, CENTER, 1, true, false)  \
+  ADD_FORWARD(256, 2, norm##_forward_##t##_##p##_w2_odd, T, P, CENTER, 2, true, false)  \
+  ADD_FORWARD(512, 1, norm##_forward_##t##_##p##_b2_odd, T, P, CENTER, 2, false, false) \
+  ADD_FORWARD(512, 1, norm##_forward_##t##_##p##_b4_odd, T, P, CENTER, 4, false, false) \
+  ADD_FORWARD_LONG(norm##_forward_##t##_##p##_long, T, P, CENTER)
+#define BACKWARDS(norm, t, p, X, T, P, CENTER, ADD)                                         \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1, X, T, P, CENTER, ADD, 1, true, true)     \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2, X, T, P, CENTER, ADD, 2, true, true)     \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2, X, T, P, CENTER, ADD, 2, false, true)    \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4, X, T, P, CENTER, ADD, 4, false, true)    \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w1_odd, X, T, P, CENTER, ADD, 1, true, false) \
+  BACKWARD(256, 2, norm##_backward_##t##_##p##_w2_odd, X, T, P, CENTER, ADD, 2, true, false) \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b2_odd, X, T, P, CENTER, ADD, 2, false, false) \
+  BACKWARD(512, 1, norm##_backward_##t##_##p##_b4_odd, X, T, P, CENTER, ADD, 4, false, false) \
+  BACKWARD_LONG(norm##_backward_##t##_##p##_long, X, T, P, CENTER, ADD)                     \
+  BACKWARD_COLUMNS(norm##_columns_##t##_##p, X, T, CENTER, ADD)
+#define ALL(t, p, T, P)                                     \
+  FORWARDS(layer_norm, t, p, T, P, true)                    \
+  FORWARDS(rms_norm, t, p, T, P, false)                     \
+  ADD_FORWARDS(add_layer_norm, t, p, T, P, true)            \
+  ADD_FORWARDS(add_rms_norm, t, p, T, P, false)             \
+  BACKWARDS(layer_norm, t, p, T, T, P, true, false)         \
+  BACKWARDS(rms_norm, t, p, T, T, P, false, false)          \
+  BACKWARDS(add_layer_norm, t, p, T, T, P, true, true)      \
+  BACKWARDS(add_rms_norm, t, p, T, T, P, false, true)       \
+  FINISH(rows_finish_##t##_##p, P, Acc<T>)
+// Half precision: x is the unrounded sum that a forward with a residual wrote, dx the gradient of it.
+#define UNROUNDED(t, p, T, P)                                        \
+  BACKWARDS(sum_layer_norm, t, p, Acc<T>, T, P, true, false)         \
+  BACKWARDS(sum_rms_norm, t, p, Acc<T>, T, P, false, false)
+#define PLAIN(norm, KIND, CENTER, ADD)                                                                \
+  KIND(256, 2, norm##_forward_f64_f64_w1, double, double, CENTER, 1, true, true)                      \
+  KIND(256, 2, norm##_forward_f64_f64_w1_odd, double, double, CENTER, 1, true, false)                 \
+  KIND##_LONG(norm##_forward_f64_f64_long, double, double, CENTER)                                    \
+  BACKWARD(256, 1, norm##_backward_f64_f64_w1, double, double, double, CENTER, ADD, 1, true, true)     \
+  BACKWARD(256, 1, norm##_backward_f64_f64_w1_odd, double, double, double, CENTER, ADD, 1, true, false) \
+  BACKWARD_LONG(norm##_backward_f64_f64_long, double, double, double, CENTER, ADD)                     \
+  BACKWARD_COLUMNS(norm##_columns_f64_f64, double, double, CENTER, ADD)
 
 #if HAS(f32_f32)
 ALL(f32, f32, float, float)
-COLUMNS(f32, f32, float)
-FINISH(rows_finish_f32_f32, float, float)
 #endif
 #if HAS(f16_f16)
 ALL(f16, f16, f16, f16)
-COLUMNS(f16, f16, f16)
-FINISH(rows_finish_f16_f16, f16, float)
+UNROUNDED(f16, f16, f16, f16)
 #endif
 #if HAS(bf16_bf16)
 ALL(bf16, bf16, bf16, bf16)
-COLUMNS(bf16, bf16, bf16)
-FINISH(rows_finish_bf16_bf16, bf16, float)
+UNROUNDED(bf16, bf16, bf16, bf16)
 #endif
 #if HAS(f16_f32)
 ALL(f16, f32, f16, float)
-COLUMNS(f16, f32, f16)
-FINISH(rows_finish_f16_f32, float, float)
+UNROUNDED(f16, f32, f16, float)
 #endif
 #if HAS(bf16_f32)
 ALL(bf16, f32, bf16, float)
-COLUMNS(bf16, f32, bf16)
-FINISH(rows_finish_bf16_f32, float, float)
+UNROUNDED(bf16, f32, bf16, float)
 #endif
 #if HAS(f64_f64)
-PLAIN(layer_norm, f64, double, true, false)
-PLAIN(rms_norm, f64, double, false, false)
-PLAIN(add_layer_norm, f64, double, true, true)
-PLAIN(add_rms_norm, f64, double, false, true)
-COLUMNS(f64, f64, double)
+PLAIN(layer_norm, FORWARD, true, false)
+PLAIN(rms_norm, FORWARD, false, false)
+PLAIN(add_layer_norm, ADD_FORWARD, true, true)
+PLAIN(add_rms_norm, ADD_FORWARD, false, true)
 FINISH(rows_finish_f64_f64, double, double)
 #endif

@@ -70,7 +70,7 @@ __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *no
                                         u64 len) {
   typedef Acc<T> A;
   SHARED(A, buffer, 96);
-  const u64 row = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 row = block_of_list() * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   const u64 start = row * len, limit = rows * len;
   const bool to_vectors = aligned(w);
@@ -109,7 +109,7 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
                                          T *dv, P *dg, u64 rows, u64 len) {
   typedef Acc<T> A;
   SHARED(A, buffer, 32);
-  const u64 row = (u64)blockIdx.x * blockDim.y + threadIdx.y;
+  const u64 row = block_of_list() * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   const u64 start = row * len, limit = rows * len;
   const bool dw_vectors = aligned(dw), to_vectors = aligned(dv);

@@ -2,7 +2,7 @@
 //! against loops in f64.
 #![allow(unsafe_code)]
 
-use candle_norm_cuda_emulator::{Order, launch};
+use candle_norm_cuda_emulator::{self as emulator, Order, launch};
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes, update_running};
 use candle_norm_cuda_kernels::geometry::groups::Groups;
 use candle_norm_cuda_kernels::geometry::transpose::transpose;
@@ -12,7 +12,6 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use Element::{Bf16, F16, F32, F64};
-use tape::Args;
 
 /// What the tests need to know of a type.
 trait Numbers: Copy {
@@ -82,6 +81,23 @@ impl Buffer {
         let words = vec![u128::MAX; len * kind.size() / 16 + 2];
         Self { kind, len, words }
     }
+    fn elements<T>(&self) -> &[T] {
+        // SAFETY: the words have as many bytes, of which all patterns are elements.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast(), self.len) }
+    }
+    fn elements_mut<T>(&mut self) -> &mut [T] {
+        // SAFETY: as above, and the words are borrowed as long.
+        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), self.len) }
+    }
+    /// The bytes behind the values.
+    fn guard(&self) -> (*const u8, usize) {
+        let begin = self.len * self.kind.size();
+        let bytes = size_of_val(&self.words[..]);
+        (
+            self.words.as_ptr().cast::<u8>().wrapping_add(begin),
+            bytes - begin,
+        )
+    }
     fn values(&self) -> Vec<f64> {
         let bytes: Vec<u8> = self.words.iter().flat_map(|w| w.to_le_bytes()).collect();
         let (values, guard) = bytes.split_at(self.len * self.kind.size());
@@ -94,158 +110,101 @@ impl Buffer {
 }
 
 fn run(l: &Launch, args: Args, order: Order) {
-    let record = tape::begin(&args, order);
-    let writes = args.writes.clone();
+    let Args { inner, guards } = args;
+    guard::close(&guards);
     // SAFETY: the arguments are those that the geometry's functions describe, with buffers of
     // their sizes.
-    unsafe { launch(&l.kernel, l.grid, l.block, l.shared, args.inner, order) }
+    unsafe { launch(&l.kernel, l.grid, l.block, l.shared, inner, order) }
         .unwrap_or_else(|fault| panic!("{}: {fault}", l.kernel));
-    if let Some(record) = record {
-        tape::end(l, record, &writes);
-    }
+    guard::open(&guards);
 }
 
-/// With CANDLE_NORM_TAPE=FOLDER every launch is written there with the bytes of its buffers before
-/// and after, so that device/channels.py can repeat it on a GPU and compare bits.
-mod tape {
-    use super::{Launch, Order};
-    use candle_norm_cuda_emulator as emulator;
-    use std::fmt::Write as _;
-    use std::io::Write as _;
-    use std::sync::Mutex;
-
-    /// No launch with larger buffers is recorded.
-    const MOST_BYTES: usize = 150_000;
-
-    #[derive(Default)]
-    pub(super) struct Args<'a> {
-        pub(super) inner: emulator::Args<'a>,
-        /// `["kind", value]`; of a buffer, the index of its bytes.
-        log: Vec<String>,
-        before: Vec<Vec<u8>>,
-        pub(super) writes: Vec<(*const u128, usize)>,
+/// With AddressSanitizer, a kernel that reads or writes a guard is reported.
+mod guard {
+    #[cfg(feature = "address-sanitizer")]
+    unsafe extern "C" {
+        safe fn __asan_poison_memory_region(p: *const u8, len: usize);
+        safe fn __asan_unpoison_memory_region(p: *const u8, len: usize);
     }
 
-    fn recording() -> Option<String> {
-        std::env::var("CANDLE_NORM_TAPE").ok()
-    }
-
-    fn bytes(words: &[u128]) -> Vec<u8> {
-        words.iter().flat_map(|w| w.to_le_bytes()).collect()
-    }
-
-    impl<'a> Args<'a> {
-        pub(super) fn new() -> Self {
-            Self::default()
-        }
-        fn buffer(&mut self, kind: &str, words: &[u128]) {
-            if recording().is_some() {
-                self.log
-                    .push(format!(r#"["{kind}", {}]"#, self.before.len()));
-                self.before.push(bytes(words));
-            }
-        }
-        fn scalar(&mut self, kind: &str, value: impl std::fmt::Display) {
-            self.log.push(format!(r#"["{kind}", {value}]"#));
-        }
-        pub(super) fn read(mut self, b: &'a [u128]) -> Self {
-            self.buffer("read", b);
-            self.inner = self.inner.read(b);
-            self
-        }
-        pub(super) fn maybe_read(self, b: Option<&'a [u128]>) -> Self {
-            match b {
-                Some(b) => self.read(b),
-                None => self.null(),
-            }
-        }
-        pub(super) fn write(mut self, b: &'a mut [u128]) -> Self {
-            self.buffer("write", b);
-            self.writes.push((b.as_ptr(), b.len()));
-            self.inner = self.inner.write(b);
-            self
-        }
-        pub(super) fn maybe_write(self, b: Option<&'a mut [u128]>) -> Self {
-            match b {
-                Some(b) => self.write(b),
-                None => self.null(),
-            }
-        }
-        pub(super) fn null(mut self) -> Self {
-            self.scalar("null", 0);
-            self.inner = self.inner.null();
-            self
-        }
-        pub(super) fn i64(mut self, v: i64) -> Self {
-            self.scalar("i64", v);
-            self.inner = self.inner.i64(v);
-            self
-        }
-        pub(super) fn i32(mut self, v: i32) -> Self {
-            self.scalar("i32", v);
-            self.inner = self.inner.i32(v);
-            self
-        }
-        pub(super) fn f64(mut self, v: f64) -> Self {
-            self.scalar("f64", v);
-            self.inner = self.inner.f64(v);
-            self
+    #[cfg(feature = "address-sanitizer")]
+    pub(super) fn close(guards: &[(*const u8, usize)]) {
+        for &(p, len) in guards {
+            __asan_poison_memory_region(p, len);
         }
     }
 
-    pub(super) struct Record {
-        folder: String,
-        log: Vec<String>,
-        before: Vec<Vec<u8>>,
+    #[cfg(feature = "address-sanitizer")]
+    pub(super) fn open(guards: &[(*const u8, usize)]) {
+        for &(p, len) in guards {
+            __asan_unpoison_memory_region(p, len);
+        }
     }
 
-    pub(super) fn begin(args: &Args, order: Order) -> Option<Record> {
-        let folder = recording()?;
-        let small = args.before.iter().map(Vec::len).sum::<usize>() < MOST_BYTES;
-        (small && order == Order::Ascending).then(|| Record {
-            folder,
-            log: args.log.clone(),
-            before: args.before.clone(),
-        })
-    }
+    #[cfg(not(feature = "address-sanitizer"))]
+    pub(super) fn close(_: &[(*const u8, usize)]) {}
 
-    pub(super) fn end(l: &Launch, record: Record, writes: &[(*const u128, usize)]) {
-        static FILES: Mutex<usize> = Mutex::new(0);
-        let mut at = FILES.lock().unwrap();
-        let open = |name: &str| {
-            let mut options = std::fs::OpenOptions::new();
-            let options = options
-                .create(true)
-                .append(*at > 0)
-                .write(true)
-                .truncate(*at == 0);
-            options.open(format!("{}/{name}", record.folder)).unwrap()
+    #[cfg(not(feature = "address-sanitizer"))]
+    pub(super) fn open(_: &[(*const u8, usize)]) {}
+}
+
+/// The emulator's arguments, with the guards of the buffers among them.
+#[derive(Default)]
+struct Args<'a> {
+    inner: emulator::Args<'a>,
+    guards: Vec<(*const u8, usize)>,
+}
+
+impl<'a> Args<'a> {
+    fn new() -> Self {
+        Self::default()
+    }
+    fn read(mut self, b: &'a Buffer) -> Self {
+        self.guards.push(b.guard());
+        // As many bytes as an element has: a GPU's are compared by elements.
+        self.inner = match b.kind.size() {
+            2 => self.inner.read(b.elements::<u16>()),
+            4 => self.inner.read(b.elements::<u32>()),
+            _ => self.inner.read(b.elements::<u64>()),
         };
-        let (mut lines, mut data) = (open("tape.jsonl"), open("tape.bin"));
-        let mut places = |all: &[Vec<u8>]| {
-            let mut text = String::new();
-            for bytes in all {
-                let comma = if text.is_empty() { "" } else { ", " };
-                write!(text, "{comma}[{}, {}]", *at, bytes.len()).unwrap();
-                data.write_all(bytes).unwrap();
-                *at += bytes.len();
-            }
-            text
+        self
+    }
+    fn maybe_read(self, b: Option<&'a Buffer>) -> Self {
+        match b {
+            Some(b) => self.read(b),
+            None => self.null(),
+        }
+    }
+    fn write(mut self, b: &'a mut Buffer) -> Self {
+        self.guards.push(b.guard());
+        self.inner = match b.kind.size() {
+            2 => self.inner.write(b.elements_mut::<u16>()),
+            4 => self.inner.write(b.elements_mut::<u32>()),
+            _ => self.inner.write(b.elements_mut::<u64>()),
         };
-        let before = places(&record.before);
-        let after = writes.iter().map(|(p, n)| {
-            // SAFETY: the buffers outlive the launch that has just ended; no reference to them is
-            // in use.
-            bytes(unsafe { std::slice::from_raw_parts(*p, *n) })
-        });
-        let after = places(&after.collect::<Vec<_>>());
-        let args = record.log.join(", ");
-        let launch = format!(
-            r#""kernel": "{}", "grid": {:?}, "block": {:?}, "shared": {}"#,
-            l.kernel, l.grid, l.block, l.shared,
-        );
-        let buffers = format!(r#""before": [{before}], "after": [{after}]"#);
-        writeln!(lines, r#"{{{launch}, "args": [{args}], {buffers}}}"#).unwrap();
+        self
+    }
+    fn maybe_write(self, b: Option<&'a mut Buffer>) -> Self {
+        match b {
+            Some(b) => self.write(b),
+            None => self.null(),
+        }
+    }
+    fn null(mut self) -> Self {
+        self.inner = self.inner.null();
+        self
+    }
+    fn i64(mut self, v: i64) -> Self {
+        self.inner = self.inner.i64(v);
+        self
+    }
+    fn i32(mut self, v: i32) -> Self {
+        self.inner = self.inner.i32(v);
+        self
+    }
+    fn f64(mut self, v: f64) -> Self {
+        self.inner = self.inner.f64(v);
+        self
     }
 }
 
@@ -402,10 +361,6 @@ struct Inputs {
     given: Option<(Buffer, Buffer)>,
 }
 
-fn words(b: &Option<Buffer>) -> Option<&[u128]> {
-    b.as_ref().map(|b| &b.words[..])
-}
-
 impl Inputs {
     fn new(types: Types, p: &Problem) -> Self {
         let buffer = |v: &[f64]| Buffer::of(types.param(), v);
@@ -440,12 +395,12 @@ impl Inputs {
     }
 
     /// Mean, rest and the third statistic; whether it is a variance.
-    fn by<'a>(&'a self, done: &'a Done) -> (&'a [u128], Option<&'a [u128]>, &'a [u128], i32) {
+    fn by<'a>(&'a self, done: &'a Done) -> (&'a Buffer, Option<&'a Buffer>, &'a Buffer, i32) {
         match &self.given {
-            Some((mean, var)) => (&mean.words, None, &var.words, 1),
+            Some((mean, var)) => (&mean, None, &var, 1),
             None => {
                 let [mean, rest, inv_std, _] = &done.stats;
-                (&mean.words, Some(&rest.words), &inv_std.words, 0)
+                (&mean, Some(&rest), &inv_std, 0)
             }
         }
     }
@@ -468,14 +423,14 @@ fn planes(i: &Inputs, p: Planes, weights: (u64, u64), parts: u64, fit: bool, ord
         let l = p.fit().expect("a channel fits");
         let [mean, rest, inv_std, var] = &mut d.stats;
         let a = Args::new()
-            .read(&i.x.words)
-            .maybe_read(words(&i.weight))
-            .maybe_read(words(&i.bias))
-            .write(&mut d.y.words)
-            .write(&mut mean.words)
-            .write(&mut rest.words)
-            .write(&mut inv_std.words)
-            .write(&mut var.words);
+            .read(&i.x)
+            .maybe_read(i.weight.as_ref())
+            .maybe_read(i.bias.as_ref())
+            .write(&mut d.y)
+            .write(mean)
+            .write(rest)
+            .write(inv_std)
+            .write(var);
         let a = a
             .i64(outer)
             .i64(c)
@@ -488,29 +443,29 @@ fn planes(i: &Inputs, p: Planes, weights: (u64, u64), parts: u64, fit: bool, ord
     } else {
         if own {
             let mut partial = Buffer::empty(acc, 4 * channels * parts as usize);
-            let a = Args::new().read(&i.x.words).write(&mut partial.words);
+            let a = Args::new().read(&i.x).write(&mut partial);
             let a = a.i64(outer).i64(c).i64(inner).i32(parts as i32).i32(center);
             run(&cut(p.moments()), a, order);
             let [mean, rest, inv_std, var] = &mut d.stats;
             let a = Args::new()
-                .read(&partial.words)
-                .write(&mut mean.words)
-                .write(&mut rest.words)
-                .write(&mut inv_std.words)
-                .write(&mut var.words);
+                .read(&partial)
+                .write(mean)
+                .write(rest)
+                .write(inv_std)
+                .write(var);
             run(&p.merge(), a.i64(c).i32(parts as i32).f64(i.eps), order);
             partial.values();
         }
         let mut y = d.y.clone();
         let (mean, rest, third, of_var) = i.by(&d);
         let a = Args::new()
-            .read(&i.x.words)
-            .maybe_read(words(&i.weight))
-            .maybe_read(words(&i.bias))
+            .read(&i.x)
+            .maybe_read(i.weight.as_ref())
+            .maybe_read(i.bias.as_ref())
             .read(mean)
             .maybe_read(rest)
             .read(third)
-            .write(&mut y.words);
+            .write(&mut y);
         let a = a.i64(outer).i64(c).i64(inner).i64(span).i64(period);
         run(
             &cut(p.normalize()),
@@ -531,15 +486,15 @@ fn planes_back(i: &Inputs, p: Planes, parts: u64, fit: bool, order: Order, d: &m
     let (mean, rest, third, of_var) = i.by(d);
     if fit && of_var == 0 {
         let a = Args::new()
-            .read(&i.x.words)
-            .read(&i.dy.words)
-            .maybe_read(words(&i.weight))
+            .read(&i.x)
+            .read(&i.dy)
+            .maybe_read(i.weight.as_ref())
             .read(mean)
             .maybe_read(rest)
             .read(third)
-            .write(&mut dx.words)
-            .write(&mut dweight.words)
-            .write(&mut dbias.words)
+            .write(&mut dx)
+            .write(&mut dweight)
+            .write(&mut dbias)
             .null();
         let l = p.grad_fit().expect("a channel fits");
         run(&l, a.i64(outer).i64(c).i64(inner).i64(c).i32(center), order);
@@ -550,40 +505,35 @@ fn planes_back(i: &Inputs, p: Planes, parts: u64, fit: bool, order: Order, d: &m
         };
         let channels = p.channels as usize;
         let mut partial = Buffer::empty(acc, 2 * channels * parts as usize);
-        let a = Args::new().read(&i.x.words).read(&i.dy.words).read(mean);
-        let a = a
-            .write(&mut partial.words)
-            .i64(outer)
-            .i64(c)
-            .i64(inner)
-            .i64(1);
+        let a = Args::new().read(&i.x).read(&i.dy).read(mean);
+        let a = a.write(&mut partial).i64(outer).i64(c).i64(inner).i64(1);
         run(&cut(p.grad_sums()), a.i32(parts as i32), order);
         partial.values();
         let mut back = [Buffer::empty(acc, channels), Buffer::empty(acc, channels)];
         let [back_mean, back_along] = &mut back;
         let own = of_var == 0;
         let a = Args::new()
-            .read(&partial.words)
-            .maybe_read(words(&i.weight))
+            .read(&partial)
+            .maybe_read(i.weight.as_ref())
             .read(mean)
             .maybe_read(rest)
             .read(third)
-            .write(&mut dweight.words)
-            .write(&mut dbias.words)
-            .maybe_write(own.then_some(&mut back_mean.words[..]))
-            .maybe_write(own.then_some(&mut back_along.words[..]));
+            .write(&mut dweight)
+            .write(&mut dbias)
+            .maybe_write(own.then_some(back_mean))
+            .maybe_write(own.then_some(back_along));
         let a = a.i64(c).i32(parts as i32).f64((p.outer * p.inner) as f64);
         run(&p.grad_merge(), a.i32(of_var).f64(i.eps).i32(center), order);
         let a = Args::new()
-            .read(&i.x.words)
-            .read(&i.dy.words)
-            .maybe_read(words(&i.weight))
+            .read(&i.x)
+            .read(&i.dy)
+            .maybe_read(i.weight.as_ref())
             .read(mean)
             .maybe_read(rest)
             .read(third)
-            .maybe_read(own.then_some(&back[0].words[..]))
-            .maybe_read(own.then_some(&back[1].words[..]))
-            .write(&mut dx.words);
+            .maybe_read(own.then_some(&back[0]))
+            .maybe_read(own.then_some(&back[1]))
+            .write(&mut dx);
         let a = a.i64(outer).i64(c).i64(inner).i64(inner).i64(c);
         run(
             &cut(p.grad_input()),
@@ -611,39 +561,39 @@ fn columns(i: &Inputs, m: Columns, order: Order) -> Done {
     let mut d = i.done(channels, channels);
     if i.given.is_none() {
         let mut partial = Buffer::empty(acc, m.moments_scratch() as usize);
-        let a = matrix(Args::new().read(&i.x.words).write(&mut partial.words), m);
+        let a = matrix(Args::new().read(&i.x).write(&mut partial), m);
         run(&m.moments(), a.i32(across).i32(center), order);
         partial.values();
         let [mean, rest, inv_std, var] = &mut d.stats;
         let a = Args::new()
-            .read(&partial.words)
-            .write(&mut mean.words)
-            .write(&mut rest.words)
-            .write(&mut inv_std.words)
-            .write(&mut var.words);
+            .read(&partial)
+            .write(mean)
+            .write(rest)
+            .write(inv_std)
+            .write(var);
         run(&m.merge(), matrix(a, m).i32(parts).f64(i.eps), order);
     }
     let (mut y, mut dx) = (d.y.clone(), d.dx.clone());
     let (mut dweight, mut dbias) = (d.dweight.clone(), d.dbias.clone());
     let (mean, rest, third, of_var) = i.by(&d);
     let a = Args::new()
-        .read(&i.x.words)
-        .maybe_read(words(&i.weight))
-        .maybe_read(words(&i.bias))
+        .read(&i.x)
+        .maybe_read(i.weight.as_ref())
+        .maybe_read(i.bias.as_ref())
         .read(mean)
         .maybe_read(rest)
         .read(third)
-        .write(&mut y.words);
+        .write(&mut y);
     run(
         &m.normalize(),
         matrix(a, m).i32(across).i32(of_var).f64(i.eps),
         order,
     );
     let mut partial = Buffer::empty(acc, m.grad_scratch() as usize);
-    let a = Args::new().read(&i.x.words).read(&i.dy.words).read(mean);
+    let a = Args::new().read(&i.x).read(&i.dy).read(mean);
     run(
         &m.grad_sums(),
-        matrix(a.write(&mut partial.words), m).i32(across),
+        matrix(a.write(&mut partial), m).i32(across),
         order,
     );
     partial.values();
@@ -651,15 +601,15 @@ fn columns(i: &Inputs, m: Columns, order: Order) -> Done {
     let mut back = [Buffer::empty(acc, channels), Buffer::empty(acc, channels)];
     let [back_mean, back_along] = &mut back;
     let a = Args::new()
-        .read(&partial.words)
-        .maybe_read(words(&i.weight))
+        .read(&partial)
+        .maybe_read(i.weight.as_ref())
         .read(mean)
         .maybe_read(rest)
         .read(third)
-        .write(&mut dweight.words)
-        .write(&mut dbias.words)
-        .maybe_write(own.then_some(&mut back_mean.words[..]))
-        .maybe_write(own.then_some(&mut back_along.words[..]));
+        .write(&mut dweight)
+        .write(&mut dbias)
+        .maybe_write(own.then_some(back_mean))
+        .maybe_write(own.then_some(back_along));
     let count = (m.elements / m.period * m.inner) as f64;
     let a = matrix(a, m)
         .i32(parts)
@@ -669,15 +619,15 @@ fn columns(i: &Inputs, m: Columns, order: Order) -> Done {
         .i32(center);
     run(&m.grad_merge(), a, order);
     let a = Args::new()
-        .read(&i.x.words)
-        .read(&i.dy.words)
-        .maybe_read(words(&i.weight))
+        .read(&i.x)
+        .read(&i.dy)
+        .maybe_read(i.weight.as_ref())
         .read(mean)
         .maybe_read(rest)
         .read(third)
-        .maybe_read(own.then_some(&back[0].words[..]))
-        .maybe_read(own.then_some(&back[1].words[..]))
-        .write(&mut dx.words);
+        .maybe_read(own.then_some(&back[0]))
+        .maybe_read(own.then_some(&back[1]))
+        .write(&mut dx);
     run(
         &m.grad_input(),
         matrix(a, m).i32(across).i32(of_var).f64(i.eps),
@@ -709,14 +659,14 @@ fn groups_back(i: &Inputs, g: Groups, parts: u64, fit: bool, order: Order, d: &m
     let mut partial = Buffer::empty(acc, 2 * many * entries as usize);
     if fit {
         let a = Args::new()
-            .read(&i.x.words)
-            .read(&i.dy.words)
-            .maybe_read(words(&i.weight))
+            .read(&i.x)
+            .read(&i.dy)
+            .maybe_read(i.weight.as_ref())
             .read(mean)
             .read(rest)
             .read(inv_std)
-            .write(&mut dx.words)
-            .write(&mut partial.words);
+            .write(&mut dx)
+            .write(&mut partial);
         let a = a
             .i64(per_group)
             .i64(inner)
@@ -724,9 +674,9 @@ fn groups_back(i: &Inputs, g: Groups, parts: u64, fit: bool, order: Order, d: &m
             .i32(g.runs() as i32);
         run(&g.grad_fit().expect("a group fits"), a, order);
     } else {
-        let a = Args::new().read(&i.x.words).read(&i.dy.words).read(mean);
+        let a = Args::new().read(&i.x).read(&i.dy).read(mean);
         let a = a
-            .write(&mut partial.words)
+            .write(&mut partial)
             .i64(1)
             .i64(many as i64)
             .i64(inner)
@@ -736,15 +686,15 @@ fn groups_back(i: &Inputs, g: Groups, parts: u64, fit: bool, order: Order, d: &m
     partial.values();
     let [back_mean, back_along] = &mut back;
     let a = Args::new()
-        .read(&partial.words)
-        .maybe_read(words(&i.weight))
+        .read(&partial)
+        .maybe_read(i.weight.as_ref())
         .read(mean)
         .read(rest)
         .read(inv_std)
-        .write(&mut dweight.words)
-        .write(&mut dbias.words)
-        .maybe_write((!fit).then_some(&mut back_mean.words[..]))
-        .maybe_write((!fit).then_some(&mut back_along.words[..]));
+        .write(&mut dweight)
+        .write(&mut dbias)
+        .maybe_write((!fit).then_some(back_mean))
+        .maybe_write((!fit).then_some(back_along));
     let a = a
         .i64(g.samples as i64)
         .i64(g.channels as i64)
@@ -753,15 +703,15 @@ fn groups_back(i: &Inputs, g: Groups, parts: u64, fit: bool, order: Order, d: &m
     run(&g.grad_merge(!fit), a, order);
     if !fit {
         let a = Args::new()
-            .read(&i.x.words)
-            .read(&i.dy.words)
-            .maybe_read(words(&i.weight))
+            .read(&i.x)
+            .read(&i.dy)
+            .maybe_read(i.weight.as_ref())
             .read(mean)
             .read(rest)
             .read(inv_std)
-            .read(&back[0].words)
-            .read(&back[1].words)
-            .write(&mut dx.words);
+            .read(&back[0])
+            .read(&back[1])
+            .write(&mut dx);
         let a = a.i64(1).i64(p.channels as i64).i64(p.inner as i64);
         let a = a
             .i64(inner)
@@ -1099,26 +1049,104 @@ fn group_and_instance_norm() {
                 inner: shape.s as u64,
                 num_groups: num_groups as u64,
             };
-            let weights = (g.inner, g.num_groups);
-            for (parts, fit) in [(3, false), (1, true)] {
-                let p = g.as_planes();
-                if fit && (p.fit().is_none() || g.grad_fit().is_none()) {
-                    continue;
-                }
-                let name = format!(
-                    "{} {shape:?} by {num_groups}, {parts} parts, fit {fit}",
-                    types.name()
-                );
-                let d = same_in_all_orders(&name, |order| {
-                    let mut d = planes(&i, p, weights, parts, fit, order);
-                    d.dweight = Buffer::empty(types.param(), shape.c);
-                    d.dbias = Buffer::empty(types.param(), shape.c);
-                    groups_back(&i, g, parts, fit, order, &mut d);
-                    d
-                });
-                check(&name, &i, &r, &d);
-            }
+            check_groups(&i, g, &r);
         }
+    }
+}
+
+/// Several launches, and one where a group fits.
+fn check_groups(i: &Inputs, g: Groups, r: &Reference) {
+    let weights = (g.inner, g.num_groups);
+    for (parts, fit) in [(3, false), (1, true)] {
+        let p = g.as_planes();
+        if fit && (p.fit().is_none() || g.grad_fit().is_none()) {
+            continue;
+        }
+        let name = format!("{g:?}, {parts} parts, fit {fit}");
+        let d = same_in_all_orders(&name, |order| {
+            let mut d = planes(i, p, weights, parts, fit, order);
+            d.dweight = Buffer::empty(g.types.param(), g.channels as usize);
+            d.dbias = Buffer::empty(g.types.param(), g.channels as usize);
+            groups_back(i, g, parts, fit, order, &mut d);
+            d
+        });
+        check(&name, i, r, &d);
+    }
+}
+
+#[test]
+fn weights_of_each_channel_of_each_sample() {
+    for types in Types::ALL {
+        for (whole, num_groups) in [(shape(3, 6, 49), 3), (shape(2, 4, 64), 1)] {
+            // Weights are counted through all samples, groups are those of a sample.
+            let spread = shape(1, whole.n * whole.c, whole.s);
+            let v = Values::new(spread, types, 0.5);
+            let p = v.problem(spread);
+            let per = whole.c / num_groups;
+            let r = p.solve(whole.n * num_groups, |k| {
+                whole.sample(k) * num_groups + whole.channel(k) / per
+            });
+            let g = Groups {
+                types,
+                samples: whole.n as u64,
+                channels: whole.c as u64,
+                inner: whole.s as u64,
+                num_groups: num_groups as u64,
+            };
+            check_groups(&Inputs::new(types, &p), g.by_sample(), &r);
+        }
+    }
+}
+
+#[test]
+fn a_list_of_several_lines_is_the_same_list() {
+    // Three lines of blocks, the last with blocks beyond the end, as where a grid is too narrow.
+    let folded = |l: Launch| {
+        let [blocks, 1, 1] = l.grid else {
+            panic!("{l:?} is folded")
+        };
+        Launch {
+            grid: [blocks.div_ceil(3) + 1, 3, 1],
+            ..l
+        }
+    };
+    let (types, n) = (F32_ONLY, 10 * 7 * 30);
+    let [x, dy] = [1, 2].map(|seed| Buffer::of(F32, &random(seed, n, 0.5, F32)));
+    let p = Planes {
+        types,
+        outer: 10,
+        channels: 7,
+        inner: 30,
+    };
+    let all = [false, true].map(|fold| {
+        let of = |l: Launch| if fold { folded(l) } else { l };
+        let mut partial = Buffer::empty(F32, 4 * 7);
+        let a = Args::new().read(&x).write(&mut partial);
+        let a = a.i64(10).i64(7).i64(30).i32(1).i32(1);
+        run(&of(p.moments()), a, Order::Ascending);
+        let mut stats = [0; 4].map(|_| Buffer::empty(F32, 7));
+        let [mean, rest, inv_std, var] = &mut stats;
+        let a = Args::new().read(&partial).write(mean).write(rest);
+        let a = a.write(inv_std).write(var).i64(7).i32(1).f64(1e-5);
+        run(&of(p.merge()), a, Order::Ascending);
+        let mut y = Buffer::empty(F32, n);
+        let a = Args::new().read(&x).null().null().read(&stats[0]);
+        let a = a.read(&stats[1]).read(&stats[2]).write(&mut y);
+        let a = a.i64(10).i64(7).i64(30).i64(30).i64(7);
+        run(
+            &of(p.normalize()),
+            a.i32(1).i32(0).f64(1e-5),
+            Order::Ascending,
+        );
+        let mut sums = Buffer::empty(F32, 2 * 7);
+        let a = Args::new().read(&x).read(&dy).read(&stats[0]);
+        let a = a.write(&mut sums).i64(10).i64(7).i64(30).i64(1).i32(1);
+        run(&of(p.grad_sums()), a, Order::Ascending);
+        [stats.to_vec(), vec![partial, y, sums]].concat()
+    });
+    assert!(all[0] == all[1]);
+    for b in &all[0] {
+        assert!(b.values().iter().all(|v| v.is_finite()));
     }
 }
 
@@ -1217,11 +1245,9 @@ fn running(acc: Element, samples: usize, momentum: f64, tracked: Option<i64>) ->
     let mut counter = Buffer::of(F64, &[0.]);
     counter.words[0] = tracked.unwrap_or(0) as u128;
     let a = Args::new();
-    let a = a.read(&mean.words).read(&rest.words).read(&var.words);
-    let a = a
-        .write(&mut running_mean.words)
-        .write(&mut running_var.words);
-    let a = a.maybe_write(tracked.map(|_| &mut counter.words[..]));
+    let a = a.read(&mean).read(&rest).read(&var);
+    let a = a.write(&mut running_mean).write(&mut running_var);
+    let a = a.maybe_write(tracked.map(|_| &mut counter));
     let l = update_running(2, tracked.is_some(), acc);
     let a = a.i64(2).i64(samples as i64).f64(momentum).f64(10. / 9.);
     run(&l, a, Order::Ascending);
@@ -1259,21 +1285,11 @@ fn weight_norm(types: Types, v: &[f64], dw: &[f64], g: &[f64], len: usize) -> [B
         let [mut w, mut dv] = [0; 2].map(|_| Buffer::empty(x, v.len));
         let [mut norm, mut scale] = [0; 2].map(|_| Buffer::empty(acc, g.len));
         let mut dg = Buffer::empty(p, g.len);
-        let a = Args::new()
-            .read(&v.words)
-            .read(&g.words)
-            .write(&mut w.words);
-        let a = a.write(&mut norm.words).write(&mut scale.words);
+        let a = Args::new().read(&v).read(&g).write(&mut w);
+        let a = a.write(&mut norm).write(&mut scale);
         run(&l.forward(), a.i64(g.len as i64).i64(len as i64), order);
-        let a = Args::new()
-            .read(&v.words)
-            .read(&dw.words)
-            .read(&g.words)
-            .read(&norm.words);
-        let a = a
-            .read(&scale.words)
-            .write(&mut dv.words)
-            .write(&mut dg.words);
+        let a = Args::new().read(&v).read(&dw).read(&g).read(&norm);
+        let a = a.read(&scale).write(&mut dv).write(&mut dg);
         run(&l.backward(), a.i64(g.len as i64).i64(len as i64), order);
         [w, dv, dg]
     });
@@ -1381,14 +1397,8 @@ fn scale_and_shift_is_normalization_without_statistics() {
             let i = Buffer::of(types.x(), &v.x);
             let [w, b] = [&v.weight, &v.bias].map(|v| Buffer::of(types.param(), v));
             let mut y = Buffer::empty(types.x(), shape.len());
-            let a = Args::new()
-                .read(&i.words)
-                .read(&w.words)
-                .read(&b.words)
-                .null()
-                .null()
-                .null();
-            let a = a.write(&mut y.words);
+            let a = Args::new().read(&i).read(&w).read(&b).null().null().null();
+            let a = a.write(&mut y);
             if by_column {
                 let m = Columns::new(types, 9, 33, 1);
                 let a = matrix(a, m).i32(m.across as i32).i32(0).f64(0.);
@@ -1436,7 +1446,7 @@ fn every_element_changes_places() {
         let from = Buffer::of(element, &x);
         let mut to = Buffer::empty(element, x.len());
         let dims = [outer, rows, columns].map(|v| v as i64);
-        let a = Args::new().read(&from.words).write(&mut to.words);
+        let a = Args::new().read(&from).write(&mut to);
         let l = transpose(element, outer as u64, rows as u64, columns as u64);
         run(
             &l,
@@ -1494,90 +1504,5 @@ fn an_input_that_begins_anywhere_gives_the_same_bits() {
         // SAFETY: the arguments are those of `planes_fit`.
         unsafe { launch(&l.kernel, l.grid, l.block, l.shared, a, Order::Ascending) }.unwrap();
         assert!(d.y == aligned.y && d.stats == aligned.stats);
-    }
-}
-
-mod geometry {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn within_limits(l: &Launch) {
-        let threads: u32 = l.block.iter().product();
-        assert!(
-            (32..=1024).contains(&threads) && threads.is_multiple_of(32),
-            "{l:?}"
-        );
-        assert!(l.shared <= 48 << 10, "{l:?}");
-        assert!((1..1 << 31).contains(&l.grid[0]), "{l:?}");
-        assert!((1..=65535).contains(&l.grid[1]) && l.grid[2] == 1, "{l:?}");
-    }
-
-    fn size(most: u64) -> impl Strategy<Value = u64> {
-        prop_oneof![1..=64u64.min(most), 1..=most]
-    }
-
-    proptest! {
-        #[test]
-        fn planes_stay_within_limits(
-            t in 0usize..6, outer in size(5000), channels in size(100_000), inner in size(1 << 24),
-        ) {
-            // No tensor is larger than a device's memory.
-            prop_assume!(outer * channels * inner <= 1 << 37);
-            let p = Planes { types: Types::ALL[t], outer, channels, inner };
-            let all = [
-                p.moments(), p.merge(), p.normalize(), p.grad_sums(), p.grad_merge(),
-                p.grad_input(),
-            ];
-            all.iter().chain(&p.fit()).chain(&p.grad_fit()).for_each(within_limits);
-            // Every slot has a thread where all are kept in registers.
-            let places = |l: &Launch, per: u64| u64::from(l.block[0]) * per;
-            if let Some(l) = &p.fit() {
-                prop_assert!(places(l, 4) >= p.slots());
-                prop_assert!(u64::from(l.block[1] * l.grid[0]) >= channels);
-                prop_assert!(l.block[0] == 32 || l.block[1] == 1);
-            }
-            if let Some(l) = &p.grad_fit() {
-                let per = if l.kernel.ends_with("_256") { 4 } else { 2 };
-                prop_assert!(places(l, per) >= p.slots());
-            }
-            prop_assert!(p.moments_scratch() == 4 * channels * p.parts());
-            prop_assert!(u64::from(p.moments().grid[0]) == channels * p.parts());
-            let l = p.grad_sums();
-            prop_assert!(u64::from(l.grid[0] * l.block[1]) >= channels * p.parts());
-        }
-
-        #[test]
-        fn columns_stay_within_limits(
-            t in 0usize..6, rows in size(1 << 28), channels in size(100_000), inner in 1u64..8,
-        ) {
-            prop_assume!(rows * channels * inner <= 1 << 37);
-            let types = Types::ALL[t];
-            let m = Columns::new(types, rows, channels, inner);
-            let all = [
-                m.moments(), m.merge(), m.normalize(), m.grad_sums(), m.grad_merge(),
-                m.grad_input(),
-            ];
-            all.iter().for_each(within_limits);
-            let lanes = types.x().lanes() as u64;
-            prop_assert!(m.width.is_multiple_of(lanes) && m.width.is_multiple_of(m.period));
-            prop_assert!(m.rows * m.width >= m.elements && (m.rows - 1) * m.width < m.elements);
-            // Shared memory has a place for each slot of 256 threads.
-            prop_assert!(m.across <= 32 && (256 / m.across) * m.across <= 256);
-            prop_assert!(u64::from(m.moments().grid[0]) * m.across * lanes >= m.width);
-        }
-
-        #[test]
-        fn groups_stay_within_limits(
-            t in 0usize..6, samples in size(5000), groups in size(256), per in size(256),
-            inner in size(1 << 22),
-        ) {
-            prop_assume!(samples * groups * per * inner <= 1 << 37);
-            let types = Types::ALL[t];
-            let g = Groups { types, samples, channels: groups * per, inner, num_groups: groups };
-            within_limits(&g.grad_merge(true));
-            within_limits(&g.grad_merge(false));
-            g.grad_fit().iter().for_each(within_limits);
-            prop_assert!(g.runs() >= 1);
-        }
     }
 }

@@ -31,10 +31,11 @@ fn right<T: Elem, P: Elem>(case: &Case<T, P>) -> Right {
     }
     let dy = case.dy.to_f64();
     let w = case.weight.as_ref().map(|w| w.to_f64());
-    let w: Vec<f64> = w.map_or(vec![1.; cols], |w| {
+    let params = case.samples * cols;
+    let w: Vec<f64> = w.map_or(vec![1.; params], |w| {
         w.iter().map(|w| w + case.offset).collect()
     });
-    let b = case.bias.as_ref().map_or(vec![0.; cols], |b| b.to_f64());
+    let b = case.bias.as_ref().map_or(vec![0.; params], |b| b.to_f64());
     let dsum = case
         .dsum
         .as_ref()
@@ -46,13 +47,15 @@ fn right<T: Elem, P: Elem>(case: &Case<T, P>) -> Right {
         rstd: vec![],
         dx: vec![],
         terms: 0.,
-        dweight: vec![0.; cols],
-        dbias: vec![0.; cols],
+        dweight: vec![0.; params],
+        dbias: vec![0.; params],
     };
     let n = cols as f64;
     for r in 0..rows {
         let at = r * cols..(r + 1) * cols;
         let (x, dy, dsum) = (&x[at.clone()], &dy[at.clone()], &dsum[at]);
+        let first = r / (rows / case.samples) * cols;
+        let (w, b) = (&w[first..first + cols], &b[first..first + cols]);
         let mean = if norm.center {
             x.iter().sum::<f64>() / n
         } else {
@@ -79,7 +82,7 @@ fn right<T: Elem, P: Elem>(case: &Case<T, P>) -> Right {
                 }
             })
             .collect();
-        let g: Vec<f64> = dy.iter().zip(&w).map(|(d, w)| d * w).collect();
+        let g: Vec<f64> = dy.iter().zip(w).map(|(d, w)| d * w).collect();
         let mean_g = if norm.center {
             g.iter().sum::<f64>() / n
         } else {
@@ -91,8 +94,8 @@ fn right<T: Elem, P: Elem>(case: &Case<T, P>) -> Right {
             all.dx
                 .push(rstd * (g[c] - mean_g - hat[c] * mean_gh) + dsum[c]);
             all.terms = all.terms.max((rstd * g[c]).abs());
-            all.dweight[c] += dy[c] * taken[c];
-            all.dbias[c] += dy[c];
+            all.dweight[first + c] += dy[c] * taken[c];
+            all.dbias[first + c] += dy[c];
         }
         all.mean.push(mean);
         all.rstd.push(rstd);
@@ -440,4 +443,95 @@ fn large_values_stay_finite() {
 
 fn common_f16(cols: usize) -> Case<f16, f16> {
     case::<f16, f16>(Norm::ALL[1], 3, cols, &USUAL)
+}
+
+/// The backward of a sum that was not rounded, in two launches.
+fn check_of_sum<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options) {
+    let case = case::<T, P>(norm, rows, cols, &Options { dsum: false, ..*o });
+    let what = format!("{norm:?} {:?} {rows}x{cols}, of a sum", case.shape.types);
+    let outputs = Order::ALL.map(|order| case.run_of_sum(order));
+    let (sum, got) = &outputs[0];
+    for (_, other) in &outputs[1..] {
+        assert!(
+            other.dx.slice() == got.dx.slice()
+                && other.dweight.slice() == got.dweight.slice()
+                && other.dbias.slice() == got.dbias.slice(),
+            "{what}: the order of threads is seen"
+        );
+    }
+    let right = right(&case);
+    assert_eq!(sum.to_f64(), right.sum, "{what}");
+    let largest = right.dx.iter().fold(0., |m: f64, v| m.max(v.abs()));
+    let terms = 2e-6 * (right.terms / largest).max(1.);
+    close(&format!("{what} dx"), got.dx.slice(), &right.dx, terms, 0.);
+    // A rounded normalized value may fall on the other side of a tie.
+    let tie = if o.round_first { T::ROUNDING } else { 0. };
+    for (name, got, right, scale) in [
+        ("dweight", &got.dweight, &right.dweight, 2e-6 + tie),
+        ("dbias", &got.dbias, &right.dbias, 2e-6),
+    ] {
+        let name = format!("{what} {name}");
+        close(&name, got.slice(), right, scale, P::ROUNDING);
+    }
+}
+
+#[test]
+fn a_sum_that_is_not_rounded() {
+    for norm in &Norm::ALL[2..] {
+        for (rows, cols) in WIDTHS {
+            let o = Options {
+                few_blocks: rows > 8,
+                round_first: !norm.center && cols % 2 == 1,
+                offset: if norm.center { 0. } else { 1. },
+                at: cols % 3,
+                ..USUAL
+            };
+            check_of_sum::<bf16, bf16>(*norm, rows, cols, &o);
+            check_of_sum::<f16, f32>(*norm, rows, cols, &o);
+        }
+        let several = Options {
+            few_blocks: true,
+            ..USUAL
+        };
+        check_of_sum::<f16, f16>(*norm, 9, 2305, &several);
+        check_of_sum::<bf16, f32>(*norm, 1, 8192, &USUAL);
+        check_of_sum::<bf16, bf16>(*norm, 2, 16_387, &USUAL);
+        check_of_sum::<f32, f32>(*norm, 5, 100, &USUAL);
+        check_of_sum::<f64, f64>(*norm, 5, 100, &USUAL);
+    }
+}
+
+#[test]
+fn weights_of_each_sample() {
+    for norm in Norm::ALL {
+        // Samples, rows of each, columns.
+        for (samples, rows, cols) in [
+            (1, 7, 33),
+            (2, 1, 1),
+            (3, 20, 24),
+            (7, 3, 33),
+            (2, 9, 129),
+            (2, 19, 256),
+            (3, 9, 513),
+            (2, 2, 769),
+            (2, 9, 2056),
+        ] {
+            let o = Options {
+                samples,
+                few_blocks: rows > 8,
+                offset: if norm.center { 0. } else { 1. },
+                at: cols % 3,
+                ..USUAL
+            };
+            check::<f32, f32>(norm, samples * rows, cols, &o);
+            check::<bf16, bf16>(norm, samples * rows, cols, &o);
+            check::<f16, f32>(norm, samples * rows, cols, &o);
+            check::<f64, f64>(norm, samples * rows, cols.min(301), &o);
+        }
+        let o = Options {
+            samples: 2,
+            ..USUAL
+        };
+        check::<bf16, bf16>(norm, 4, 16_387, &o);
+    }
 }

@@ -3,6 +3,7 @@
 //! Two layouts of a tensor with channels: [`Planes`] are read along the `inner` neighbors that a
 //! channel has in a sample, [`Columns`] down the rows of a matrix whose columns belong to channels.
 
+use super::list;
 use crate::{Element, Launch, Types};
 
 /// Threads of a block, where a kernel does not say otherwise.
@@ -51,7 +52,7 @@ impl Team {
     fn launch(self, kernel: String, items: u64) -> Launch {
         Launch {
             kernel,
-            grid: [items.div_ceil(self.teams) as u32, 1, 1],
+            grid: list(items.div_ceil(self.teams)),
             block: [self.threads as u32, self.teams as u32, 1],
             shared: 0,
         }
@@ -190,7 +191,7 @@ impl Planes {
     fn by_part(self, kernel: String) -> Launch {
         Launch {
             kernel,
-            grid: [(self.channels * self.parts()) as u32, 1, 1],
+            grid: list(self.channels * self.parts()),
             block: [THREADS as u32, 1, 1],
             shared: 0,
         }
@@ -199,7 +200,7 @@ impl Planes {
     fn by_warp(self, kernel: String) -> Launch {
         Launch {
             kernel,
-            grid: [self.channels.div_ceil(THREADS / 32) as u32, 1, 1],
+            grid: list(self.channels.div_ceil(THREADS / 32)),
             block: [32, (THREADS / 32) as u32, 1],
             shared: 0,
         }
@@ -315,9 +316,10 @@ impl Columns {
 
     fn by_part(self, kernel: String) -> Launch {
         let slots = self.width / self.types.x().lanes() as u64;
+        let [x, z, _] = list(slots.div_ceil(self.across));
         Launch {
             kernel,
-            grid: [slots.div_ceil(self.across) as u32, self.parts as u32, 1],
+            grid: [x, self.parts as u32, z],
             block: [THREADS as u32, 1, 1],
             shared: 0,
         }
@@ -332,7 +334,7 @@ impl Columns {
         };
         Launch {
             kernel,
-            grid: [self.channels().div_ceil(together) as u32, 1, 1],
+            grid: list(self.channels().div_ceil(together)),
             block: [512 / together as u32, together as u32, 1],
             shared: 0,
         }
@@ -362,4 +364,106 @@ pub fn update_running(channels: u64, counted: bool, acc: Element) -> Launch {
 
 fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::limits::{blocks, check, check_list, tensor};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn most_of(launch: &Launch) -> u64 {
+        let most = launch.kernel.rsplit('_').next().expect("a name");
+        most.parse().expect("the most threads of a block")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn no_planes_go_beyond_the_limits((types, [outer, channels, inner]) in tensor::<3>()) {
+            let p = Planes { types, outer, channels, inner };
+            let parts = p.parts();
+            prop_assert!((1..=MOST_PARTS).contains(&parts));
+            for launch in [p.moments(), p.normalize(), p.grad_input()] {
+                check(&launch)?;
+                check_list(&launch, channels * parts)?;
+            }
+            for launch in [p.merge(), p.grad_merge()] {
+                check(&launch)?;
+                check_list(&launch, channels.div_ceil(u64::from(launch.block[1])))?;
+            }
+            let sums = p.grad_sums();
+            check(&sums)?;
+            check_list(&sums, (channels * parts).div_ceil(u64::from(sums.block[1])))?;
+            // A team is a warp, or a block has no other.
+            prop_assert!(sums.block[0] == 32 || sums.block[1] == 1);
+            // Count, mean, rest and m2, then two sums, of each part.
+            prop_assert!(p.moments_scratch() == 4 * channels * parts);
+            prop_assert!(p.grad_scratch() == 2 * channels * parts);
+            // A part is counted in 32 bits.
+            prop_assert!(p.slots().div_ceil(parts) <= 1 << 40);
+        }
+
+        #[test]
+        fn a_channel_in_registers_has_a_place_for_each_slot(
+            (types, [outer, channels, inner]) in tensor::<3>(),
+        ) {
+            let p = Planes { types, outer, channels, inner };
+            // The slots that a plane touches at most, wherever it begins.
+            let lanes = types.x().lanes() as u64;
+            let starts = if inner.is_multiple_of(lanes) { 1 } else { lanes };
+            let touched = (0..starts).map(|first| (first + inner).div_ceil(lanes)).max();
+            prop_assert!(p.slots() >= outer * touched.expect("a start"));
+            for (launch, per) in [
+                (p.fit(), FIT),
+                (p.grad_fit(), if p.slots() <= 1024 { 4 } else { 2 }),
+            ] {
+                let Some(launch) = launch else { continue };
+                check(&launch)?;
+                let [x, y, _] = launch.block.map(u64::from);
+                prop_assert!(x * per >= p.slots(), "{launch:?}");
+                prop_assert!(x * y <= most_of(&launch), "{launch:?}");
+                prop_assert!(x == 32 || y == 1);
+                check_list(&launch, channels.div_ceil(y))?;
+            }
+        }
+
+        #[test]
+        fn no_columns_go_beyond_the_limits((types, [rows, channels, inner]) in tensor::<3>()) {
+            let m = Columns::new(types, rows, channels, inner);
+            let lanes = types.x().lanes() as u64;
+            prop_assert!(m.width.is_multiple_of(lanes) && m.width.is_multiple_of(m.period));
+            prop_assert!(m.rows * m.width >= m.elements);
+            prop_assert!((m.rows - 1) * m.width < m.elements);
+            prop_assert!((1..=32).contains(&m.across));
+            prop_assert!((1..=MOST_PARTS).contains(&m.parts));
+            for launch in [m.moments(), m.normalize(), m.grad_sums(), m.grad_input()] {
+                check(&launch)?;
+                let [x, y, z] = launch.grid.map(u64::from);
+                prop_assert!(x * z * m.across * lanes >= m.width);
+                prop_assert_eq!(y, m.parts);
+                // Static shared memory has a place for each element of 256 slots.
+                prop_assert!(THREADS / m.across * m.across <= u64::from(launch.block[0]));
+            }
+            for launch in [m.merge(), m.grad_merge()] {
+                check(&launch)?;
+                let [x, y, _] = launch.block.map(u64::from);
+                // Halves are added up.
+                prop_assert!(x.is_power_of_two() && x * y <= 512);
+                check_list(&launch, channels.div_ceil(y))?;
+            }
+            prop_assert!(m.moments_scratch() == 3 * m.width * m.parts);
+            prop_assert!(m.grad_scratch() == 2 * m.width * m.parts);
+        }
+
+        #[test]
+        fn running_statistics_stay_within_the_limits(
+            channels in 1u64..1 << 36, counted: bool, f64: bool,
+        ) {
+            let acc = if f64 { Element::F64 } else { Element::F32 };
+            let launch = update_running(channels, counted, acc);
+            check(&launch)?;
+            prop_assert!(!counted || blocks(&launch) == 1);
+        }
+    }
 }

@@ -7,3 +7,13 @@ pub mod groups;
 pub mod rows;
 pub mod transpose;
 pub mod weight;
+
+#[cfg(test)]
+mod limits;
+
+/// The grid of a list of blocks, which kernels count by `block_of_list`: longer ones than a grid is
+/// wide have several lines, and the last line may have blocks without work.
+fn list(blocks: u64) -> [u32; 3] {
+    let lines = blocks.div_ceil(i32::MAX as u64).max(1);
+    [blocks.div_ceil(lines) as u32, lines as u32, 1]
+}

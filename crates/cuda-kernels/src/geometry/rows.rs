@@ -1,7 +1,11 @@
 //! LayerNorm and RmsNorm: statistics over the rows of `[rows, cols]`. Kernels in `rows.cu`.
 //!
-//! x, residual, y, sum, dy, dsum and dx must begin at multiples of [`ALIGNMENT`] bytes; parameters
+//! x, residual, y, sums, dy, dsum and dx must begin at multiples of [`ALIGNMENT`] bytes; parameters
 //! may begin anywhere.
+//!
+//! Weight and bias have a value for each column. They may also be `[samples, cols]`: the rows of a
+//! sample, which follow each other, then share a row of weights. See
+//! [`Rows::forward_by_sample`].
 use crate::{Launch, Types};
 
 /// Bytes that the first element of x, residual, dy, dsum and of all outputs is a multiple of.
@@ -72,6 +76,9 @@ pub struct Rows {
     pub aligned: bool,
 }
 
+/// The most samples that may have weights of their own.
+pub const MOST_SAMPLES: usize = 65_535;
+
 /// The launches of a backward, in their order.
 #[derive(Clone, Debug)]
 pub struct Backward {
@@ -86,7 +93,8 @@ pub struct Backward {
     /// The gradients of the parameters. Arguments: partial, dweight or null, dbias or null, parts,
     /// cols (`long long`).
     pub finish: Launch,
-    /// Rows of `partial`, which is `[parts, 2, cols]` of the accumulator's type.
+    /// Partial sums of each column: `partial` is `[parts, 2, cols]` of the accumulator's type, or
+    /// `[samples, parts, 2, cols]`.
     pub parts: usize,
 }
 
@@ -112,6 +120,84 @@ impl Rows {
         self.aligned && self.cols.is_multiple_of(self.types.x().lanes())
     }
 
+    /// The rows of one sample.
+    fn sample(&self, samples: usize) -> Option<Self> {
+        let divides = (1..=MOST_SAMPLES).contains(&samples) && self.rows.is_multiple_of(samples);
+        divides.then(|| Self {
+            rows: self.rows / samples,
+            ..*self
+        })
+    }
+
+    /// The forward's launch; none for an empty tensor.
+    ///
+    /// Arguments: x, residual or null, weight or null, bias or null, y, sum or null (the rounded
+    /// sum of x and residual), stats or null, rows, cols (`long long`), eps, offset (`double`),
+    /// flags (`int`). Where a residual is added, one more: the unrounded sum, of the accumulator's
+    /// type, or null. LayerNorm ignores offset and flags.
+    pub fn forward(&self) -> Option<Launch> {
+        self.forward_by_sample(1)
+    }
+
+    /// The forward's launch where weight and bias are `[samples, cols]`, with the same arguments;
+    /// none if `samples` does not divide the rows, or is more than [`MOST_SAMPLES`].
+    pub fn forward_by_sample(&self, samples: usize) -> Option<Launch> {
+        let team = Team {
+            norm: self.norm.name(),
+            shape: self.sample(samples)?,
+            samples,
+        };
+        team.forward()
+    }
+
+    /// The backward's launches; none for an empty tensor, whose parameters' gradients are zero.
+    pub fn backward(&self) -> Option<Backward> {
+        self.backward_by_sample(1)
+    }
+
+    /// The backward's launches where weight and bias are `[samples, cols]`, as their gradients are
+    /// then; none as for [`forward_by_sample`](Self::forward_by_sample).
+    pub fn backward_by_sample(&self, samples: usize) -> Option<Backward> {
+        let team = Team {
+            norm: self.norm.name(),
+            shape: self.sample(samples)?,
+            samples,
+        };
+        team.backward(self.norm.add)
+    }
+
+    /// The backward's launches where x is an unrounded sum: x and dx are of the accumulator's type,
+    /// dy is of the type of y. The arguments are those of [`backward`](Self::backward) without
+    /// residual and `dsum`; the norm is the same with a residual or without.
+    pub fn backward_of_sum(&self) -> Option<Backward> {
+        let norm = Norm {
+            add: false,
+            ..self.norm
+        };
+        let is_half = self.types.x().size() == 2;
+        let team = Team {
+            norm: match (is_half, norm.center) {
+                (false, _) => norm.name(),
+                (true, true) => "sum_layer_norm",
+                (true, false) => "sum_rms_norm",
+            },
+            shape: Self { norm, ..*self },
+            samples: 1,
+        };
+        team.backward(is_half)
+    }
+}
+
+/// How the rows of each of some samples are given to teams of threads.
+struct Team {
+    /// The name of the norm in those of its kernels.
+    norm: &'static str,
+    /// The rows of one sample.
+    shape: Rows,
+    samples: usize,
+}
+
+impl Team {
     fn launch(
         &self,
         what: &str,
@@ -119,50 +205,75 @@ impl Rows {
         grid: [usize; 2],
         block: [usize; 2],
     ) -> Option<Launch> {
-        let odd = if team == "long" || self.is_even() {
+        let odd = if team == "long" || self.shape.is_even() {
             ""
         } else {
             "_odd"
         };
         let kernel = format!(
             "{}_{what}_{}_{team}{odd}",
-            self.norm.name(),
-            self.types.name()
+            self.norm,
+            self.shape.types.name()
         );
         Some(Launch {
             kernel,
             grid: [
                 u32::try_from(grid[0]).ok()?,
                 u32::try_from(grid[1]).ok()?,
-                1,
+                u32::try_from(self.samples).ok()?,
             ],
             block: [block[0] as u32, block[1] as u32, 1],
             shared: 0,
         })
     }
 
-    /// The forward's launch; none for an empty tensor. Arguments: x, residual or null, weight or
-    /// null, bias or null, y, sum or null (the rounded sum of x and residual), stats or null, rows,
-    /// cols (`long long`), eps, offset (`double`), flags (`int`). LayerNorm
-    /// ignores offset and flags.
-    pub fn forward(&self) -> Option<Launch> {
-        if self.rows == 0 || self.cols == 0 {
+    /// Blocks for a sample, where a multiprocessor has room for `room` at a time.
+    fn at_work(&self, room: usize) -> usize {
+        (PROCESSORS * room).div_ceil(self.samples)
+    }
+
+    /// The same, of one team each.
+    fn blocks(&self, room: usize) -> usize {
+        // All rows of a team begin at the same place of a vector if the teams are a multiple of its
+        // elements.
+        if self.shape.is_even() {
+            self.at_work(room)
+        } else if self.samples == 1 {
+            self.at_work(room) / 8 * 8
+        } else {
+            self.at_work(room).next_multiple_of(8)
+        }
+    }
+
+    fn forward(&self) -> Option<Launch> {
+        let Rows {
+            rows,
+            cols,
+            norm,
+            types,
+            ..
+        } = self.shape;
+        if rows == 0 || cols == 0 {
             return None;
         }
-        let vectors = self.vectors();
-        let plain = self.types.x().size() == 8;
-        let even = self.is_even();
+        let vectors = self.shape.vectors();
+        let plain = types.x().size() == 8;
+        let even = self.shape.is_even();
         for (per, team) in [(1, "w1"), (2, "w2")] {
             if vectors <= 32 * per && !(plain && per > 1) {
                 let lanes = vectors.div_ceil(per).next_power_of_two().max(4);
                 let teams = TEAMS / lanes;
-                let room = if !even { 2 } else { 5 - per };
-                let blocks = self.rows.div_ceil(teams).min(PROCESSORS * room);
+                let room = match (even, norm.add) {
+                    (false, _) => 2,
+                    (true, true) if per == 2 => 2,
+                    (true, _) => 5 - per,
+                };
+                let blocks = rows.div_ceil(teams).min(self.at_work(room));
                 return self.launch("forward", team, [blocks, 1], [lanes, teams]);
             }
         }
         // The most threads of a block, and those that a multiprocessor has room for.
-        let (b2, b4) = match (even, self.norm.add) {
+        let (b2, b4) = match (even, norm.add) {
             (true, false) => ((512, 1024), (1024, 1024)),
             (true, true) => ((512, 512), (512, 512)),
             (false, _) => ((512, 512), (512, 512)),
@@ -170,47 +281,38 @@ impl Rows {
         for (per, team, (most, room)) in [(2, "b2", b2), (4, "b4", b4)] {
             if vectors <= per * most && !plain {
                 let threads = whole_warps(vectors.div_ceil(per));
-                let blocks = self.rows.min(self.blocks(room / threads));
+                let blocks = rows.min(self.blocks(room / threads));
                 return self.launch("forward", team, [blocks, 1], [threads, 1]);
             }
         }
-        let (team, threads) = if !plain && vectors <= 8 * 1024 && even && !self.norm.add {
+        let (team, threads) = if !plain && vectors <= 8 * 1024 && even && !norm.add {
             ("b8", whole_warps(vectors.div_ceil(8)))
         } else {
             ("long", 512)
         };
-        self.launch("forward", team, [self.rows, 1], [threads, 1])
+        self.launch("forward", team, [rows, 1], [threads, 1])
     }
 
-    /// Blocks of one team each that are at work together.
-    fn blocks(&self, room: usize) -> usize {
-        let blocks = PROCESSORS * room;
-        // All rows of a team begin at the same place of a vector if the teams are a multiple of its
-        // elements.
-        if self.is_even() {
-            blocks
-        } else {
-            blocks / 8 * 8
-        }
-    }
-
-    /// The backward's launches; none for an empty tensor, whose parameters' gradients are zero.
-    pub fn backward(&self) -> Option<Backward> {
-        if self.rows == 0 || self.cols == 0 {
+    /// `reads_three`: a third tensor beside x and dy, or x in two vectors.
+    fn backward(&self, reads_three: bool) -> Option<Backward> {
+        let Rows {
+            rows, cols, types, ..
+        } = self.shape;
+        if rows == 0 || cols == 0 {
             return None;
         }
-        let vectors = self.vectors();
-        let plain = self.types.x().size() == 8;
+        let vectors = self.shape.vectors();
+        let plain = types.x().size() == 8;
         for (per, team) in [(1, "w1"), (2, "w2")] {
             if vectors <= 32 * per && !(plain && per > 1) {
                 let lanes = vectors.div_ceil(per).next_power_of_two().max(4);
                 let teams = TEAMS / lanes;
-                let room = if per == 1 && self.is_even() && !self.norm.add {
+                let room = if per == 1 && self.shape.is_even() && !reads_three {
                     3
                 } else {
                     2
                 };
-                let parts = self.rows.div_ceil(teams).min(PROCESSORS * room);
+                let parts = rows.div_ceil(teams).min(self.at_work(room));
                 let dx = self.launch("backward", team, [parts, 1], [lanes, teams])?;
                 return self.with_finish(dx, None, parts);
             }
@@ -218,18 +320,17 @@ impl Rows {
         for (per, team) in [(2, "b2"), (4, "b4")] {
             if vectors <= per * 512 && !plain {
                 let threads = whole_warps(vectors.div_ceil(per));
-                let parts = self.rows.min(self.blocks(512 / threads));
+                let parts = rows.min(self.blocks(512 / threads));
                 let dx = self.launch("backward", team, [parts, 1], [threads, 1])?;
                 return self.with_finish(dx, None, parts);
             }
         }
-        let dx = self.launch("backward", "long", [self.rows, 1], [512, 1])?;
+        let dx = self.launch("backward", "long", [rows, 1], [512, 1])?;
         let tiles = vectors.div_ceil(TEAMS);
-        let parts = self
-            .rows
-            .min((4 * PROCESSORS).div_ceil(tiles).next_multiple_of(8));
+        let wanted = (4 * PROCESSORS).div_ceil(tiles).div_ceil(self.samples);
+        let parts = rows.min(wanted.next_multiple_of(8));
         let columns = Launch {
-            kernel: format!("{}_columns_{}", self.norm.name(), self.types.name()),
+            kernel: format!("{}_columns_{}", self.norm, types.name()),
             ..self.launch("", "long", [tiles, parts], [TEAMS, 1])?
         };
         self.with_finish(dx, Some(columns), parts)
@@ -237,8 +338,13 @@ impl Rows {
 
     fn with_finish(&self, dx: Launch, columns: Option<Launch>, parts: usize) -> Option<Backward> {
         let finish = Launch {
-            kernel: format!("rows_finish_{}", self.types.name()),
-            ..self.launch("", "long", [(2 * self.cols).div_ceil(32), 1], [32, 16])?
+            kernel: format!("rows_finish_{}", self.shape.types.name()),
+            ..self.launch(
+                "",
+                "long",
+                [(2 * self.shape.cols).div_ceil(32), 1],
+                [32, 16],
+            )?
         };
         Some(Backward {
             dx,
@@ -255,23 +361,9 @@ fn whole_warps(threads: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::limits::check;
     use super::*;
     use proptest::prelude::*;
-
-    fn within_limits(launch: &Launch) -> Result<(), TestCaseError> {
-        let threads: u32 = launch.block.iter().product();
-        prop_assert!(
-            (32..=1024).contains(&threads) && threads.is_multiple_of(32),
-            "{launch:?}"
-        );
-        prop_assert!(launch.shared <= 99 * 1024);
-        prop_assert!(launch.grid.iter().all(|&n| n > 0), "{launch:?}");
-        prop_assert!(
-            launch.grid[0] <= i32::MAX as u32 && launch.grid[1] <= 65535,
-            "{launch:?}"
-        );
-        Ok(())
-    }
 
     fn shape() -> impl Strategy<Value = (usize, usize)> {
         prop_oneof![
@@ -289,12 +381,45 @@ mod tests {
         ) {
             let (norm, types) = (Norm::ALL[norm], Types::ALL[types]);
             let rows = Rows { norm, types, rows, cols, aligned };
-            let forward = rows.forward().unwrap();
-            within_limits(&forward)?;
-            let backward = rows.backward().unwrap();
-            for launch in [&backward.dx, &backward.finish].into_iter().chain(&backward.columns) {
-                within_limits(launch)?;
+            check(&rows.forward().unwrap())?;
+            for backward in [rows.backward().unwrap(), rows.backward_of_sum().unwrap()] {
+                let Backward { dx, columns, finish, .. } = &backward;
+                for launch in [dx, finish].into_iter().chain(columns) {
+                    check(launch)?;
+                }
             }
+        }
+
+        #[test]
+        fn no_samples_go_beyond_the_limits(
+            samples in prop_oneof![1usize..=64, 1usize..=MOST_SAMPLES], rows in 1usize..=5000,
+            cols in 1usize..=40_000, norm in 0usize..4, types in 0usize..6, aligned: bool,
+        ) {
+            let (norm, types) = (Norm::ALL[norm], Types::ALL[types]);
+            let shape = Rows { norm, types, rows: samples * rows, cols, aligned };
+            let forward = shape.forward_by_sample(samples).unwrap();
+            check(&forward)?;
+            let backward = shape.backward_by_sample(samples).unwrap();
+            let Backward { dx, columns, finish, parts } = &backward;
+            for launch in [dx, finish].into_iter().chain(columns) {
+                check(launch)?;
+                prop_assert_eq!(launch.grid[2] as usize, samples);
+            }
+            // All rows of a team begin at the same place of a vector, or it has one row.
+            let lanes = types.x().lanes();
+            let summing = columns.as_ref().unwrap_or(dx);
+            let blocks = if columns.is_some() { summing.grid[1] } else { summing.grid[0] };
+            prop_assert_eq!(blocks as usize, *parts);
+            for (launch, blocks) in [(&forward, forward.grid[0]), (summing, blocks)] {
+                let teams = if launch.kernel.contains("columns") { 1 } else { launch.block[1] };
+                let slots = (blocks * teams) as usize;
+                let same = cols.is_multiple_of(lanes) || slots.is_multiple_of(lanes);
+                prop_assert!(slots >= rows || same, "{launch:?}");
+            }
+            prop_assert!(shape.forward_by_sample(0).is_none());
+            prop_assert!(shape.forward_by_sample(samples * rows + 1).is_none());
+            let too_many = Rows { rows: MOST_SAMPLES + 1, ..shape };
+            prop_assert!(too_many.forward_by_sample(MOST_SAMPLES + 1).is_none());
         }
 
         #[test]

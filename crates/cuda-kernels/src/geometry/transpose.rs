@@ -12,3 +12,22 @@ pub fn transpose(element: Element, outer: u64, rows: u64, columns: u64) -> Launc
         shared: 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::limits::{check, tensor};
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn no_transposition_goes_beyond_the_limits(
+            (types, [outer, rows, columns]) in tensor::<3>(),
+        ) {
+            let launch = transpose(types.x(), outer, rows, columns);
+            check(&launch)?;
+            prop_assert_eq!(launch.block, [32, 8, 1]);
+        }
+    }
+}

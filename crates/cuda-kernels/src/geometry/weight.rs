@@ -1,5 +1,6 @@
 //! Weight norm over the rows of a weight. Kernels in `weight.cu`.
 
+use super::list;
 use crate::{Launch, Types};
 
 /// A weight of `[rows, len]`, each row at a length of its own.
@@ -31,9 +32,30 @@ impl Weight {
         let teams = if threads == 32 { 8 } else { 1 };
         Launch {
             kernel,
-            grid: [self.rows.div_ceil(teams) as u32, 1, 1],
+            grid: list(self.rows.div_ceil(teams)),
             block: [threads as u32, teams as u32, 1],
             shared: 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::limits::{check, check_list, tensor};
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn no_weight_goes_beyond_the_limits((types, [rows, len]) in tensor::<2>()) {
+            let weight = Weight { types, rows, len };
+            for launch in [weight.forward(), weight.backward()] {
+                check(&launch)?;
+                let [x, y, _] = launch.block.map(u64::from);
+                prop_assert!(x * y <= 256 && (x == 32 || y == 1), "{launch:?}");
+                check_list(&launch, rows.div_ceil(y))?;
+            }
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Runs the kernels of rows on the emulator, and their formulas in f64.
 #![allow(dead_code, unreachable_pub, unsafe_code)]
 use candle_norm_cuda_emulator::{Args, Order, launch};
-use candle_norm_cuda_kernels::geometry::rows::{Norm, ROUND_FIRST, Rows};
+use candle_norm_cuda_kernels::geometry::rows::{self, Norm, ROUND_FIRST, Rows};
 use candle_norm_cuda_kernels::{Element, Launch, Types};
 use half::{bf16, f16};
+use std::alloc::{Layout, alloc, dealloc};
 
 /// An element of a buffer.
 pub trait Elem: Copy + PartialEq + std::fmt::Debug + 'static {
@@ -68,7 +69,9 @@ pub fn numbers<T: Elem>(n: usize, seed: u32, mean: f64) -> Vec<T> {
 
 /// A buffer that begins `at` elements behind a multiple of 16 bytes and ends where its memory does.
 pub struct Buffer<T> {
-    memory: Vec<u128>,
+    /// At a multiple of 16 bytes; not to be read where `layout` is of no bytes.
+    memory: *mut u8,
+    layout: Layout,
     at: usize,
     len: usize,
     of: std::marker::PhantomData<T>,
@@ -76,24 +79,33 @@ pub struct Buffer<T> {
 
 impl<T: Elem> Buffer<T> {
     pub fn new(values: &[T], at: usize) -> Self {
-        let size = size_of::<T>();
-        let memory = vec![u128::MAX; ((at + values.len()) * size).div_ceil(16)];
-        let mut buffer = Self {
-            memory,
-            at,
-            len: values.len(),
-            of: std::marker::PhantomData,
-        };
+        let mut buffer = Self::of_size(at, values.len());
         buffer.slice_mut().copy_from_slice(values);
         buffer
     }
 
     /// Filled with NaN.
     pub fn empty(len: usize) -> Self {
-        let memory = vec![u128::MAX; (len * size_of::<T>()).div_ceil(16)];
+        Self::of_size(0, len)
+    }
+
+    fn of_size(at: usize, len: usize) -> Self {
+        let layout = Layout::from_size_align((at + len) * size_of::<T>(), 16).unwrap();
+        let memory = if layout.size() == 0 {
+            std::ptr::without_provenance_mut(16)
+        } else {
+            // SAFETY: the layout has bytes. All of them are set to what is a NaN of every type.
+            unsafe {
+                let memory = alloc(layout);
+                assert!(!memory.is_null());
+                memory.write_bytes(0xff, layout.size());
+                memory
+            }
+        };
         Self {
             memory,
-            at: 0,
+            layout,
+            at,
             len,
             of: std::marker::PhantomData,
         }
@@ -101,23 +113,25 @@ impl<T: Elem> Buffer<T> {
 
     pub fn slice(&self) -> &[T] {
         // SAFETY: the memory holds `at + len` elements, for which all bits are valid.
-        unsafe {
-            std::slice::from_raw_parts(self.memory.as_ptr().cast::<T>().add(self.at), self.len)
-        }
+        unsafe { std::slice::from_raw_parts(self.memory.cast::<T>().add(self.at), self.len) }
     }
 
     pub fn slice_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and the memory is borrowed as long.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                self.memory.as_mut_ptr().cast::<T>().add(self.at),
-                self.len,
-            )
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.memory.cast::<T>().add(self.at), self.len) }
     }
 
     pub fn to_f64(&self) -> Vec<f64> {
         self.slice().iter().map(|v| v.to_f64()).collect()
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if self.layout.size() > 0 {
+            // SAFETY: it was allocated with this layout.
+            unsafe { dealloc(self.memory, self.layout) }
+        }
     }
 }
 
@@ -152,6 +166,8 @@ pub struct Case<T: Elem, P: Elem> {
     pub round_first: bool,
     /// See [`Options::few_blocks`].
     pub few_blocks: bool,
+    /// See [`Options::samples`].
+    pub samples: usize,
 }
 
 /// What varies beside the shape.
@@ -166,6 +182,8 @@ pub struct Options {
     pub at: usize,
     /// Fewer blocks than the geometry says: so that a team has several rows where a test has few.
     pub few_blocks: bool,
+    /// Rows of weights and biases, each for as many rows.
+    pub samples: usize,
 }
 
 pub const USUAL: Options = Options {
@@ -177,6 +195,7 @@ pub const USUAL: Options = Options {
     round_first: false,
     at: 0,
     few_blocks: false,
+    samples: 1,
 };
 
 /// A case made of [`numbers`].
@@ -186,7 +205,7 @@ pub fn case<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options)
     let n = rows * cols;
     let seed = (rows * 31 + cols) as u32;
     let buffer = |seed, mean| Buffer::new(&numbers::<T>(n, seed, mean), 0);
-    let param = |seed, mean| Buffer::new(&numbers::<P>(cols, seed, mean), o.at);
+    let param = |seed, mean| Buffer::new(&numbers::<P>(o.samples * cols, seed, mean), o.at);
     Case {
         shape: Rows {
             norm,
@@ -205,6 +224,7 @@ pub fn case<T: Elem, P: Elem>(norm: Norm, rows: usize, cols: usize, o: &Options)
         offset: o.offset,
         round_first: o.round_first,
         few_blocks: o.few_blocks,
+        samples: o.samples,
     }
 }
 
@@ -237,15 +257,41 @@ fn maybe<E: Elem>(buffer: &Option<Buffer<E>>) -> Option<&[E]> {
     buffer.as_ref().map(Buffer::slice)
 }
 
+/// The outputs of a forward.
+pub struct Forward<T: Elem> {
+    pub y: Buffer<T>,
+    pub sum: Buffer<T>,
+    pub unrounded: Buffer<T::Acc>,
+    pub stats: Buffer<T::Acc>,
+}
+
+/// The outputs of a backward, dx being of type X.
+pub struct Backward<X: Elem, P: Elem> {
+    pub dx: Buffer<X>,
+    pub dweight: Buffer<P>,
+    pub dbias: Buffer<P>,
+}
+
 impl<T: Elem, P: Elem> Case<T, P> {
-    pub fn run(&self, order: Order) -> Outputs<T, P> {
+    fn flags(&self) -> i32 {
+        if self.round_first { ROUND_FIRST } else { 0 }
+    }
+
+    /// Blocks for each sample.
+    fn few(&self, launch: &Launch) -> u32 {
+        if launch.block[1] > 1 { 1 } else { 8 }
+    }
+
+    /// `y_len` is shorter than it must be where a test wants it so.
+    pub fn forward(&self, order: Order, y_len: usize) -> Forward<T> {
         let Rows {
             norm, rows, cols, ..
         } = self.shape;
         let n = rows * cols;
-        let flags = if self.round_first { ROUND_FIRST } else { 0 };
-        let mut y = Buffer::empty(n);
-        let mut sum = Buffer::empty(if norm.add { n } else { 0 });
+        let of_sums = if norm.add { n } else { 0 };
+        let mut y = Buffer::empty(y_len);
+        let mut sum = Buffer::empty(of_sums);
+        let mut unrounded = Buffer::empty(of_sums);
         let mut stats = Buffer::empty(norm.stats() * rows);
         let args = Args::new()
             .read(self.x.slice())
@@ -256,39 +302,60 @@ impl<T: Elem, P: Elem> Case<T, P> {
             .maybe_write(norm.add.then(|| sum.slice_mut()))
             .write(stats.slice_mut());
         let args = args.i64(rows as i64).i64(cols as i64);
-        let args = args.f64(self.eps).f64(self.offset).i32(flags);
-        let mut forward = self.shape.forward().unwrap();
-        let mut plan = self.shape.backward().unwrap();
+        let mut args = args.f64(self.eps).f64(self.offset).i32(self.flags());
+        if norm.add {
+            args = args.write(unrounded.slice_mut());
+        }
+        let mut forward = self.shape.forward_by_sample(self.samples).unwrap();
+        let fixed = forward.kernel.ends_with("b8") || forward.kernel.ends_with("long");
+        if self.few_blocks && !fixed {
+            forward.grid[0] = forward.grid[0].min(self.few(&forward));
+        }
+        run(&forward, args, order);
+        Forward {
+            y,
+            sum,
+            unrounded,
+            stats,
+        }
+    }
+
+    /// The launches of `plan`, x and dx being of type X.
+    fn backward<X: Elem>(
+        &self,
+        mut plan: rows::Backward,
+        x: &Buffer<X>,
+        [residual, dsum]: [Option<&[T]>; 2],
+        stats: &Buffer<T::Acc>,
+        order: Order,
+    ) -> Backward<X, P> {
+        let Rows { rows, cols, .. } = self.shape;
+        let flags = self.flags();
         if self.few_blocks {
-            let few = |launch: &Launch| if launch.block[1] > 1 { 1 } else { 8 };
-            if !forward.kernel.ends_with("b8") && !forward.kernel.ends_with("long") {
-                forward.grid[0] = forward.grid[0].min(few(&forward));
-            }
             if let Some(columns) = &mut plan.columns {
                 columns.grid[1] = columns.grid[1].min(8);
                 plan.parts = columns.grid[1] as usize;
             } else {
-                plan.dx.grid[0] = plan.dx.grid[0].min(few(&plan.dx));
+                plan.dx.grid[0] = plan.dx.grid[0].min(self.few(&plan.dx));
                 plan.parts = plan.dx.grid[0] as usize;
             }
         }
-        run(&forward, args, order);
-        let mut dx = Buffer::empty(n);
-        let mut partial = Buffer::<T::Acc>::empty(plan.parts * 2 * cols);
+        let mut dx = Buffer::empty(rows * cols);
+        let mut partial = Buffer::<T::Acc>::empty(self.samples * plan.parts * 2 * cols);
         let args = Args::new()
-            .read(self.x.slice())
-            .maybe_read(maybe(&self.residual))
+            .read(x.slice())
+            .maybe_read(residual)
             .maybe_read(maybe(&self.weight))
             .read(self.dy.slice())
-            .maybe_read(maybe(&self.dsum))
+            .maybe_read(dsum)
             .read(stats.slice())
             .write(dx.slice_mut());
         if let Some(columns) = &plan.columns {
             let args = args.i64(rows as i64).i64(cols as i64).f64(self.offset);
             run(&plan.dx, args, order);
             let args = Args::new()
-                .read(self.x.slice())
-                .maybe_read(maybe(&self.residual))
+                .read(x.slice())
+                .maybe_read(residual)
                 .read(self.dy.slice())
                 .read(stats.slice())
                 .write(partial.slice_mut());
@@ -304,7 +371,7 @@ impl<T: Elem, P: Elem> Case<T, P> {
                 .i64(cols as i64);
             run(&plan.dx, args.f64(self.offset).i32(flags), order);
         }
-        let (mut dweight, mut dbias) = (Buffer::empty(cols), Buffer::empty(cols));
+        let [mut dweight, mut dbias] = [0; 2].map(|_| Buffer::empty(self.samples * cols));
         let args = Args::new()
             .read(partial.slice())
             .write(dweight.slice_mut())
@@ -314,6 +381,23 @@ impl<T: Elem, P: Elem> Case<T, P> {
             args.i64(plan.parts as i64).i64(cols as i64),
             order,
         );
+        Backward { dx, dweight, dbias }
+    }
+
+    pub fn run(&self, order: Order) -> Outputs<T, P> {
+        let Rows { rows, cols, .. } = self.shape;
+        let Forward {
+            y,
+            sum,
+            unrounded,
+            stats,
+        } = self.forward(order, rows * cols);
+        for (sum, unrounded) in sum.slice().iter().zip(unrounded.slice()) {
+            assert!(*sum == T::from_f64(unrounded.to_f64()), "{sum:?}");
+        }
+        let plan = self.shape.backward_by_sample(self.samples).unwrap();
+        let added = [maybe(&self.residual), maybe(&self.dsum)];
+        let Backward { dx, dweight, dbias } = self.backward(plan, &self.x, added, &stats, order);
         Outputs {
             y,
             sum,
@@ -322,5 +406,15 @@ impl<T: Elem, P: Elem> Case<T, P> {
             dweight,
             dbias,
         }
+    }
+
+    /// The backward from the unrounded sum that the forward wrote, and that sum.
+    pub fn run_of_sum(&self, order: Order) -> (Buffer<T::Acc>, Backward<T::Acc, P>) {
+        let Rows { rows, cols, .. } = self.shape;
+        let forward = self.forward(order, rows * cols);
+        let plan = self.shape.backward_of_sum().unwrap();
+        let (sum, stats) = (forward.unrounded, forward.stats);
+        let backward = self.backward(plan, &sum, [None, None], &stats, order);
+        (sum, backward)
     }
 }
