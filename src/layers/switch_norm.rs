@@ -9,7 +9,7 @@ use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use super::updates::Taken;
-use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchSources, check};
+use crate::ops::{self, BatchStatistics, SwitchBatch, SwitchOptions, check};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -77,11 +77,12 @@ impl From<f64> for SwitchNormOptions {
 }
 
 impl SwitchNormOptions {
-    fn sources<'a>(&self, batch: SwitchBatch<'a>) -> SwitchSources<'a> {
-        SwitchSources {
+    fn of_batch<'a>(&self, batch: SwitchBatch<'a>) -> SwitchOptions<'a> {
+        SwitchOptions {
             instance: self.spatial_dims > 0,
             batch,
             unbiased: self.unbiased,
+            eps: self.eps,
         }
     }
 
@@ -323,8 +324,7 @@ impl SwitchNorm {
             weight.as_ref(),
             bias.as_ref(),
             [&self.mean_weight, &self.var_weight],
-            options.sources(batch),
-            options.eps,
+            options.of_batch(batch),
         )
     }
 }

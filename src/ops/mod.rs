@@ -35,7 +35,7 @@ pub(crate) use row_norm::{RowNorm, row_norm};
 pub use scale_norm::scale_norm;
 pub(crate) use scale_norm::scale_norm_by;
 pub(crate) use softmax::softmax_last_dim;
-pub use switch_norm::{SwitchBatch, SwitchSources, switch_norm};
+pub use switch_norm::{SwitchBatch, SwitchOptions, switch_norm};
 pub(crate) use switch_norm::{shares, switch_norm_with};
 pub use weight_norm::weight_norm;
 pub(crate) use weight_norm::{magnitude_shape, norms};
