@@ -1,4 +1,5 @@
-//! Count, mean and squared distances: the statistics that batch norm takes of a batch and scalers take of a data set.
+//! Count, mean and squared distances: the statistics that batch norm takes of a batch and scalers
+//! take of a data set.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -7,7 +8,8 @@ pub use candle_norm_kernels::Moments;
 
 /// The moments of each feature of `x`, in `f64` whatever the dtype.
 ///
-/// Count, mean and sum of squared distances, in two passes over blocks, which are merged (Chan, Golub and LeVeque, 1979).
+/// Count, mean and sum of squared distances, in two passes over blocks, which are merged (Chan,
+/// Golub and LeVeque, 1979).
 ///
 /// # Shapes
 /// `x`: `[N, *]`; the result has one entry for each element of the trailing axes, in their order.
@@ -41,7 +43,8 @@ pub fn moments(x: &Tensor) -> Result<Vec<Moments>> {
 /// How many elements are brought to the host at a time.
 const BLOCK: usize = 1 << 20;
 
-/// Calls `f(column, values)` for the columns of `x`, `[N, *]`, in `f64`: with blocks of rows in their order, and for each with every column.
+/// Calls `f(column, values)` for the columns of `x`, `[N, *]`, in `f64`: with blocks of rows in
+/// their order, and for each with every column.
 pub(crate) fn columns(x: &Tensor, mut f: impl FnMut(usize, &[f64]) -> Result<()>) -> Result<()> {
     let (rows, width) = (x.dims()[0], x.dims()[1..].iter().product::<usize>());
     if rows == 0 || width == 0 {
