@@ -69,7 +69,7 @@ pub fn saved(
         Op::InstanceNorm => Ok(ops::instance_norm(x, weight, bias, eps)?.0),
         Op::BatchNorm => Ok(ops::batch_norm(x, weight, bias, eps)?.0),
         Op::BatchNormInference { mean, var } => {
-            ops::batch_norm_inference(x, mean, var, weight, bias, eps)
+            ops::batch_norm_inference(x, [mean, var], weight, bias, eps)
         }
         Op::WeightNorm { dim } => match weight {
             Some(g) => ops::weight_norm(x, g, *dim),

@@ -1,12 +1,13 @@
 //! The composed path: candle's tensor operations, on every device, differentiable to any order.
 //!
-//! Two shapes of work serve all layers. *Rows* `[rows, len]` are standardized one by one; then a parameter
-//! per channel scales and shifts `[outer, channels, inner]`.
+//! Two shapes of work serve all layers. *Rows* `[rows, len]` are standardized one by one; then a
+//! parameter per channel scales and shifts `[outer, channels, inner]`.
 //!
-//! candle adds up in the element's dtype and, off the last axis or without vector instructions, one element
-//! after the other. A chain of a few thousand `f32` additions already costs more than the tolerance of the
-//! contract. So an axis that is summed, here or in candle's own backward of a broadcast, is first split
-//! into axes of about [`BLOCK`], which are summed, or broadcast, one at a time.
+//! candle adds up in the element's dtype and, off the last axis or without vector instructions, one
+//! element after the other. A chain of a few thousand `f32` additions already costs more than the
+//! tolerance of the contract. So an axis that is summed, here or in candle's own backward of a
+//! broadcast, is first split into axes of about [`BLOCK`], which are summed, or broadcast, one at a
+//! time.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -23,8 +24,8 @@ pub(crate) fn accumulator(dtype: DType) -> DType {
     }
 }
 
-/// ε as the accumulator holds it: an ε that would round to zero there becomes its smallest normal number,
-/// so that a constant row stays finite.
+/// ε as the accumulator holds it: an ε that would round to zero there becomes its smallest normal
+/// number, so that a constant row stays finite.
 pub(crate) fn eps_in(dtype: DType, eps: f64) -> f64 {
     match dtype {
         DType::F64 => eps.max(f64::MIN_POSITIVE),
@@ -32,7 +33,8 @@ pub(crate) fn eps_in(dtype: DType, eps: f64) -> f64 {
     }
 }
 
-/// The most axes that one axis is split into: candle's tensors have eight at the most, and two axes may be split at once.
+/// The most axes that one axis is split into: candle's tensors have eight at the most, and two axes
+/// may be split at once.
 const FACTORS: usize = 3;
 
 /// `n` as a product of at most [`FACTORS`] factors of at most `block`, if it is one.
@@ -49,8 +51,9 @@ fn factors(n: usize, block: usize) -> Option<Vec<usize>> {
     (found.len() <= FACTORS).then_some(found)
 }
 
-/// The length of the first of the parts that an axis of `n` is cut into, and its factors: all of it where `n` factors, else the
-/// longest part that does. Beyond 32³ the blocks grow, so that three factors are enough.
+/// The length of the first of the parts that an axis of `n` is cut into, and its factors: all of it
+/// where `n` factors, else the longest part that does. Beyond 32³ the blocks grow, so that three
+/// factors are enough.
 fn first_part(n: usize) -> (usize, Vec<usize>) {
     let block = BLOCK.max((n as f64).cbrt().ceil() as usize);
     if let Some(factors) = factors(n, block) {
@@ -64,8 +67,8 @@ fn first_part(n: usize) -> (usize, Vec<usize>) {
     }
 }
 
-/// Broadcasts `t` to `dims` one axis at a time, outermost first, so that the backward sums one axis at a
-/// time, innermost first.
+/// Broadcasts `t` to `dims` one axis at a time, outermost first, so that the backward sums one axis
+/// at a time, innermost first.
 fn broadcast_by_axis(t: &Tensor, dims: &[usize]) -> Result<Tensor> {
     let mut t = t.clone();
     for (axis, &size) in dims.iter().enumerate() {
@@ -176,9 +179,10 @@ impl Rows {
     /// The rows less their means, and the means `[rows]` as two parts, of which the second is what
     /// the first was rounded by.
     ///
-    /// A mean of 3000 σ rounded to `f32` is wrong by 2·10⁻⁴ σ. So the rows are shifted by a first mean, which is
-    /// exact for values near it, and what is left of the mean is taken off after that. The first mean is
-    /// itself formed from differences to the row's first element: a constant row is then exactly zero.
+    /// A mean of 3000 σ rounded to `f32` is wrong by 2·10⁻⁴ σ. So the rows are shifted by a first
+    /// mean, which is exact for values near it, and what is left of the mean is taken off after
+    /// that. The first mean is itself formed from differences to the row's first element: a
+    /// constant row is then exactly zero.
     fn centered(&self, x: &Tensor) -> Result<(Self, [Tensor; 2])> {
         let first = x.detach().narrow(1, 0, 1)?.flatten_all()?;
         let detached = self.map(|part| Ok(part.detach()))?;
@@ -209,8 +213,9 @@ pub(crate) struct Standardized {
     inv_std: Tensor,
 }
 
-/// The rows of `x`, contiguous, `[rows, len]`, in the accumulator's dtype, less their means; the means, and the biased variances, both `[rows]`
-/// and connected to the graph. Without `center`, the means are 0 and the variances mean squares.
+/// The rows of `x`, contiguous, `[rows, len]`, in the accumulator's dtype, less their means; the
+/// means, and the biased variances, both `[rows]` and connected to the graph. Without `center`, the
+/// means are 0 and the variances mean squares.
 fn moments(x: &Tensor, center: bool) -> Result<(Rows, Tensor, Tensor)> {
     let rows = Rows::new(x)?;
     let (centered, mean) = if center {
@@ -239,20 +244,22 @@ fn std(var: &Tensor, eps: f64) -> Result<Tensor> {
     (var + eps_in(var.dtype(), eps))?.sqrt()
 }
 
-/// μ and σ², biased, of each row of `x`, contiguous, `[rows, len]`, connected to the graph: `[rows]` each.
+/// μ and σ², biased, of each row of `x`, contiguous, `[rows, len]`, connected to the graph:
+/// `[rows]` each.
 pub(crate) fn mean_and_var(x: &Tensor) -> Result<(Tensor, Tensor)> {
     let (_, mean, var) = moments(x, true)?;
     Ok((mean, var))
 }
 
-/// μ and `√(σ² + ε)` of each row of `x`, as [`standardize`] has them, connected to the graph: `[rows]` each.
+/// μ and `√(σ² + ε)` of each row of `x`, as [`standardize`] has them, connected to the graph:
+/// `[rows]` each.
 pub(crate) fn mean_and_std(x: &Tensor, eps: f64) -> Result<[Tensor; 2]> {
     let (_, mean, var) = moments(x, true)?;
     Ok([mean, std(&var, eps)?])
 }
 
-/// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's dtype; without
-/// `center`, μ is 0 and σ² the mean square.
+/// `(x − μ) / √(σ² + ε)` for each row of `x`, contiguous, `[rows, len]`, in the accumulator's
+/// dtype; without `center`, μ is 0 and σ² the mean square.
 pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standardized> {
     let (centered, mean, var) = moments(x, center)?;
     let std = std(&var, eps)?;
@@ -264,8 +271,8 @@ pub(crate) fn standardize(x: &Tensor, center: bool, eps: f64) -> Result<Standard
     })
 }
 
-/// `x · weight + bias` with one value of each per channel; `x` is contiguous, `[outer, channels, inner]`, the
-/// parameters `[channels]` in the dtype of `x`.
+/// `x · weight + bias` with one value of each per channel; `x` is contiguous, `[outer, channels,
+/// inner]`, the parameters `[channels]` in the dtype of `x`.
 pub(crate) fn scale_shift(
     x: &Tensor,
     weight: Option<&Tensor>,
@@ -472,8 +479,8 @@ pub(crate) fn empty(x: &Tensor, params: &[Option<&Tensor>]) -> Result<Tensor> {
 
 /// `y`, connected to parameters that it does not depend on, so that they get gradients of zero.
 ///
-/// candle leaves out of the graph what it computes on tensors without elements, and what it multiplies by zero; joining and cutting
-/// off again is neither.
+/// candle leaves out of the graph what it computes on tensors without elements, and what it
+/// multiplies by zero; joining and cutting off again is neither.
 pub(crate) fn anchored(y: &Tensor, params: &[&Tensor]) -> Result<Tensor> {
     let mut line = vec![y.flatten_all()?];
     for param in params {

@@ -45,7 +45,7 @@ use crate::ops::check;
 ///     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
 ///         if !train {
 ///             let now = self.0.snapshot()?;
-///             return ops::batch_norm_inference(xs, &now.mean, &now.var, None, None, 1e-5);
+///             return ops::batch_norm_inference(xs, [&now.mean, &now.var], None, None, 1e-5);
 ///         }
 ///         let (y, statistics) = ops::batch_norm(xs, None, None, 1e-5)?;
 ///         self.0.observe(xs, statistics)?;

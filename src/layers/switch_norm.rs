@@ -12,7 +12,7 @@ use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::RunningStats;
 use crate::collective::Collective;
-use crate::ops::{self, BatchStatistics, JointStatistics, SwitchBatch, SwitchSources, check};
+use crate::ops::{self, BatchStatistics, JointStatistics, SwitchBatch, SwitchOptions, check};
 
 const LAYER: &str = "SwitchNorm";
 
@@ -80,11 +80,12 @@ impl From<f64> for SwitchNormOptions {
 }
 
 impl SwitchNormOptions {
-    fn sources<'a>(&self, batch: SwitchBatch<'a>) -> SwitchSources<'a> {
-        SwitchSources {
+    fn of_batch<'a>(&self, batch: SwitchBatch<'a>) -> SwitchOptions<'a> {
+        SwitchOptions {
             instance: self.spatial_dims > 0,
             batch,
             unbiased: self.unbiased,
+            eps: self.eps,
         }
     }
 
@@ -349,8 +350,8 @@ impl SwitchNorm {
             xs,
             [weight.as_ref(), bias.as_ref()],
             [&self.mean_weight, &self.var_weight],
-            self.options.sources(SwitchBatch::Own),
-            (self.num_features, self.options.eps),
+            self.options.of_batch(SwitchBatch::Own),
+            self.num_features,
         )
     }
 
@@ -365,8 +366,7 @@ impl SwitchNorm {
             weight.as_ref(),
             bias.as_ref(),
             [&self.mean_weight, &self.var_weight],
-            options.sources(batch),
-            options.eps,
+            options.of_batch(batch),
         )
     }
 }

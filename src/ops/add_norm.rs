@@ -31,23 +31,27 @@ pub(crate) fn add_row_norm(
 
 /// [`layer_norm`](super::layer_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
 ///
-/// `sum = x + residual`, rounded to the dtype once; `normalized` is the layer norm of the sum before it is rounded, and is rounded once as well. In `f32` and
-/// `f64` both are what adding first and normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
-/// its own: gradients flow through either or both.
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the layer norm of the sum
+/// before it is rounded, and is rounded once as well. In `f32` and `f64` both are what adding first
+/// and normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum
+/// is the residual of the next block. On the CPU one pass over memory computes both, but each is a
+/// node of its own: gradients flow through either or both.
 ///
 /// # Shapes
-/// `x`, `residual`: `[*, normalized_shape]`, the same; `weight`, `bias`: `normalized_shape`; both results have the shape and dtype of `x` and
+/// `x`, `residual`: `[*, normalized_shape]`, the same; weight and bias, in this order:
+/// `normalized_shape`; both results have the shape and dtype of `x` and
 /// are contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take `f32` parameters.
 ///
 /// # Errors
-/// Those of [`layer_norm`](super::layer_norm); a residual of another shape, dtype or device than `x`.
+/// Those of [`layer_norm`](super::layer_norm); a residual of another shape, dtype or device than
+/// `x`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 ///
 /// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
 /// let residual = Tensor::new(&[[1f64, 1.]], &Device::Cpu)?;
-/// let (y, sum) = candle_norm::ops::add_layer_norm(&x, &residual, 2, None, None, 1e-9)?;
+/// let (y, sum) = candle_norm::ops::add_layer_norm(&x, &residual, 2, [None, None], 1e-9)?;
 /// assert_eq!(sum.to_vec2::<f64>()?, [[2., 4.]]);
 /// assert!((y.to_vec2::<f64>()?[0][1] - 1.).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())
@@ -56,8 +60,7 @@ pub fn add_layer_norm(
     x: &Tensor,
     residual: &Tensor,
     normalized_shape: impl Into<Shape>,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
     let (shape, norm) = (normalized_shape.into(), RowNorm::layer_norm(eps));
@@ -66,13 +69,15 @@ pub fn add_layer_norm(
 
 /// [`rms_norm`](super::rms_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.
 ///
-/// `sum = x + residual`, rounded to the dtype once; `normalized` is the RMS norm of the sum before it is rounded, and is rounded once as well. In `f32` and
-/// `f64` both are what adding first and normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum is the residual of the next block. On the CPU one pass over memory computes both, but each is a node of
-/// its own: gradients flow through either or both.
+/// `sum = x + residual`, rounded to the dtype once; `normalized` is the RMS norm of the sum before
+/// it is rounded, and is rounded once as well. In `f32` and `f64` both are what adding first and
+/// normalizing then gives; in half precision `normalized` is closer to the mathematics. The sum is
+/// the residual of the next block. On the CPU one pass over memory computes both, but each is a
+/// node of its own: gradients flow through either or both.
 ///
 /// # Shapes
-/// `x`, `residual`: `[*, normalized_shape]`, the same; `weight`: `normalized_shape`; both results have the shape and dtype of `x` and are
-/// contiguous.
+/// `x`, `residual`: `[*, normalized_shape]`, the same; `weight`: `normalized_shape`; both results
+/// have the shape and dtype of `x` and are contiguous.
 ///
 /// # Errors
 /// Those of [`rms_norm`](super::rms_norm); a residual of another shape, dtype or device than `x`.

@@ -31,16 +31,18 @@ impl BatchStatistics {
 
 /// Batch normalization of `x` by the statistics of this batch, as in training.
 ///
-/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken for each channel of axis 1 over all other
-/// axes, the variance biased (Ioffe and Szegedy, 2015, <https://arxiv.org/abs/1502.03167>). Also returns the mean
-/// and the unbiased variance, which running statistics take; none for an empty input.
+/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken for each channel of axis 1
+/// over all other axes, the variance biased (Ioffe and Szegedy, 2015,
+/// <https://arxiv.org/abs/1502.03167>). Also returns the mean and the unbiased variance, which
+/// running statistics take; none for an empty input.
 ///
 /// # Shapes
-/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is contiguous.
+/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is
+/// contiguous.
 ///
 /// # Errors
-/// An input of rank below 2 or with one value per channel, parameters that do not fit, `eps` that is not positive
-/// and finite.
+/// An input of rank below 2 or with one value per channel, parameters that do not fit, `eps` that
+/// is not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -136,28 +138,30 @@ pub(crate) fn batch_norm_with(
 
 /// Batch normalization of `x` by given statistics, as in inference.
 ///
-/// `y = (x − mean) / √(var + eps) · weight + bias` for each channel of axis 1. The statistics get no gradient.
+/// `y = (x − mean) / √(var + eps) · weight + bias` for each channel of axis 1. The statistics get
+/// no gradient.
 ///
 /// # Shapes
-/// `x`: `[N, C, *]`; `mean`, `var`, `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is
-/// contiguous. The statistics are `f32` or `f64`, whatever the dtype of `x`.
+/// `x`: `[N, C, *]`; mean and variance, in this order, `weight`, `bias`: `[C]`; the result has the
+/// shape and dtype of `x` and is contiguous. The statistics are `f32` or `f64`, whatever the dtype
+/// of `x`.
 ///
 /// # Errors
-/// An input of rank below 2, statistics or parameters that do not fit, `eps` that is not positive and finite.
+/// An input of rank below 2, statistics or parameters that do not fit, `eps` that is not positive
+/// and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
 ///
 /// let x = Tensor::new(&[[4f64]], &Device::Cpu)?;
 /// let (mean, var) = (Tensor::new(&[2f64], &Device::Cpu)?, Tensor::new(&[4f64], &Device::Cpu)?);
-/// let y = candle_norm::ops::batch_norm_inference(&x, &mean, &var, None, None, 1e-9)?;
+/// let y = candle_norm::ops::batch_norm_inference(&x, [&mean, &var], None, None, 1e-9)?;
 /// assert!((y.to_vec2::<f64>()?[0][0] - 1.).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn batch_norm_inference(
     x: &Tensor,
-    mean: &Tensor,
-    var: &Tensor,
+    [mean, var]: [&Tensor; 2],
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     eps: f64,
@@ -168,8 +172,8 @@ pub fn batch_norm_inference(
     normalize_with("BatchNorm", 2, x, &fixed, Scaling::new(weight, bias), eps)
 }
 
-/// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own name and
-/// from the rank on that it takes.
+/// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own
+/// name and from the rank on that it takes.
 pub(crate) fn normalize_with(
     layer: &'static str,
     min_rank: usize,

@@ -9,16 +9,17 @@ use crate::graph;
 
 /// Group normalization of `x` over `num_groups` groups of channels on axis 1.
 ///
-/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken for each sample over the `C / num_groups`
-/// channels of a group and all of space, the variance biased; `weight` and `bias` are per channel (Wu and He,
-/// 2018, <https://arxiv.org/abs/1803.08494>).
+/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken for each sample over the
+/// `C / num_groups` channels of a group and all of space, the variance biased; `weight` and `bias`
+/// are per channel (Wu and He, 2018, <https://arxiv.org/abs/1803.08494>).
 ///
 /// # Shapes
-/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is contiguous.
+/// `x`: `[N, C, *]`; `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is
+/// contiguous.
 ///
 /// # Errors
-/// An input of rank below 2, `num_groups` that does not divide `C`, parameters that do not fit, `eps` that is
-/// not positive and finite.
+/// An input of rank below 2, `num_groups` that does not divide `C`, parameters that do not fit,
+/// `eps` that is not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -10,17 +10,18 @@ use crate::graph::{self, Statistics};
 
 /// Instance normalization of `x`, by the statistics of each channel of each sample over space.
 ///
-/// `y = (x − mean) / √(var + eps) · weight + bias`, the variance biased; `weight` and `bias` are per channel
-/// (Ulyanov, Vedaldi and Lempitsky, 2016, <https://arxiv.org/abs/1607.08022>). Also returns what running statistics
-/// take: the means over the samples of the mean and of the unbiased variance; none for an empty input.
+/// `y = (x − mean) / √(var + eps) · weight + bias`, the variance biased; `weight` and `bias` are
+/// per channel (Ulyanov, Vedaldi and Lempitsky, 2016, <https://arxiv.org/abs/1607.08022>). Also
+/// returns what running statistics take: the means over the samples of the mean and of the unbiased
+/// variance; none for an empty input.
 ///
 /// # Shapes
-/// `x`: `[N, C, *]` of rank at least 3; `weight`, `bias`: `[C]`; the result has the shape and dtype of `x` and is
-/// contiguous.
+/// `x`: `[N, C, *]` of rank at least 3; `weight`, `bias`: `[C]`; the result has the shape and dtype
+/// of `x` and is contiguous.
 ///
 /// # Errors
-/// An input of rank below 3 or with one spatial element, parameters that do not fit, `eps` that is not positive
-/// and finite.
+/// An input of rank below 3 or with one spatial element, parameters that do not fit, `eps` that is
+/// not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

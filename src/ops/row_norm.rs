@@ -213,16 +213,18 @@ impl<'a> RowLayout<'a> {
 
 /// Layer normalization over the trailing axes `normalized_shape`.
 ///
-/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken over `normalized_shape` for each row, the
-/// variance biased (Ba, Kiros and Hinton, 2016, <https://arxiv.org/abs/1607.06450>).
+/// `y = (x − mean) / √(var + eps) · weight + bias`, the statistics taken over `normalized_shape`
+/// for each row, the variance biased (Ba, Kiros and Hinton, 2016,
+/// <https://arxiv.org/abs/1607.06450>).
 ///
 /// # Shapes
-/// `x`: `[*, normalized_shape]`; `weight`, `bias`: `normalized_shape`; the result has the shape and dtype of `x`
-/// and is contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take `f32` parameters.
+/// `x`: `[*, normalized_shape]`; `weight`, `bias`: `normalized_shape`; the result has the shape and
+/// dtype of `x` and is contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take
+/// `f32` parameters.
 ///
 /// # Errors
-/// An input that does not end in `normalized_shape`, parameters that do not fit it, `eps` that is not
-/// positive and finite.
+/// An input that does not end in `normalized_shape`, parameters that do not fit it, `eps` that is
+/// not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -247,16 +249,16 @@ pub fn layer_norm(
 /// Root-mean-square normalization over the trailing axes `normalized_shape`.
 ///
 /// `y = x / √(mean(x²) + eps) · (offset + weight)` (Zhang and Sennrich, 2019,
-/// <https://arxiv.org/abs/1910.07467>). `eps: None` is the machine epsilon of the dtype that the mean square is
-/// formed in: 1.19e-7 for `f16`, `bf16` and `f32`, 2.2e-16 for `f64`, as in PyTorch.
+/// <https://arxiv.org/abs/1910.07467>). `eps: None` is the machine epsilon of the dtype that the
+/// mean square is formed in: 1.19e-7 for `f16`, `bf16` and `f32`, 2.2e-16 for `f64`, as in PyTorch.
 ///
 /// # Shapes
-/// `x`: `[*, normalized_shape]`; `weight`: `normalized_shape`; the result has the shape and dtype of `x` and is
-/// contiguous.
+/// `x`: `[*, normalized_shape]`; `weight`: `normalized_shape`; the result has the shape and dtype
+/// of `x` and is contiguous.
 ///
 /// # Errors
-/// An input that does not end in `normalized_shape`, a weight that does not fit it, `eps` that is not positive
-/// and finite.
+/// An input that does not end in `normalized_shape`, a weight that does not fit it, `eps` that is
+/// not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -22,9 +22,9 @@ pub enum SwitchBatch<'a> {
     Given(&'a Tensor, &'a Tensor),
 }
 
-/// Sources that [`switch_norm`] mixes.
+/// Sources that [`switch_norm`] mixes, and how.
 #[derive(Debug, Clone, Copy)]
-pub struct SwitchSources<'a> {
+pub struct SwitchOptions<'a> {
     /// Whether the statistics of instances are among them.
     pub instance: bool,
     /// The statistics of the batch.
@@ -32,9 +32,11 @@ pub struct SwitchSources<'a> {
     /// Divide the variance of a plane by n − 1 in place of n; without instances, those of layers
     /// and batches.
     pub unbiased: bool,
+    /// Added to the mixed variance, inside the root.
+    pub eps: f64,
 }
 
-impl SwitchSources<'_> {
+impl SwitchOptions<'_> {
     fn count(&self) -> usize {
         let batch = !matches!(self.batch, SwitchBatch::Absent);
         1 + usize::from(self.instance) + usize::from(batch)
@@ -59,12 +61,13 @@ impl SwitchSources<'_> {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use candle_norm::ops::{self, SwitchBatch, SwitchSources};
+/// use candle_norm::ops::{self, SwitchBatch, SwitchOptions};
 ///
 /// let x = Tensor::new(&[[[1f64, 3.], [10., 30.]]], &Device::Cpu)?;
 /// let equal = Tensor::new(&[1f64, 1.], &Device::Cpu)?;
-/// let sources = SwitchSources { instance: true, batch: SwitchBatch::Absent, unbiased: false };
-/// let (y, _) = ops::switch_norm(&x, None, None, [&equal, &equal], sources, 1e-9)?;
+/// let (instance, batch) = (true, SwitchBatch::Absent);
+/// let options = SwitchOptions { instance, batch, unbiased: false, eps: 1e-9 };
+/// let (y, _) = ops::switch_norm(&x, None, None, [&equal, &equal], options)?;
 /// // Channel 0 has mean 2 and variance 1, the sample mean 11 and variance 131.5.
 /// let expected = (1. - 6.5) / 66.25f64.sqrt();
 /// assert!((y.to_vec3::<f64>()?[0][0][0] - expected).abs() < 1e-8);
@@ -75,10 +78,9 @@ pub fn switch_norm(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     shares: [&Tensor; 2],
-    sources: SwitchSources,
-    eps: f64,
+    options: SwitchOptions,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
-    let (y, statistics) = switch_norm_with(x, weight, bias, shares, sources, eps)?;
+    let (y, statistics) = switch_norm_with(x, weight, bias, shares, options)?;
     let acc = composed::accumulator(x.dtype());
     let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
     Ok((y, statistics))
@@ -91,10 +93,9 @@ pub(crate) fn switch_norm_with(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     [mean_weight, var_weight]: [&Tensor; 2],
-    sources: SwitchSources,
-    eps: f64,
+    options: SwitchOptions,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
-    check_arguments(x, weight, bias, [mean_weight, var_weight], &sources, eps)?;
+    check_arguments(x, weight, bias, [mean_weight, var_weight], &options)?;
     let route = route(LAYER, x)?;
     if x.elem_count() == 0 {
         let params = [weight, bias, Some(mean_weight), Some(var_weight)];
@@ -102,9 +103,9 @@ pub(crate) fn switch_norm_with(
     }
     let (n, c) = (x.dims()[0], x.dims()[1]);
     let space = x.elem_count() / (n * c);
-    check_counts(x, &sources, space)?;
+    check_counts(x, &options, space)?;
     let rows = rows_of_planes(route, x, (n, c, space))?;
-    let mixture = mixture(x, &sources, eps)?;
+    let mixture = mixture(x, &options)?;
     let weight = weight.map(composed::kept).transpose()?;
     let logits = joined_logits([mean_weight, var_weight], x)?;
     let (values, coefficients, statistics) = match route {
@@ -182,15 +183,15 @@ pub(super) fn scaled_and_shifted(
     y.reshape(x.shape())?.to_dtype(x.dtype())
 }
 
-/// The mixture of `sources` for `x` `[N, C, *]`.
-pub(super) fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<Mixture> {
+/// The mixture for `x` `[N, C, *]`.
+pub(super) fn mixture(x: &Tensor, options: &SwitchOptions) -> Result<Mixture> {
     // Copies, which no later update of running statistics reaches.
     let copy = |t: &Tensor| t.detach().force_contiguous();
     Ok(Mixture {
         layer: LAYER,
         axes: ChannelAxes::of(x),
-        instance: sources.instance,
-        batch: match sources.batch {
+        instance: options.instance,
+        batch: match options.batch {
             SwitchBatch::Absent => Batch::Absent,
             SwitchBatch::Own => Batch::Own,
             SwitchBatch::Given(mean, var) => Batch::Given {
@@ -198,8 +199,8 @@ pub(super) fn mixture(x: &Tensor, sources: &SwitchSources, eps: f64) -> Result<M
                 var: copy(var)?,
             },
         },
-        unbiased: sources.unbiased,
-        eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
+        unbiased: options.unbiased,
+        eps: composed::eps_in(composed::accumulator(x.dtype()), options.eps),
     })
 }
 
@@ -208,13 +209,12 @@ pub(super) fn check_arguments(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     shares: [&Tensor; 2],
-    sources: &SwitchSources,
-    eps: f64,
+    options: &SwitchOptions,
 ) -> Result<()> {
-    check::eps(LAYER, eps)?;
-    let least = if sources.instance { 3 } else { 2 };
+    check::eps(LAYER, options.eps)?;
+    let least = if options.instance { 3 } else { 2 };
     check::rank_at_least(LAYER, x, least, "[N, C, ...]")?;
-    let (c, count) = (x.dims()[1], [sources.count()]);
+    let (c, count) = (x.dims()[1], [options.count()]);
     let channels = [c];
     let mut params = check::Param::affine(weight, bias, &channels);
     for (name, value) in ["mean_weight", "var_weight"].into_iter().zip(shares) {
@@ -225,7 +225,7 @@ pub(super) fn check_arguments(
         });
     }
     check::input(LAYER, x, &params)?;
-    if let SwitchBatch::Given(mean, var) = sources.batch {
+    if let SwitchBatch::Given(mean, var) = options.batch {
         for (name, value) in [("running_mean", mean), ("running_var", var)] {
             check::float(LAYER, name, value)?;
             check::shape(LAYER, name, value, &[c])?;
@@ -236,13 +236,13 @@ pub(super) fn check_arguments(
 }
 
 /// Checks that sums divided by n − 1 have more than one value.
-fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()> {
-    check_counts_of_samples(x, sources, space)?;
-    if !sources.unbiased || sources.instance {
+fn check_counts(x: &Tensor, options: &SwitchOptions, space: usize) -> Result<()> {
+    check_counts_of_samples(x, options, space)?;
+    if !options.unbiased || options.instance {
         return Ok(());
     }
     let n = x.dims()[0];
-    match sources.batch {
+    match options.batch {
         SwitchBatch::Own => check::more_than_one_value(LAYER, n * space, x),
         _ => Ok(()),
     }
@@ -251,10 +251,10 @@ fn check_counts(x: &Tensor, sources: &SwitchSources, space: usize) -> Result<()>
 /// [`check_counts`] of what samples have by themselves.
 pub(super) fn check_counts_of_samples(
     x: &Tensor,
-    sources: &SwitchSources,
+    options: &SwitchOptions,
     space: usize,
 ) -> Result<()> {
-    match (sources.unbiased, sources.instance) {
+    match (options.unbiased, options.instance) {
         (false, _) => Ok(()),
         (true, true) => check::more_values(LAYER, "channel of a sample", space, x),
         (true, false) => check::more_values(LAYER, "sample", x.dims()[1] * space, x),

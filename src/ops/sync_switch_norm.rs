@@ -8,14 +8,14 @@ use super::batch_norm::BatchStatistics;
 use super::check;
 use super::joint_statistics::JointStatistics;
 use super::switch_norm::{
-    LAYER, SwitchSources, check_arguments, check_counts_of_samples, joined_logits, mixture,
+    LAYER, SwitchOptions, check_arguments, check_counts_of_samples, joined_logits, mixture,
     moments_of_planes, planes, rows_of_planes, scaled_and_shifted,
 };
 use crate::collective::Collective;
 use crate::computations::{Batch, First, Local, LocalTensors, Synchronized, composed};
 use crate::graph::{self, Route, route};
 
-/// [`switch_norm_with`](super::switch_norm_with), where the batch of `sources` is that of all
+/// [`switch_norm_with`](super::switch_norm_with), where the batch of `options` is that of all
 /// ranks; no statistics if no rank has a value.
 ///
 /// A rank on which `checked` or another check failed says so to the others, and all return an
@@ -26,15 +26,15 @@ pub(crate) fn sync_switch_norm_with(
     x: &Tensor,
     [weight, bias]: [Option<&Tensor>; 2],
     [mean_weight, var_weight]: [&Tensor; 2],
-    sources: SwitchSources,
-    (num_features, eps): (usize, f64),
+    options: SwitchOptions,
+    num_features: usize,
 ) -> Result<(Tensor, Option<JointStatistics>)> {
     let by = Synchronized::new(LAYER, group.clone(), true, graph::sums_over_ranks);
     let space = |x: &Tensor| x.dims()[2..].iter().product::<usize>();
     let checked = checked.and_then(|()| {
-        check_arguments(x, weight, bias, [mean_weight, var_weight], &sources, eps)?;
+        check_arguments(x, weight, bias, [mean_weight, var_weight], &options)?;
         if x.elem_count() > 0 {
-            check_counts_of_samples(x, &sources, space(x))?;
+            check_counts_of_samples(x, &options, space(x))?;
         }
         route(LAYER, x)
     });
@@ -58,11 +58,11 @@ pub(crate) fn sync_switch_norm_with(
         let (mean, var) = (here(&joint.mean)?, here(&joint.var)?);
         let params = [weight, bias, Some(mean_weight), Some(var_weight)];
         let y = composed::empty(x, &[&params[..], &[Some(&mean), Some(&var)]].concat())?;
-        let var = unbiased(&joint.var, &by, &sources, x)?;
+        let var = unbiased(&joint.var, &by, &options, x)?;
         return Ok((y, statistics(&joint.mean, &var, &by)));
     }
     let rows = rows_of_planes(route, x, (n, c, space))?;
-    let mut mixture = mixture(x, &sources, eps)?;
+    let mut mixture = mixture(x, &options)?;
     let weight = weight.map(composed::kept).transpose()?;
     let logits = joined_logits([mean_weight, var_weight], x)?;
     let (values, planes) = match route {
@@ -82,7 +82,7 @@ pub(crate) fn sync_switch_norm_with(
         m2: (composed::Rows::new(&squares)?.sum()? * space as f64)?,
     };
     let joint = by.over_ranks(shape, Some(local), First::Forward)?;
-    let var = unbiased(&joint.var, &by, &sources, x)?;
+    let var = unbiased(&joint.var, &by, &options, x)?;
     let statistics = statistics(&joint.mean, &var, &by);
     mixture.batch = Batch::Joint {
         mean: joint.mean,
@@ -97,11 +97,11 @@ pub(crate) fn sync_switch_norm_with(
 fn unbiased(
     var: &Tensor,
     by: &Synchronized,
-    sources: &SwitchSources,
+    options: &SwitchOptions,
     x: &Tensor,
 ) -> Result<Tensor> {
     let count = by.count();
-    if !sources.unbiased || sources.instance || count == 0. {
+    if !options.unbiased || options.instance || count == 0. {
         return Ok(var.clone());
     }
     check::more_than_one_value(LAYER, count as usize, x)?;

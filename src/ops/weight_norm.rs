@@ -6,15 +6,16 @@ use super::check;
 use crate::computations::{WeightRows, composed, norms_of_rows};
 use crate::graph;
 
-/// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for `dim: None`.
+/// The weight `g · v / ‖v‖`, the norm taken over all axes of `v` but `dim`, or over all of it for
+/// `dim: None`.
 ///
-/// Salimans and Kingma, 2016, <https://arxiv.org/abs/1602.07868>. The weight is as independent of the scale of `v` as
-/// the formula says: norms that would over- or underflow do not. Where `v` is zero, the weight and its
-/// gradients are zero.
+/// Salimans and Kingma, 2016, <https://arxiv.org/abs/1602.07868>. The weight is as independent of
+/// the scale of `v` as the formula says: norms that would over- or underflow do not. Where `v` is
+/// zero, the weight and its gradients are zero.
 ///
 /// # Shapes
-/// `v`: any; `g`: of the rank of `v` with size 1 on all axes but `dim`, or a scalar for `dim: None`; the result has the
-/// shape and dtype of `v` and is contiguous.
+/// `v`: any; `g`: of the rank of `v` with size 1 on all axes but `dim`, or a scalar for `dim:
+/// None`; the result has the shape and dtype of `v` and is contiguous.
 ///
 /// # Errors
 /// A `dim` that `v` does not have, a `g` that does not fit.

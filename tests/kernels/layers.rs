@@ -251,7 +251,7 @@ fn check_inference(stamp: Stamp, case: usize, dims: &[usize]) -> Result<()> {
     let (w, b) = (param(&numbers.weight)?, param(&numbers.bias)?);
     let dy = tensor(&numbers.dy, dims, dtypes.input)?;
     let (y, grads) = stamp.run(|| {
-        let y = ops::batch_norm_inference(&x, &mean_t, &var_t, w.as_ref(), b.as_ref(), eps)?;
+        let y = ops::batch_norm_inference(&x, [&mean_t, &var_t], w.as_ref(), b.as_ref(), eps)?;
         let grads = backward(&y, &dy)?;
         Ok((y, grads))
     });

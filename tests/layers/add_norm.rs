@@ -50,7 +50,7 @@ impl Norm {
     fn at_once(self, x: &Tensor, residual: &Tensor, params: &[Tensor]) -> Result<(Tensor, Tensor)> {
         let (len, weight) = (x.dims()[x.rank() - 1], params.first());
         match self {
-            Self::Layer => ops::add_layer_norm(x, residual, len, weight, params.get(1), 1e-5),
+            Self::Layer => ops::add_layer_norm(x, residual, len, [weight, params.get(1)], 1e-5),
             Self::Rms { offset, cast } => ops::add_rms_norm(
                 x,
                 residual,
@@ -348,7 +348,7 @@ fn empty_inputs_get_empty_outputs_and_gradients() -> Result<()> {
 fn what_does_not_fit_is_refused_by_name() -> Result<()> {
     let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &Device::Cpu);
     let x = zeros(&[2, 3, 4], DType::F32)?;
-    let layer = |residual: &Tensor| ops::add_layer_norm(&x, residual, 4, None, None, 1e-5);
+    let layer = |residual: &Tensor| ops::add_layer_norm(&x, residual, 4, [None, None], 1e-5);
     let rms = |residual: &Tensor, eps| ops::add_rms_norm(&x, residual, 4, None, eps);
     for path in PATHS {
         with_path(path, || -> Result<()> {
@@ -370,14 +370,14 @@ fn what_does_not_fit_is_refused_by_name() -> Result<()> {
                 assert_message(layer(&residual), &[&["LayerNorm"][..], &rest].concat());
                 assert_message(rms(&residual, 1e-5), &[&["RmsNorm"][..], &rest].concat());
             }
-            let short = ops::add_layer_norm(&x, &x, 3, None, None, 1e-5);
+            let short = ops::add_layer_norm(&x, &x, 3, [None, None], 1e-5);
             assert_message(short, &["LayerNorm", "normalized_shape [3]", "[2, 3, 4]"]);
             let long = zeros(&[5], DType::F32)?;
-            let weighted = ops::add_layer_norm(&x, &x, 4, Some(&long), None, 1e-5);
+            let weighted = ops::add_layer_norm(&x, &x, 4, [Some(&long), None], 1e-5);
             assert_message(weighted, &["LayerNorm", "weight", "[4]", "[5]"]);
             assert_message(rms(&x, 0.), &["RmsNorm", "eps > 0", "got 0"]);
             let ints = zeros(&[2, 4], DType::U32)?;
-            let ints = ops::add_layer_norm(&ints, &ints, 4, None, None, 1e-5);
+            let ints = ops::add_layer_norm(&ints, &ints, 4, [None, None], 1e-5);
             assert_message(ints, &["LayerNorm", "dtype", "U32"]);
             Ok(())
         })?;

@@ -254,7 +254,7 @@ fn add_norm() -> Result<()> {
             let (x, residual) = (var(&[4, 33], 1, DType::F32)?, var(&[4, 33], 2, DType::F32)?);
             let weight = var(&[33], 3, DType::F32)?;
             let (y, sum) = with_path(path, || {
-                ops::add_layer_norm(&x, &residual, 33, Some(&weight), None, 1e-5)
+                ops::add_layer_norm(&x, &residual, 33, [Some(&weight), None], 1e-5)
             })?;
             if set {
                 for v in [&x, &residual, &weight] {

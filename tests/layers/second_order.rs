@@ -116,8 +116,13 @@ fn add_norm() {
             inputs.extend([(); 2].map(|()| normal(&mut draw, &dims[1..])));
             for path in [Path::Fused, Path::Composed] {
                 let layer = |t: &[Tensor]| {
-                    let (y, sum) =
-                        ops::add_layer_norm(&t[0], &t[1], dims[1], Some(&t[2]), Some(&t[3]), 1e-2)?;
+                    let (y, sum) = ops::add_layer_norm(
+                        &t[0],
+                        &t[1],
+                        dims[1],
+                        [Some(&t[2]), Some(&t[3])],
+                        1e-2,
+                    )?;
                     Tensor::cat(&[y, sum], 0)
                 };
                 let rms = |t: &[Tensor]| {
@@ -210,20 +215,21 @@ fn switch_norm() {
         ];
         for path in [Path::Fused, Path::Composed] {
             for (batch, instance) in [(0, true), (0, false), (1, true), (2, true)] {
-                let sources = ops::SwitchSources {
+                let options = ops::SwitchOptions {
                     instance,
                     batch: batches[batch],
                     unbiased: batch == 0,
+                    eps: 0.1,
                 };
                 let count = 1 + usize::from(instance) + usize::from(batch < 2);
                 let f = |v: &[Tensor]| {
                     let (mean, var) = (v[3].narrow(0, 0, count)?, v[4].narrow(0, 0, count)?);
                     let shares = [&mean, &var];
                     let norm =
-                        || ops::switch_norm(&v[0], Some(&v[1]), Some(&v[2]), shares, sources, 0.1);
+                        || ops::switch_norm(&v[0], Some(&v[1]), Some(&v[2]), shares, options);
                     Ok(with_path(path, norm)?.0)
                 };
-                check(&format!("switch norm, {path:?}, {sources:?}"), &inputs, f)?;
+                check(&format!("switch norm, {path:?}, {options:?}"), &inputs, f)?;
             }
         }
         Ok(())

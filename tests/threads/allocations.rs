@@ -51,7 +51,7 @@ fn channels_last_input_of_batch_norm_is_not_copied() -> Result<()> {
             Tensor::ones(64, DType::F32, &Device::Cpu)?,
         );
         let training = asked(|| Ok(ops::batch_norm(&x, None, None, 1e-5)?.0))?;
-        let inference = asked(|| ops::batch_norm_inference(&x, &mean, &var, None, None, 1e-5))?;
+        let inference = asked(|| ops::batch_norm_inference(&x, [&mean, &var], None, None, 1e-5))?;
         for (name, asked) in [("training", training), ("inference", inference)] {
             assert!(
                 asked.bytes_total < size * 3 / 2,
@@ -70,15 +70,16 @@ fn switch_norm_allocates_its_output_and_little_else() -> Result<()> {
     let pool = one_thread.map_err(candle_core::Error::wrap)?;
     pool.install(|| {
         let shares = Tensor::ones(3, DType::F32, &Device::Cpu)?;
-        let sources = ops::SwitchSources {
+        let options = ops::SwitchOptions {
             instance: true,
             batch: ops::SwitchBatch::Own,
             unbiased: true,
+            eps: 1e-5,
         };
         for dtype in [DType::F32, DType::BF16] {
             let x = noise(&[8, 16, 40, 40], dtype)?;
             let size = (x.elem_count() * dtype.size_in_bytes()) as u64;
-            let norm = || ops::switch_norm(&x, None, None, [&shares, &shares], sources, 1e-5);
+            let norm = || ops::switch_norm(&x, None, None, [&shares, &shares], options);
             let asked = asked(|| Ok(norm()?.0))?;
             assert!(
                 asked.bytes_total < size * 3 / 2,

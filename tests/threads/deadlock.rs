@@ -164,7 +164,7 @@ fn add_norm() {
             move |t| {
                 let params = (Some(&t[2]), Some(&t[3]));
                 let (y, sum) =
-                    ops::add_layer_norm(&t[0], &t[1], dims[1], params.0, params.1, 1e-3)?;
+                    ops::add_layer_norm(&t[0], &t[1], dims[1], [params.0, params.1], 1e-3)?;
                 y + sum
             },
         );
@@ -178,13 +178,14 @@ fn shares_of_switch_norm() {
         let channels = vec![dims[1]];
         let shapes = [dims, channels.clone(), channels, vec![3], vec![3]];
         check("shares", &shapes, steps, |t| {
-            let sources = ops::SwitchSources {
+            let options = ops::SwitchOptions {
                 instance: true,
                 batch: ops::SwitchBatch::Own,
                 unbiased: true,
+                eps: 1e-3,
             };
             let (weight, bias, shares) = (Some(&t[1]), Some(&t[2]), [&t[3], &t[4]]);
-            Ok(ops::switch_norm(&t[0], weight, bias, shares, sources, 1e-3)?.0)
+            Ok(ops::switch_norm(&t[0], weight, bias, shares, options)?.0)
         });
     }
 }
@@ -200,7 +201,7 @@ fn batch_norm_inference() {
         let infer = move |x: &Tensor, w: &Tensor, b: &Tensor, s: &[Tensor]| {
             // What a variable holds may be negative.
             let var = s[1].sqr()?;
-            ops::batch_norm_inference(x, &s[0], &var, Some(w), Some(b), 1e-3)
+            ops::batch_norm_inference(x, [&s[0], &var], Some(w), Some(b), 1e-3)
         };
         check("inference", &shapes, steps, move |t| {
             let s = given.each_ref().map(|s| s.as_tensor().clone());

@@ -145,7 +145,7 @@ fn add_norm() {
                 let (x, residual) = (leaf(&numbers[0])?, leaf(&numbers[1])?);
                 let weight = variable(&weight, &dims[1..], dtype)?;
                 let (y, sum) = match case % 2 {
-                    0 => ops::add_layer_norm(&x, &residual, dims[1], Some(&weight), None, 1e-5),
+                    0 => ops::add_layer_norm(&x, &residual, dims[1], [Some(&weight), None], 1e-5),
                     _ => {
                         let cast = Cast::AfterWeight;
                         let weight = Some(&weight);
@@ -191,13 +191,13 @@ fn shares_of_switch_norm() {
                 let x = variable(&numbers[0], &dims, dtype)?;
                 let [mean, var] = shares.each_ref().map(|s| variable(s, &[3], dtype));
                 let (mean, var) = (mean?, var?);
-                let sources = ops::SwitchSources {
+                let options = ops::SwitchOptions {
                     instance: true,
                     batch: ops::SwitchBatch::Own,
                     unbiased: true,
+                    eps: 1e-5,
                 };
-                let (y, statistics) =
-                    ops::switch_norm(&x, None, None, [&mean, &var], sources, 1e-5)?;
+                let (y, statistics) = ops::switch_norm(&x, None, None, [&mean, &var], options)?;
                 let statistics = statistics.expect("values");
                 let grads = backward(&y, &tensor(&numbers[1], &dims, dtype)?)?;
                 bits_of(&[
@@ -268,7 +268,7 @@ fn batch_norm_inference() {
         let mean = tensor(&Draw::new(3).normal(c), &[c], DType::F32).expect("a tensor");
         let var = mean.sqr().expect("a tensor");
         check_op("inference", &dims, &[c], |x, weight| {
-            ops::batch_norm_inference(x, &mean, &var, Some(weight), None, 1e-3)
+            ops::batch_norm_inference(x, [&mean, &var], Some(weight), None, 1e-3)
         });
     }
 }

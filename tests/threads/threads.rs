@@ -445,7 +445,7 @@ fn statistics_are_in_no_graph() -> Result<()> {
     let mean = variable(&[1.; 3], &[3], DType::F32)?;
     let var = variable(&[2.; 3], &[3], DType::F32)?;
     let weight = variable(&[3.; 3], &[3], DType::F32)?;
-    let y = ops::batch_norm_inference(&x, &mean, &var, Some(&weight), None, 1e-5)?;
+    let y = ops::batch_norm_inference(&x, [&mean, &var], Some(&weight), None, 1e-5)?;
     let grads = y.sqr()?.sum_all()?.backward()?;
     assert!(grads.get(&weight).is_some());
     assert!(grads.get(&mean).is_none() && grads.get(&var).is_none());

@@ -64,7 +64,8 @@ impl Judgement {
         }
     }
 
-    /// The same where each part stands for one value of what is varied, `labels`: where it depends, it says on which it holds.
+    /// The same where each part stands for one value of what is varied, `labels`: where it depends,
+    /// it says on which it holds.
     pub(crate) fn by(
         on: &'static str,
         labels: &[impl ToString],
@@ -116,7 +117,8 @@ fn named(labels: &[impl ToString], parts: &[bool]) -> String {
 pub(crate) struct Data(pub(crate) Vec<Measure>);
 
 impl Data {
-    /// The median of `metric` of `variant` at `x`; not a number where it was not measured, so that no rule holds by accident.
+    /// The median of `metric` of `variant` at `x`; not a number where it was not measured, so that
+    /// no rule holds by accident.
     pub(crate) fn at(&self, metric: &str, variant: &str, x: f64) -> f64 {
         let mine = |m: &&Measure| m.metric == metric && m.variant == variant && m.x == x;
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
@@ -139,7 +141,8 @@ impl Data {
         self.0.iter().find(mine).map_or(&[], |m| &m.values)
     }
 
-    /// What `metric` of `variant` exceeds that of `other` by, for each seed: both start alike and see the same batches.
+    /// What `metric` of `variant` exceeds that of `other` by, for each seed: both start alike and
+    /// see the same batches.
     pub(crate) fn gains(&self, metric: &str, variant: &str, other: &str) -> Vec<f64> {
         differences(self.values(metric, variant), self.values(metric, other))
     }
@@ -186,7 +189,8 @@ pub(crate) fn mostly(differences: &[f64], holds: impl Fn(f64) -> bool) -> bool {
     !differences.is_empty() && 5 * held >= 4 * differences.len()
 }
 
-/// A difference between two variants over the seeds: its median in `unit`, and in how many it has the sign of the median.
+/// A difference between two variants over the seeds: its median in `unit`, and in how many it has
+/// the sign of the median.
 pub(crate) fn spread(differences: &[f64], unit: &str) -> String {
     let middle = median(differences);
     let alike = differences.iter().filter(|d| **d * middle > 0.).count();

@@ -22,8 +22,10 @@ pub(crate) fn claims() -> Vec<Claim> {
         version: 2,
         text: "Layer norm costs more than batch norm.",
         varied: "the size of the input: 32 images of C × H × W; the layer",
-        fixed: "forward in training mode and backward, f32, one thread, layers timed alternately; the median over rounds, and over seeds for the input",
-        rule: "for each size: layer norm over C × H × W takes at least 1.05 times as long as batch norm in at least four of five seeds",
+        fixed: "forward in training mode and backward, f32, one thread, layers timed alternately; \
+            the median over rounds, and over seeds for the input",
+        rule: "for each size: layer norm over C × H × W takes at least 1.05 times as long as \
+            batch norm in at least four of five seeds",
         plot: Plot {
             metric: TIME,
             y: "time of forward and backward, in ms",
@@ -66,7 +68,8 @@ pub(crate) fn by_turns(layers: &[Timed], x: &Var, rounds: usize) -> Result<Vec<f
     // The first round only warms up.
     for round in 0..=rounds {
         for i in 0..layers.len() {
-            // Who comes first changes, so that nobody always finds the caches as the same one leaves them.
+            // Who comes first changes, so that nobody always finds the caches as the same one
+            // leaves them.
             let i = (i + round) % layers.len();
             let start = Instant::now();
             let y = layers[i].layer.forward_t(x, true)?;

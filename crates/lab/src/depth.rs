@@ -31,7 +31,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm stops gradients from vanishing and exploding with depth.",
             varied: "5 to 50 hidden layers; sigmoid, tanh, ReLU; the norm: none, batch, layer",
             fixed: "layers of 32, Xavier weights, 128 digits, before the first step",
-            rule: "for each activation: with batch norm, the gradient of the first hidden layer at depth 50 is within a factor of 10 of that of the last, and closer to it than without a norm",
+            rule: "for each activation: with batch norm, the gradient of the first hidden layer \
+                at depth 50 is within a factor of 10 of that of the last, and closer to it than \
+                without a norm",
             plot: Plot {
                 metric: RATIO,
                 y: "log10 of the ratio of first to last gradient",
@@ -61,7 +63,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     &ACTIVATIONS.map(|(a, _)| a),
                     &parts,
                     format!(
-                        "ratio of the gradients of first and last layer at depth 50, in powers of ten: {}",
+                        "ratio of the gradients of first and last layer at depth 50, in powers of \
+                         ten: {}",
                         words.join("; ")
                     ),
                 )
@@ -72,9 +75,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Initialization in place of a norm",
             version: 1,
             text: "Good initialization (Xavier, He) and normalization can replace each other.",
-            varied: "4 or 16 hidden layers; weights of a fixed size, Xavier, He; the norm: none or batch",
+            varied: "4 or 16 hidden layers; weights of a fixed size, Xavier, He; the norm: none \
+                or batch",
             fixed: "layers of 32 with ReLU, digits, 300 steps of SGD in batches of 64",
-            rule: "a network counts as trained if its accuracy is 85 % or more; for each depth: He without a norm trains, batch norm with weights of a fixed size trains, and weights of that size without a norm do not",
+            rule: "a network counts as trained if its accuracy is 85 % or more; for each depth: \
+                He without a norm trains, batch norm with weights of a fixed size trains, and \
+                weights of that size without a norm do not",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy in percent",
@@ -95,9 +101,12 @@ pub(crate) fn claims() -> Vec<Claim> {
                 };
                 let words = [4., 16.].map(|depth| {
                     format!(
-                        "at depth {depth}: {} % He alone, {} % batch norm alone, {} % neither, {} % both",
-                        show(of("He", "none", depth)), show(of("fixed 0.05", "batch", depth)),
-                        show(of("fixed 0.05", "none", depth)), show(of("He", "batch", depth))
+                        "at depth {depth}: {} % He alone, {} % batch norm alone, {} % neither, {} \
+                         % both",
+                        show(of("He", "none", depth)),
+                        show(of("fixed 0.05", "batch", depth)),
+                        show(of("fixed 0.05", "none", depth)),
+                        show(of("He", "batch", depth))
                     )
                 });
                 Judgement::by(

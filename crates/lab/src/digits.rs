@@ -22,7 +22,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm converges faster and tolerates higher learning rates.",
             varied: "the norm; the learning rate",
             fixed: FIXED,
-            rule: "two parts, compared with no norm: at the tuned rate, batch norm takes fewer steps to 95 %; of the rates 0.03, 0.1, … 10, the largest that leads to an accuracy of 80 % or more is higher",
+            rule: "two parts, compared with no norm: at the tuned rate, batch norm takes fewer \
+                steps to 95 %; of the rates 0.03, 0.1, … 10, the largest that leads to an \
+                accuracy of 80 % or more is higher",
             plot: Plot {
                 metric: "accuracy by rate",
                 y: "accuracy after 200 steps, in percent",
@@ -42,7 +44,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     trained.map(|(rate, _)| rate).fold(0., f64::max)
                 };
                 let figure = format!(
-                    "steps to 95 %: {} (batch), {} (none), {} (group), {} (layer); largest rate that trains: {}, {}, {}, {}",
+                    "steps to 95 %: {} (batch), {} (none), {} (group), {} (layer); largest rate \
+                     that trains: {}, {}, {}, {}",
                     steps(to_goal("batch")),
                     steps(to_goal("none")),
                     steps(to_goal("group:4")),
@@ -72,7 +75,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm makes training less sensitive to initialization.",
             varied: "a factor of 0.01 to 10 on the He-normal weights; the norm",
             fixed: FIXED,
-            rule: "confirmed if the accuracy after 200 steps, at a rate tuned for each factor, varies across the factors at most half as much as without a norm; otherwise not confirmed",
+            rule: "confirmed if the accuracy after 200 steps, at a rate tuned for each factor, \
+                varies across the factors at most half as much as without a norm; otherwise not \
+                confirmed",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 200 steps, in percent",
@@ -109,7 +114,9 @@ pub(crate) fn claims() -> Vec<Claim> {
             text: "Batch norm suffers at small batches, where group and layer norm do not.",
             varied: "the batch size, for the same number of images; the norm",
             fixed: FIXED,
-            rule: "two parts: from batches of 32 to batches of 2, batch norm loses accuracy in at least four of five seeds, 2 points or more in the median; in at least four of five it loses more than group norm, and more than layer norm",
+            rule: "two parts: from batches of 32 to batches of 2, batch norm loses accuracy in at \
+                least four of five seeds, 2 points or more in the median; in at least four of \
+                five it loses more than group norm, and more than layer norm",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 5120 images, in percent",
@@ -123,7 +130,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
                 let [batch, layer, group] = ["batch", "layer", "group:4"].map(loss);
                 let figure = format!(
-                    "accuracy lost from batches of 32 to batches of 2: batch {}, layer {}, group {}",
+                    "accuracy lost from batches of 32 to batches of 2: batch {}, layer {}, group \
+                     {}",
                     spread(&batch, "points"),
                     spread(&layer, "points"),
                     spread(&group, "points")
@@ -151,9 +159,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Contrast and brightness under instance norm",
             version: 1,
             text: "Instance norm removes style (contrast, brightness).",
-            varied: "the norm; the contrast (halved) and the brightness (raised by 0.3) of test images",
+            varied: "the norm; the contrast (halved) and the brightness (raised by 0.3) of test \
+                images",
             fixed: FIXED,
-            rule: "two parts, contrast and brightness: batch norm loses more than a point of accuracy, and instance norm at most half as much",
+            rule: "two parts, contrast and brightness: batch norm loses more than a point of \
+                accuracy, and instance norm at most half as much",
             plot: Plot {
                 metric: "points lost",
                 y: "points of accuracy lost",
@@ -168,7 +178,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let both = |metric| (lost(metric, "instance"), lost(metric, "batch"));
                 let (contrast, brightness) = (both("half the contrast"), both("more brightness"));
                 let figure = format!(
-                    "points of accuracy lost by instance and batch norm: {} and {} at half the contrast, {} and {} at more brightness",
+                    "points of accuracy lost by instance and batch norm: {} and {} at half the \
+                     contrast, {} and {} at more brightness",
                     show(contrast.0),
                     show(contrast.1),
                     show(brightness.0),
@@ -187,9 +198,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Batch and layer norm combined",
             version: 1,
             text: "Batch norm and layer norm can be combined to advantage.",
-            varied: "the norm: batch, layer, instance, or all three with learned mixing weights (switchable)",
+            varied: "the norm: batch, layer, instance, or all three with learned mixing weights \
+                (switchable)",
             fixed: FIXED,
-            rule: "confirmed if switchable norm is more accurate than batch norm and than layer norm in at least four of five seeds; not confirmed if its median gain over the better of them is not positive; otherwise it depends on the seed",
+            rule: "confirmed if switchable norm is more accurate than batch norm and than layer \
+                norm in at least four of five seeds; not confirmed if its median gain over the \
+                better of them is not positive; otherwise it depends on the seed",
             plot: Plot {
                 metric: ACCURACY,
                 y: "accuracy after 200 steps, in percent",
@@ -203,7 +217,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let of = |norm| show(d.median(ACCURACY, norm));
                 let gains = ["batch", "layer"].map(|norm| d.gains(ACCURACY, "switch", norm));
                 let figure = format!(
-                    "{} % switchable, {} % batch, {} % layer, {} % instance; switchable compared with batch {}, compared with layer {}",
+                    "{} % switchable, {} % batch, {} % layer, {} % instance; switchable compared \
+                     with batch {}, compared with layer {}",
                     of("switch"),
                     of("batch"),
                     of("layer"),
@@ -227,7 +242,7 @@ struct Arm<'a> {
 }
 
 impl Arm<'_> {
-    /// After `every` so many steps the test digits are asked.
+    /// After `every` so many steps the test digits are evaluated.
     fn train_looking(
         &self,
         every: usize,

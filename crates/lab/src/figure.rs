@@ -106,7 +106,8 @@ fn bounds((low, high): (f64, f64)) -> std::ops::Range<f64> {
     low..high
 }
 
-/// Round values between the limits. Where a logarithmic axis is too short for two of its own, those of a linear one.
+/// Round values between the limits. Where a logarithmic axis is too short for two of its own, those
+/// of a linear one.
 fn ticks(low: f64, high: f64, log: bool) -> Vec<f64> {
     let axis = |log| Axis {
         label: "",
@@ -180,7 +181,8 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
     let label = escape(claim.plot.y);
     let _ = writeln!(
         svg,
-        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" fill=\"currentColor\">{label}{}</text></svg>",
+        "<text x=\"{}\" y=\"{}\" text-anchor=\"middle\" \
+         fill=\"currentColor\">{label}{}</text></svg>",
         (left + right) / 2.,
         height - 12.,
         if log { " (logarithmic)" } else { "" },

@@ -26,10 +26,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 6,
             title: "Normalizing each window of a series",
             version: 1,
-            text: "For time series, normalizing each window by itself beats a static scaler by about 18 %.",
-            varied: "the normalization of windows: static, sliding (60 rows), exponentially weighted (span 60), reversible instance normalization",
-            fixed: "prediction of the value 5 rows ahead from the last 30, a network of 32 hidden units, trained on the first half and tested on the second; 600 steps of AdamW",
-            rule: "four parts, two each for stocks and CO2: reversible instance normalization, which takes the statistics of each window, beats the static scaler in at least four of five seeds; it does so by 9 to 27 %",
+            text: "For time series, normalizing each window by itself beats a static scaler by \
+                about 18 %.",
+            varied: "the normalization of windows: static, sliding (60 rows), exponentially \
+                weighted (span 60), reversible instance normalization",
+            fixed: "prediction of the value 5 rows ahead from the last 30, a network of 32 hidden \
+                units, trained on the first half and tested on the second; 600 steps of AdamW",
+            rule: "four parts, two each for stocks and CO2: reversible instance normalization, \
+                which takes the statistics of each window, beats the static scaler in at least \
+                four of five seeds; it does so by 9 to 27 %",
             plot: Plot {
                 metric: "error",
                 y: "mean absolute error relative to predicting the last value",
@@ -53,7 +58,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 };
                 let of = |variant: &str| show(d.median("error", variant));
                 let figure = format!(
-                    "RevIn has {} % less error than a static scaler on stocks, {} % on CO2; error relative to predicting the last value: static {} and {}, RevIn {} and {}",
+                    "RevIn has {} % less error than a static scaler on stocks, {} % on CO2; error \
+                     relative to predicting the last value: static {} and {}, RevIn {} and {}",
                     show(cut("stocks")),
                     show(cut("co2")),
                     of("stocks, static"),
@@ -86,8 +92,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "Unnormalized closing prices make a recurrent network's gradient explode.",
             varied: "closing prices as they are, or z-scored; the cell with and without LayerNorm",
-            fixed: "a tanh cell of 32 units over 30 closing prices of four markets, predicting the close 5 days ahead; Xavier weights; the first step, a batch of 64",
-            rule: "two parts: without LayerNorm, the gradient of the parameters is 100 times larger for raw prices; in backpropagation through time it grows from the last state to the first, and more for raw prices than for z-scores",
+            fixed: "a tanh cell of 32 units over 30 closing prices of four markets, predicting \
+                the close 5 days ahead; Xavier weights; the first step, a batch of 64",
+            rule: "two parts: without LayerNorm, the gradient of the parameters is 100 times \
+                larger for raw prices; in backpropagation through time it grows from the last \
+                state to the first, and more for raw prices than for z-scores",
             plot: Plot {
                 metric: "gradient norm",
                 y: "norm of the gradient of all parameters",
@@ -104,7 +113,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     m("gradient norm", "raw, LayerNorm") / m("gradient norm", "z-score, LayerNorm");
                 let through = m("ratio of first to last state", "raw");
                 let figure = format!(
-                    "gradient ×{} (×{} with LayerNorm in the cell); ratio of the gradients of first and last state: {} raw, {} z-scored",
+                    "gradient ×{} (×{} with LayerNorm in the cell); ratio of the gradients of \
+                     first and last state: {} raw, {} z-scored",
                     show(ratio),
                     show(normed),
                     show(through),
@@ -125,10 +135,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 9,
             title: "Drift and refitting a scaler",
             version: 2,
-            text: "Drift of mean and variance should be monitored, and should trigger an update of the scaler.",
+            text: "Drift of mean and variance should be monitored, and should trigger an update \
+                of the scaler.",
             varied: "the scaler: fitted once, or fitted again at each alarm of the monitor",
             fixed: "the four stock closes and the experiment of claim 6",
-            rule: "two parts: in the second half the monitor raises at least five times as many alarms as on the same rows in random order; refitting reduces the error by 5 % or more, and does so in at least four of five seeds",
+            rule: "two parts: in the second half the monitor raises at least five times as many \
+                alarms as on the same rows in random order; refitting reduces the error by 5 % or \
+                more, and does so in at least four of five seeds",
             plot: Plot {
                 metric: "error",
                 y: "mean absolute error relative to predicting the last value",
@@ -146,7 +159,9 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let shuffled = m("alarms", "stocks in random order");
                 let first = m("row of the first alarm", "stocks, static + refit");
                 let figure = format!(
-                    "{} alarms, the first {} rows after the start of the second half (the window of the monitor has 100 rows); {} alarms on the rows in random order; refitting reduces the error by {} %",
+                    "{} alarms, the first {} rows after the start of the second half (the window \
+                     of the monitor has 100 rows); {} alarms on the rows in random order; \
+                     refitting reduces the error by {} %",
                     show(alarms),
                     show(first),
                     show(shuffled),
@@ -217,7 +232,7 @@ impl ModuleT for Forecaster {
     }
 }
 
-/// What a forecaster learns from and is asked, under one scaling.
+/// Training and test data of a forecaster, under one scaling.
 struct Walk {
     train: Windows,
     test: Windows,
@@ -388,7 +403,8 @@ fn recurrent(lab: &Lab) -> Result<Vec<Measure>> {
                     windows.x.index_select(&rows, 0)?,
                     windows.y.index_select(&rows, 0)?,
                 );
-                // Zeros to have the gradient of the first and the last state: candle keeps only those of variables.
+                // Zeros to have the gradient of the first and the last state: candle keeps only
+                // those of variables.
                 let [first, last] =
                     [(); 2].map(|_| Var::zeros((64, HIDDEN), DType::F32, &Device::Cpu));
                 let (first, last) = (first?, last?);

@@ -43,9 +43,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Scalers and outliers",
             version: 1,
             text: "Outliers spoil min-max scaling; z-scores are more robust.",
-            varied: "the scaler of the inputs; one training row, another for each seed, has its mileage multiplied by 1000",
-            fixed: "prices as z-scores, two hidden layers of 32, 400 steps of AdamW, batches of 64; the learning rate is tuned with that row and without it",
-            rule: "two parts, in at least four of five seeds each: the corrupted row raises the error of min-max scaling by 10 % or more; it raises the error of z-scores by a smaller factor",
+            varied: "the scaler of the inputs; one training row, another for each seed, has its \
+                mileage multiplied by 1000",
+            fixed: "prices as z-scores, two hidden layers of 32, 400 steps of AdamW, batches of \
+                64; the learning rate is tuned with that row and without it",
+            rule: "two parts, in at least four of five seeds each: the corrupted row raises the \
+                error of min-max scaling by 10 % or more; it raises the error of z-scores by a \
+                smaller factor",
             plot: Plot {
                 metric: "RMSE",
                 y: "RMSE of prices, in standard deviations",
@@ -89,10 +93,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 8,
             title: "Half precision and scaling",
             version: 2,
-            text: "f16 needs values within ±65 504, and good scaling reduces the quantization error by three orders of magnitude.",
-            varied: "the quantity (dates as numbers such as 19580329), and its scale: as it is, or its z-score",
-            fixed: "400 rows drawn for each seed; conversion to f16 and back; mean absolute error in the unit of the quantity",
-            rule: "two parts: values above 65 504 become infinite without scaling, and stay finite with it; the error of mileage, DAX and CO2, which f16 can represent, shrinks by a factor of 300 or more",
+            text: "f16 needs values within ±65 504, and good scaling reduces the quantization \
+                error by three orders of magnitude.",
+            varied: "the quantity (dates as numbers such as 19580329), and its scale: as it is, \
+                or its z-score",
+            fixed: "400 rows drawn for each seed; conversion to f16 and back; mean absolute error \
+                in the unit of the quantity",
+            rule: "two parts: values above 65 504 become infinite without scaling, and stay \
+                finite with it; the error of mileage, DAX and CO2, which f16 can represent, \
+                shrinks by a factor of 300 or more",
             plot: Plot {
                 metric: "factor of reduction",
                 y: "factor by which scaling reduces the error",
@@ -108,7 +117,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let beyond = d.median("error without scaling", "date").is_infinite()
                     && d.median("error with scaling", "date").is_finite();
                 let figure = format!(
-                    "dates as numbers: {}; error reduced by a factor of {} (mileage), {} (DAX), {} (CO2)",
+                    "dates as numbers: {}; error reduced by a factor of {} (mileage), {} (DAX), \
+                     {} (CO2)",
                     if beyond {
                         "infinite without scaling, finite with it"
                     } else {
@@ -135,8 +145,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "Distance methods (nearest neighbors, k-means) need scaled features.",
             varied: "the scaler of the inputs",
-            fixed: "nearest neighbors: the mean price of the 5 nearest of 604 cars as the prediction for 200 others, with another split for each seed; k-means with 6 clusters, started at 6 cars drawn by the seed: the fraction of the variance of prices that is within clusters",
-            rule: "two parts: with every scaler, the error of nearest neighbors is at most 0.9 of that without scaling; so is the variance within clusters",
+            fixed: "nearest neighbors: the mean price of the 5 nearest of 604 cars as the \
+                prediction for 200 others, with another split for each seed; k-means with 6 \
+                clusters, started at 6 cars drawn by the seed: the fraction of the variance of \
+                prices that is within clusters",
+            rule: "two parts: with every scaler, the error of nearest neighbors is at most 0.9 of \
+                that without scaling; so is the variance within clusters",
             plot: Plot {
                 metric: "RMSE of nearest neighbors",
                 y: "RMSE with the 5 nearest neighbors, in dollars",
@@ -159,7 +173,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 );
                 let list = |r: &[f64]| r.iter().map(|v| show(*v)).collect::<Vec<_>>().join(", ");
                 let figure = format!(
-                    "relative to unscaled (min-max, z-score, robust): error of nearest neighbors ×{}; variance within clusters ×{}",
+                    "relative to unscaled (min-max, z-score, robust): error of nearest neighbors \
+                     ×{}; variance within clusters ×{}",
                     list(&near),
                     list(&groups)
                 );
@@ -272,9 +287,9 @@ fn distances(lab: &Lab) -> Result<Vec<Measure>> {
             let [train, test] = scaled(name, &part(&inputs, 0, 604)?, &part(&inputs, 604, 804)?)?;
             let (train, test) = (train.to_vec2::<f32>()?, test.to_vec2::<f32>()?);
             let known = part(&prices, 0, 604)?.flatten_all()?.to_vec1::<f32>()?;
-            let asked = part(&prices, 604, 804)?.flatten_all()?.to_vec1::<f32>()?;
+            let wanted = part(&prices, 604, 804)?.flatten_all()?.to_vec1::<f32>()?;
             let readings = [
-                neighbors(&train, &known, &test, &asked),
+                neighbors(&train, &known, &test, &wanted),
                 groups(&train, &known),
             ];
             Ok(vec![
@@ -290,9 +305,9 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
 }
 
-fn neighbors(train: &[Vec<f32>], known: &[f32], test: &[Vec<f32>], asked: &[f32]) -> f64 {
+fn neighbors(train: &[Vec<f32>], known: &[f32], test: &[Vec<f32>], wanted: &[f32]) -> f64 {
     let mut square = 0.;
-    for (x, price) in test.iter().zip(asked) {
+    for (x, price) in test.iter().zip(wanted) {
         let mut near: Vec<(f64, f32)> = train
             .iter()
             .map(|t| distance(t, x))

@@ -11,12 +11,13 @@ use serde_json::{Value, json};
 
 /// Learning rates are chosen on seeds from this one on, which no result is measured on.
 const TUNING_SEED: u64 = 1000;
-/// How much further the search for a rate goes at once where the best one is the last of the list, and how often.
+/// How much further the search for a rate goes at once where the best one is the last of the list,
+/// and how often.
 const FURTHER: f64 = 3.;
 const EXTENSIONS: usize = 2;
 
-/// The same data twice: what is measured, and a part of what it trains on, cut in two again. Rates are chosen on the latter, so that
-/// nothing which a result is measured on has a say in them.
+/// The same data twice: what is measured, and a part of what it trains on, cut in two again. Rates
+/// are chosen on the latter, so that nothing which a result is measured on has a say in them.
 pub(crate) struct Sets<D> {
     pub(crate) tuning: D,
     pub(crate) measured: D,
@@ -139,8 +140,9 @@ impl Lab {
         Ok(scores.chunks(seeds).map(median).collect())
     }
 
-    /// `run` for every seed, at the one of `rates`, which grow, whose runs on the tuning seeds have the lowest score. Where that is the
-    /// first or the last and the score still falls, the search goes on beyond it.
+    /// `run` for every seed, at the one of `rates`, which grow, whose runs on the tuning seeds have
+    /// the lowest score. Where that is the first or the last and the score still falls, the search
+    /// goes on beyond it.
     pub(crate) fn tuned<D: Sync>(
         &self,
         variant: &str,
@@ -186,7 +188,8 @@ impl Lab {
         gather(variant, None, trials)
     }
 
-    /// `run` for every seed, one after the other with the machine to itself, for experiments that measure time.
+    /// `run` for every seed, one after the other with the machine to itself, for experiments that
+    /// measure time.
     pub(crate) fn timed(
         &self,
         run: impl Fn(u64) -> Result<Vec<(String, Reading)>>,

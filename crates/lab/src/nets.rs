@@ -80,7 +80,7 @@ impl ModuleT for Mlp {
     }
 }
 
-/// Two hidden layers of 64 on rows of 64 pixels, each with its norm before its ReLU or behind it.
+/// Two hidden layers of 64 on rows of 64 pixels, each with its norm before its ReLU or after it.
 pub(crate) struct Placed<N> {
     pub(crate) hidden: Vec<(Linear, N)>,
     pub(crate) head: Linear,
@@ -121,11 +121,12 @@ impl<N: ModuleT> ModuleT for Placed<N> {
 
 /// A convolution of 3 × 3 with its norm, on maps of one size.
 ///
-/// As one matrix from all positions of the input to all of the output, most of it zeros: for maps as small as these that is many times as fast
-/// as candle's own convolution on the CPU.
+/// As one matrix from all positions of the input to all of the output, most of it zeros: for maps
+/// as small as these that is many times as fast as candle's own convolution on the CPU.
 struct Conv {
     side: usize,
-    /// Where in the weight each element of the matrix is; one behind the last where two positions do not see each other.
+    /// Where in the weight each element of the matrix is; one past the last where two positions
+    /// do not see each other.
     places: Tensor,
     weight: Tensor,
     /// Of weight norm.
@@ -230,7 +231,8 @@ impl Cnn {
     }
 }
 
-/// The matrix from maps of `side` to maps of half that side, each pixel the mean of four: candle sums rows of two numbers one by one.
+/// The matrix from maps of `side` to maps of half that side, each pixel the mean of four: candle
+/// sums rows of two numbers one by one.
 fn halving(side: usize) -> Result<Tensor> {
     let half = side / 2;
     let mut matrix = vec![0f32; side * side * half * half];
@@ -277,7 +279,8 @@ pub(crate) struct Net<M> {
 }
 
 impl<M> Net<M> {
-    /// He-normal weights and zero biases. The parameters of norms start as they are made; weight norm from the same weights as others.
+    /// He-normal weights and zero biases. The parameters of norms start as they are made; weight
+    /// norm from the same weights as others.
     pub(crate) fn new(seed: u64, build: impl FnOnce(VarBuilder) -> Result<M>) -> Result<Self> {
         Self::started(Start::He(1.), seed, build)
     }

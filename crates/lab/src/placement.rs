@@ -22,20 +22,22 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "A norm belongs between a layer and its activation.",
             varied: "the norm before or after ReLU; batch and layer norm; the learning rate",
-            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
-            rule: "for each norm and rate: with the norm before the activation, the accuracy is higher in at least four of five seeds",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, \
+                AdamW, 300 steps, batches of 64",
+            rule: "for each norm and rate: with the norm before the activation, the accuracy is \
+                higher in at least four of five seeds",
             plot: Plot {
                 x: Some("learning rate"),
                 log_x: true,
                 ..OF_VARIANTS
             },
             runs: [80, 32],
-            run: before_or_behind,
+            run: before_or_after,
             judge: |d| {
                 let variant = |norm, place| format!("{norm}, {place} ReLU");
                 let gain = |norm, rate| {
-                    let [before, behind] = ["before", "after"].map(|place| variant(norm, place));
-                    d.gains_at(ACCURACY, (&before, rate), (&behind, rate))
+                    let [before, after] = ["before", "after"].map(|place| variant(norm, place));
+                    d.gains_at(ACCURACY, (&before, rate), (&after, rate))
                 };
                 let (mut labels, mut parts, mut words) = (vec![], vec![], vec![]);
                 for norm in ["batch", "layer"] {
@@ -59,10 +61,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 30,
             title: "Folding across an activation",
             version: 1,
-            text: "A norm can be folded into the layer before it only if nothing is between the two.",
-            varied: "batch norm directly after each linear layer, or after the ReLU that follows it; folded into the layer in both cases",
-            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW at 0.01, 300 steps, batches of 64",
-            rule: "two parts, in at least four of five seeds each: directly after the layer, no output changes by more than 1e-3; after ReLU, folding costs 5 points of accuracy or more",
+            text: "A norm can be folded into the layer before it only if nothing is between the \
+                two.",
+            varied: "batch norm directly after each linear layer, or after the ReLU that follows \
+                it; folded into the layer in both cases",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW \
+                at 0.01, 300 steps, batches of 64",
+            rule: "two parts, in at least four of five seeds each: directly after the layer, no \
+                output changes by more than 1e-3; after ReLU, folding costs 5 points of accuracy \
+                or more",
             plot: Plot {
                 metric: "points lost by folding",
                 y: "points of accuracy lost by folding",
@@ -76,7 +83,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let moved = |variant| show(d.median("largest change of an output", variant));
                 let lost = |variant| show(d.median("points lost by folding", variant));
                 let figure = format!(
-                    "outputs change by {} directly after the layer, by {} after ReLU, where {} points are lost",
+                    "outputs change by {} directly after the layer, by {} after ReLU, where {} \
+                     points are lost",
                     moved("directly after"),
                     moved("after ReLU"),
                     lost("after ReLU")
@@ -104,10 +112,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 38,
             title: "Pre-norm, post-norm and warm-up",
             version: 1,
-            text: "A norm after the residual sum needs a warm-up of the learning rate; a norm at the start of the branch does not.",
-            varied: "layer norm at the start of each branch (pre), after each sum (post), or none; a warm-up of 100 steps; the learning rate",
-            fixed: "12 residual branches of two linear layers, 64 wide, on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
-            rule: "a network counts as trained if its accuracy is 80 % or more. Two parts: the largest rate at which it trains is higher with pre than with post; with a warm-up, post trains at a higher rate than without, and pre does not",
+            text: "A norm after the residual sum needs a warm-up of the learning rate; a norm at \
+                the start of the branch does not.",
+            varied: "layer norm at the start of each branch (pre), after each sum (post), or \
+                none; a warm-up of 100 steps; the learning rate",
+            fixed: "12 residual branches of two linear layers, 64 wide, on 1297 digits, tested on \
+                500 by other writers, AdamW, 300 steps, batches of 64",
+            rule: "a network counts as trained if its accuracy is 80 % or more. Two parts: the \
+                largest rate at which it trains is higher with pre than with post; with a \
+                warm-up, post trains at a higher rate than without, and pre does not",
             plot: Plot {
                 x: Some("learning rate"),
                 log_x: true,
@@ -126,7 +139,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let [pre, pre_warm, post, post_warm, none] =
                     ["pre", "pre, warm-up", "post", "post, warm-up", "none"].map(largest);
                 let figure = format!(
-                    "the largest rate at which the network trains: {} pre, {} with a warm-up; {} post, {} with a warm-up; {} without a norm",
+                    "the largest rate at which the network trains: {} pre, {} with a warm-up; {} \
+                     post, {} with a warm-up; {} without a norm",
                     place(pre),
                     place(pre_warm),
                     place(post),
@@ -148,9 +162,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Dropout before batch norm",
             version: 1,
             text: "Batch norm after dropout learns a variance that inference does not have.",
-            varied: "dropout (half of the values) directly before each batch norm, or after the activation that follows it; running statistics as training left them, or recomputed without dropout",
-            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
-            rule: "two parts, in at least four of five seeds each: with dropout before the norm, the accuracy is lower than with dropout after the activation; statistics recomputed without dropout raise it",
+            varied: "dropout (half of the values) directly before each batch norm, or after the \
+                activation that follows it; running statistics as training left them, or \
+                recomputed without dropout",
+            fixed: "two hidden layers of 64 on 1297 digits, tested on 500 by other writers, \
+                AdamW, 300 steps, batches of 64",
+            rule: "two parts, in at least four of five seeds each: with dropout before the norm, \
+                the accuracy is lower than with dropout after the activation; statistics \
+                recomputed without dropout raise it",
             plot: OF_VARIANTS,
             runs: [51, 12],
             run: dropout,
@@ -161,7 +180,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     d.gains(ACCURACY, "before the norm, recomputed", "before the norm"),
                 ];
                 let figure = format!(
-                    "{} % with dropout before the norm, {} % after the activation, {}; {} % before the norm with recomputed statistics, {}",
+                    "{} % with dropout before the norm, {} % after the activation, {}; {} % \
+                     before the norm with recomputed statistics, {}",
                     of("before the norm"),
                     of("after the activation"),
                     spread(&gains[0], "points"),
@@ -182,10 +202,16 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 40,
             title: "Gradients that a norm removes",
             version: 2,
-            text: "What a norm removes gets no gradient: a bias before batch norm, and the input of a norm under a plain sum.",
+            text: "What a norm removes gets no gradient: a bias before batch norm, and the input \
+                of a norm under a plain sum.",
             varied: "the norm after a linear layer of 64 with a bias",
-            fixed: "128 digits, before the first step; the gradient of the bias relative to that of the weight; the gradient of the input of the norm under the sum of its outputs, relative to that under a weighted sum",
-            rule: "two parts: the gradient of the bias before batch norm, whose mean is over samples, is at most 1e-5 of that of the weight; under a plain sum the gradient of the input of batch, layer and group norm is at most 1e-3 of that under a weighted one",
+            fixed: "128 digits, before the first step; the gradient of the bias relative to that \
+                of the weight; the gradient of the input of the norm under the sum of its \
+                outputs, relative to that under a weighted sum",
+            rule: "two parts: the gradient of the bias before batch norm, whose mean is over \
+                samples, is at most 1e-5 of that of the weight; under a plain sum the gradient of \
+                the input of batch, layer and group norm is at most 1e-3 of that under a weighted \
+                one",
             plot: Plot {
                 metric: "input under a plain sum",
                 y: "gradient of the input, plain relative to weighted sum",
@@ -203,7 +229,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let bias = most("bias relative to weight", &["batch"]);
                 let input = most("input under a plain sum", &["batch", "layer", "group:8"]);
                 let figure = format!(
-                    "the gradient of the bias relative to that of the weight is {} before batch norm, {} before layer norm, {} before group norm, {} before RMS norm; the gradient of the input under a plain sum relative to that under a weighted sum is at most {} with batch, layer and group norm, {} with RMS norm",
+                    "the gradient of the bias relative to that of the weight is {} before batch \
+                     norm, {} before layer norm, {} before group norm, {} before RMS norm; the \
+                     gradient of the input under a plain sum relative to that under a weighted \
+                     sum is at most {} with batch, layer and group norm, {} with RMS norm",
                     show(bias),
                     show(most("bias relative to weight", &["layer"])),
                     show(most("bias relative to weight", &["group:8"])),
@@ -234,7 +263,7 @@ fn course(lab: &Lab, seed: u64) -> Course {
     }
 }
 
-fn before_or_behind(lab: &Lab) -> Result<Vec<Measure>> {
+fn before_or_after(lab: &Lab) -> Result<Vec<Measure>> {
     let sets = flat_digits()?.measured;
     let mut all = vec![];
     for name in ["batch", "layer"] {
@@ -387,7 +416,7 @@ fn residual(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// Batch norm in two hidden layers, with dropout before it or behind the activation.
+/// Batch norm in two hidden layers, with dropout before it or after the activation.
 struct Dropped {
     net: Mlp,
     before: bool,
@@ -492,7 +521,8 @@ fn nothing_left(lab: &Lab) -> Result<Vec<Measure>> {
             let Some(bias) = layer.bias() else {
                 bail!("expected a bias")
             };
-            // Other weights than ones, and not the same for all rows, which a sum over a batch would take for ones.
+            // Other weights than ones, and not the same for all rows, which a sum over a batch
+            // would take for ones.
             let weights = Tensor::arange(0f32, 128. * 64., batch.images.device())?;
             let weights = weights.sin()?.reshape((128, 64))?;
             let weighted = (&normed * weights)?.sum_all()?;

@@ -33,9 +33,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Weight decay on norms",
             version: 1,
             text: "Weight decay on the scales and shifts of norms costs accuracy.",
-            varied: "decoupled decay on all parameters, or on the weights alone; the size of the decay",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
-            rule: "for each decay: with decay on the weights alone, the accuracy is higher in at least four of five seeds",
+            varied: "decoupled decay on all parameters, or on the weights alone; the size of the \
+                decay",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on \
+                500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
+            rule: "for each decay: with decay on the weights alone, the accuracy is higher in at \
+                least four of five seeds",
             plot: Plot {
                 x: Some("decay"),
                 log_x: true,
@@ -72,10 +75,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 26,
             title: "Running statistics in hand-written updates",
             version: 1,
-            text: "A hand-written update of all variables of a model spoils its running statistics.",
-            varied: "the hand-written update after every step: a decay of 1 %, or clipping of each variable to a norm of 4; of all variables, or of the trainable ones",
+            text: "A hand-written update of all variables of a model spoils its running \
+                statistics.",
+            varied: "the hand-written update after every step: a decay of 1 %, or clipping of \
+                each variable to a norm of 4; of all variables, or of the trainable ones",
             fixed: FIXED,
-            rule: "two parts, decay and clipping: with all variables, the accuracy is lower by 1 point or more in at least four of five seeds",
+            rule: "two parts, decay and clipping: with all variables, the accuracy is lower by 1 \
+                point or more in at least four of five seeds",
             plot: OF_VARIANTS,
             runs: [68, 16],
             run: by_hand,
@@ -90,7 +96,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let losses = ["decay", "clipping"].map(loss);
                 let count = |variant| show(d.median("elements", variant));
                 let figure = format!(
-                    "accuracy lost with all variables: {} (decay), {} (clipping); {} elements in all variables, {} in the trainable ones",
+                    "accuracy lost with all variables: {} (decay), {} (clipping); {} elements in \
+                     all variables, {} in the trainable ones",
                     spread(&losses[0], "points"),
                     spread(&losses[1], "points"),
                     count("decay, all"),
@@ -111,9 +118,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "A batch of one",
             version: 1,
             text: "One batch with one value per channel ruins a BatchNorm that does not refuse it.",
-            varied: "the last batch of an epoch, which has one digit: kept (BatchNorm of candle-nn; LayerNorm), or left out",
-            fixed: "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other writers, AdamW, batches of 16, two epochs",
-            rule: "two parts: with the batch of one, the accuracy of candle-nn's BatchNorm is below 20 % in at least four of five seeds; without that batch, or with LayerNorm, it is above 80 % in at least four",
+            varied: "the last batch of an epoch, which has one digit: kept (BatchNorm of \
+                candle-nn; LayerNorm), or left out",
+            fixed: "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other \
+                writers, AdamW, batches of 16, two epochs",
+            rule: "two parts: with the batch of one, the accuracy of candle-nn's BatchNorm is \
+                below 20 % in at least four of five seeds; without that batch, or with LayerNorm, \
+                it is above 80 % in at least four",
             plot: OF_VARIANTS,
             runs: [51, 12],
             run: batch_of_one,
@@ -121,7 +132,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let variants = ["candle-nn, kept", "left out", "LayerNorm, kept"];
                 let values = variants.map(|variant| d.values(ACCURACY, variant));
                 let figure = format!(
-                    "{} % with the batch of one in candle-nn, {} % without it, {} % with LayerNorm; this crate refused {} batches of an epoch",
+                    "{} % with the batch of one in candle-nn, {} % without it, {} % with \
+                     LayerNorm; this crate refused {} batches of an epoch",
                     show(d.median(ACCURACY, variants[0])),
                     show(d.median(ACCURACY, variants[1])),
                     show(d.median(ACCURACY, variants[2])),
@@ -143,10 +155,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 31,
             title: "Accumulated gradients",
             version: 1,
-            text: "Gradients accumulated over small batches are those of one large batch only if the norm does not depend on the batch.",
+            text: "Gradients accumulated over small batches are those of one large batch only if \
+                the norm does not depend on the batch.",
             varied: "the number of parts that a batch of 32 is divided into; the norm",
             fixed: FIXED,
-            rule: "two parts: for every size of parts, the accumulated gradient differs from that of the whole batch by a tenth of its norm or more with batch norm, and by at most 1e-5 with group and layer norm; trained in parts of 2, batch norm loses accuracy compared with batches of 32 in at least four of five seeds",
+            rule: "two parts: for every size of parts, the accumulated gradient differs from that \
+                of the whole batch by a tenth of its norm or more with batch norm, and by at most \
+                1e-5 with group and layer norm; trained in parts of 2, batch norm loses accuracy \
+                compared with batches of 32 in at least four of five seeds",
             plot: Plot {
                 metric: "difference of gradients",
                 y: "difference relative to the norm of the gradient",
@@ -163,7 +179,10 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let others = most("group:8").max(most("layer"));
                 let loss = |norm| d.gains_at(ACCURACY, (norm, 32.), (norm, 2.));
                 let figure = format!(
-                    "the accumulated gradient differs by {} to {} of its norm with batch norm, by at most {} with group and layer norm; accuracy lost by training in parts of 2 instead of 32 at once: {} with batch norm, {} with group norm, {} with layer norm",
+                    "the accumulated gradient differs by {} to {} of its norm with batch norm, by \
+                     at most {} with group and layer norm; accuracy lost by training in parts of \
+                     2 instead of 32 at once: {} with batch norm, {} with group norm, {} with \
+                     layer norm",
                     show(least("batch")),
                     show(most("batch")),
                     show(others),
@@ -217,7 +236,7 @@ pub(crate) fn learn(
     course.run(&net.model, optimizer, sets)
 }
 
-pub(crate) fn asked(net: &impl ModuleT, test: &Digits) -> Result<Learned> {
+pub(crate) fn evaluated(net: &impl ModuleT, test: &Digits) -> Result<Learned> {
     Learned::of(&net.forward_t(&test.images, false)?, test)
 }
 
@@ -287,7 +306,7 @@ fn by_hand(lab: &Lab) -> Result<Vec<Measure>> {
                             var.set(&(var.as_tensor() * factor)?.detach())?;
                         }
                     }
-                    let learned = asked(&net.model, test)?;
+                    let learned = evaluated(&net.model, test)?;
                     let counted = vars.iter().map(|v| v.elem_count()).sum::<usize>();
                     let readings = vec![
                         (ACCURACY, 0., learned.accuracy),
@@ -301,7 +320,8 @@ fn by_hand(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// Two epochs in batches of 16, the last of them with what is left; a batch that is refused is left out. How many were, and the accuracy.
+/// Two epochs in batches of 16, the last of them with what is left; a batch that is refused is left
+/// out. How many were, and the accuracy.
 fn two_epochs(
     net: &impl ModuleT,
     mut optimizer: Optim,
@@ -323,7 +343,7 @@ fn two_epochs(
             optimizer.step(&cross_entropy(&logits, &labels)?)?;
         }
     }
-    Ok((f64::from(refused), asked(net, test)?))
+    Ok((f64::from(refused), evaluated(net, test)?))
 }
 
 fn batch_of_one(lab: &Lab) -> Result<Vec<Measure>> {
@@ -426,7 +446,7 @@ fn accumulated(lab: &Lab) -> Result<Vec<Measure>> {
                 for _ in 0..lab.steps(STEPS) {
                     optimizer.follow(&gradient(&net, &batches.of(train, 32)?, size)?)?;
                 }
-                let learned = asked(&net.model, test)?;
+                let learned = evaluated(&net.model, test)?;
                 let reading = (ACCURACY, size as f64, learned.accuracy);
                 Ok(Trial::new(learned.rank(), vec![reading]))
             })?);

@@ -25,9 +25,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Norms in bf16",
             version: 1,
             text: "Scales of norms in half precision stop changing.",
-            varied: "the dtype of the parameters: all in bf16, those of layer norm in f32, all in f32; the learning rate",
+            varied: "the dtype of the parameters: all in bf16, those of layer norm in f32, all in \
+                f32; the learning rate",
             fixed: FIXED,
-            rule: "for each rate: in bf16, fewer than half of the scales differ from 1, their initial value, in at least four of five seeds",
+            rule: "for each rate: in bf16, fewer than half of the scales differ from 1, their \
+                initial value, in at least four of five seeds",
             plot: Plot {
                 metric: MOVED,
                 y: "scales that changed, in percent",
@@ -42,7 +44,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let words = STEPS.map(|rate| {
                     let of = |metric, variant| show(d.at(metric, variant, rate));
                     format!(
-                        "at {rate} {} % changed in bf16, {} % in f32, accuracy {} % in bf16, {} % with norms in f32, {} % in f32",
+                        "at {rate} {} % changed in bf16, {} % in f32, accuracy {} % in bf16, {} % \
+                         with norms in f32, {} % in f32",
                         of(MOVED, "all in bf16"),
                         of(MOVED, "norms in f32"),
                         of(ACCURACY, "all in bf16"),
@@ -60,8 +63,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "In f16, small gradients vanish unless the loss is scaled up.",
             varied: "the factor on the loss, by which gradients are divided in f32 before the step",
-            fixed: "the network of claim 32, computed in f16 with weights and norms in f32; the elements of the gradient of the first layer that are zero, out of those that are not zero in f32, after 300 steps",
-            rule: "three parts, in at least four of five seeds each: without a factor, 5 % of the elements or more vanish; with a factor of 1024, at most half as many; with this factor, the accuracy is higher than without",
+            fixed: "the network of claim 32, computed in f16 with weights and norms in f32; the \
+                elements of the gradient of the first layer that are zero, out of those that are \
+                not zero in f32, after 300 steps",
+            rule: "three parts, in at least four of five seeds each: without a factor, 5 % of the \
+                elements or more vanish; with a factor of 1024, at most half as many; with this \
+                factor, the accuracy is higher than without",
             plot: Plot {
                 metric: VANISHED,
                 y: "elements that vanished, in percent",
@@ -84,7 +91,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     )
                 });
                 let figure = format!(
-                    "elements that vanished: {}; accuracy {} % at 1, {} % at 1024, {}, {} % at 65536, {} % in f32",
+                    "elements that vanished: {}; accuracy {} % at 1, {} % at 1024, {}, {} % at \
+                     65536, {} % in f32",
                     words.join(", "),
                     show(d.at(ACCURACY, ARM_F16, 1.)),
                     show(d.at(ACCURACY, ARM_F16, 1024.)),
@@ -113,9 +121,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Another eps",
             version: 1,
             text: "The eps of another framework changes the outputs.",
-            varied: "the eps at inference of a network that was trained with 1e-5; batch norm, layer norm, batch norm also on the pixels, some of which are always 0",
-            fixed: "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
-            rule: "for each network: with 1e-3, the default of Keras, some output changes by 0.01 or more in at least four of five seeds",
+            varied: "the eps at inference of a network that was trained with 1e-5; batch norm, \
+                layer norm, batch norm also on the pixels, some of which are always 0",
+            fixed: "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other \
+                writers, AdamW at 0.003, 300 steps, batches of 64",
+            rule: "for each network: with 1e-3, the default of Keras, some output changes by 0.01 \
+                or more in at least four of five seeds",
             plot: Plot {
                 metric: APART,
                 y: APART,
@@ -129,7 +140,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let words = NORMS.map(|variant| {
                     let lost = d.gains_at(ACCURACY, (variant, 1e-5), (variant, 1e-3));
                     format!(
-                        "{variant}: {} at 1e-12, {} at 1e-6, {} at 1e-3, {} at 0.1; accuracy lost at 1e-3 {}",
+                        "{variant}: {} at 1e-12, {} at 1e-6, {} at 1e-3, {} at 0.1; accuracy lost \
+                         at 1e-3 {}",
                         show(d.at(APART, variant, 1e-12)),
                         show(d.at(APART, variant, 1e-6)),
                         show(d.at(APART, variant, 1e-3)),
@@ -229,7 +241,8 @@ fn gradient(
     Ok(gradients)
 }
 
-/// The share of the elements of the first layer's gradient that are zero, of those which are not in f32.
+/// The share of the elements of the first layer's gradient that are zero, of those which are not in
+/// f32.
 fn vanished(factor: f64, net: &Net<Placed<LayerNorm>>, batch: &Digits) -> Result<f64> {
     let first: &Tensor = net.model.hidden[0].0.weight();
     let of = |dtype, factor| -> Result<Tensor> {

@@ -137,7 +137,8 @@ fn section(
     let judged = (claim.judge)(data);
     let (id, y) = (claim.id, claim.plot.y);
     let mut text = format!(
-        "\n{}\n\n## {} (claim {id})\n\n> {}\n\n**{}**: {}.\n\n- Varied: {}.\n- Held fixed: {}.\n- Rule: {}.\n\n![{y}](claims/{figure})\n\n",
+        "\n{}\n\n## {} (claim {id})\n\n> {}\n\n**{}**: {}.\n\n- Varied: {}.\n- Held fixed: {}.\n- \
+         Rule: {}.\n\n![{y}](claims/{figure})\n\n",
         anchor(id),
         claim.title,
         claim.text,

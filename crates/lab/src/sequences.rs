@@ -26,9 +26,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Layer norm, sequences and the batch",
             version: 1,
             text: "Layer norm suits sequences of any length and does not depend on the batch.",
-            varied: "the norm (batch, layer) in a recurrent network and in a transformer of one block; the length of the sequence: the first 2, 4 and 8 rows of a digit",
-            fixed: "width 32; the outputs of two sequences by themselves are compared with those in a batch of 32, untrained and in training mode; the accuracy is that after 300 steps of AdamW on whole digits",
-            rule: "two parts, for both networks and each length: with layer norm, the outputs of the two differ from those in the batch by at most 1e-4; with batch norm, they differ by 0.01 or more",
+            varied: "the norm (batch, layer) in a recurrent network and in a transformer of one \
+                block; the length of the sequence: the first 2, 4 and 8 rows of a digit",
+            fixed: "width 32; the outputs of two sequences by themselves are compared with those \
+                in a batch of 32, untrained and in training mode; the accuracy is that after 300 \
+                steps of AdamW on whole digits",
+            rule: "two parts, for both networks and each length: with layer norm, the outputs of \
+                the two differ from those in the batch by at most 1e-4; with batch norm, they \
+                differ by 0.01 or more",
             plot: Plot {
                 metric: APART,
                 y: "largest difference from the outputs in the batch",
@@ -52,7 +57,9 @@ pub(crate) fn claims() -> Vec<Claim> {
                     show(d.median(ACCURACY, &format!("{net}, {norm}, whole digits")))
                 };
                 let figure = format!(
-                    "difference from the outputs in a batch at most {} with layer norm, at least {} with batch norm; accuracy on whole digits {} % and {} % (recurrent), {} % and {} % (transformer)",
+                    "difference from the outputs in a batch at most {} with layer norm, at least \
+                     {} with batch norm; accuracy on whole digits {} % and {} % (recurrent), {} % \
+                     and {} % (transformer)",
                     show(layer),
                     show(batch),
                     accuracy("recurrent", "layer"),
@@ -72,9 +79,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "RMS norm or layer norm",
             version: 2,
             text: "RMS norm needs only the scale, and is cheaper than layer norm.",
-            varied: "the norm of a transformer; for the time of the layer alone, the length of rows",
-            fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time of forward and backward in f32 on one thread, layers timed alternately, medians",
-            rule: "two parts: the accuracy with RMS norm is at most 1 point below that with layer norm (the median of the differences of each seed); at every length RMS norm takes at most 0.95 of the time of layer norm in at least four of five seeds",
+            varied: "the norm of a transformer; for the time of the layer alone, the length of \
+                rows",
+            fixed: "a transformer of one block and width 32 on digits, 300 steps of AdamW; time \
+                of forward and backward in f32 on one thread, layers timed alternately, medians",
+            rule: "two parts: the accuracy with RMS norm is at most 1 point below that with layer \
+                norm (the median of the differences of each seed); at every length RMS norm takes \
+                at most 0.95 of the time of layer norm in at least four of five seeds",
             plot: Plot {
                 metric: "time",
                 y: "time of forward and backward, in ms",
@@ -93,7 +104,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     .map(|x| format!("×{} at {x}", show(median(&ratios(x)))))
                     .collect();
                 let figure = format!(
-                    "accuracy {} % with RMS norm, {} % with layer norm, which is {} higher; time relative to layer norm: {}",
+                    "accuracy {} % with RMS norm, {} % with layer norm, which is {} higher; time \
+                     relative to layer norm: {}",
                     show(d.median(ACCURACY, "transformer, rms")),
                     show(d.median(ACCURACY, "transformer, layer")),
                     spread(&lost, "points"),
@@ -120,7 +132,8 @@ struct Recurrent {
     head: Linear,
 }
 
-/// One block of attention and a feed-forward layer, each behind a norm, on rows with learned positions; the mean is classified.
+/// One block of attention and a feed-forward layer, each after a norm, on rows with learned
+/// positions; the mean is classified.
 struct Transformer {
     embed: Linear,
     qkv: Linear,

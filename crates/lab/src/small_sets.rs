@@ -31,10 +31,17 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 13,
             title: "Batch norm as a regularizer",
             version: 1,
-            text: "Batch norm regularizes, as dropout, L1 and L2 penalties, label smoothing and early stopping do.",
+            text: "Batch norm regularizes, as dropout, L1 and L2 penalties, label smoothing and \
+                early stopping do.",
             varied: "the regularizer, each alone and together with batch norm",
-            fixed: "200 digits for training and 500 for testing, two hidden layers of 64, 300 steps of AdamW in batches of 32; dropout of 0.2 of the pixels, L2 as a decoupled decay of 0.1 on the weights, L1 1e-4, smoothing 0.1; early stopping on 100 further digits",
-            rule: "three parts: batch norm alone raises the test accuracy in at least four of five seeds; with it, the gap between training and test accuracy shrinks in at least four of five; at least three of the five other regularizers raise the test accuracy in at least four of five",
+            fixed: "200 digits for training and 500 for testing, two hidden layers of 64, 300 \
+                steps of AdamW in batches of 32; dropout of 0.2 of the pixels, L2 as a decoupled \
+                decay of 0.1 on the weights, L1 1e-4, smoothing 0.1; early stopping on 100 \
+                further digits",
+            rule: "three parts: batch norm alone raises the test accuracy in at least four of \
+                five seeds; with it, the gap between training and test accuracy shrinks in at \
+                least four of five; at least three of the five other regularizers raise the test \
+                accuracy in at least four of five",
             plot: Plot {
                 metric: TEST,
                 y: "test accuracy in percent",
@@ -52,7 +59,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     .map(|means| format!("{means} {}", spread(&gain(means), "")));
                 let batch = gain("nothing, batch norm");
                 let figure = format!(
-                    "batch norm alone raises the test accuracy by {}, and narrows the gap to the training accuracy by {}; gains of the others: {}",
+                    "batch norm alone raises the test accuracy by {}, and narrows the gap to the \
+                     training accuracy by {}; gains of the others: {}",
                     spread(&batch, "points"),
                     spread(&gap, "points"),
                     others.collect::<Vec<_>>().join(", ")
@@ -80,8 +88,11 @@ pub(crate) fn claims() -> Vec<Claim> {
             version: 1,
             text: "A generator with tanh output needs targets in [−1, 1].",
             varied: "the range of pixels as targets: 0 to 16, 0 to 1, −1 to 1",
-            fixed: "an autoencoder 64-32-8-32-64 with tanh, also at its output, 600 steps of AdamW in batches of 64; inputs in [−1, 1]",
-            rule: "two parts, in at least four of five seeds each: the error in units of the range, with targets in [−1, 1], is below that in [0, 16]; and below that in [0, 1]",
+            fixed: "an autoencoder 64-32-8-32-64 with tanh, also at its output, 600 steps of \
+                AdamW in batches of 64; inputs in [−1, 1]",
+            rule: "two parts, in at least four of five seeds each: the error in units of the \
+                range, with targets in [−1, 1], is below that in [0, 16]; and below that in [0, \
+                1]",
             plot: Plot {
                 metric: "error",
                 y: "RMSE relative to the range of the target",
@@ -209,10 +220,10 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
                         Some(kept) => kept,
                         None => measure()?,
                     };
-                    let asked = learned.accuracy;
+                    let evaluated = learned.accuracy;
                     Ok(Trial::new(
                         learned.rank(),
-                        vec![(TEST, 0., asked), (GAP, 0., taught - asked)],
+                        vec![(TEST, 0., evaluated), (GAP, 0., taught - evaluated)],
                     ))
                 },
             )?);
@@ -221,7 +232,8 @@ fn regularizers(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// A share of the values set to zero, the others made up for it. candle's own dropout cannot be seeded.
+/// A share of the values set to zero, the others made up for it. candle's own dropout cannot be
+/// seeded.
 pub(crate) fn masked(x: &Tensor, share: f64, seed: u64, step: usize) -> Result<Tensor> {
     let mut rng = StdRng::seed_from_u64(seed << 32 | step as u64);
     let kept = (1. / (1. - share)) as f32;

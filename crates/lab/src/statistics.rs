@@ -9,7 +9,7 @@ use crate::claim::{Claim, Judgement, Plot, mostly, show, spread};
 use crate::common::Digits;
 use crate::lab::{Lab, Measure, Trial};
 use crate::nets::Mlp;
-use crate::practice::{ACCURACY, OF_VARIANTS, RATES, STEPS, asked, batch_norm, learn, mlp};
+use crate::practice::{ACCURACY, OF_VARIANTS, RATES, STEPS, batch_norm, evaluated, learn, mlp};
 use crate::training::{Batches, Optim, flat_digits};
 
 pub(crate) fn claims() -> Vec<Claim> {
@@ -18,10 +18,16 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 28,
             title: "Inference in training mode",
             version: 2,
-            text: "Inference in training mode makes a prediction depend on its batch, and moves the running statistics.",
-            varied: "how many of 480 digits are evaluated at once; the mode; whether 500 digits of another brightness (0.3 more) were validated in training mode before",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64",
-            rule: "three parts: evaluated two at a time in training mode, the accuracy is lower by 5 points or more than in inference in at least four of five seeds; in inference it is the same for every number; after the validation it is lower in inference in at least four",
+            text: "Inference in training mode makes a prediction depend on its batch, and moves \
+                the running statistics.",
+            varied: "how many of 480 digits are evaluated at once; the mode; whether 500 digits \
+                of another brightness (0.3 more) were validated in training mode before",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on \
+                500 by other writers, AdamW, 300 steps, batches of 64",
+            rule: "three parts: evaluated two at a time in training mode, the accuracy is lower \
+                by 5 points or more than in inference in at least four of five seeds; in \
+                inference it is the same for every number; after the validation it is lower in \
+                inference in at least four",
             plot: Plot {
                 x: Some("digits evaluated at once"),
                 log_x: true,
@@ -32,22 +38,23 @@ pub(crate) fn claims() -> Vec<Claim> {
             judge: |d| {
                 let lost = d.gains_at(ACCURACY, ("inference", 2.), ("training mode", 2.));
                 let moved = d.gains_at(ACCURACY, ("inference", 2.), ("inference, validated", 2.));
-                let asked = d.along(ACCURACY, "inference");
-                let alike = asked.iter().all(|(_, a)| *a == asked[0].1);
+                let evaluated = d.along(ACCURACY, "inference");
+                let alike = evaluated.iter().all(|(_, a)| *a == evaluated[0].1);
                 let words: Vec<String> = d
                     .along(ACCURACY, "training mode")
                     .iter()
                     .map(|(n, a)| format!("{} % at {n}", show(*a)))
                     .collect();
                 let figure = format!(
-                    "in training mode {}; {} % in inference, for every number; {} % in inference after 500 brighter digits were validated in training mode",
+                    "in training mode {}; {} % in inference, for every number; {} % in inference \
+                     after 500 brighter digits were validated in training mode",
                     words.join(", "),
                     show(d.at(ACCURACY, "inference", 2.)),
                     show(d.at(ACCURACY, "inference, validated", 2.))
                 );
                 let parts = [
                     mostly(&lost, |d| d >= 5.),
-                    !asked.is_empty() && alike,
+                    !evaluated.is_empty() && alike,
                     mostly(&moved, |d| d > 0.),
                 ];
                 Judgement::parts(
@@ -65,10 +72,14 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 35,
             title: "Momentum by the opposite convention",
             version: 1,
-            text: "A momentum by the opposite convention makes the running statistics those of the last batch.",
-            varied: "the momentum, the weight of the new batch: 0.01 to 0.99; the batch size; the average of all batches (`None`)",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps",
-            rule: "for each batch size: with 0.99, the accuracy in inference is lower than with 0.1 in at least four of five seeds",
+            text: "A momentum by the opposite convention makes the running statistics those of \
+                the last batch.",
+            varied: "the momentum, the weight of the new batch: 0.01 to 0.99; the batch size; the \
+                average of all batches (`None`)",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on \
+                500 by other writers, AdamW, 300 steps",
+            rule: "for each batch size: with 0.99, the accuracy in inference is lower than with \
+                0.1 in at least four of five seeds",
             plot: Plot {
                 x: Some("momentum"),
                 log_x: false,
@@ -81,7 +92,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let words = SIZES.map(|(variant, _)| {
                     let at = |m| show(d.at(ACCURACY, variant, m));
                     format!(
-                        "{variant}: {} % at 0.01, {} % at 0.1, {} % at 0.9, {} % at 0.99, {} % with the average of all",
+                        "{variant}: {} % at 0.01, {} % at 0.1, {} % at 0.9, {} % at 0.99, {} % \
+                         with the average of all",
                         at(0.01),
                         at(0.1),
                         at(0.9),
@@ -103,9 +115,12 @@ pub(crate) fn claims() -> Vec<Claim> {
             title: "Statistics of averaged weights",
             version: 1,
             text: "Averaged weights need running statistics of their own.",
-            varied: "the weights: the last ones, or the average of the second half of training; the statistics: as training left them, or recomputed (`recalibrate`)",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW at 0.03, 400 steps, batches of 64",
-            rule: "confirmed if averaged weights are more accurate with recomputed statistics than with the old ones in at least four of five seeds; otherwise not confirmed",
+            varied: "the weights: the last ones, or the average of the second half of training; \
+                the statistics: as training left them, or recomputed (`recalibrate`)",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on \
+                500 by other writers, AdamW at 0.03, 400 steps, batches of 64",
+            rule: "confirmed if averaged weights are more accurate with recomputed statistics \
+                than with the old ones in at least four of five seeds; otherwise not confirmed",
             plot: OF_VARIANTS,
             runs: [15, 6],
             run: averages,
@@ -113,7 +128,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                 let of = |variant| show(d.median(ACCURACY, variant));
                 let gain = d.gains(ACCURACY, "averaged, recomputed", "averaged");
                 let figure = format!(
-                    "{} % with the last weights, {} % averaged with the old statistics, {} % with recomputed ones, {}",
+                    "{} % with the last weights, {} % averaged with the old statistics, {} % with \
+                     recomputed ones, {}",
                     of("last"),
                     of("averaged"),
                     of("averaged, recomputed"),
@@ -126,10 +142,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 37,
             title: "One batch with a NaN",
             version: 1,
-            text: "One batch with a NaN spoils every later inference, even if no step is taken on it.",
-            varied: "the treatment of a batch with one NaN pixel in training mode: none; an error that changes nothing (`refuse_non_finite`); `recalibrate`",
-            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on 500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
-            rule: "three parts, in at least four of five seeds each: after the batch, the accuracy is below 20 %; if the batch is refused, it is that before the batch; after recalibration, it is within 2 points of that",
+            text: "One batch with a NaN spoils every later inference, even if no step is taken on \
+                it.",
+            varied: "the treatment of a batch with one NaN pixel in training mode: none; an error \
+                that changes nothing (`refuse_non_finite`); `recalibrate`",
+            fixed: "two hidden layers of 64 with batch norm and ReLU on 1297 digits, tested on \
+                500 by other writers, AdamW at 0.003, 300 steps, batches of 64",
+            rule: "three parts, in at least four of five seeds each: after the batch, the \
+                accuracy is below 20 %; if the batch is refused, it is that before the batch; \
+                after recalibration, it is within 2 points of that",
             plot: OF_VARIANTS,
             runs: [15, 6],
             run: not_a_number,
@@ -142,7 +163,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     mostly(&gain("recalibrated"), |d| d.abs() <= 2.),
                 ];
                 let figure = format!(
-                    "{} % before the batch, {} % after it, {} % if it is refused, {} % after recalibration",
+                    "{} % before the batch, {} % after it, {} % if it is refused, {} % after \
+                     recalibration",
                     of("before"),
                     of("after"),
                     of("refused"),
@@ -229,7 +251,8 @@ fn momenta(lab: &Lab) -> Result<Vec<Measure>> {
     Ok(all)
 }
 
-/// Recomputes the statistics of `net` over all of `train`, in batches of 64 that `forward` takes through it.
+/// Recomputes the statistics of `net` over all of `train`, in batches of 64 that `forward` takes
+/// through it.
 pub(crate) fn recomputed(
     net: &Mlp,
     train: &Digits,
@@ -272,7 +295,7 @@ fn averages(lab: &Lab) -> Result<Vec<Measure>> {
             if variant == "averaged, recomputed" {
                 recomputed(&net.model, &train, |x| net.model.forward_t(x, true))?;
             }
-            Ok(vec![(ACCURACY, 0., asked(&net.model, &test)?.accuracy)])
+            Ok(vec![(ACCURACY, 0., evaluated(&net.model, &test)?.accuracy)])
         })?);
     }
     Ok(all)
@@ -302,7 +325,11 @@ fn not_a_number(lab: &Lab) -> Result<Vec<Measure>> {
             if variant == "recalibrated" {
                 recomputed(&net.model, &sets.0, |x| net.model.forward_t(x, true))?;
             }
-            Ok(vec![(ACCURACY, 0., asked(&net.model, &sets.1)?.accuracy)])
+            Ok(vec![(
+                ACCURACY,
+                0.,
+                evaluated(&net.model, &sets.1)?.accuracy,
+            )])
         })?);
     }
     Ok(all)

@@ -30,10 +30,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 1,
             title: "Targets in dollars or normalized",
             version: 2,
-            text: "Training on targets that are not normalized takes 37 % more iterations to reach the same accuracy.",
+            text: "Training on targets that are not normalized takes 37 % more iterations to \
+                reach the same accuracy.",
             varied: "the target: the price in dollars, or its z-score",
-            fixed: "a network with two hidden layers of 32, z-scored inputs, batches of 64, AdamW without decay, initial weights and batches of each seed",
-            rule: "confirmed if dollars take 1.2 to 1.6 times as many steps as z-scores; otherwise not confirmed",
+            fixed: "a network with two hidden layers of 32, z-scored inputs, batches of 64, AdamW \
+                without decay, initial weights and batches of each seed",
+            rule: "confirmed if dollars take 1.2 to 1.6 times as many steps as z-scores; \
+                otherwise not confirmed",
             plot: Plot {
                 metric: STEPS,
                 y: STEPS,
@@ -56,10 +59,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 2,
             title: "The range of a target and its gradient",
             version: 1,
-            text: "A target range 10 times larger makes the output layer's gradient 10 times larger.",
+            text: "A target range 10 times larger makes the output layer's gradient 10 times \
+                larger.",
             varied: "a factor k on the target: z-scores times k, or the range from 0 to k",
-            fixed: "the network of claim 1 at initialization, the loss (mean squared error) on all training cars",
-            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the gradient grows by a factor of 9 to 11",
+            fixed: "the network of claim 1 at initialization, the loss (mean squared error) on \
+                all training cars",
+            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the \
+                gradient grows by a factor of 9 to 11",
             plot: Plot {
                 metric: "gradient norm",
                 y: "norm of the output layer's gradient",
@@ -75,10 +81,13 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 3,
             title: "The range of a target and its loss",
             version: 1,
-            text: "The mean squared error grows with k²; car prices left in dollars start with a loss of 1e8.",
+            text: "The mean squared error grows with k²; car prices left in dollars start with a \
+                loss of 1e8.",
             varied: "a factor k on the target, and the target in dollars",
             fixed: "as in claim 2",
-            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the loss grows by a factor of 90 to 110; and the loss in dollars is within a factor of 10 of 1e8",
+            rule: "for both kinds of target, and for k from 1 to 10 and from 10 to 100: the loss \
+                grows by a factor of 90 to 110; and the loss in dollars is within a factor of 10 \
+                of 1e8",
             plot: Plot {
                 metric: "loss",
                 y: "first loss",
@@ -106,10 +115,17 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 4,
             title: "Scaling per batch or once",
             version: 3,
-            text: "An unnormalized network can end up predicting the same value for every sample; normalizing each batch by itself makes training and inference disagree; parameters fitted once on the training set fix both.",
-            varied: "min-max scaling of inputs and targets: none, of each batch by itself, or fitted to the training set",
-            fixed: "the network of claim 1, 1000 steps; the test set is evaluated at once, and one car at a time",
-            rule: "three parts: without normalization, the standard deviation of the predictions is below 0.1 of that of the prices (the spread); with normalization per batch, the error for one car at a time is over 1.5 times the error at once; with fitted parameters, the two errors agree within 1 % and the spread is above 0.5",
+            text: "An unnormalized network can end up predicting the same value for every sample; \
+                normalizing each batch by itself makes training and inference disagree; \
+                parameters fitted once on the training set fix both.",
+            varied: "min-max scaling of inputs and targets: none, of each batch by itself, or \
+                fitted to the training set",
+            fixed: "the network of claim 1, 1000 steps; the test set is evaluated at once, and \
+                one car at a time",
+            rule: "three parts: without normalization, the standard deviation of the predictions \
+                is below 0.1 of that of the prices (the spread); with normalization per batch, \
+                the error for one car at a time is over 1.5 times the error at once; with fitted \
+                parameters, the two errors agree within 1 % and the spread is above 0.5",
             plot: Plot {
                 metric: "RMSE, one at a time",
                 y: "RMSE in dollars, one car at a time",
@@ -130,7 +146,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     (fitted - 1.).abs() < 0.01 && m(spread, "fitted") > 0.5,
                 ];
                 let figure = format!(
-                    "spread of the predictions {} (none), {} (fitted); error for one car at a time relative to all at once ×{} per batch, ×{} fitted",
+                    "spread of the predictions {} (none), {} (fitted); error for one car at a \
+                     time relative to all at once ×{} per batch, ×{} fitted",
                     show(m(spread, "none")),
                     show(m(spread, "fitted")),
                     show(disagreement),
@@ -151,10 +168,19 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 18,
             title: "Weight norm",
             version: 2,
-            text: "Weight norm is independent of the batch and speeds up regression, generative and reinforcement models.",
-            varied: "the norm: none, batch, weight; the task: car prices (z-scores), an autoencoder of digits, pole balancing (without batch norm, because an episode has few states)",
-            fixed: "two hidden layers of 32 and an autoencoder 64-32-8-32-64, batches of 64, AdamW without decay; for the pole, updates are counted in place of steps, and policy, value network and training are those of the example `cartpole`, for 60 updates",
-            rule: "four parts: evaluated two at a time in training mode, the outputs with weight norm are those in a batch within 1e-4; to R² 0.9 on prices, to an error of 0.05 on digits, and to a pole that stays up for 400 of 500 steps, weight norm takes at most 0.9 times as many steps as no norm, and fewer in at least four of five seeds",
+            text: "Weight norm is independent of the batch and speeds up regression, generative \
+                and reinforcement models.",
+            varied: "the norm: none, batch, weight; the task: car prices (z-scores), an \
+                autoencoder of digits, pole balancing (without batch norm, because an episode has \
+                few states)",
+            fixed: "two hidden layers of 32 and an autoencoder 64-32-8-32-64, batches of 64, \
+                AdamW without decay; for the pole, updates are counted in place of steps, and \
+                policy, value network and training are those of the example `cartpole`, for 60 \
+                updates",
+            rule: "four parts: evaluated two at a time in training mode, the outputs with weight \
+                norm are those in a batch within 1e-4; to R² 0.9 on prices, to an error of 0.05 \
+                on digits, and to a pole that stays up for 400 of 500 steps, weight norm takes at \
+                most 0.9 times as many steps as no norm, and fewer in at least four of five seeds",
             plot: Plot {
                 metric: "steps, prices",
                 y: STEPS,
@@ -182,7 +208,8 @@ pub(crate) fn claims() -> Vec<Claim> {
                     )
                 });
                 let figure = format!(
-                    "difference from the outputs in a batch {} (weight), {} (batch); steps with weight norm relative to no norm: {}",
+                    "difference from the outputs in a batch {} (weight), {} (batch); steps with \
+                     weight norm relative to no norm: {}",
                     show(alone),
                     show(d.median("difference from the batch", "batch")),
                     words.collect::<Vec<_>>().join("; ")
@@ -205,10 +232,15 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 21,
             title: "Losses of several terms",
             version: 1,
-            text: "In a loss of several terms, the largest term dominates unless each is normalized.",
-            varied: "the sum of the losses of price and mileage (in thousands) and of the make: plain, or each divided by its running size",
-            fixed: "a network with two hidden layers of 32 and three outputs, 10 z-scored inputs that contain neither mileage nor make, 600 steps of AdamW",
-            rule: "confirmed if scaling raises the accuracy of the make, the smallest term, in at least four of five seeds; not confirmed if the median gain is not positive; otherwise it depends on the seed",
+            text: "In a loss of several terms, the largest term dominates unless each is \
+                normalized.",
+            varied: "the sum of the losses of price and mileage (in thousands) and of the make: \
+                plain, or each divided by its running size",
+            fixed: "a network with two hidden layers of 32 and three outputs, 10 z-scored inputs \
+                that contain neither mileage nor make, 600 steps of AdamW",
+            rule: "confirmed if scaling raises the accuracy of the make, the smallest term, in at \
+                least four of five seeds; not confirmed if the median gain is not positive; \
+                otherwise it depends on the seed",
             plot: Plot {
                 metric: "make, %",
                 y: "accuracy of the make, in percent",
@@ -240,7 +272,8 @@ pub(crate) fn claims() -> Vec<Claim> {
     ]
 }
 
-/// What grows with the target, over both intervals of k and for both kinds of target; and other parts of the rule, each with its name and its figure.
+/// What grows with the target, over both intervals of k and for both kinds of target; and other
+/// parts of the rule, each with its name and its figure.
 fn growth(
     d: &Data,
     metric: &str,
@@ -265,7 +298,8 @@ fn growth(
 }
 
 fn raw_targets(lab: &Lab) -> Result<Vec<Measure>> {
-    // Two or three to a power of ten, over more powers than the other experiments have: a step of the rate must not decide.
+    // Two or three to a power of ten, over more powers than the other experiments have: a step of
+    // the rate must not decide.
     const RATES: [f64; 13] = [
         1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1., 2., 5., 10.,
     ];
@@ -368,7 +402,8 @@ fn fitted_or_not(lab: &Lab) -> Result<Vec<Measure>> {
                 let loss = (net.model.forward_t(&x, true)? - y)?.sqr()?.mean_all()?;
                 optimizer.step(&loss)?;
             }
-            // Prices of a batch are not known when it is asked for: those of the training set bring predictions back.
+            // Prices of a batch are not known when it is asked for: those of the training set bring
+            // predictions back.
             let ask = |x: &Tensor| -> Result<Tensor> {
                 let y = net.model.forward_t(&scaled(x, &inputs)?, false)?;
                 if variant == "none" {
@@ -553,7 +588,8 @@ fn several_terms(lab: &Lab) -> Result<Vec<Measure>> {
                     r2(&y.narrow(1, 0, 1)?, &test.y[0])?,
                     r2(&y.narrow(1, 1, 1)?, &test.y[1])?,
                 );
-                // The three tasks weigh the same in the choice of the rate, whichever way they are summed.
+                // The three tasks weigh the same in the choice of the rate, whichever way they are
+                // summed.
                 let score = -(price.max(-1.) + mileage.max(-1.) + make / 100.);
                 Ok(Trial::new(
                     score,

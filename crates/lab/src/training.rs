@@ -17,7 +17,8 @@ pub(crate) fn scalar(t: &Tensor) -> Result<f64> {
     t.to_dtype(DType::F64)?.to_scalar()
 }
 
-/// Either of candle's optimizers; AdamW once for each group of variables that has a decay of its own.
+/// Either of candle's optimizers; AdamW once for each group of variables that has a decay of its
+/// own.
 pub(crate) enum Optim {
     Sgd(SGD),
     Adam(Vec<AdamW>),
@@ -182,8 +183,8 @@ impl Learned {
         })
     }
 
-    /// Lower is better: by the accuracy and, where as many are right, by the loss. Few digits decide on a rate, so that several rates often
-    /// have as many right.
+    /// Lower is better: by the accuracy and, where as many are right, by the loss. Few digits
+    /// decide on a rate, so that several rates often have as many right.
     pub(crate) fn rank(&self) -> f64 {
         // A loss that is not a number comes last.
         -self.accuracy + 1e-3 * self.loss.min(100.)

@@ -168,7 +168,7 @@ fn residual(criterion: &mut Criterion) -> Result<()> {
             let (w, bias) = (Some(&weight), Some(&bias));
             let name = format!("{}/{rows}x{len}", dtype.as_str());
             group.bench_function(BenchmarkId::new("at once", &name), |bencher| {
-                bencher.iter(|| ops::add_layer_norm(&x, &residual, len, w, bias, 1e-5));
+                bencher.iter(|| ops::add_layer_norm(&x, &residual, len, [w, bias], 1e-5));
             });
             group.bench_function(BenchmarkId::new("apart", &name), |bencher| {
                 bencher.iter(|| {

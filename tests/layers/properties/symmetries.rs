@@ -309,7 +309,7 @@ proptest! {
         let var = line(draw.normal(channels).iter().map(|z| 0.1 + z * z).collect());
         let move_line = |t: &Tensor| if axis == 1 { reordered(t, 0, &order) } else { t.clone() };
         let infer = |x: &Tensor, [m, v, w, b]: [&Tensor; 4]| {
-            ops::batch_norm_inference(x, m, v, Some(w), Some(b), 1e-5).unwrap()
+            ops::batch_norm_inference(x, [m, v], Some(w), Some(b), 1e-5).unwrap()
         };
         let y = infer(&x, [&mean, &var, &weight, &bias]);
         let moved = [&mean, &var, &weight, &bias].map(move_line);

@@ -548,7 +548,7 @@ fn functions_give_what_layers_give() -> Result<()> {
     }
     let mean = Tensor::zeros(4, DType::F32, &Device::Cpu)?;
     let var = Tensor::ones(4, DType::F32, &Device::Cpu)?;
-    let function = ops::batch_norm_inference(&x, &mean, &var, None, None, eps)?;
+    let function = ops::batch_norm_inference(&x, [&mean, &var], None, None, eps)?;
     let layer = Subject::new(Kind::Batch, eps).build(&x, &Params::default())?;
     assert_same_bits("inference", &function, &layer.forward_t(&x, false)?);
     Ok(())

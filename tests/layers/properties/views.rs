@@ -108,7 +108,7 @@ proptest! {
             let (weight, bias) = (Some(&t[1]), Some(&t[2]));
             match training {
                 true => Ok(ops::batch_norm(&t[0], weight, bias, 1e-3)?.0),
-                false => ops::batch_norm_inference(&t[0], &mean, &var, weight, bias, 1e-3),
+                false => ops::batch_norm_inference(&t[0], [&mean, &var], weight, bias, 1e-3),
             }
         }).unwrap();
     }

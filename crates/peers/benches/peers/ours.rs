@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Module, ModuleT};
 use candle_norm::internals;
-use candle_norm::ops::{self, SwitchBatch, SwitchSources};
+use candle_norm::ops::{self, SwitchBatch, SwitchOptions};
 use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
 use super::case::{Case, EPS, GROUPS, Inputs, Op};
@@ -40,15 +40,16 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
         }),
         Op::SwitchNorm => {
             let shares = Tensor::ones(3, weight.dtype(), weight.device())?;
-            let sources = SwitchSources {
+            let options = SwitchOptions {
                 instance: true,
                 batch: SwitchBatch::Own,
                 unbiased: true,
+                eps: EPS,
             };
             Box::new(move |x| {
                 let shares = [&shares, &shares];
                 let (weight, bias) = (Some(&weight), bias.as_ref());
-                Ok(ops::switch_norm(x, weight, bias, shares, sources, EPS)?.0)
+                Ok(ops::switch_norm(x, weight, bias, shares, options)?.0)
             })
         }
         Op::WeightNorm => Box::new(move |v| ops::weight_norm(v, &weight, Some(0))),
