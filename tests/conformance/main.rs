@@ -15,6 +15,7 @@
 mod case;
 mod compare;
 mod layers;
+mod ranks;
 mod runner;
 mod self_test;
 
