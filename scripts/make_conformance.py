@@ -277,6 +277,7 @@ ORACLES = {
     "group_norm": group_norm,
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
+    "sync_batch_norm": batch_norm,
     "switch_norm": switch_norm,
     "weight_norm": weight_norm,
 }
@@ -319,7 +320,7 @@ def torch_layer(op: str, t: dict, c: dict) -> tuple[torch.Tensor, dict]:
     if tracks and c["train"]:
         m = 1.0 / count.item() if c["momentum"] is None else c["momentum"]
     from_batch = c["train"] or not tracks
-    if op == "batch_norm":
+    if op in ("batch_norm", "sync_batch_norm"):
         # torch has a bias only together with a weight, which autograd does not mind.
         y = F.batch_norm(x, rm, rv, w, b, from_batch, m, c["eps"])
     else:
@@ -385,6 +386,7 @@ def forward_in_extended_precision(op: str, t: dict, c: dict) -> np.ndarray | Non
     n = {k: v.detach().numpy().astype(np.longdouble) for k, v in t.items()}
     if op == "switch_norm":
         return None
+    op = op.removeprefix("sync_")
     if op == "weight_norm":
         axes = tuple(a for a in range(n["v"].ndim) if a != c["dim"])
         norm = np.sqrt((n["v"] ** 2).sum(axes, keepdims=True))
@@ -933,6 +935,34 @@ def switch_norm_cases(w: Writer) -> None:
     case("empty_batch", "f32", (0, 3, 5), True)
 
 
+# Samples of each rank, for cases of batch norm.
+COUNTS = {
+    "rank2_width3_train": [1, 4, 0, 2],
+    "rank2_two_rows": [1, 1],
+    "rank3_weight_train": [1, 0, 2],
+    "rank3_bias_train": [2, 1],
+    "rank4_train": [1, 1],
+    "rank4_plain_train": [0, 2],
+    "rank5_train": [1, 0, 0, 1],
+    "one_sample_train": [0, 1, 0],
+    "cumulative_first": [1, 3],
+    "cumulative_fifth": [1, 1, 1, 1],
+    "untracked_train": [2, 2],
+    "mean3000_train": [2, 1],
+    "mean300_train": [1, 2],
+    "tiny_train": [1, 1, 1],
+    "huge_train": [0, 1, 2],
+    "empty_batch_train": [0, 0],
+    "constant_channel": [1, 2],
+    "mean3000_tracked": [8, 0, 25],
+    "1031x2": [1000, 31],
+    "257x4": [17, 40, 200],
+    "2x2x37x9": [1, 1],
+    "momentum0": [3, 1],
+    "nan_channel": [1, 3],
+}
+
+
 def batch_norm_cases(w: Writer) -> None:
     op = "batch_norm"
     NONE = object()
@@ -940,7 +970,11 @@ def batch_norm_cases(w: Writer) -> None:
     def case(
         slug, dtype, shape, train, kind="wb", style="plain", state=4, momentum=0.1, eps=1e-5, change=None
     ):
-        """`state`: the count that the running statistics start at, or NONE where there are none."""
+        """`state`: the count that the running statistics start at, or NONE where there are none.
+
+        A case of COUNTS is written once more, for ranks that have so many samples each: the statistics are
+        those of all of them, and so are the results.
+        """
         draw = Draw(f"{op}-{slug}-{dtype}", dtype)
         t = styled(draw, style, *shape)
         if change:
@@ -952,6 +986,8 @@ def batch_norm_cases(w: Writer) -> None:
         else:
             t |= draw.state(shape[1], state, mean=STYLES[style][0])
         w.case(slug, op, dtype, c, t)
+        if slug in COUNTS:
+            w.case(slug, f"sync_{op}", dtype, c | {"counts": COUNTS[slug]}, t)
 
     for dtype in ALL:
         for width in range(1, 6):

@@ -2,10 +2,10 @@
 
 use candle_core::{Result, Tensor};
 
+use super::batch::Taken;
 use super::batch_norm::BatchNorm;
 use super::group_norm::GroupNorm;
 use super::instance_norm::InstanceNorm;
-use super::updates::Taken;
 use crate::ops::{self, BatchStatistics, Mask, check};
 
 impl BatchNorm {
@@ -74,7 +74,7 @@ impl InstanceNorm {
             let now = stats.snapshot()?;
             let [weight, bias] = params;
             return mask.over_batch(LAYER, xs, &params, |valid| {
-                ops::batch_norm_inference(valid, &now.mean, &now.var, weight, bias, eps)
+                ops::batch_norm_inference(valid, [&now.mean, &now.var], weight, bias, eps)
             });
         }
         let wide = ops::wide_params(xs, params)?;

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::check;
+use super::modulation::Scaling;
 use super::row_norm::{RowNorm, row_norm};
 use crate::computations::{ChannelAxes, Places, ScaleAdd, Third, composed};
 use crate::graph;
@@ -62,11 +63,11 @@ pub fn weight_standardization(
     };
     let rows = weight.contiguous()?.reshape((outputs, len))?;
     let Some((gain, gamma)) = gain else {
-        return row_norm(&rows, &[len], None, None, &norm)?.reshape(dims);
+        return row_norm(&rows, &[len], Scaling::default(), &norm)?.reshape(dims);
     };
     // Two steps, rounded once.
     let acc = composed::accumulator(weight.dtype());
-    let standard = row_norm(&rows.to_dtype(acc)?, &[len], None, None, &norm)?;
+    let standard = row_norm(&rows.to_dtype(acc)?, &[len], Scaling::default(), &norm)?;
     let gain = composed::kept(gain)?.to_dtype(acc)?.flatten_all()?;
     let scale = (gain * (gamma / (len as f64).sqrt()))?;
     let computation = ScaleAdd {

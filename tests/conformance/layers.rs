@@ -13,6 +13,7 @@ use candle_norm::{
 };
 
 use crate::case::{Case, Config, Outcome, device, one_line, required};
+use crate::ranks::Ranks;
 
 /// One operation. To add one, write its plan and list it in [`OPS`].
 pub(crate) struct Op {
@@ -157,6 +158,16 @@ pub(crate) const OPS: &[Op] = &[
         adds: false,
         fused: true,
         plan: modulated,
+    },
+    Op {
+        name: "sync_batch_norm",
+        input: "x",
+        required: &[],
+        optional: AFFINE,
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: sync_batch_norm,
     },
     Op {
         name: "switch_norm",
@@ -405,6 +416,40 @@ fn batch_norm(case: &Case) -> Outcome<Plan> {
         };
         with_state(y, norm.running_stats())
     }))
+}
+
+/// The samples of `x` in shares of several ranks, as `counts` says.
+fn sync_batch_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let counts = required("counts", c.sizes("counts")?)?;
+    let eps = required("eps", c.number("eps")?)?;
+    if !required("train", c.flag("train")?)? {
+        return Err(
+            "`train` is false: inference sends nothing, and is that of `batch_norm`".into(),
+        );
+    }
+    let tracks = c.flag("track_running_stats")?.unwrap_or(true);
+    let momentum = momentum(&mut c, tracks)?;
+    c.finish()?;
+    let samples = case.tensor("x")?.dims().first().copied();
+    if counts.is_empty() || Some(counts.iter().sum()) != samples {
+        return Err(format!("`counts` are {counts:?}, of {samples:?} samples"));
+    }
+    let options = BatchNormOptions {
+        eps,
+        momentum,
+        affine: affine(case),
+        track_running_stats: tracks,
+        ..Default::default()
+    };
+    let ranks = Ranks {
+        counts,
+        channels: channels(case)?,
+        options,
+        dtype: case.dtype,
+        state: stored_state(case, true, tracks)?,
+    };
+    Ok(Box::new(move |inputs| ranks.clone().train(&inputs)))
 }
 
 fn switch_norm(case: &Case) -> Outcome<Plan> {

@@ -16,6 +16,7 @@ mod case;
 mod compare;
 mod family;
 mod layers;
+mod ranks;
 mod runner;
 mod self_test;
 

@@ -7,12 +7,13 @@ use std::path::{Path as FilePath, PathBuf};
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_norm::{Path, with_path};
+use candle_norm::Path;
 
 use crate::case::{Case, Outcome, device, one_line};
 use crate::compare::{Worst, compare};
 use crate::family;
 use crate::layers::{COUNT, Inputs, OPS, Op, Outputs, Plan, RESIDUAL, STATE};
+use crate::ranks::on_path;
 
 /// How the input lies in memory. All layouts hold the same values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -205,7 +206,7 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
         // Should the forced path run all the same, then either it fell back quietly or the table is
         // behind.
         let leaves = Leaves::new(case, op, Layout::Contiguous)?;
-        if with_path(Path::Fused, || plan(leaves.inputs)).is_ok() {
+        if on_path(Path::Fused, || plan(leaves.inputs)).is_ok() {
             return Err("the fused path ran, which does not serve this case".to_string());
         }
         report.refused += 1;
@@ -213,7 +214,7 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     for path in paths {
         for &layout in Layout::of_rank(case.tensor(op.input)?.rank()) {
             let place = format!("{}, {layout}", path_name(path));
-            let run = with_path(path, || run_once(case, op, &plan, layout))
+            let run = on_path(path, || run_once(case, op, &plan, layout))
                 .map_err(|e| format!("{place}: {e}"))?;
             *report.runs.entry((path_name(path), layout)).or_default() += 1;
             for (name, result) in run {
@@ -434,7 +435,7 @@ fn backward(case: &Case, outputs: &[(&str, Tensor)]) -> Outcome<Option<GradStore
     total.map(|l| l.backward().map_err(one_line)).transpose()
 }
 
-fn loss(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+pub(crate) fn loss(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let dy = dy.to_device(y.device())?;
     if y.elem_count() == 0 {
         // candle converts no tensor without elements on a GPU.

@@ -4,3 +4,4 @@ mod batch_norm;
 mod other_layers;
 mod shares;
 mod threads;
+mod training;

@@ -347,7 +347,9 @@ fn functions() {
                     let leaves: Vec<Tensor> = leaves.collect::<Result<_>>()?;
                     let y = (function.call)(&leaves)?;
                     let grads = backward(&y, &tensor(&dy, y.dims(), dtype)?)?;
-                    let of = |t: &Tensor| Ok(("a gradient", bits(&gradient(&grads, t))?));
+                    let of = |t: &Tensor| -> Result<_> {
+                        Ok(("a gradient", bits(&gradient(&grads, t))?))
+                    };
                     let mut all = vec![("y", bits(&y)?)];
                     for leaf in &leaves {
                         all.push(of(leaf)?);
