@@ -162,7 +162,8 @@ impl<'a> Scaling<'a> {
         let scaled = |own: &Option<Tensor>| -> Result<Option<(Tensor, Form)>> {
             let Some(own) = own else { return Ok(None) };
             Ok(Some(match &factor {
-                None => ((own * modulation.offset)?, Form::Shared),
+                // candle drops gradients where a tensor is multiplied by the number 0.
+                None => ((own * (own.ones_like()? * modulation.offset)?)?, Form::Shared),
                 Some((factor, form)) => {
                     let dims = place.dims(*form).to_vec();
                     let factor = factor.reshape(dims)?;

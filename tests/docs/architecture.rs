@@ -485,9 +485,11 @@ fn messages_name_the_layer_and_what_it_expected() {
     let checks = all.iter().filter(|s| makes_messages(s));
     let messages: Vec<String> = checks.flat_map(messages).collect();
     assert!(messages.len() > 10, "only {} messages", messages.len());
+    let names_layer =
+        |m: &str| ["{layer}: expected ", "{LAYER}: expected "].map(|start| m.starts_with(start));
     let unclear = messages
         .into_iter()
-        .filter(|m| !m.starts_with("{layer}: expected "));
+        .filter(|m| names_layer(m) == [false; 2]);
     assert_none(unclear.collect());
 }
 

@@ -358,7 +358,8 @@ impl Kind {
         };
         let scaled = match modulation.scale {
             Some(scale) => (y * (spread(scale)? + modulation.offset)?)?,
-            None => (y * modulation.offset)?,
+            // candle drops gradients where a tensor is multiplied by the number 0.
+            None => (&y * y.ones_like()?.affine(modulation.offset, 0.)?)?,
         };
         match modulation.shift {
             Some(shift) => scaled + spread(shift)?,
