@@ -73,7 +73,7 @@ fn half_precision_is_rounded_once() -> Result<()> {
                 let mut narrow = arguments(function, dims, dtype)?;
                 // A residual is like the input.
                 for t in narrow.iter_mut().skip(1) {
-                    if wide_params && t.dims() != **dims {
+                    if wide_params && t.dims() != *dims {
                         *t = variable(&values(t)?, t.dims(), DType::F32)?;
                     }
                 }
