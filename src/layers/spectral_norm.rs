@@ -157,9 +157,8 @@ impl<L: Weighted> SpectralNorm<L> {
         let mut plain = None;
         if name == ORIGINAL[2] || (!vb.contains_tensor(name) && vb.contains_tensor("weight")) {
             let weight = vb.get(shape.as_slice(), "weight")?;
-            // A checkpoint holds plain tensors, which become variables here; a VarMap makes its own
-            // below.
-            if !weight.is_variable() {
+            // The tensors of a checkpoint become variables here; a VarMap makes its own below.
+            if !weight.is_variable() || name == ORIGINAL[2] {
                 let vectors = vectors_of_big_gan(&weight, dim, options.eps, vb)?;
                 return Self::of_values(&weight, bias.as_ref(), vectors, config, options, dim);
             }
