@@ -278,7 +278,8 @@ fn files_of_spectral_norm() -> Result<()> {
     let vars = VarMap::new();
     let layer =
         spectral_norm::linear_no_bias(3, 2, Default::default(), vb(&vars, DType::F32).pp("d"))?;
-    checkpoint::load_into_strict(&vars, &path)?;
+    let report = checkpoint::load_into_strict(&vars, &path)?;
+    assert_eq!(report.loaded.len(), 3);
     assert_eq!(values(&var(&vars, &format!("d.{U}")))?, values(&wide(&u)?)?);
     let y = layer.forward_t(&Tensor::new(&[[1f32, 1., 2.]], &CPU)?, false)?;
     assert_close("y", &y, &[1.5, -0.5], 1e-6);
