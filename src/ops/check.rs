@@ -10,12 +10,9 @@ mod statistics;
 
 pub(crate) use crate::support::messages::{NO_BATCH_AXIS, dtype, float, rank_at_least, shape};
 pub(crate) use input::{
-    Param, channels, channels_first, countable, features, input, param_dtype, residual,
-    same_device, trailing,
+    Param, channels, channels_first, countable, features, input, param_dtype, same_device, trailing,
 };
 pub(crate) use options::{
     at_least_one, dim, eps, finite, groups, momentum, normalized_shape, one_axis,
 };
-pub(crate) use statistics::{
-    counter, more_than_one_position, more_than_one_value, more_values, statistic,
-};
+pub(crate) use statistics::{counter, more_than_one_value, statistic};

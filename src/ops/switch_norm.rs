@@ -1,6 +1,6 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{DType, Error, Result, Tensor, bail};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
@@ -209,9 +209,9 @@ fn check_counts(x: &Tensor, options: &SwitchOptions, space: usize) -> Result<()>
     }
     let (n, c) = (x.dims()[0], x.dims()[1]);
     if options.instance {
-        return check::more_values(LAYER, "channel of a sample", space, x);
+        return more_values("channel of a sample", space, x);
     }
-    check::more_values(LAYER, "sample", c * space, x)?;
+    more_values("sample", c * space, x)?;
     match options.batch {
         SwitchBatch::Own => check::more_than_one_value(LAYER, n * space, x),
         _ => Ok(()),
@@ -245,4 +245,16 @@ fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> {
 /// Factors that [`switch_norm`] mixes by, from one of its weights.
 pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
     softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
+}
+
+/// A variance that is divided by n − 1.
+fn more_values(of: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{LAYER}: expected more than 1 value per {of}, whose variance is unbiased, got input \
+            size {:?}; set unbiased to false",
+            x.dims()
+        )
+    }
+    Ok(())
 }
