@@ -1,6 +1,6 @@
 //! A residual connection and the norm after it in one sweep.
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{Result, Shape, Tensor, bail};
 
 use super::check;
 use super::row_norm::{RmsOptions, RowLayout, RowNorm, checked};
@@ -17,7 +17,7 @@ pub(crate) fn add_row_norm(
     norm: &RowNorm,
 ) -> Result<(Tensor, Tensor)> {
     checked(x, normalized_shape, weight, bias, norm)?;
-    check::residual(norm.layer, residual, x)?;
+    check_residual(norm.layer, residual, x)?;
     if x.elem_count() == 0 {
         let sum = composed::anchored(&x.contiguous()?, &[residual])?;
         return Ok((graph::empty(norm.layer, &sum, &[weight, bias])?, sum));
@@ -102,4 +102,25 @@ pub fn add_rms_norm(
 ) -> Result<(Tensor, Tensor)> {
     let (shape, norm) = (normalized_shape.into(), RowNorm::from(options.into()));
     add_row_norm(x, residual, shape.dims(), weight, None, &norm)
+}
+
+/// A residual, which is added to the input.
+fn check_residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
+    if residual.dims() != x.dims() {
+        bail!(
+            "{layer}: expected a residual of the input's shape {:?}, got {:?}; expand one of them \
+            with broadcast_as",
+            x.dims(),
+            residual.dims()
+        )
+    }
+    if residual.dtype() != x.dtype() {
+        bail!(
+            "{layer}: expected a residual of the input's dtype {:?}, got {:?}; convert one of them \
+            with to_dtype",
+            x.dtype(),
+            residual.dtype()
+        )
+    }
+    check::same_device(layer, "residual", residual, x.device())
 }

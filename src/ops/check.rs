@@ -12,10 +12,7 @@ pub(crate) use candle_norm_support::messages::{
     NO_BATCH_AXIS, at_least_one, dtype, finite, float, rank_at_least, same_device, shape,
 };
 pub(crate) use input::{
-    Param, axis, channels, channels_first, countable, features, input, param_dtype, residual,
-    trailing,
+    Param, axis, channels, channels_first, countable, features, input, param_dtype, trailing,
 };
 pub(crate) use options::{dim, eps, groups, momentum, normalized_shape, one_axis};
-pub(crate) use statistics::{
-    counter, more_than_one_position, more_than_one_value, more_values, statistic,
-};
+pub(crate) use statistics::{counter, more_than_one_value, statistic};

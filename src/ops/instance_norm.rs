@@ -1,6 +1,6 @@
 //! Normalization of each channel of each sample by its own statistics.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
@@ -148,6 +148,21 @@ fn checked(
     if x.elem_count() == 0 {
         return Ok(None);
     }
-    check::more_than_one_position(layer, x.elem_count() / (n * c), x)?;
+    more_than_one_position(layer, x.elem_count() / (n * c), x)?;
     Ok(Some(Groups::of(layer, x, c, eps)))
+}
+
+/// A channel of one sample has no variance where it has one position. No batch is large enough to
+/// change that.
+fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
+    if positions == 1 {
+        bail!(
+            "{layer}: expected more than 1 value per channel when training, got input size {:?}; \
+            each channel of a sample is normalized over its own positions, so a larger batch does \
+            not help: use larger maps (less stride or pooling before), LayerNorm over the \
+            channels, or GroupNorm with several channels in a group",
+            x.dims()
+        )
+    }
+    Ok(())
 }

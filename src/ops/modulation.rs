@@ -163,7 +163,10 @@ impl<'a> Scaling<'a> {
             let Some(own) = own else { return Ok(None) };
             Ok(Some(match &factor {
                 // candle drops gradients where a tensor is multiplied by the number 0.
-                None => ((own * (own.ones_like()? * modulation.offset)?)?, Form::Shared),
+                None => (
+                    (own * (own.ones_like()? * modulation.offset)?)?,
+                    Form::Shared,
+                ),
                 Some((factor, form)) => {
                     let dims = place.dims(*form).to_vec();
                     let factor = factor.reshape(dims)?;

@@ -1,6 +1,6 @@
 //! Normalization by a learned mixture of the statistics of instances, layers and batches.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
@@ -256,8 +256,8 @@ pub(super) fn check_counts_of_samples(
 ) -> Result<()> {
     match (options.unbiased, options.instance) {
         (false, _) => Ok(()),
-        (true, true) => check::more_values(LAYER, "channel of a sample", space, x),
-        (true, false) => check::more_values(LAYER, "sample", x.dims()[1] * space, x),
+        (true, true) => more_values("channel of a sample", space, x),
+        (true, false) => more_values("sample", x.dims()[1] * space, x),
     }
 }
 
@@ -288,4 +288,16 @@ pub(super) fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> 
 /// Factors that [`switch_norm`] mixes by, from one of its weights.
 pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
     softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
+}
+
+/// A variance that is divided by n − 1.
+fn more_values(of: &str, values: usize, x: &Tensor) -> Result<()> {
+    if values == 1 {
+        bail!(
+            "{LAYER}: expected more than 1 value per {of}, whose variance is unbiased, got input \
+            size {:?}; set unbiased to false",
+            x.dims()
+        )
+    }
+    Ok(())
 }

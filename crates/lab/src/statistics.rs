@@ -18,7 +18,7 @@ pub(crate) fn claims() -> Vec<Claim> {
             id: 28,
             title: "Inference in training mode",
             version: 2,
-            text: "Inference in training mode makes a prediction depend on its batch, and moves \
+            text: "Inference in training mode makes a prediction depend on its batch, and changes \
                 the running statistics.",
             varied: "how many of 480 digits are evaluated at once; the mode; whether 500 digits \
                 of another brightness (0.3 more) were validated in training mode before",

@@ -69,27 +69,6 @@ pub(crate) fn countable(layer: &str, name: &str, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// A residual, which is added to the input.
-pub(crate) fn residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
-    if residual.dims() != x.dims() {
-        bail!(
-            "{layer}: expected a residual of the input's shape {:?}, got {:?}; expand one of them \
-            with broadcast_as",
-            x.dims(),
-            residual.dims()
-        )
-    }
-    if residual.dtype() != x.dtype() {
-        bail!(
-            "{layer}: expected a residual of the input's dtype {:?}, got {:?}; convert one of them \
-            with to_dtype",
-            x.dtype(),
-            residual.dtype()
-        )
-    }
-    same_device(layer, "residual", residual, x.device())
-}
-
 pub(crate) fn channels(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     on_axis_1(layer, x, expected, None)
 }

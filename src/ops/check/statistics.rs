@@ -17,33 +17,6 @@ pub(crate) fn more_than_one_value(layer: &str, values: usize, x: &Tensor) -> Res
     Ok(())
 }
 
-/// A channel of one sample has no variance where it has one position. No batch is large enough to
-/// change that.
-pub(crate) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
-    if positions == 1 {
-        bail!(
-            "{layer}: expected more than 1 value per channel when training, got input size {:?}; \
-            each channel of a sample is normalized over its own positions, so a larger batch does \
-            not help: use larger maps (less stride or pooling before), LayerNorm over the \
-            channels, or GroupNorm with several channels in a group",
-            x.dims()
-        )
-    }
-    Ok(())
-}
-
-/// A variance that is divided by n − 1.
-pub(crate) fn more_values(layer: &str, of: &str, values: usize, x: &Tensor) -> Result<()> {
-    if values == 1 {
-        bail!(
-            "{layer}: expected more than 1 value per {of}, whose variance is unbiased, got input \
-            size {:?}; set unbiased to false",
-            x.dims()
-        )
-    }
-    Ok(())
-}
-
 /// A running statistic as it comes from a checkpoint or a caller.
 pub(crate) fn statistic(layer: &str, name: &str, value: &Tensor, non_negative: bool) -> Result<()> {
     float(layer, name, value)?;
