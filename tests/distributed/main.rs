@@ -2,6 +2,7 @@
 
 mod batch_norm;
 mod other_layers;
+mod second_order;
 mod shares;
 mod threads;
 mod training;
