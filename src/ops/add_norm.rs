@@ -105,7 +105,7 @@ pub fn add_rms_norm(
 }
 
 /// A residual, which is added to the input.
-fn check_residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
+pub(super) fn check_residual(layer: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
     if residual.dims() != x.dims() {
         bail!(
             "{layer}: expected a residual of the input's shape {:?}, got {:?}; expand one of them \

@@ -154,7 +154,7 @@ fn checked(
 
 /// A channel of one sample has no variance where it has one position. No batch is large enough to
 /// change that.
-fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
+pub(super) fn more_than_one_position(layer: &str, positions: usize, x: &Tensor) -> Result<()> {
     if positions == 1 {
         bail!(
             "{layer}: expected more than 1 value per channel when training, got input size {:?}; \

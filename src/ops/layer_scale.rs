@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
+use super::add_norm::check_residual;
 use super::check;
 use crate::computations::{ChannelAxes, Places, ScaleAdd, Third, composed};
 use crate::graph;
@@ -128,7 +129,7 @@ fn scaled(
     });
     check::input(layer, x, &named.collect::<Vec<_>>())?;
     if let Some(residual) = residual {
-        check::residual(layer, residual, x)?;
+        check_residual(layer, residual, x)?;
     }
     if x.elem_count() == 0 {
         return graph::empty(layer, x, &[Some(gate), shift, residual]);

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use super::check;
+use super::instance_norm::more_than_one_position;
 use crate::computations::composed::{self, Along};
 use crate::computations::{Groups, Modulate, Spread};
 use crate::graph;
@@ -505,7 +506,7 @@ pub fn adain(content: &Tensor, style: &Tensor, eps: f64) -> Result<Tensor> {
     }
     for x in [content, style] {
         let positions = x.elem_count() / (x.dims()[0] * c);
-        check::more_than_one_position(layer, positions, x)?;
+        more_than_one_position(layer, positions, x)?;
     }
     let groups = Groups::of(layer, style, c, eps);
     let [mean, std] = groups.mean_and_std(style)?;
