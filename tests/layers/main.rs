@@ -8,6 +8,7 @@ mod edges;
 mod folding;
 mod gradcheck;
 mod gradient_flow;
+mod launches;
 mod layer_gradients;
 mod properties;
 mod recalibration;
