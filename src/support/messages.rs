@@ -71,7 +71,7 @@ pub(crate) fn launch<T>(layer: &str, kernel: &str, why: &str) -> Result<T> {
 }
 
 /// Kernels that a GPU cannot load.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 pub(crate) fn not_loaded<T>(layer: &str, built: &str, capability: &str, why: &str) -> Result<T> {
     bail!(
         "{layer}: expected a GPU of compute capability {built} or later, which the kernels are \
@@ -107,5 +107,25 @@ pub(crate) fn written<T, E: Display>(
             is as it was",
             path.display()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_are_not_loaded_name_the_layer_and_both_capabilities() {
+        let error = not_loaded::<()>("LayerNorm", "8.0", "7.5", "no binary for this GPU");
+        let message = error.expect_err("an error").to_string();
+        for part in [
+            "LayerNorm: expected ",
+            "capability 8.0 or later",
+            "got one of 7.5",
+            "no binary for this GPU",
+            "use Path::Composed",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
     }
 }
