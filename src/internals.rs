@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::Path;
-pub use crate::backend::cuda::emulated::{Argument, Emulator, Launch, install_emulator};
+pub use crate::backend::cuda::emulated::{Argument, Emulator, Launch, install_emulator, launches};
 use crate::graph::forced;
 use crate::graph::recorder::{self, Handle};
 use crate::ops;

@@ -43,10 +43,10 @@ enum Kernels {
 }
 
 /// The most elements of one of many shapes on the emulator, which takes a microsecond for each.
-const MOST_EMULATED: usize = 3_000;
+const MOST_EMULATED: usize = 1_000;
 
 /// The most elements of a shape on the emulator.
-const LONGEST_EMULATED: usize = 125_000;
+const LONGEST_EMULATED: usize = 60_000;
 
 /// The parameters that a layer has: a weight, a bias.
 const FORMS: [(bool, bool); 4] = [(true, true), (true, false), (false, true), (false, false)];

@@ -13,11 +13,41 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, Layout, Result, Storage, Tensor};
 
 use crate::computations::{Args, Computation, Gradients};
+use candle_norm_support::messages;
 
 /// A kind of storage, and who computes on it.
 pub(crate) trait Backend: Send + Sync + 'static {
     /// candle's storage of the device.
     type Storage: DeviceStorage;
+
+    /// Whether the backend has a kernel for running statistics.
+    const UPDATES: bool = false;
+
+    /// Running statistics after a batch.
+    fn updated(layer: &'static str, _: Running<Self::Storage>) -> Result<Updated<Self::Storage>> {
+        messages::internal(layer, "running statistics by tensor operations")
+    }
+}
+
+/// Running statistics, and those of the batch that they take in; all are contiguous.
+#[cfg_attr(not(any(feature = "cuda", feature = "internals")), allow(dead_code))]
+pub(crate) struct Running<'a, S> {
+    pub(crate) mean: View<'a, S>,
+    pub(crate) var: View<'a, S>,
+    /// The number of batches, an `i64`.
+    pub(crate) counter: View<'a, S>,
+    pub(crate) batch_mean: View<'a, S>,
+    /// As it is taken in: unbiased.
+    pub(crate) batch_var: View<'a, S>,
+    /// The weight of the batch; without it, one over the number of batches with this one.
+    pub(crate) momentum: Option<f64>,
+}
+
+/// Running statistics in storage of their own.
+pub(crate) struct Updated<S> {
+    pub(crate) mean: S,
+    pub(crate) var: S,
+    pub(crate) counter: S,
 }
 
 /// candle's storage of one kind of device.

@@ -99,6 +99,23 @@ pub(crate) fn empty(layer: &str, x: &Tensor, params: &[Option<&Tensor>]) -> Resu
     composed::empty(x, params)
 }
 
+/// `[mean, var, counter]` of running statistics after a batch with a mean and an unbiased variance,
+/// which nothing else locks; none where tensor operations are to form them. Without a momentum, a
+/// batch weighs one over the number of batches.
+pub(crate) fn updated(
+    layer: &'static str,
+    running: [&Tensor; 3],
+    batch: [&Tensor; 2],
+    momentum: Option<f64>,
+) -> Result<Option<[Tensor; 3]>> {
+    match route(layer, running[0])? {
+        Route::Fused(kernels) if running[0].elem_count() > 0 => {
+            node::updated(layer, kernels, running, batch, momentum)
+        }
+        _ => Ok(None),
+    }
+}
+
 /// `x` `[a, b, c]` as `[a, c, b]`, contiguous.
 pub(crate) fn transposed(x: &Tensor) -> Result<Tensor> {
     apply(Transpose, &x.contiguous()?, None, None)

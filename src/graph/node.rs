@@ -29,7 +29,9 @@ use crate::backend::cuda::driver::Driver;
 use crate::backend::cuda::emulated::Emulated;
 #[cfg(feature = "internals")]
 use crate::backend::reference::Reference;
-use crate::backend::{AddOn, Backend, Backward, DeviceStorage, Forward, On, Statistics, View};
+use crate::backend::{
+    AddOn, Backend, Backward, DeviceStorage, Forward, On, Running, Statistics, View,
+};
 use crate::computations::{Args, Gradients, composed};
 use candle_norm_support::messages;
 
@@ -158,6 +160,51 @@ pub(super) fn fused<C: Served>(
         let (y, node) = connected::<C, B>(computation, args, asked, None)?;
         Ok((y, node as Arc<dyn KeepsStatistics>))
     })
+}
+
+/// `[mean, var, counter]` of running statistics after a batch with a mean and a variance, outside
+/// of the graph, where the backend of `kernels` has a kernel for them. Nothing else locks the
+/// batch's.
+pub(super) fn updated(
+    layer: &'static str,
+    kernels: Kernels,
+    running: [&Tensor; 3],
+    batch: [&Tensor; 2],
+    momentum: Option<f64>,
+) -> Result<Option<[Tensor; 3]>> {
+    with_backend!(kernels, B => updated_on::<B>(layer, running, batch, momentum))
+}
+
+fn updated_on<B: Backend>(
+    layer: &'static str,
+    running: [&Tensor; 3],
+    batch: [&Tensor; 2],
+    momentum: Option<f64>,
+) -> Result<Option<[Tensor; 3]>> {
+    if !B::UPDATES {
+        return Ok(None);
+    }
+    let [batch_mean, batch_var] = batch.map(Tensor::contiguous);
+    let (batch_mean, batch_var) = (batch_mean?, batch_var?);
+    let (mean, [var, counter]) = on_storages::<B::Storage, _>(layer, &running, |all| {
+        let batch = [&batch_mean, &batch_var].map(Tensor::storage_and_layout);
+        let updated = B::updated(
+            layer,
+            Running {
+                mean: all[0],
+                var: all[1],
+                counter: all[2],
+                batch_mean: view(layer, &batch[0])?,
+                batch_var: view(layer, &batch[1])?,
+                momentum,
+            },
+        )?;
+        let shape = all[0].layout.shape().clone();
+        Ok((updated.mean, shape, [updated.var, updated.counter]))
+    })?;
+    let [_, of_var, of_counter] = running.map(Tensor::shape);
+    let var = outside(var, of_var.clone());
+    Ok(Some([mean, var, outside(counter, of_counter.clone())]))
 }
 
 /// A node, and its output.

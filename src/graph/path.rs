@@ -16,15 +16,19 @@ use candle_norm_support::messages;
 /// the backward, as in PyTorch; it is told by up to 64 of its elements, so that a change of a few
 /// elements of a large input may go unseen. On the composed path the input is copied if it is a
 /// variable; for parts of variables the rule is candle's own: the backward of each operation reads
-/// the values that are there when it runs.
+/// the values that are there when it runs. On a GPU nothing tells whether an input has changed: the
+/// host would have to wait for its elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Path {
     /// The fastest path that serves the device and dtype of the input.
     #[default]
     Auto,
-    /// The fused kernels of the CPU, and of NVIDIA GPUs under the feature `cuda`, forward and
-    /// backward: `f16`, `bf16`, `f32`, `f64`.
+    /// The fused kernels of the CPU, and with the feature `cuda` those of NVIDIA GPUs, forward and
+    /// backward: `f16`, `bf16`, `f32`, `f64`. A few computations have no kernels on GPUs and are
+    /// composed there: the mixture of [`SwitchNorm`](crate::SwitchNorm),
+    /// [`ScaleNorm`](crate::ScaleNorm), and [`RmsNorm`](crate::RmsNorm) with
+    /// [`Cast::BeforeWeight`](crate::ops::Cast) of a half-precision sum.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,

@@ -8,6 +8,7 @@ use candle_nn::{Init, VarBuilder};
 use super::batch::Batch;
 use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, path};
 use super::shared_state::{Shared, State};
+use crate::graph;
 use crate::ops::check;
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
@@ -122,6 +123,26 @@ impl Inner {
             Some(momentum) if state.recalibrations == 0 => Ok(momentum),
             _ => Ok(1. / state.counter()?.saturating_add(1).max(1) as f64),
         }
+    }
+
+    /// Mean, variance and counter after a batch that fits, by one kernel where the device has it:
+    /// nothing waits for the counter.
+    fn updated(&self, state: &State, batch: &Batch) -> Result<Option<[Tensor; 3]>> {
+        let counter = &state.num_batches_tracked;
+        // A kernel reads all of them on one device; the mean of a batch without one changes nothing.
+        let (Some(mean), true) = (
+            &batch.mean,
+            counter.device().same_device(self.mean.device()),
+        ) else {
+            return Ok(None);
+        };
+        let momentum = self.momentum(state).filter(|_| state.recalibrations == 0);
+        graph::updated(
+            self.layer,
+            [&self.mean, &self.var, counter].map(|v| v.as_tensor()),
+            [mean, &batch.var],
+            momentum,
+        )
     }
 
     /// Copies of mean and variance that no later update reaches. The caller holds a lock, of which
@@ -400,6 +421,9 @@ impl RunningStats {
     pub(super) fn update(&self, batch: &Batch) -> Result<()> {
         let inner = &*self.0;
         let state = inner.shared.write();
+        if let Some([mean, var, counter]) = inner.updated(&state, batch)? {
+            return inner.set(&state, &mean, &var, &counter);
+        }
         let (momentum, counter) = (inner.next_momentum(&state)?, state.next_counter()?);
         let blend = |running: &Var, batch: &Tensor| {
             (running.as_detached_tensor() * (1. - momentum))? + (batch * momentum)?

@@ -202,6 +202,8 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
     let mut paths = vec![Path::Composed];
     if op.fused && device()?.is_cpu() {
         paths.extend([Path::Fused, Path::Reference, Path::Emulated]);
+    } else if op.fused && device()?.is_cuda() {
+        paths.push(Path::Fused);
     } else {
         // Should the forced path run all the same, then either it fell back quietly or the table is
         // behind.

@@ -493,6 +493,46 @@ fn messages_name_the_layer_and_what_it_expected() {
     assert_none(unclear.collect());
 }
 
+/// Words by which elements come from a device or go to it, or the host waits for it.
+const BETWEEN_HOST_AND_DEVICE: [&str; 16] = [
+    "to_cpu_storage",
+    "to_scalar",
+    "to_vec0",
+    "to_vec1",
+    "to_vec2",
+    "to_vec3",
+    "to_device",
+    "synchronize",
+    "clone_dtoh",
+    "clone_htod",
+    "memcpy_dtoh",
+    "memcpy_htod",
+    "from_vec",
+    "from_slice",
+    "storage_from_slice",
+    "storage_from_cpu_storage",
+];
+
+/// A step on a GPU can be captured as a graph of it: nothing in the backend stops the stream.
+#[test]
+fn kernels_of_gpus_are_launched_without_waiting() {
+    let sources = sources();
+    let of_cuda: Vec<&Source> = sources
+        .iter()
+        .filter(|s| s.path.starts_with("backend/cuda/"))
+        .collect();
+    assert!(of_cuda.len() > 5, "{} files", of_cuda.len());
+    let mut broken = vec![];
+    for source in of_cuda {
+        for word in source.tokens.iter().map(String::as_str) {
+            if BETWEEN_HOST_AND_DEVICE.contains(&word) {
+                broken.push(format!("{} says `{word}`", source.path));
+            }
+        }
+    }
+    assert_none(broken);
+}
+
 /// A wrong argument of a caller is an error, never a panic.
 #[test]
 fn nothing_panics() {

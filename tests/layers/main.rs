@@ -9,6 +9,7 @@ mod folding;
 mod functions;
 mod gradcheck;
 mod gradient_flow;
+mod launches;
 mod layer_gradients;
 mod masked;
 mod modulation;

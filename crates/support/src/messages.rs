@@ -166,3 +166,23 @@ pub fn written<T, E: Display>(
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_are_not_loaded_name_the_layer_and_both_capabilities() {
+        let error = not_loaded::<()>("LayerNorm", "8.0", "7.5", "no binary for this GPU");
+        let message = error.expect_err("an error").to_string();
+        for part in [
+            "LayerNorm: expected ",
+            "capability 8.0 or later",
+            "got one of 7.5",
+            "no binary for this GPU",
+            "use Path::Composed",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+}

@@ -27,6 +27,12 @@ static INSTALL: extern "C" fn() = {
     install
 };
 
+/// Whether the environment has whole programs run on the emulator, which takes a microsecond for
+/// each element.
+pub fn is_chosen() -> bool {
+    std::env::var("CANDLE_NORM_PATH").is_ok_and(|path| path == "emulated")
+}
+
 thread_local! {
     static ORDER: Cell<Option<Order>> = const { Cell::new(None) };
 }

@@ -2,14 +2,20 @@
 
 use proptest::test_runner::{Config, RngSeed};
 
+use crate::emulated;
+
 /// The environment variable that replaces the seeds of all properties: a whole number.
 pub const SEED: &str = "CANDLE_NORM_SEED";
 
-/// `cases` cases of a property: the same on every run, unless [`SEED`] is set.
+/// `cases` cases of a property, a quarter of them on the emulator of the CUDA kernels: the same on
+/// every run, unless [`SEED`] is set.
 pub fn config(cases: u32, seed: u64) -> Config {
     let other = std::env::var(SEED).ok();
     Config {
-        cases,
+        cases: match emulated::is_chosen() {
+            true => cases.div_ceil(4),
+            false => cases,
+        },
         rng_seed: RngSeed::Fixed(seed_or(other.as_deref(), seed)),
         failure_persistence: None,
         ..Config::default()

@@ -14,6 +14,7 @@ mod launches;
 mod operands;
 mod plane_moments;
 mod rows;
+mod running;
 mod scale_shift;
 mod statistics;
 mod transpose;
@@ -25,7 +26,7 @@ use std::marker::PhantomData;
 use candle_core::{DType, Result};
 use candle_norm_cuda_kernels::Launch;
 
-use super::{Backend, DeviceStorage, View};
+use super::{Backend, DeviceStorage, Running, Updated, View};
 use operands::{Call, Device, Operand};
 
 /// A way to run the kernels on storages of one kind.
@@ -62,4 +63,9 @@ pub(crate) struct Cuda<L>(PhantomData<L>);
 
 impl<L: Launcher> Backend for Cuda<L> {
     type Storage = L::Storage;
+    const UPDATES: bool = true;
+
+    fn updated(layer: &'static str, from: Running<L::Storage>) -> Result<Updated<L::Storage>> {
+        running::updated::<L>(layer, from)
+    }
 }

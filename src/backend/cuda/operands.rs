@@ -163,13 +163,6 @@ impl<'a, L: Launcher> Device<'a, L> {
         param.map(|param| self.param(param, dtype)).transpose()
     }
 
-    /// The elements of both added up in `dtype`.
-    pub(super) fn sum(self, [a, b]: [&Operand<L::Storage>; 2], dtype: DType) -> Result<L::Storage> {
-        let layout = Layout::contiguous(a.len);
-        let [a, b] = [a, b].map(|t| t.storage().to_dtype(&t.layout(), dtype));
-        a?.binary_impl::<Add>(&b?, &layout, &layout)
-    }
-
     /// The types of kernels for `x` and its parameters: of their own dtype where all have the same
     /// as `x`, else of the accumulator's.
     pub(super) fn types<'b>(

@@ -52,9 +52,12 @@ impl Rows {
         let sum = residual.is_some().then(|| device.alloc(x.dtype(), x.len()));
         let mut sum = sum.transpose()?;
         let acc = accumulator(x.dtype());
+        let is_rounded = residual.is_some() && acc != x.dtype();
+        let unrounded = is_rounded.then(|| device.alloc(acc, x.len()));
+        let mut unrounded = unrounded.transpose()?;
         let stats = keeps.then(|| device.alloc(acc, spec.norm.stats() * spec.rows));
         let mut stats = stats.transpose()?;
-        device
+        let call = device
             .call(&launch)
             .read(&x)
             .maybe_read(residual.as_ref())
@@ -66,9 +69,17 @@ impl Rows {
             .sizes([spec.rows, spec.cols].map(|n| n as u64))
             .float(self.eps)
             .float(self.offset)
-            .int(self.flags())
-            .run()?;
-        Ok(Ran { y, sum, stats })
+            .int(self.flags());
+        match residual {
+            None => call.run()?,
+            Some(_) => call.maybe_write(unrounded.as_mut()).run()?,
+        }
+        Ok(Ran {
+            y,
+            sum,
+            unrounded,
+            stats,
+        })
     }
 
     /// The statistics of a launch that keeps them.
@@ -83,7 +94,10 @@ impl Rows {
 /// What a forward wrote.
 struct Ran<S> {
     y: S,
+    /// In the dtype of the input.
     sum: Option<S>,
+    /// In the accumulator's dtype, where that is another.
+    unrounded: Option<S>,
     stats: Option<S>,
 }
 
@@ -112,9 +126,8 @@ impl<L: Launcher> On<Cuda<L>> for Rows {
     fn backward(&self, from: Backward<L::Storage, L::Storage>) -> Result<Gradients<L::Storage>> {
         let device = Device::<L>::of(self.layer, from.x.storage);
         let x = device.input(from.x)?;
-        // That of a sum in the accumulator's dtype may be narrower.
-        let dy = device.input_in(from.dy, x.dtype())?;
-        let types = device.types(x.dtype(), [from.weight])?;
+        let dy = device.input(from.dy)?;
+        let types = device.types(self.output, [from.weight])?;
         let weight = device.maybe_param(from.weight, dtype(types.param()))?;
         let spec = rows::Rows {
             norm: self.norm(false),
@@ -123,7 +136,11 @@ impl<L: Launcher> On<Cuda<L>> for Rows {
             cols: self.len,
             aligned: weight.as_ref().is_none_or(Operand::is_aligned),
         };
-        let plan = device.launch(spec.backward())?;
+        let plan = match x.dtype() == self.output {
+            true => spec.backward(),
+            false => spec.backward_of_sum(),
+        };
+        let plan = device.launch(plan)?;
         let stats = Operand::all(from.saved, spec.norm.stats() * spec.rows);
         let sizes = [spec.rows as u64, spec.cols as u64];
         let mut dx = device.alloc(x.dtype(), x.len())?;
@@ -186,12 +203,6 @@ impl<L: Launcher> On<Cuda<L>> for Rows {
 }
 
 impl<L: Launcher> AddOn<Cuda<L>> for Rows {
-    /// The kernels of the backward read the unrounded sum, and cannot round as their forward did.
-    fn is_carried_out_added(&self) -> bool {
-        let is_half = accumulator(self.output) != self.output;
-        On::<Cuda<L>>::is_carried_out(self) && !(is_half && self.cast == Cast::BeforeWeight)
-    }
-
     fn add_forward(
         &self,
         args: Args<View<L::Storage>>,
@@ -201,13 +212,9 @@ impl<L: Launcher> AddOn<Cuda<L>> for Rows {
         let Some(sum) = ran.sum else {
             return messages::internal(self.layer, "a sum");
         };
-        let device = Device::<L>::of(self.layer, args.x.storage);
-        let acc = accumulator(self.output);
-        let (sum, rounded) = if acc == self.output {
-            (sum, None)
-        } else {
-            let terms = [device.input(args.x)?, device.input(residual)?];
-            (device.sum(terms.each_ref(), acc)?, Some(sum))
+        let (sum, rounded) = match ran.unrounded {
+            Some(unrounded) => (unrounded, Some(sum)),
+            None => (sum, None),
         };
         Ok(Added {
             sum,

@@ -1,0 +1,49 @@
+//! Running statistics after a batch, in one launch.
+
+use candle_core::Result;
+use candle_core::backend::BackendStorage;
+use candle_norm_cuda_kernels::geometry::channels::update_running;
+
+use super::{Device, Launcher, View};
+use crate::backend::{Running, Updated};
+
+/// The kernel's momentum where the weight of a batch is one over the number of batches.
+const CUMULATIVE: f64 = -1.;
+
+pub(super) fn updated<L: Launcher>(
+    layer: &'static str,
+    from: Running<L::Storage>,
+) -> Result<Updated<L::Storage>> {
+    let device = Device::<L>::of(layer, from.mean.storage);
+    let dtype = from.mean.storage.dtype();
+    let channels = from.mean.layout.shape().elem_count();
+    let (mean, var) = (
+        device.param(from.batch_mean, dtype)?,
+        device.param(from.batch_var, dtype)?,
+    );
+    let rest = device.zeros(dtype, channels)?;
+    // A copy, in storage of its own.
+    let copy = |of: View<L::Storage>| of.storage.to_dtype(of.layout, of.storage.dtype());
+    let mut to = Updated {
+        mean: copy(from.mean)?,
+        var: copy(from.var)?,
+        counter: copy(from.counter)?,
+    };
+    device
+        .call(&update_running(
+            channels as u64,
+            true,
+            device.element(dtype)?,
+        ))
+        .read(&mean)
+        .read(&rest)
+        .read(&var)
+        .write(&mut to.mean)
+        .write(&mut to.var)
+        .write(&mut to.counter)
+        .sizes([channels as u64, 1])
+        .float(from.momentum.unwrap_or(CUMULATIVE))
+        .float(1.)
+        .run()?;
+    Ok(to)
+}
