@@ -32,16 +32,14 @@ fn main() {
         .filter(|path| path.extension().is_some_and(|ext| ext == "cu"))
         .collect();
     sources.sort();
-    let mut units = Vec::new();
-    for source in &sources {
-        let stem = source.file_stem().unwrap().to_str().unwrap();
-        if fs::read_to_string(source)
-            .expect("a source is readable")
-            .contains("HAS(")
-        {
-            units.extend(MODULES.map(|types| (source.clone(), format!("{stem}_{types}"), types)));
-        } else {
-            units.push((source.clone(), stem.to_string(), ""));
+    let units: Vec<Unit> = sources.iter().flat_map(|source| units_of(source)).collect();
+    let name = |unit: &Unit| out.join(format!("{}.ptx", unit.module));
+    // Modules of another version of the sources.
+    for entry in fs::read_dir(&out).expect("OUT_DIR is readable").flatten() {
+        let path = entry.path();
+        let is_ptx = path.extension().is_some_and(|ext| ext == "ptx");
+        if is_ptx && !units.iter().any(|unit| name(unit) == path) {
+            fs::remove_file(path).expect("OUT_DIR is writable");
         }
     }
     let headers = fs::read_dir("kernels")
@@ -55,23 +53,68 @@ fn main() {
             scope.spawn(|| {
                 loop {
                     let next = left.lock().unwrap().next();
-                    let Some((source, module, types)) = next else {
+                    let Some(unit) = next else {
                         break;
                     };
-                    let newest = shared.max(Some(changed(source)));
-                    compile(source, &out.join(format!("{module}.ptx")), types, newest);
+                    compile(unit, &name(unit), shared.max(Some(changed(&unit.source))));
                 }
             });
         }
     });
-    let mut modules = String::from("/// Name and text of each module.\n");
-    modules += "pub(crate) const MODULES: &[(&str, &str)] = &[\n";
-    for (_, module, _) in &units {
-        let path = out.join(format!("{module}.ptx"));
-        modules += &format!("    ({module:?}, include_str!({path:?})),\n");
+    let mut modules = String::from("/// Name, text and kernels of each module.\n");
+    modules += "pub(crate) const MODULES: &[(&str, &str, &[&str])] = &[\n";
+    for unit in &units {
+        let path = name(unit);
+        let text = fs::read_to_string(&path).expect("a module was made");
+        let kernels = text.split(".entry ").skip(1);
+        let kernels: Vec<_> = kernels.filter_map(|rest| rest.split('(').next()).collect();
+        // Some parts have no kernels of some types.
+        if !kernels.is_empty() {
+            let module = &unit.module;
+            modules += &format!("    ({module:?}, include_str!({path:?}), &{kernels:?}),\n");
+        }
     }
     modules += "];\n";
     fs::write(out.join("modules.rs"), modules).expect("OUT_DIR is writable");
+}
+
+/// A module: what of which source is in it.
+struct Unit {
+    source: PathBuf,
+    module: String,
+    types: Option<&'static str>,
+    part: Option<String>,
+}
+
+/// One for each pair of types and each part that the source asks for.
+fn units_of(source: &Path) -> Vec<Unit> {
+    let stem = source.file_stem().unwrap().to_str().unwrap();
+    let text = fs::read_to_string(source).expect("a source is readable");
+    let types: Vec<_> = match text.contains("HAS(") {
+        true => MODULES.into_iter().map(Some).collect(),
+        false => vec![None],
+    };
+    let asked = text.lines().filter_map(|line| line.strip_prefix("#if IN("));
+    let mut parts: Vec<_> = asked
+        .filter_map(|rest| rest.split(')').next())
+        .map(|part| Some(part.to_string()))
+        .collect();
+    if parts.is_empty() {
+        parts.push(None);
+    }
+    let mut units = Vec::new();
+    for part in &parts {
+        for &types in &types {
+            let name = [Some(stem), part.as_deref(), types];
+            units.push(Unit {
+                source: source.to_path_buf(),
+                module: name.into_iter().flatten().collect::<Vec<_>>().join("_"),
+                types,
+                part: part.clone(),
+            });
+        }
+    }
+    units
 }
 
 fn changed(path: &Path) -> SystemTime {
@@ -81,7 +124,7 @@ fn changed(path: &Path) -> SystemTime {
 }
 
 /// Compiles what has changed since `target` was made, or is compiled by another command.
-fn compile(source: &Path, target: &Path, types: &str, newest: Option<SystemTime>) {
+fn compile(unit: &Unit, target: &Path, newest: Option<SystemTime>) {
     let nvcc = env::var_os("NVCC").map(PathBuf::from).unwrap_or_else(|| {
         env::var_os("CUDA_HOME").map_or("nvcc".into(), |home| PathBuf::from(home).join("bin/nvcc"))
     });
@@ -95,10 +138,9 @@ fn compile(source: &Path, target: &Path, types: &str, newest: Option<SystemTime>
         "-O3",
     ]);
     command.args(["-diag-suppress", "128"]);
-    if !types.is_empty() {
-        command.arg(format!("-DONLY={types}"));
-    }
-    command.arg("-o").arg(target).arg(source);
+    command.args(unit.types.map(|types| format!("-DONLY={types}")));
+    command.args(unit.part.as_ref().map(|part| format!("-DPART={part}")));
+    command.arg("-o").arg(target).arg(&unit.source);
     let made_by = target.with_extension("command");
     let line = format!("{command:?}");
     let same = fs::read_to_string(&made_by).is_ok_and(|made_by| made_by == line);

@@ -3,7 +3,7 @@ torch.compile.
 
     python3 rows.py MODULES [OUT]
 
-MODULES has rows_TYPES.cubin or .ptx. Results go to OUT/rows.json; the table is printed last. SECONDS_OF_TIMING (60) is the time
+MODULES has rows_NORM_TYPES.cubin or .ptx. Results go to OUT/rows.json; the table is printed last. SECONDS_OF_TIMING (60) is the time
 that torch may take, and as much again that the kernels may.
 """
 import json, math, os, statistics, sys, time
@@ -81,10 +81,13 @@ class Kernels:
 
     def get(self, types, name):
         if name not in self.found:
-            if types not in self.modules:
-                path = os.path.join(self.folder, f"rows_{types}.cubin")
-                self.modules[types] = cupy.RawModule(path=path if os.path.exists(path) else path[:-5] + "ptx")
-            self.found[name] = self.modules[types].get_function(name)
+            part = name.split("_forward_")[0].split("_backward_")[0].split("_columns_")[0]
+            part = "finish" if part.startswith("rows_finish") else "sum" if part.startswith("sum_") else part
+            module = f"rows_{part}_{types}"
+            if module not in self.modules:
+                path = os.path.join(self.folder, f"{module}.cubin")
+                self.modules[module] = cupy.RawModule(path=path if os.path.exists(path) else path[:-5] + "ptx")
+            self.found[name] = self.modules[module].get_function(name)
         return self.found[name]
 
 

@@ -27,6 +27,21 @@
 #define HAS(types) 1
 #endif
 
+// A file that asks IN(part) becomes one module for each part as well: a driver compiles a module whole. PART says which.
+#define PART_layer_norm 1
+#define PART_rms_norm 2
+#define PART_add_layer_norm 3
+#define PART_add_rms_norm 4
+#define PART_sum 5
+#define PART_finish 6
+#define PART_NUMBER_(part) PART_##part
+#define PART_NUMBER(part) PART_NUMBER_(part)
+#if defined(PART)
+#define IN(part) (PART_NUMBER(PART) == PART_##part)
+#else
+#define IN(part) 1
+#endif
+
 typedef long long i64;
 
 // Half precision as bits: no header of the toolkit is needed.

@@ -938,20 +938,6 @@ __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *
   BACKWARD(512, 1, norm##_backward_##t##_##p##_b4_odd, X, T, P, CENTER, ADD, 4, false, false) \
   BACKWARD_LONG(norm##_backward_##t##_##p##_long, X, T, P, CENTER, ADD)                     \
   BACKWARD_COLUMNS(norm##_columns_##t##_##p, X, T, CENTER, ADD)
-#define ALL(t, p, T, P)                                     \
-  FORWARDS(layer_norm, t, p, T, P, true)                    \
-  FORWARDS(rms_norm, t, p, T, P, false)                     \
-  ADD_FORWARDS(add_layer_norm, t, p, T, P, true)            \
-  ADD_FORWARDS(add_rms_norm, t, p, T, P, false)             \
-  BACKWARDS(layer_norm, t, p, T, T, P, true, false)         \
-  BACKWARDS(rms_norm, t, p, T, T, P, false, false)          \
-  BACKWARDS(add_layer_norm, t, p, T, T, P, true, true)      \
-  BACKWARDS(add_rms_norm, t, p, T, T, P, false, true)       \
-  FINISH(rows_finish_##t##_##p, P, Acc<T>)
-// Half precision: x is the unrounded sum that a forward with a residual wrote, dx the gradient of it.
-#define UNROUNDED(t, p, T, P)                                        \
-  BACKWARDS(sum_layer_norm, t, p, Acc<T>, T, P, true, false)         \
-  BACKWARDS(sum_rms_norm, t, p, Acc<T>, T, P, false, false)
 #define PLAIN(norm, KIND, CENTER, ADD)                                                                \
   KIND(256, 2, norm##_forward_f64_f64_w1, double, double, CENTER, 1, true, true)                      \
   KIND(256, 2, norm##_forward_f64_f64_w1_odd, double, double, CENTER, 1, true, false)                 \
@@ -961,29 +947,86 @@ __device__ __forceinline__ void finish_columns(const A *partial, P *dweight, P *
   BACKWARD_LONG(norm##_backward_f64_f64_long, double, double, double, CENTER, ADD)                     \
   BACKWARD_COLUMNS(norm##_columns_f64_f64, double, double, CENTER, ADD)
 
+// ALL of types that have teams of several vectors, HALF of half precision, DOUBLE of double.
+#if IN(layer_norm)
+#define ALL_LAYER_NORM(t, p, T, P)       \
+  FORWARDS(layer_norm, t, p, T, P, true) \
+  BACKWARDS(layer_norm, t, p, T, T, P, true, false)
+#define DOUBLE_LAYER_NORM PLAIN(layer_norm, FORWARD, true, false)
+#else
+#define ALL_LAYER_NORM(t, p, T, P)
+#define DOUBLE_LAYER_NORM
+#endif
+#if IN(rms_norm)
+#define ALL_RMS_NORM(t, p, T, P)        \
+  FORWARDS(rms_norm, t, p, T, P, false) \
+  BACKWARDS(rms_norm, t, p, T, T, P, false, false)
+#define DOUBLE_RMS_NORM PLAIN(rms_norm, FORWARD, false, false)
+#else
+#define ALL_RMS_NORM(t, p, T, P)
+#define DOUBLE_RMS_NORM
+#endif
+#if IN(add_layer_norm)
+#define ALL_ADD_LAYER_NORM(t, p, T, P)           \
+  ADD_FORWARDS(add_layer_norm, t, p, T, P, true) \
+  BACKWARDS(add_layer_norm, t, p, T, T, P, true, true)
+#define DOUBLE_ADD_LAYER_NORM PLAIN(add_layer_norm, ADD_FORWARD, true, true)
+#else
+#define ALL_ADD_LAYER_NORM(t, p, T, P)
+#define DOUBLE_ADD_LAYER_NORM
+#endif
+#if IN(add_rms_norm)
+#define ALL_ADD_RMS_NORM(t, p, T, P)            \
+  ADD_FORWARDS(add_rms_norm, t, p, T, P, false) \
+  BACKWARDS(add_rms_norm, t, p, T, T, P, false, true)
+#define DOUBLE_ADD_RMS_NORM PLAIN(add_rms_norm, ADD_FORWARD, false, true)
+#else
+#define ALL_ADD_RMS_NORM(t, p, T, P)
+#define DOUBLE_ADD_RMS_NORM
+#endif
+#if IN(sum)
+// x is the unrounded sum that a forward with a residual wrote, dx the gradient of it.
+#define HALF_SUM(t, p, T, P)                                 \
+  BACKWARDS(sum_layer_norm, t, p, Acc<T>, T, P, true, false) \
+  BACKWARDS(sum_rms_norm, t, p, Acc<T>, T, P, false, false)
+#else
+#define HALF_SUM(t, p, T, P)
+#endif
+#if IN(finish)
+#define ALL_FINISH(t, p, T, P) FINISH(rows_finish_##t##_##p, P, Acc<T>)
+#else
+#define ALL_FINISH(t, p, T, P)
+#endif
+#define ALL(t, p, T, P)          \
+  ALL_LAYER_NORM(t, p, T, P)     \
+  ALL_RMS_NORM(t, p, T, P)       \
+  ALL_ADD_LAYER_NORM(t, p, T, P) \
+  ALL_ADD_RMS_NORM(t, p, T, P)   \
+  ALL_FINISH(t, p, T, P)
+
 #if HAS(f32_f32)
 ALL(f32, f32, float, float)
 #endif
 #if HAS(f16_f16)
 ALL(f16, f16, f16, f16)
-UNROUNDED(f16, f16, f16, f16)
+HALF_SUM(f16, f16, f16, f16)
 #endif
 #if HAS(bf16_bf16)
 ALL(bf16, bf16, bf16, bf16)
-UNROUNDED(bf16, bf16, bf16, bf16)
+HALF_SUM(bf16, bf16, bf16, bf16)
 #endif
 #if HAS(f16_f32)
 ALL(f16, f32, f16, float)
-UNROUNDED(f16, f32, f16, float)
+HALF_SUM(f16, f32, f16, float)
 #endif
 #if HAS(bf16_f32)
 ALL(bf16, f32, bf16, float)
-UNROUNDED(bf16, f32, bf16, float)
+HALF_SUM(bf16, f32, bf16, float)
 #endif
 #if HAS(f64_f64)
-PLAIN(layer_norm, FORWARD, true, false)
-PLAIN(rms_norm, FORWARD, false, false)
-PLAIN(add_layer_norm, ADD_FORWARD, true, true)
-PLAIN(add_rms_norm, ADD_FORWARD, false, true)
-FINISH(rows_finish_f64_f64, double, double)
+DOUBLE_LAYER_NORM
+DOUBLE_RMS_NORM
+DOUBLE_ADD_LAYER_NORM
+DOUBLE_ADD_RMS_NORM
+ALL_FINISH(f64, f64, double, double)
 #endif

@@ -13,18 +13,14 @@ pub struct Module {
 
 /// All modules.
 pub fn modules() -> impl Iterator<Item = Module> {
-    MODULES.iter().map(|&(name, ptx)| Module { name, ptx })
+    MODULES.iter().map(|&(name, ptx, _)| Module { name, ptx })
 }
 
 /// The module that has a kernel.
 pub fn module_of(kernel: &str) -> Option<Module> {
-    modules().find(|module| {
-        let mut entries = module.ptx.split(".entry ").skip(1);
-        entries.any(|rest| {
-            rest.strip_prefix(kernel)
-                .is_some_and(|rest| rest.trim_start().starts_with('('))
-        })
-    })
+    let mut all = MODULES.iter();
+    let &(name, ptx, _) = all.find(|(_, _, kernels)| kernels.contains(&kernel))?;
+    Some(Module { name, ptx })
 }
 
 #[cfg(test)]
@@ -47,9 +43,11 @@ mod tests {
                         cols,
                         aligned: true,
                     };
-                    let back = shape.backward().unwrap();
-                    let mut launches = vec![shape.forward().unwrap(), back.dx, back.finish];
-                    launches.extend(back.columns);
+                    let mut launches = vec![shape.forward().unwrap()];
+                    for back in [shape.backward().unwrap(), shape.backward_of_sum().unwrap()] {
+                        launches.extend([back.dx, back.finish]);
+                        launches.extend(back.columns);
+                    }
                     for launch in launches {
                         assert!(module_of(&launch.kernel).is_some(), "{}", launch.kernel);
                     }

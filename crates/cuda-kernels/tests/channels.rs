@@ -1098,6 +1098,110 @@ fn weights_of_each_channel_of_each_sample() {
     }
 }
 
+fn dims(a: Args<'_>, p: Planes) -> Args<'_> {
+    a.i64(p.outer as i64)
+        .i64(p.channels as i64)
+        .i64(p.inner as i64)
+}
+
+/// Batch norm with weights of each channel of each sample, by several launches.
+fn batch_by_sample(i: &Inputs, p: Planes, order: Order) -> Done {
+    let (q, acc) = (p.by_sample(), p.types.x().accumulator());
+    let planes = q.channels as usize;
+    let mut d = i.done(planes, planes);
+    let of_channels = |n: u64| Buffer::empty(acc, (n * p.channels) as usize);
+    let mut partial = Buffer::empty(acc, p.moments_scratch() as usize);
+    let a = dims(Args::new().read(&i.x).write(&mut partial), p);
+    run(&p.moments(), a.i32(p.parts() as i32).i32(1), order);
+    let [mut mean, mut rest, mut inv_std, mut var] = [1; 4].map(of_channels);
+    let a = Args::new()
+        .read(&partial)
+        .write(&mut mean)
+        .write(&mut rest)
+        .write(&mut inv_std)
+        .write(&mut var);
+    let a = a.i64(p.channels as i64).i32(p.parts() as i32).f64(i.eps);
+    run(&p.merge(), a, order);
+    let mut spread = Buffer::empty(acc, 3 * planes);
+    let a = Args::new().read(&mean).read(&rest).read(&inv_std);
+    let a = a.write(&mut spread);
+    let a = a.i64(p.outer as i64).i64(p.channels as i64);
+    run(&p.spread(), a, order);
+    let spread = spread.values();
+    let of_planes: Vec<Buffer> = spread
+        .chunks(planes)
+        .map(|values| Buffer::of(acc, values))
+        .collect();
+    let parts = q.parts() as i32;
+    let a = Args::new()
+        .read(&i.x)
+        .maybe_read(i.weight.as_ref())
+        .maybe_read(i.bias.as_ref())
+        .read(&of_planes[0])
+        .read(&of_planes[1])
+        .read(&of_planes[2])
+        .write(&mut d.y);
+    let a = dims(a, q).i64(q.inner as i64).i64(q.channels as i64);
+    run(&q.normalize(), a.i32(parts).i32(0).f64(i.eps), order);
+    let mut partial = Buffer::empty(acc, q.grad_scratch() as usize);
+    let a = Args::new().read(&i.x).read(&i.dy).read(&of_planes[0]);
+    let a = dims(a.write(&mut partial), q).i64(1).i32(parts);
+    run(&q.grad_sums(), a, order);
+    let [mut back_mean, mut back_along] = [0; 2].map(|_| Buffer::empty(acc, planes));
+    let a = Args::new()
+        .read(&partial)
+        .maybe_read(i.weight.as_ref())
+        .read(&mean)
+        .read(&rest)
+        .read(&inv_std)
+        .write(&mut d.dweight)
+        .write(&mut d.dbias)
+        .write(&mut back_mean)
+        .write(&mut back_along);
+    let a = a.i64(p.outer as i64).i64(p.channels as i64).i32(parts);
+    let a = a.f64((p.outer * p.inner) as f64).i32(0).f64(i.eps).i32(1);
+    run(&p.grad_merge_by_sample(), a, order);
+    let a = Args::new()
+        .read(&i.x)
+        .read(&i.dy)
+        .maybe_read(i.weight.as_ref())
+        .read(&of_planes[0])
+        .read(&of_planes[1])
+        .read(&of_planes[2])
+        .read(&back_mean)
+        .read(&back_along)
+        .write(&mut d.dx);
+    let a = dims(a, q).i64(q.inner as i64).i64(q.channels as i64);
+    run(&q.grad_input(), a.i32(parts).i32(0).f64(i.eps), order);
+    d.stats = [mean, rest, inv_std, var];
+    d
+}
+
+#[test]
+fn batch_norm_with_weights_of_each_sample() {
+    for types in Types::ALL {
+        for whole in [shape(3, 5, 49), shape(37, 3, 16), shape(2, 1, 9000)] {
+            if whole.s > 1000 && types != F32_ONLY {
+                continue;
+            }
+            let spread = shape(1, whole.n * whole.c, whole.s);
+            let v = Values::new(spread, types, 0.5);
+            let p = v.problem(spread);
+            let r = p.solve(whole.c, |k| whole.channel(k));
+            let i = Inputs::new(types, &p);
+            let p = Planes {
+                types,
+                outer: whole.n as u64,
+                channels: whole.c as u64,
+                inner: whole.s as u64,
+            };
+            let name = format!("{p:?} by sample");
+            let d = same_in_all_orders(&name, |order| batch_by_sample(&i, p, order));
+            check(&name, &i, &r, &d);
+        }
+    }
+}
+
 #[test]
 fn a_list_of_several_lines_is_the_same_list() {
     // Three lines of blocks, the last with blocks beyond the end, as where a grid is too narrow.

@@ -188,6 +188,41 @@ impl Planes {
         self.by_part(format!("planes_grad_input_{}", self.types.name()))
     }
 
+    /// The planes of all samples as channels of one sample, with weights of each channel of each
+    /// sample, `[outer, channels]`.
+    ///
+    /// Scale and shift and its backward are those of these planes. Batch norm takes the statistics
+    /// of [`moments`](Self::moments) and [`merge`](Self::merge), puts them beside each plane by
+    /// [`spread`](Self::spread), and then normalizes these planes; its backward is `grad_sums` of
+    /// these planes, [`grad_merge_by_sample`](Self::grad_merge_by_sample), and `grad_input` of
+    /// these planes.
+    pub fn by_sample(self) -> Self {
+        Self {
+            outer: 1,
+            channels: self.outer * self.channels,
+            ..self
+        }
+    }
+
+    /// `samples_spread`, statistics of channels beside each plane. Arguments: `mean, rest?, third,
+    /// out, outer, channels`; `out` is `[3, outer, channels]`.
+    pub fn spread(self) -> Launch {
+        Launch {
+            kernel: format!("samples_spread_{}", self.types.x().accumulator().name()),
+            grid: list((self.outer * self.channels).div_ceil(THREADS)),
+            block: [THREADS as u32, 1, 1],
+            shared: 0,
+        }
+    }
+
+    /// `samples_grad_merge`. Arguments: `partial, weight?, mean, rest?, third, dweight?, dbias?,
+    /// back_mean?, back_along?, outer, channels, parts: i32, count: f64, of_var: i32, eps, center:
+    /// i32`: statistics of channels; weight, gradients and the two means `[outer, channels]`;
+    /// `parts` those of the planes [`by_sample`](Self::by_sample).
+    pub fn grad_merge_by_sample(self) -> Launch {
+        self.by_warp(format!("samples_grad_merge_{}", self.types.name()))
+    }
+
     fn by_part(self, kernel: String) -> Launch {
         Launch {
             kernel,
@@ -388,7 +423,11 @@ mod tests {
                 check(&launch)?;
                 check_list(&launch, channels * parts)?;
             }
-            for launch in [p.merge(), p.grad_merge()] {
+            let spread = p.spread();
+            check(&spread)?;
+            check_list(&spread, (outer * channels).div_ceil(u64::from(spread.block[0])))?;
+            prop_assert_eq!(p.by_sample().channels, outer * channels);
+            for launch in [p.merge(), p.grad_merge(), p.grad_merge_by_sample()] {
                 check(&launch)?;
                 check_list(&launch, channels.div_ceil(u64::from(launch.block[1])))?;
             }
