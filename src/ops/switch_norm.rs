@@ -209,9 +209,9 @@ fn check_counts(x: &Tensor, options: &SwitchOptions, space: usize) -> Result<()>
     }
     let (n, c) = (x.dims()[0], x.dims()[1]);
     if options.instance {
-        return more_values("channel of a sample", space, x);
+        return more_values(LAYER, "channel of a sample", space, x);
     }
-    more_values("sample", c * space, x)?;
+    more_values(LAYER, "sample", c * space, x)?;
     match options.batch {
         SwitchBatch::Own => check::more_than_one_value(LAYER, n * space, x),
         _ => Ok(()),
@@ -248,10 +248,10 @@ pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// A variance that is divided by n − 1.
-fn more_values(of: &str, values: usize, x: &Tensor) -> Result<()> {
+fn more_values(layer: &str, of: &str, values: usize, x: &Tensor) -> Result<()> {
     if values == 1 {
         bail!(
-            "{LAYER}: expected more than 1 value per {of}, whose variance is unbiased, got input \
+            "{layer}: expected more than 1 value per {of}, whose variance is unbiased, got input \
             size {:?}; set unbiased to false",
             x.dims()
         )
