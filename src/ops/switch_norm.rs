@@ -256,8 +256,8 @@ pub(super) fn check_counts_of_samples(
 ) -> Result<()> {
     match (options.unbiased, options.instance) {
         (false, _) => Ok(()),
-        (true, true) => more_values("channel of a sample", space, x),
-        (true, false) => more_values("sample", x.dims()[1] * space, x),
+        (true, true) => more_values(LAYER, "channel of a sample", space, x),
+        (true, false) => more_values(LAYER, "sample", x.dims()[1] * space, x),
     }
 }
 
@@ -291,10 +291,10 @@ pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// A variance that is divided by n − 1.
-fn more_values(of: &str, values: usize, x: &Tensor) -> Result<()> {
+fn more_values(layer: &str, of: &str, values: usize, x: &Tensor) -> Result<()> {
     if values == 1 {
         bail!(
-            "{LAYER}: expected more than 1 value per {of}, whose variance is unbiased, got input \
+            "{layer}: expected more than 1 value per {of}, whose variance is unbiased, got input \
             size {:?}; set unbiased to false",
             x.dims()
         )

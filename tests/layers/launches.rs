@@ -94,7 +94,7 @@ fn a_sum_is_formed_in_the_launch_that_normalizes_it() -> Result<()> {
     assert_launches(
         &var(&[64, 256])?,
         |x| {
-            let (y, sum) = ops::add_layer_norm(x, &residual, 256, None, None, 1e-5)?;
+            let (y, sum) = ops::add_layer_norm(x, &residual, 256, [None, None], 1e-5)?;
             y + sum
         },
         [&["add_layer_norm_forward"], &["layer_norm_backward"]],

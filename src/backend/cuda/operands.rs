@@ -1,7 +1,7 @@
 //! Arguments of launches: which storages they may be, and what is converted before.
 
 use candle_core::backend::BackendStorage;
-use candle_core::op::{Add, Sub};
+use candle_core::op::Sub;
 use candle_core::scalar::Scalar;
 use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::rows::ALIGNMENT;
@@ -119,18 +119,6 @@ impl<'a, L: Launcher> Device<'a, L> {
         x.storage
             .copy_strided_src(&mut copy, 0, &operand.layout())?;
         Ok(Operand::whole(copy, operand.len))
-    }
-
-    /// The elements of a contiguous tensor in `dtype`, where vectors can be read.
-    pub(super) fn input_in<'b>(
-        self,
-        x: View<'b, L::Storage>,
-        dtype: DType,
-    ) -> Result<Operand<'b, L::Storage>> {
-        match x.storage.dtype() == dtype {
-            true => self.input(x),
-            false => self.param(x, dtype),
-        }
     }
 
     /// The elements of a contiguous tensor in `dtype`.
