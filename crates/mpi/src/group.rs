@@ -1,6 +1,7 @@
 //! The ranks of an MPI communicator as a group.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -48,7 +49,9 @@ impl Ranks {
         // Without the backtrace, which candle appends.
         let line = text.lines().next().unwrap_or_default();
         let (rank, size) = self.of_world;
-        eprintln!("rank {rank} of {size} ends the job: {line}");
+        // In one piece, since several ranks may write at once.
+        let message = format!("rank {rank} of {size} ends the job: {line}\n");
+        let _ = io::stderr().write_all(message.as_bytes());
         self.data.abort(1)
     }
 
