@@ -67,8 +67,8 @@ impl Ranks {
         }
     }
 
-    /// Waits for `request`, but not for ever: its buffers belong to MPI until it is done, and so the
-    /// job ends where it is not.
+    /// Waits for `request`, but not for ever: its buffers belong to MPI until it is done, and so
+    /// the job ends where it is not.
     fn wait(&self, mut request: Request<'_>, call: &str) -> ferrompi::Result<()> {
         let start = Instant::now();
         let mut tries = 0u32;
