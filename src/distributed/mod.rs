@@ -22,7 +22,7 @@
 //! use candle_core::{DType, Device, Result, Tensor};
 //! use candle_nn::{ModuleT, Optimizer, SGD, VarBuilder, VarMap};
 //! use candle_norm::distributed::{
-//!     Threads, at_step, batches, broadcast_vars, assert_same, shard, shuffled, sum_gradients,
+//!     Threads, assert_same, at_step, batches, broadcast_vars, shard, shuffled, sum_gradients,
 //! };
 //! use candle_norm::{batch_norm, trainable_vars};
 //!
@@ -39,7 +39,8 @@
 //!         for (step, batch) in batches(&order, 6, ranks)?.enumerate() {
 //!             at_step(step as u64, || {
 //!                 let mine = shard(batch, group.rank(), ranks)?;
-//!                 let rows: Vec<f32> = mine.iter().flat_map(|i| data[2 * i..][..2].to_vec()).collect();
+//!                 let rows = mine.iter().flat_map(|i| data[2 * i..][..2].to_vec());
+//!                 let rows: Vec<f32> = rows.collect();
 //!                 let x = Tensor::from_vec(rows, (mine.len(), 2), &Device::Cpu)?;
 //!                 let y = norm.forward_t(&x, true)?;
 //!                 let loss = ((y - 1.)?.sqr()?.sum_all()? / batch.len() as f64)?;

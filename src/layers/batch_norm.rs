@@ -439,7 +439,8 @@ impl BatchNorm {
     /// whose batch is empty: its loss must come from its output, as `y.sum_all()` does. Multiplying
     /// the loss by 0 cuts candle's graph, and the others wait for a backward that does not come.
     /// Gradients that are accumulated over micro-batches are not one batch for that: each
-    /// micro-batch has statistics of its own.
+    /// micro-batch has statistics of its own. Derivatives of second order need samples on every
+    /// rank.
     ///
     /// Names in checkpoints are those of the plain layer. A group of one rank changes nothing. The
     /// layer and its clones share running statistics with the layer that this was called on.

@@ -53,7 +53,13 @@ impl RunningStats {
         let Some(joint) = statistics.filter(|_| self.are_tracked()) else {
             return Ok(());
         };
-        let batch = Batch::of(joint.count, joint.statistics, taken);
+        let here = |t: Tensor| t.to_device(self.mean().device());
+        let BatchStatistics { mean, var } = joint.statistics;
+        let statistics = BatchStatistics {
+            mean: here(mean)?,
+            var: here(var)?,
+        };
+        let batch = Batch::of(joint.count, statistics, taken);
         self.observe_batch(batch, || "the batches of all ranks".to_string())
     }
 

@@ -21,6 +21,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{DType, Device, Error, IndexOp, Module, ModuleT, Result, Tensor, Var, bail};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, Optimizer, SGD, VarBuilder, VarMap, loss};
@@ -53,7 +54,7 @@ struct Options {
     /// Steps
     #[arg(long, default_value_t = 400)]
     steps: u64,
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.2)]
     learning_rate: f64,
     /// Starts the network and the order of the images
     #[arg(long, default_value_t = 1)]
@@ -70,6 +71,9 @@ struct Options {
     /// Kills the last rank in this step
     #[arg(long)]
     kill: Option<u64>,
+    /// Seconds that a rank waits for the others
+    #[arg(long, default_value_t = 300)]
+    time_limit: u64,
     /// Compares two files of losses instead
     #[arg(long, num_args = 2, value_names = ["A", "B"])]
     compare: Option<Vec<PathBuf>>,
@@ -123,10 +127,11 @@ impl Net {
 impl ModuleT for Net {
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         let [first, second] = &self.norms;
+        // SiLU: at the kink of ReLU a difference in the last bit becomes one of the gradient.
         let maps = first.forward_t(&self.convs[0].forward(xs)?, train)?;
-        let maps = maps.relu()?.avg_pool2d(2)?;
+        let maps = maps.silu()?.avg_pool2d(2)?;
         let maps = second.forward_t(&self.convs[1].forward(&maps)?, train)?;
-        self.head.forward(&maps.relu()?.mean((2, 3))?)
+        self.head.forward(&maps.silu()?.mean((2, 3))?)
     }
 }
 
@@ -361,7 +366,13 @@ fn main() -> ExitCode {
     let options = Options::parse();
     let done = match &options.compare {
         Some(files) => compare(files, options.tolerance),
-        None => candle_norm_mpi::run(|group| train(&options, group)),
+        None => {
+            let waits = candle_norm_mpi::Options {
+                time_limit: Duration::from_secs(options.time_limit),
+                ..Default::default()
+            };
+            candle_norm_mpi::run_with(waits, |group| train(&options, group))
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,7 @@
 //! The ranks of an MPI communicator as a group.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -48,7 +49,9 @@ impl Ranks {
         // Without the backtrace, which candle appends.
         let line = text.lines().next().unwrap_or_default();
         let (rank, size) = self.of_world;
-        eprintln!("rank {rank} of {size} ends the job: {line}");
+        // In one piece, since several ranks may write at once.
+        let message = format!("rank {rank} of {size} ends the job: {line}\n");
+        let _ = io::stderr().write_all(message.as_bytes());
         self.data.abort(1)
     }
 
@@ -64,8 +67,8 @@ impl Ranks {
         }
     }
 
-    /// Waits for `request`, but not for ever: its buffers belong to MPI until it is done, and so the
-    /// job ends where it is not.
+    /// Waits for `request`, but not for ever: its buffers belong to MPI until it is done, and so
+    /// the job ends where it is not.
     fn wait(&self, mut request: Request<'_>, call: &str) -> ferrompi::Result<()> {
         let start = Instant::now();
         let mut tries = 0u32;

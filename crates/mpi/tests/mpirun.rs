@@ -1,5 +1,5 @@
-//! Ranks over MPI: this program starts itself by `mpirun`, oversubscribed and each time under a time
-//! limit, and the ranks run one of the [`SCENARIOS`].
+//! Ranks over MPI: this program starts itself by `mpirun`, oversubscribed and each time under a
+//! time limit, and the ranks run one of the [`SCENARIOS`].
 //!
 //! ```sh
 //! cargo test -p candle-norm-mpi --test mpirun            # all
