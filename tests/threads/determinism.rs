@@ -325,10 +325,9 @@ fn functions() {
                     let leaves: Vec<Tensor> = leaves.collect::<Result<_>>()?;
                     let y = (function.call)(&leaves)?;
                     let grads = backward(&y, &tensor(&dy, y.dims(), dtype)?)?;
-                    let of = |t: &Tensor| Ok(("a gradient", bits(&gradient(&grads, t))?));
                     let mut all = vec![("y", bits(&y)?)];
                     for leaf in &leaves {
-                        all.push(of(leaf)?);
+                        all.push(("a gradient", bits(&gradient(&grads, leaf))?));
                     }
                     Ok(all)
                 });
