@@ -181,8 +181,9 @@ fn checked(map: LinearMap, weight: &[usize], options: &WeightStandardizationOpti
         rules::finite(LAYER, "gamma", gamma)?;
     }
     if matches!(map, LinearMap::Convolution(g) if g.transposed) {
+        let layer = LAYER;
         bail!(
-            "{LAYER}: expected a layer whose weight has its outputs on axis 0, got a transposed \
+            "{layer}: expected a layer whose weight has its outputs on axis 0, got a transposed \
             convolution"
         )
     }

@@ -23,20 +23,20 @@ use crate::graph;
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn mask_of_lengths(lengths: &Tensor, size: usize) -> Result<Tensor> {
-    const LAYER: &str = "mask_of_lengths";
+    let layer = "mask_of_lengths";
     if lengths.rank() != 1 || !lengths.dtype().is_int() {
         bail!(
-            "{LAYER}: expected whole numbers of shape [N], got {:?} of shape {:?}",
+            "{layer}: expected whole numbers of shape [N], got {:?} of shape {:?}",
             lengths.dtype(),
             lengths.dims()
         )
     }
-    check::countable(LAYER, "a mask", &[lengths.elem_count(), size])?;
+    check::countable(layer, "a mask", &[lengths.elem_count(), size])?;
     let found = lengths.to_dtype(DType::I64)?.to_vec1::<i64>()?;
     let mut mask = Vec::with_capacity(found.len() * size);
     for length in &found {
         let Some(length) = usize::try_from(*length).ok().filter(|l| *l <= size) else {
-            bail!("{LAYER}: expected lengths from 0 to {size}, got {length}")
+            bail!("{layer}: expected lengths from 0 to {size}, got {length}")
         };
         mask.extend((0..size).map(|at| u8::from(at < length)));
     }

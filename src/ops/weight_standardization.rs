@@ -86,9 +86,10 @@ pub fn weight_standardization(
 
 /// Checks that each output of a weight has more than one element.
 pub(crate) fn check_standardized(weight: &[usize]) -> Result<()> {
+    let layer = LAYER;
     if weight[1..].iter().product::<usize>() == 1 {
         bail!(
-            "{LAYER}: expected more than 1 element of the weight for each output, got weight shape \
+            "{layer}: expected more than 1 element of the weight for each output, got weight shape \
             {weight:?}; a convolution of one input at one position has nothing to standardize"
         )
     }

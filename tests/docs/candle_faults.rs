@@ -496,3 +496,30 @@ fn a_factor_of_zero_cuts_the_graph() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn gradient_of_the_root_of_zero() -> Result<()> {
+    let then = "Lengths and UnitRows need no constant in place of a zero";
+    let (zeros, ones) = (
+        Tensor::zeros(4, DType::F64, &Device::Cpu)?,
+        uniform(4, 1).ones_like()?,
+    );
+    // A channel of zeros, as candle-transformers normalizes it by its length.
+    let x = Var::from_tensor(&Tensor::stack(&[&zeros, &ones], 0)?)?;
+    let finite = |y: Tensor| -> Result<bool> {
+        let grads = (y * uniform((2, 4), 2))?.sum_all()?.backward()?;
+        let dx = grads.get(&x).expect("a gradient").flatten_all()?;
+        Ok(dx.to_vec1::<f64>()?.iter().all(|v| v.is_finite()))
+    };
+    let lengths = x.sqr()?.sum_keepdim(1)?.sqrt()?;
+    let shares = lengths.broadcast_div(&(lengths.mean_keepdim(0)? + 1e-6)?)?;
+    let wrong = !finite(x.broadcast_mul(&shares)?)?;
+    at_fault(wrong, "the gradient of a root at zero, which is NaN", then);
+    let weight = Tensor::ones(2, DType::F64, &Device::Cpu)?;
+    let rows = x.unsqueeze(0)?;
+    let y = candle_norm::ops::global_response_norm(&rows, &weight, &weight, 1e-6, true)?;
+    assert!(finite(y.squeeze(0)?)?);
+    let unit = candle_norm::ops::L2Form::Max;
+    assert!(finite(candle_norm::ops::l2_normalize(&x, 1, 1e-12, unit)?)?);
+    Ok(())
+}
