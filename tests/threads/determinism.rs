@@ -347,12 +347,6 @@ fn functions() {
                     let leaves: Vec<Tensor> = leaves.collect::<Result<_>>()?;
                     let y = (function.call)(&leaves)?;
                     let grads = backward(&y, &tensor(&dy, y.dims(), dtype)?)?;
-<<<<<<< HEAD
-                    let of = |t: &Tensor| -> Result<_> {
-                        Ok(("a gradient", bits(&gradient(&grads, t))?))
-                    };
-=======
->>>>>>> layers
                     let mut all = vec![("y", bits(&y)?)];
                     for leaf in &leaves {
                         all.push(("a gradient", bits(&gradient(&grads, leaf))?));
