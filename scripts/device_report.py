@@ -105,6 +105,11 @@ def timings():
     rows = json_of("rows.json")
     if rows.get("captured") is not None:
         check(rows["captured"] is True, "launches captured in a graph", str(rows["captured"]))
+    if rows.get("error"):
+        check(False, "timings-rows", rows["error"][:200])
+    for what in ("left_out", "torch_left_out"):
+        if rows.get(what):
+            print(f"{rows[what]} shapes were left out for the time ({what})")
     for name, r in rows.get("ours", {}).items():
         t, add = rows.get("torch", {}).get(name, {}), "add_" in name
         for what, tensors in (("forward", 4 if add else 2), ("backward", 5 if add else 3)):

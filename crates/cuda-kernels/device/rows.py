@@ -214,34 +214,43 @@ def torch_norm(norm, cols, x, w, b):
     return F.layer_norm(x, (cols,), w, b, 1e-5) if NORMS[norm][1] else F.rms_norm(x, (cols,), w, 1e-5)
 
 
-def baselines(report, until):
-    """A copy, torch eager and torch.compile, while the kernels are being compiled by other processes."""
+def graphs_of(spec):
+    """Three sets of inputs as torch differentiates them, and their cotangents."""
+    norm, types, rows, cols = spec
+    graphs = []
+    for x, dy, w, b, _, _ in (inputs(norm, types, rows, cols, s) for s in range(3)):
+        x, w, b = (t.detach().requires_grad_() for t in (x.view(rows, cols), w, b))
+        graphs.append((x, w, b, dy.view(rows, cols)))
+    return graphs
+
+
+def time_torch(spec, f, row, name):
+    graphs, taken = graphs_of(spec), 3 if NORMS[spec[0]][1] else 2
+    with torch.no_grad():
+        row[f"{name}_forward"] = timed([lambda g=g: f(*g[:3]) for g in graphs])
+    made = [(f(*g[:3]), g[:taken], g[3]) for g in graphs]
+    row[f"{name}_backward"] = timed([lambda m=m: torch.autograd.grad(m[0], m[1], m[2], retain_graph=True) for m in made], repeats=5, least=9)
+
+
+def baselines(report, until, save):
+    """torch eager on all shapes, then torch.compile on some, while there is time."""
     out = report["torch"] = {}
-    for spec in TIMED:
-        norm, types, rows, cols = spec
-        tx, tp = types.split("_")
-        row = out[key(spec)] = {}
-        sets = [inputs(norm, types, rows, cols, s) for s in range(3)]
-        outs = [torch.empty_like(s[0]) for s in sets]
-        row["copy"] = timed([lambda s=s, o=o: o.copy_(s[0]) for s, o in zip(sets, outs)])
-        if tx == tp and not NORMS[norm][2]:
-            graphs = []
-            for x, dy, w, b, _, _ in sets:
-                x, w, b = (t.detach().requires_grad_() for t in (x.view(rows, cols), w, b))
-                graphs.append((x, w, b, dy.view(rows, cols)))
-            with torch.no_grad():
-                row["eager_forward"] = timed([lambda g=g: torch_norm(norm, cols, *g[:3]) for g in graphs])
-            made = [(torch_norm(norm, cols, *g[:3]), g[:3] if NORMS[norm][1] else g[:2], g[3]) for g in graphs]
-            row["eager_backward"] = timed([lambda m=m: torch.autograd.grad(m[0], m[1], m[2], retain_graph=True) for m in made], repeats=5, least=9)
-            if spec in COMPILED and time.time() < until:
+    for name, specs in (("eager", TIMED), ("compiled", COMPILED)):
+        for spec in specs:
+            norm, types, _, cols = spec
+            tx, tp = types.split("_")
+            if tx != tp or NORMS[norm][2]:
+                continue
+            if time.time() > until:
+                report["torch_left_out"] = report.get("torch_left_out", 0) + 1
+                continue
+            f = lambda x, w, b: torch_norm(norm, cols, x, w, b)
+            if name == "compiled":
                 torch._dynamo.reset()
-                f = torch.compile(lambda x, w, b: torch_norm(norm, cols, x, w, b), dynamic=False)
-                with torch.no_grad():
-                    row["compiled_forward"] = timed([lambda g=g: f(*g[:3]) for g in graphs])
-                made = [(f(*g[:3]), g[:3] if NORMS[norm][1] else g[:2], g[3]) for g in graphs]
-                row["compiled_backward"] = timed([lambda m=m: torch.autograd.grad(m[0], m[1], m[2], retain_graph=True) for m in made], repeats=5, least=9)
-        del sets, outs
-    torch.cuda.empty_cache()
+                f = torch.compile(f, dynamic=False)
+            time_torch(spec, f, out.setdefault(key(spec), {}), name)
+            torch.cuda.empty_cache()
+        save()
 
 
 def ours(kernels, report, until):
@@ -334,18 +343,21 @@ def main(modules, out, seconds=60.):
     except Exception as e:
         report["captured"] = repr(e)
     print("captured in a graph:", report["captured"])
-    try:
-        baselines(report, time.time() + seconds)
-    except Exception as e:
-        report["torch_failed"] = repr(e)
-        print("torch failed:", repr(e)[:300])
-    print(f"baselines: {time.time() - begin:.0f} s")
-    try:
-        ours(kernels, report, time.time() + seconds)
-    finally:
+    def save():
         with open(os.path.join(out, "rows.json"), "w") as f:
             json.dump(report, f, indent=1)
-        table(report)
+
+    # What is saved early outlives a time limit.
+    try:
+        ours(kernels, report, time.time() + seconds)
+        save()
+        baselines(report, time.time() + seconds, save)
+    except Exception as e:
+        report["error"] = repr(e)
+        print("failed:", repr(e)[:300])
+    save()
+    table(report)
+    print(f"{time.time() - begin:.0f} s")
     if os.environ.get("EXPLORE") == "1":
         explore(kernels, report)
 
