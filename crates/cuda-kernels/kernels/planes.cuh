@@ -210,6 +210,13 @@ template <class A> __device__ __forceinline__ Moments<A> about_zero(A count, A s
 // Merges moments into those of `count` values, `share` being the part that the new ones have of all.
 template <class A>
 __device__ __forceinline__ void merge_shared(A &mean, A &rest, A &m2, A count, A o_mean, A o_rest, A o_m2, A share) {
+  // Nothing to merge with: the sum below would round the two parts of the mean to one.
+  if (count == A(0)) {
+    mean = o_mean;
+    rest = o_rest;
+    m2 = o_m2;
+    return;
+  }
   const A d = (o_mean - mean) + (o_rest - rest);
   m2 = m2 + o_m2 + d * d * (count * share);
   A low;
