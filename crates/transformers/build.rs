@@ -73,7 +73,7 @@ fn sources(out: &Path) -> PathBuf {
     );
     let text = String::from_utf8_lossy(&found.stdout);
     let end = format!("candle-transformers-{VERSION}/Cargo.toml");
-    let paths = text.split('"').filter(|part| part.ends_with(&end));
-    let manifest = paths.last().expect("the manifest of candle-transformers");
+    let mut paths = text.split('"').filter(|part| part.ends_with(&end));
+    let manifest = paths.next_back().expect("the manifest of candle-transformers");
     Path::new(manifest).parent().expect("a folder").join("src")
 }

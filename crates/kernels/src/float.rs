@@ -157,6 +157,7 @@ kernels! {
 
     /// The gradients of [`spread_channels_forward`](Self::spread_channels_forward); those of weight
     /// and bias are empty unless they are wanted.
+    #[allow(clippy::too_many_arguments)] // Those of the plain one, and a spread.
     fn spread_channels_backward(
         x: &[Self],
         order: Order,

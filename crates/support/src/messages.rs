@@ -122,11 +122,17 @@ pub fn internal<T>(layer: &str, what: &str) -> Result<T> {
 }
 
 /// A kernel of a GPU that did not run.
+///
+/// # Errors
+/// Always.
 pub fn launch<T>(layer: &str, kernel: &str, why: &str) -> Result<T> {
     bail!("{layer}: expected the kernel {kernel} to run, got an error: {why}; use Path::Composed")
 }
 
 /// Kernels that a GPU cannot load.
+///
+/// # Errors
+/// Always.
 pub fn not_loaded<T>(layer: &str, built: &str, capability: &str, why: &str) -> Result<T> {
     bail!(
         "{layer}: expected a GPU of compute capability {built} or later, which the kernels are \
