@@ -142,7 +142,7 @@ pub(crate) fn get(
 ) -> Result<Tensor> {
     let (shape, name) = (shape.into(), name_in(vb, names));
     match vb.get_unchecked(name) {
-        Ok(stored) if !stored.is_variable() && same_axes(stored.dims(), shape.dims()) => {
+        Ok(stored) if stored.shape() != &shape && same_axes(stored.dims(), shape.dims()) => {
             stored.reshape(shape)
         }
         _ => vb.get_with_hints(shape, name, Init::Const(init)),

@@ -374,3 +374,20 @@ fn functions() {
         Ok(())
     })
 }
+
+/// Of a weight over its spectral norm, by constant vectors.
+#[test]
+fn spectral_norm() {
+    in_a_process_of_its_own("spectral_norm", || {
+        for (dims, dim) in [(&[3, 5][..], 0), (&[2, 3, 2], 1)] {
+            let mut draw = Draw::new(12);
+            let inputs = [normal(&mut draw, dims)];
+            let rest = dims.iter().product::<usize>() / dims[dim];
+            let u = tensor(&draw.normal(dims[dim]), &[dims[dim]], DType::F64)?;
+            let v = tensor(&draw.normal(rest), &[rest], DType::F64)?;
+            let f = |t: &[Tensor]| ops::spectral_norm(&t[0], &u, &v, dim);
+            check(&format!("spectral norm of {dims:?}"), &inputs, f)?;
+        }
+        Ok(())
+    })
+}

@@ -281,7 +281,7 @@ impl Gpu {
         (grid, block, shared): Geometry,
         words: &[u64],
         buffers: &[Buffer],
-    ) -> Status<Vec<(Vec<u8>, bool)>> {
+    ) -> Status<Found> {
         // SAFETY: the context is that of the driver.
         self.driver.check("cuCtxSetCurrent", unsafe {
             (self.driver.set_context)(self.driver.context)
@@ -331,13 +331,16 @@ impl Gpu {
     }
 }
 
+/// The bytes of each buffer that a launch may write, and whether it is one of those.
+pub(crate) type Found = Vec<(Vec<u8>, bool)>;
+
 /// What the GPU makes of a launch that the emulator is about to run.
 pub(crate) fn before(
     kernel: &CString,
     geometry: Geometry,
     words: &[u64],
     buffers: &[Buffer],
-) -> Option<Status<Vec<(Vec<u8>, bool)>>> {
+) -> Option<Status<Found>> {
     // Those that the emulator itself is tested with are in no module.
     if kernel.to_bytes().starts_with(b"self_test") {
         return None;
@@ -347,7 +350,7 @@ pub(crate) fn before(
 }
 
 /// Compares it with what the emulator made.
-pub(crate) fn after(kernel: &CString, buffers: &[Buffer], found: Status<Vec<(Vec<u8>, bool)>>) {
+pub(crate) fn after(kernel: &CString, buffers: &[Buffer], found: Status<Found>) {
     let Some(gpu) = gpu() else { return };
     let mut gpu = gpu.lock().unwrap_or_else(PoisonError::into_inner);
     let found = match found {

@@ -1,6 +1,8 @@
 //! Small models of candle-transformers learn, and every parameter has a gradient: with candle-nn's
 //! norms and softmax, all that comes before the last of them has none.
 
+#![cfg(converted)]
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{loss, AdamW, Optimizer, VarBuilder, VarMap};
 use candle_norm::trainable_vars;
