@@ -203,6 +203,9 @@ impl ModuleT for InstanceNorm {
             let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
             return ops::normalize_with(LAYER, 3, xs, &statistics, [weight, bias], options.eps);
         }
+        if !options.track_running_stats {
+            return ops::instance_norm_values(xs, weight, bias, options.eps);
+        }
         let (y, statistics) = ops::instance_norm(xs, weight, bias, options.eps)?;
         self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
         Ok(y)

@@ -52,6 +52,20 @@ pub fn instance_norm(
     ))
 }
 
+/// The values of [`instance_norm`] alone.
+pub(crate) fn instance_norm_values(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    let layer = "InstanceNorm";
+    match checked(layer, x, weight, bias, eps)? {
+        Some(groups) => graph::apply(groups, x, weight, bias),
+        None => graph::empty(layer, x, &[weight, bias]),
+    }
+}
+
 /// [`instance_norm`] in the name of `layer`, and the mean and `√(var + eps)` that each channel of
 /// each sample was normalized by, `[N, C]` in the accumulator's dtype: they are part of the graph,
 /// so that what is restored by them has its whole gradient.

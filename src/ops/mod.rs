@@ -26,7 +26,7 @@ pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
 pub use group_norm::group_norm;
 pub use instance_norm::instance_norm;
-pub(crate) use instance_norm::instance_norm_by;
+pub(crate) use instance_norm::{instance_norm_by, instance_norm_values};
 pub(crate) use moments::columns;
 #[doc(inline)]
 pub use moments::{Moments, moments};
