@@ -81,6 +81,8 @@ fn sources(out: &Path) -> Result<PathBuf, String> {
     let text = String::from_utf8_lossy(&found.stdout);
     let end = format!("candle-transformers-{VERSION}/Cargo.toml");
     let mut paths = text.split('"').filter(|part| part.ends_with(&end));
-    let manifest = paths.next_back().expect("the manifest of candle-transformers");
+    let manifest = paths
+        .next_back()
+        .expect("the manifest of candle-transformers");
     Ok(Path::new(manifest).parent().expect("a folder").join("src"))
 }

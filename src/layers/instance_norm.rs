@@ -257,11 +257,15 @@ impl InstanceNorm {
             let statistics = Arc::new(FixedStatistics::new(self.stats.mean_and_var()?));
             return ops::normalize_with(LAYER, 3, xs, &statistics, scaling, options.eps);
         }
+        if !options.track_running_stats {
+            self.check_input(xs)?;
+            return ops::instance_norm_values(xs, scaling, options.eps);
+        }
         let by_samples = || {
             self.check_input(xs)?;
             ops::instance_norm_with(xs, scaling, options.eps)
         };
-        let Some(group) = self.group.as_ref().filter(|_| options.track_running_stats) else {
+        let Some(group) = &self.group else {
             let (y, statistics) = by_samples()?;
             self.stats.observe_as(xs, statistics, Taken::OfSamples)?;
             return Ok(y);

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::batch_norm::BatchStatistics;
 use super::check;
-use super::modulation::{Features, Modulation, Scaling};
+use super::modulation::{Features, Merged, Modulation, Scaling};
 use crate::computations::{Groups, composed};
 use crate::graph::{self, Statistics};
 
@@ -79,17 +79,10 @@ pub(crate) fn instance_norm_with(
     eps: f64,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
     let layer = "InstanceNorm";
-    let groups = checked(layer, x, scaling.weight, scaling.bias, eps)?;
-    scaling.check(layer, x, Features::First)?;
-    let Some(groups) = groups else {
+    let Some((groups, merged)) = merged(layer, x, &scaling, eps)? else {
         return Ok((graph::empty(layer, x, &scaling.tensors())?, None));
     };
     let (channels, space) = (groups.axes.channels, groups.axes.inner);
-    let merged = scaling.merged(layer, x, Features::First, 0.)?;
-    let groups = Groups {
-        spread: merged.spread(),
-        ..groups
-    };
     let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
     let (y, statistics) = graph::apply_with_statistics(groups, x, weight, bias)?;
     let [mean, var] = statistics.over_samples(channels)?;
@@ -101,6 +94,38 @@ pub(crate) fn instance_norm_with(
         y,
         Some(statistics.to_dtype(composed::accumulator(x.dtype()))?),
     ))
+}
+
+/// The values of [`instance_norm_with`] alone.
+pub(crate) fn instance_norm_values(x: &Tensor, scaling: Scaling, eps: f64) -> Result<Tensor> {
+    let layer = "InstanceNorm";
+    match merged(layer, x, &scaling, eps)? {
+        Some((groups, merged)) => {
+            graph::apply(groups, x, merged.weight.as_ref(), merged.bias.as_ref())
+        }
+        None => graph::empty(layer, x, &scaling.tensors()),
+    }
+}
+
+/// The groups of an `x` that meets every rule, and the weight and bias that follow; none where it
+/// is empty.
+fn merged(
+    layer: &'static str,
+    x: &Tensor,
+    scaling: &Scaling,
+    eps: f64,
+) -> Result<Option<(Groups, Merged)>> {
+    let groups = checked(layer, x, scaling.weight, scaling.bias, eps)?;
+    scaling.check(layer, x, Features::First)?;
+    let Some(groups) = groups else {
+        return Ok(None);
+    };
+    let merged = scaling.merged(layer, x, Features::First, 0.)?;
+    let groups = Groups {
+        spread: merged.spread(),
+        ..groups
+    };
+    Ok(Some((groups, merged)))
 }
 
 /// [`instance_norm`] in the name of `layer`, and the mean and `√(var + eps)` that each channel of

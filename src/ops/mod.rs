@@ -38,7 +38,7 @@ pub use global_response_norm::global_response_norm;
 pub(crate) use group_norm::group_norm_by;
 pub use group_norm::{group_norm, modulated_group_norm};
 pub use instance_norm::{instance_norm, modulated_instance_norm};
-pub(crate) use instance_norm::{instance_norm_by, instance_norm_with};
+pub(crate) use instance_norm::{instance_norm_by, instance_norm_values, instance_norm_with};
 pub(crate) use joint_statistics::{JointStatistics, averaged_over_ranks};
 pub use l2_normalize::{L2Form, l2_normalize};
 pub use layer_scale::{GateOptions, gated_residual, layer_scale};

@@ -51,11 +51,15 @@ fn in_dtype<S: DeviceStorage>(layer: &str, vector: &Tensor, dtype: DType) -> Res
 
 impl<L: Launcher> Given<L> {
     fn new(layer: &str, fixed: &FixedStatistics, acc: DType) -> Result<Self> {
-        let wide: L::Storage = in_dtype(layer, fixed.mean(), DType::F64)?;
-        Ok(Self {
-            mean: Pair::of(&wide, fixed.mean().elem_count(), acc)?,
-            var: in_dtype(layer, fixed.var(), acc)?,
-        })
+        let mean = match fixed.mean().dtype() == acc {
+            true => Pair::exact(in_dtype(layer, fixed.mean(), acc)?),
+            false => {
+                let wide: L::Storage = in_dtype(layer, fixed.mean(), DType::F64)?;
+                Pair::of(&wide, fixed.mean().elem_count(), acc)?
+            }
+        };
+        let var = in_dtype(layer, fixed.var(), acc)?;
+        Ok(Self { mean, var })
     }
 }
 

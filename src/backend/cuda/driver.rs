@@ -114,6 +114,7 @@ impl Launcher for Driver {
             DType::F64 => alloc::<f64>(device, len),
             DType::F16 => alloc::<f16>(device, len),
             DType::BF16 => alloc::<bf16>(device, len),
+            DType::I64 => alloc::<i64>(device, len),
             _ => messages::internal("CUDA", "a dtype that kernels know"),
         }
     }

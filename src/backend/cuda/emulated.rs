@@ -123,6 +123,7 @@ impl Launcher for Emulated {
             DType::F64 => CpuStorage::F64(vec![f64::NAN; len]),
             DType::F16 => CpuStorage::F16(vec![f16::NAN; len]),
             DType::BF16 => CpuStorage::BF16(vec![bf16::NAN; len]),
+            DType::I64 => CpuStorage::I64(vec![i64::MIN; len]),
             _ => messages::internal("emulator", "a dtype that kernels know")?,
         })
     }

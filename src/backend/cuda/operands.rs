@@ -97,10 +97,16 @@ impl<'a, L: Launcher> Device<'a, L> {
         L::alloc(self.like, dtype, len.max(1))
     }
 
+    /// `len` times the same number.
+    pub(super) fn filled(self, value: Scalar, len: usize) -> Result<L::Storage> {
+        let mut storage = self.alloc(value.dtype(), len)?;
+        storage.const_set(value, &Layout::contiguous(len))?;
+        Ok(storage)
+    }
+
     /// `len` zeros.
     pub(super) fn zeros(self, dtype: DType, len: usize) -> Result<Operand<'a, L::Storage>> {
-        let mut zeros = self.alloc(dtype, len)?;
-        zeros.const_set(Scalar::zero(dtype), &Layout::contiguous(len))?;
+        let zeros = self.filled(Scalar::zero(dtype), len)?;
         Ok(Operand::whole(zeros, len))
     }
 
@@ -206,6 +212,11 @@ pub(crate) struct Pair<S> {
 }
 
 impl<S: BackendStorage> Pair<S> {
+    /// Of numbers that are not rounded.
+    pub(super) fn exact(high: S) -> Self {
+        Self { high, low: None }
+    }
+
     /// Of `len` numbers in `f64`.
     pub(super) fn of(wide: &S, len: usize, dtype: DType) -> Result<Self> {
         let line = Layout::contiguous(len);

@@ -1,7 +1,9 @@
 //! Running statistics after a batch, in one launch.
 
-use candle_core::Result;
 use candle_core::backend::BackendStorage;
+use candle_core::op::Minimum;
+use candle_core::scalar::Scalar;
+use candle_core::{Layout, Result};
 use candle_norm_cuda_kernels::geometry::channels::update_running;
 
 use super::{Device, Launcher, View};
@@ -22,12 +24,16 @@ pub(super) fn updated<L: Launcher>(
         device.param(from.batch_var, dtype)?,
     );
     let rest = device.zeros(dtype, channels)?;
-    // A copy, in storage of its own.
+    // In storage of its own.
     let copy = |of: View<L::Storage>| of.storage.to_dtype(of.layout, of.storage.dtype());
+    // The kernel adds one, and a counter at the end of its range stays there.
+    let last = device.filled(Scalar::I64(i64::MAX - 1), 1)?;
+    let (counter, layout) = (from.counter.storage, from.counter.layout);
+    let at = Layout::contiguous(layout.shape().clone());
     let mut to = Updated {
         mean: copy(from.mean)?,
         var: copy(from.var)?,
-        counter: copy(from.counter)?,
+        counter: counter.binary_impl::<Minimum>(&last, layout, &at)?,
     };
     device
         .call(&update_running(
