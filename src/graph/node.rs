@@ -116,12 +116,20 @@ fn connected<C: Served>(
     };
     let mut inputs = vec![if takes { x.clone() } else { x.contiguous()? }];
     // The backward multiplies by the weight: a step of an optimizer may come before.
+    let all = [Some(x), weight, bias];
+    let reads_bias =
+        computation.backward_reads_bias() && all.into_iter().flatten().any(Tensor::track_op);
     inputs.extend(match weight {
-        Some(weight) if x.track_op() => Some(composed::kept(weight)?),
+        Some(weight) if computation.weight_is_input() => Some(composed::unshared(weight)?),
+        Some(weight) if x.track_op() || reads_bias => Some(composed::kept(weight)?),
         Some(weight) => Some(weight.contiguous()?),
         None => None,
     });
-    inputs.extend(bias.map(Tensor::contiguous).transpose()?);
+    inputs.extend(match bias {
+        Some(bias) if reads_bias => Some(composed::kept(bias)?),
+        Some(bias) => Some(bias.contiguous()?),
+        None => None,
+    });
     let is_tracked = inputs.iter().any(Tensor::track_op);
     let reads_input = is_tracked && computation.backward_reads_input();
     let (ready, saved) = ran.map(|f| (f.y, f.saved)).unzip();
@@ -248,14 +256,20 @@ impl<C: Served> Node<C> {
         let params = params.into_iter().any(Tensor::track_op);
         let dy = dy.contiguous()?;
         let inputs: Vec<&Tensor> = [args.x, &dy].into_iter().chain(args.weight).collect();
+        // A copy, which nothing else locks: an inner op has no argument left for it.
+        let bias = args.bias.filter(|_| self.computation.backward_reads_bias());
+        let bias = bias.map(|b| b.detach().force_contiguous()).transpose()?;
         let grads = on_storages(layer, &inputs, |all| {
             let (x, dy, weight) = (all[0], all[1], all.get(2).copied());
+            let bias = bias.as_ref().map(Tensor::storage_and_layout);
+            let bias = bias.as_ref().map(|b| view(layer, b)).transpose()?;
             match saved {
                 Saved::Cpu(saved) => On::<Cpu>::backward(
                     &self.computation,
                     Backward {
                         x,
                         weight,
+                        bias,
                         dy,
                         saved,
                         params,
@@ -267,6 +281,7 @@ impl<C: Served> Node<C> {
                     Backward {
                         x,
                         weight,
+                        bias,
                         dy,
                         saved,
                         params,

@@ -2,9 +2,11 @@
 //! [`ops`](crate::ops).
 
 pub mod batch_norm;
+mod condition;
 pub(crate) mod conv1d;
 mod foldable;
 mod frozen;
+mod gated_rms_norm;
 pub mod group_norm;
 pub mod instance_norm;
 pub(crate) mod layer_norm;
@@ -22,8 +24,13 @@ mod updates;
 pub mod weight_norm;
 mod weighted;
 
+pub use condition::{
+    Chunk, ChunkOrder, Chunks, ConditionProjection, ScaleShiftTable, condition_projection,
+    scale_shift_table,
+};
 pub use foldable::Foldable;
 pub use frozen::FrozenNorm;
+pub use gated_rms_norm::{GatedRmsNorm, gated_rms_norm};
 pub(crate) use names::{NONE, Names};
 pub(crate) use norm::Identity;
 pub use norm::Norm;

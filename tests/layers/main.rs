@@ -1,11 +1,13 @@
 //! The layers one by one: values, gradients, edges, statistics, and what they say.
 
+mod activation;
 mod add_norm;
 mod affine_bias;
 mod changed_inputs;
 mod conv1d;
 mod edges;
 mod folding;
+mod gated_rms_norm;
 mod gradcheck;
 mod gradient_flow;
 mod layer_gradients;

@@ -122,7 +122,7 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
                 0.8864063542,
             ];
             assert_digits("y of an affine norm", &values(&y.get(0)?)?, &want);
-            Ok(())
+            Ok::<_, candle_core::Error>(())
         })?;
     }
     Ok(())
@@ -153,7 +153,7 @@ fn a_batch_norm_in_training() -> Result<()> {
             assert_digits("running mean", &values(norm.running_mean())?, &[0.1]);
             let want = 0.9 + 0.1 * 14. / 3.;
             assert_digits("running variance", &values(norm.running_var())?, &[want]);
-            Ok(())
+            Ok::<_, candle_core::Error>(())
         })?;
     }
     Ok(())
@@ -174,7 +174,7 @@ fn an_rms_norm_with_a_scale_alone() -> Result<()> {
             assert_digits("dx", &grads[0], &want);
             let want = [0.577350173, 1.154700346, -1.154700346];
             assert_digits("dscale", &grads[1], &want);
-            Ok(())
+            Ok::<_, candle_core::Error>(())
         })?;
     }
     Ok(())

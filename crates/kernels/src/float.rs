@@ -6,6 +6,8 @@
 use half::{bf16, f16};
 
 use super::affine::AffinePair;
+use super::channels::Following;
+use super::gated::{GatedGradients, GatedSpec};
 use super::grads::{Gradients, Wanted};
 use super::groups::GroupSpec;
 use super::moments::Moments;
@@ -15,7 +17,7 @@ use super::simd::Elem;
 use super::spread::{Frame, GradSums, Spread};
 use super::stats::{Statistics, Stats};
 use super::weight::Length;
-use super::{channels, groups, rows, slice_moments, spread, transpose, weight};
+use super::{channels, gated, groups, rows, slice_moments, spread, transpose, weight};
 
 mod sealed {
     pub trait Sealed {}
@@ -89,7 +91,7 @@ kernels! {
     fn rows_backward(
         x: &[Self],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: RowSpec,
         params: bool,
@@ -100,7 +102,7 @@ kernels! {
     fn rows_backward_unrounded(
         x: &[Self::Acc],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: RowSpec,
         params: bool,
@@ -117,7 +119,7 @@ kernels! {
     fn groups_backward(
         x: &[Self],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: GroupSpec,
     ) -> Gradients<Self> = groups::backward::<Self>;
@@ -144,13 +146,14 @@ kernels! {
         wanted: Wanted,
     ) -> Gradients<Self> = channels::backward::<Self>;
 
-    /// [`channels_forward`](Self::channels_forward) with weights and biases of any spread.
+    /// [`channels_forward`](Self::channels_forward) with weights and biases of any spread, and an
+    /// activation.
     fn spread_channels_forward(
         x: &[Self],
         order: Order,
         shape: Shape,
         affine: AffinePair<Self::Acc>,
-        spread: Spread,
+        following: Following,
         statistics: Statistics,
     ) -> (Vec<Self>, Vec<Stats>) = channels::spread_forward::<Self>;
 
@@ -161,8 +164,8 @@ kernels! {
         order: Order,
         dy: &[Self],
         shape: Shape,
-        weight: Option<&[Self::Acc]>,
-        spread: Spread,
+        affine: AffinePair<Self::Acc>,
+        following: Following,
         stats: &[Stats],
         wanted: Wanted,
     ) -> Gradients<Self> = channels::spread_backward::<Self>;
@@ -213,6 +216,45 @@ kernels! {
         len: usize,
     ) -> (Vec<Self>, Vec<f64>) = weight::backward::<Self>;
 
+    /// Gated RMS norm: `y`, and what each group of each row was normalized by.
+    fn gated_forward(
+        x: &[Self],
+        gate: Option<&[Self]>,
+        weight: Option<&[Self::Acc]>,
+        spec: GatedSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = gated::forward::<Self, Self>;
+
+    /// The gradients of [`gated_forward`](Self::gated_forward); that of the weight is empty unless
+    /// `params` are wanted.
+    fn gated_backward(
+        x: &[Self],
+        gate: Option<&[Self]>,
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: GatedSpec,
+        params: bool,
+    ) -> GatedGradients<Self, Self> = gated::backward::<Self, Self>;
+
+    /// [`gated_forward`](Self::gated_forward) by a gate in the accumulator's precision.
+    fn gated_wide_forward(
+        x: &[Self],
+        gate: Option<&[Self::Acc]>,
+        weight: Option<&[Self::Acc]>,
+        spec: GatedSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = gated::forward::<Self, <Self as Elem>::Acc>;
+
+    /// The gradients of [`gated_wide_forward`](Self::gated_wide_forward).
+    fn gated_wide_backward(
+        x: &[Self],
+        gate: Option<&[Self::Acc]>,
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: GatedSpec,
+        params: bool,
+    ) -> GatedGradients<Self, Self::Acc> = gated::backward::<Self, <Self as Elem>::Acc>;
+
     /// The moments of each row of `len` elements; about zero where they are not `center`ed.
     fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>
         = slice_moments::of_rows::<Self>;
@@ -238,7 +280,7 @@ kernels! {
 
     /// `y = x̂ · weight + bias`, by given statistics, or by none.
     fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
-        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false);
+        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false, None);
 
     /// The gradients of weight and bias of [`normalize`](Self::normalize), if `params` are wanted,
     /// and the sums that [`grad_input`](Self::grad_input) takes the means of.
@@ -249,7 +291,7 @@ kernels! {
         weight: Option<&[Self::Acc]>,
         params: bool,
     ) -> GradSums = |x, dy, frame, weight, params| {
-        spread::grad_sums::<Self, Self>(x, dy, frame, weight, params, false)
+        spread::grad_sums::<Self, Self, Self>(x, dy, frame, weight, params, false)
     };
 
     /// The gradient of the input of [`normalize`](Self::normalize).

@@ -8,8 +8,9 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::activation::{Activation, activate, through};
 use super::affine::{AffinePair, ScaledNormal};
-use super::buffer::fill_interleaved;
+use super::buffer::{Scratch, fill_interleaved};
 use super::grads::{Gradients, InputGrad, Wanted};
 use super::loops::{map, map2, run_sums2};
 use super::moments::{Center, Moments};
@@ -17,7 +18,7 @@ use super::par;
 use super::readers::{MOST_CHANNELS, Reader};
 use super::shape::{Run, Shape};
 use super::shared::Shared;
-use super::simd::{Elem, Isa, Kernel, Real, splat};
+use super::simd::{Elem, Isa, Kernel, Lanes, Real, splat};
 use super::stats::{Statistics, Stats};
 
 /// How many neighboring channels a job takes, of which a reader takes so many together.
@@ -31,6 +32,7 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     shape: Shape,
     affine: AffinePair<E::Acc>,
     statistics: Statistics,
+    activation: Option<Activation>,
 ) -> (Vec<E>, Vec<Stats>) {
     let per_job = channels_per_job(shape, R::CHANNELS);
     let mut stats = vec![Stats::NONE; shape.channels];
@@ -46,6 +48,7 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
                 first: job * per_job,
                 affine,
                 statistics,
+                activation,
                 stats,
             });
             par::run(shape.elements(), jobs);
@@ -105,6 +108,7 @@ struct PlanesForward<'a, E: Elem, R> {
     first: usize,
     affine: AffinePair<'a, E::Acc>,
     statistics: Statistics<'a>,
+    activation: Option<Activation>,
     stats: &'a mut [Stats],
 }
 
@@ -114,6 +118,7 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let shape = self.shape;
+        let mut scratch = Scratch::new();
         for (i, stats) in self.stats.chunks_mut(R::CHANNELS).enumerate() {
             let first = self.first + i * R::CHANNELS;
             let channels = first..first + stats.len();
@@ -135,13 +140,17 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
                     // SAFETY: this job alone has the channel, and takes each of its runs once.
                     let parts = unsafe { parts(self.y, shape, channel, &run) };
                     for (x, y) in slices.zip(parts) {
-                        map(
-                            isa,
-                            x,
-                            y,
-                            #[inline(always)]
-                            |_, x| normal.of(x),
-                        );
+                        match self.activation {
+                            None => normal.write(isa, x, y),
+                            Some(activation) => activate(
+                                isa,
+                                activation,
+                                &mut scratch,
+                                y,
+                                #[inline(always)]
+                                |u| normal.write(isa, x, u),
+                            ),
+                        };
                     }
                 }
             }
@@ -200,8 +209,9 @@ fn few_moments<E: Elem, I: Isa>(
 pub(crate) struct Batch<'a, E: Elem> {
     pub(crate) dy: &'a [E],
     pub(crate) shape: Shape,
-    pub(crate) weight: Option<&'a [E::Acc]>,
+    pub(crate) affine: AffinePair<'a, E::Acc>,
     pub(crate) stats: &'a [Stats],
+    pub(crate) activation: Option<Activation>,
 }
 
 impl<'a, E: Elem> Batch<'a, E> {
@@ -218,6 +228,8 @@ impl<'a, E: Elem> Batch<'a, E> {
                 batch: self,
                 reader: reader(),
                 first: job * per_job,
+                scratch: Scratch::new(),
+                g: Scratch::new(),
             };
             (job, [along, sum])
         })
@@ -281,6 +293,8 @@ pub(crate) fn grad_input<E: Elem, R: Reader<E> + Send>(
                     batch,
                     reader: reader(),
                     first: job * per_job,
+                    scratch: Scratch::new(),
+                    g: Scratch::new(),
                 },
                 dx,
                 means,
@@ -296,6 +310,10 @@ struct ChannelJob<'a, E: Elem, R> {
     reader: R,
     /// The first of them.
     first: usize,
+    /// Values before the activation.
+    scratch: Scratch<E::Acc>,
+    /// The gradients of these.
+    g: Scratch<E::Acc>,
 }
 
 /// The channels of a job that a reader with `R::CHANNELS` takes together, counted from its first.
@@ -418,19 +436,16 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                     along: splat::<I, _>(isa, E::Acc::from_f64(along * stats.inv_std)),
                     scale: splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel))),
                 };
-                let pairs = self.reader.slices(channel, &run);
-                let pairs = pairs.zip(shape.slices(self.batch.dy, channel, &run));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                for ((x, dy), dx) in pairs.zip(parts) {
-                    map2(
-                        isa,
-                        x,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |_, x, dy| grad.of(center.distance(x), dy),
-                    );
+                if self.has_through(isa, channel, &run) {
+                    let g = self.g.get().chunks_exact(run.part.len().max(1));
+                    let pairs = self.reader.slices(channel, &run).zip(g);
+                    write_each(isa, center, grad, pairs, parts);
+                } else {
+                    let dy = shape.slices(self.batch.dy, channel, &run);
+                    let pairs = self.reader.slices(channel, &run).zip(dy);
+                    write_each(isa, center, grad, pairs, parts);
                 }
             }
         }
@@ -448,7 +463,7 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
     ) {
         let shape = self.batch.shape;
         for run in shape.runs() {
-            if sums.is_some() {
+            if sums.is_some() || self.batch.activation.is_some() {
                 self.read(mine.clone(), &run);
             }
             for i in mine.clone() {
@@ -459,13 +474,15 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                 let scale = splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel)));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                for (dy, dx) in shape.slices(self.batch.dy, channel, &run).zip(parts) {
-                    map(
+                if self.has_through(isa, channel, &run) {
+                    let g = self.g.get().chunks_exact(run.part.len().max(1));
+                    scale_each(isa, scale, g, parts);
+                } else {
+                    scale_each(
                         isa,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |_, dy| dy * scale,
+                        scale,
+                        shape.slices(self.batch.dy, channel, &run),
+                        parts,
                     );
                 }
             }
@@ -475,7 +492,8 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
     /// Factor of `dy` of a channel.
     #[inline(always)]
     fn scale(&self, channel: usize) -> f64 {
-        let weight = self.batch.weight.map_or(1., |w| w[channel].to_f64());
+        let weight = self.batch.affine.weight;
+        let weight = weight.map_or(1., |w| w[channel].to_f64());
         self.batch.stats[channel].inv_std * weight
     }
 
@@ -485,21 +503,100 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
         self.reader.read(channels, run);
     }
 
+    /// Puts `dy · act′(u)` of a run of a channel that was read into `g`, if there is an activation.
+    #[inline(always)]
+    fn has_through<I: Isa>(&mut self, isa: I, channel: usize, run: &Run) -> bool {
+        let Some(activation) = self.batch.activation else {
+            return false;
+        };
+        let (stats, affine) = (self.batch.stats[channel], self.batch.affine);
+        let normal = ScaledNormal::<I, E::Acc>::new(isa, stats, affine, channel);
+        let dy = self.batch.shape.slices(self.batch.dy, channel, run);
+        self.g.clear();
+        for (x, dy) in self.reader.slices(channel, run).zip(dy) {
+            through(
+                isa,
+                activation,
+                dy,
+                &mut self.scratch,
+                &mut self.g,
+                #[inline(always)]
+                |u| normal.write(isa, x, u),
+            );
+        }
+        true
+    }
+
     /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i`.
     #[inline(always)]
-    fn add_run<I: Isa>(&self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
+    fn add_run<I: Isa>(&mut self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
         let channel = self.first + i;
         let stats = self.batch.stats[channel];
         let center = Center::<I, E::Acc>::new(isa, stats.mean);
-        let dy = self.batch.shape.slices(self.batch.dy, channel, run);
-        let [along, sum] = run_sums2(
-            isa,
-            self.reader.slices(channel, run).zip(dy),
-            0,
-            #[inline(always)]
-            |_, x, dy| [dy * center.distance_from_high(x), dy],
-        );
+        let [along, sum] = if self.has_through(isa, channel, run) {
+            let g = self.g.get().chunks_exact(run.part.len().max(1));
+            sums_of_run(isa, center, self.reader.slices(channel, run).zip(g))
+        } else {
+            let dy = self.batch.shape.slices(self.batch.dy, channel, run);
+            sums_of_run(isa, center, self.reader.slices(channel, run).zip(dy))
+        };
         sums[0][i] += stats.along::<E::Acc>([along, sum]);
         sums[1][i] += sum;
+    }
+}
+
+/// The sums of `dy · (x − high)` and of `dy` over a run.
+#[inline(always)]
+fn sums_of_run<'a, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    pairs: impl Iterator<Item = (&'a [E], &'a [D])>,
+) -> [f64; 2] {
+    run_sums2(
+        isa,
+        pairs,
+        0,
+        #[inline(always)]
+        |_, x, dy| [dy * center.distance_from_high(x), dy],
+    )
+}
+
+/// Writes `dx` of a run, part by part.
+#[inline(always)]
+fn write_each<'a, 'o, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    grad: InputGrad<Lanes<I, E::Acc>>,
+    pairs: impl Iterator<Item = (&'a [E], &'a [D])>,
+    parts: impl Iterator<Item = &'o mut [MaybeUninit<E>]>,
+) {
+    for ((x, dy), dx) in pairs.zip(parts) {
+        map2(
+            isa,
+            x,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, x, dy| grad.of(center.distance(x), dy),
+        );
+    }
+}
+
+/// Writes `dy` times a factor, part by part.
+#[inline(always)]
+fn scale_each<'a, 'o, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    scale: Lanes<I, E::Acc>,
+    dys: impl Iterator<Item = &'a [D]>,
+    parts: impl Iterator<Item = &'o mut [MaybeUninit<E>]>,
+) {
+    for (dy, dx) in dys.zip(parts) {
+        map(
+            isa,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, dy| dy * scale,
+        );
     }
 }
