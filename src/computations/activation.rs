@@ -122,7 +122,11 @@ fn normal_distribution(u: &Tensor) -> Result<Tensor> {
 }
 
 /// The argument of the logistic function that GELU by a hyperbolic tangent is `u` times.
+///
+/// Beyond ±30 that function is 0 or 1, and the cube would overflow.
 fn tanh_argument(u: &Tensor) -> Result<Tensor> {
+    let far = |v: f64| u.detach().zeros_like()? + v;
+    let u = &pieces(u, [-30., 30.], [&far(-30.)?, u, &far(30.)?])?;
     let cube = ((u.sqr()? * u)? * TANH_CUBE)?;
     (u + cube)? * (2. * TANH_SLOPE)
 }
@@ -198,7 +202,8 @@ impl Activation {
             Self::Gelu => normal_distribution(u)? + (u * density(u)?)?,
             Self::GeluTanh => {
                 let [s, rest] = sigmoid(&tanh_argument(u)?)?;
-                let inner = u
+                let zeros = constant(0.)?;
+                let inner = pieces(u, [-30., 30.], [&zeros, u, &zeros])?
                     .sqr()?
                     .affine(6. * TANH_SLOPE * TANH_CUBE, 2. * TANH_SLOPE)?;
                 &s + (u * ((&s * rest)? * inner)?)?
