@@ -22,10 +22,12 @@
 //! | [`GlobalResponseNorm`] | [`global_response_norm()`] | none: channels by their shares | [`Module`] |
 //! | [`L2Normalize`] | [`L2Normalize::new`] | none: each vector at length one | [`Module`] |
 //! | [`LayerScale`] | [`layer_scale()`] | none: a factor for each channel | [`Module`] |
+//! | [`GatedRmsNorm`] | [`gated_rms_norm()`] | row, or group of a row | its own, with a gate |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
 //! | [`FrozenSwitchNorm`] | [`SwitchNorm::frozen`] | as SwitchNorm, batch fixed | [`Module`] |
 //!
-//! Every layer is a [`ModuleT`], called by `forward_t(&xs, train)`. Those that compute the same in
+//! Every layer but GatedRmsNorm, which has a second input, is a [`ModuleT`], called by
+//! `forward_t(&xs, train)`. Those that compute the same in
 //! training and inference are a [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so
 //! that no `forward` can pick a mode unasked.
 //!
@@ -156,15 +158,17 @@ pub use layers::switch_norm::{FrozenSwitchNorm, SwitchNorm, SwitchNormOptions, s
 pub use layers::weight_norm::{WeightNorm, WeightNormOptions, Weighted};
 pub use layers::weight_standardization::{WeightStandardization, WeightStandardizationOptions};
 pub use layers::{
-    Affine, Foldable, FrozenNorm, Norm, RevIn, RevInOptions, RevInStats, RunningStats, Snapshot,
-    batch_norm, group_norm, instance_norm, pool_updates, rev_in, rms_norm, spectral_norm,
-    switch_norm, weight_norm, weight_standardization, without_updates,
+    Affine, Chunk, ChunkOrder, Chunks, ConditionProjection, Foldable, FrozenNorm, GatedRmsNorm,
+    Norm, RevIn, RevInOptions, RevInStats, RunningStats, ScaleShiftTable, Snapshot, batch_norm,
+    condition_projection, gated_rms_norm, group_norm, instance_norm, pool_updates, rev_in,
+    rms_norm, scale_shift_table, spectral_norm, switch_norm, weight_norm, weight_standardization,
+    without_updates,
 };
 pub use models::{
     Average, AveragedModel, AveragedModelOptions, Decay, Follower, NormConfig, NormedLayer,
     ParamGroups, Pipeline, Warmup, checkpoint, fold, param_groups, recalibrate, trainable_vars,
 };
-pub use ops::{Cast, Path, with_path};
+pub use ops::{Cast, Gate, GatedRmsNormOptions, Modulation, Path, with_path};
 
 /// Layer and RMS normalization, in one module as in candle-nn.
 pub mod layer_norm {

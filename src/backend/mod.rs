@@ -136,6 +136,8 @@ pub(crate) struct Forward<S, Saved> {
 pub(crate) struct Backward<'a, S, Saved> {
     pub(crate) x: View<'a, S>,
     pub(crate) weight: Option<View<'a, S>>,
+    /// Where the computation [reads it](Computation::backward_reads_bias).
+    pub(crate) bias: Option<View<'a, S>>,
     /// The gradient of the output, contiguous.
     pub(crate) dy: View<'a, S>,
     pub(crate) saved: &'a Saved,

@@ -7,6 +7,7 @@ use candle_core::{DType, Result, Tensor};
 
 use candle_norm_support::messages;
 
+use super::activation::Activation;
 use super::composed;
 use super::spread::{Affine, AffineGradients, Spread};
 use super::synchronized::Synchronized;
@@ -79,6 +80,8 @@ pub(crate) struct Channels {
     pub(crate) eps: f64,
     /// Of weight and bias.
     pub(crate) spread: Spread,
+    /// Follows weight and bias.
+    pub(crate) activation: Option<Activation>,
 }
 
 impl Channels {
@@ -90,6 +93,7 @@ impl Channels {
             source,
             eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
             spread: Spread::Channel,
+            activation: None,
         }
     }
 
@@ -101,6 +105,7 @@ impl Channels {
             bias,
             dims,
             along,
+            activation: self.activation,
         }
     }
 
@@ -121,6 +126,7 @@ impl Channels {
             },
             source: Source::Synchronized(by),
             spread: Spread::Channel,
+            activation: None,
             eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
         }
     }
@@ -161,15 +167,15 @@ impl Channels {
 }
 
 impl Channels {
-    /// The gradients where weight and bias are spread wider than the channels.
+    /// The gradients where weight and bias are spread wider than the channels, or an activation
+    /// follows them.
     fn spread_gradients(
         &self,
         x: &Tensor,
-        weight: Option<&Tensor>,
+        affine: Affine,
         dy: &Tensor,
     ) -> Result<Gradients<Tensor>> {
         let (rows, acc) = (self.by_channel(x)?, dy.dtype());
-        let affine = self.affine(weight, None);
         let (dx, AffineGradients { dweight, dbias, .. }) = match &self.source {
             Source::Own { center } => {
                 let standardized = composed::standardize(&rows, *center, self.eps)?;
@@ -204,6 +210,10 @@ impl Computation for Channels {
         self.layer
     }
 
+    fn backward_reads_bias(&self) -> bool {
+        self.activation.is_some()
+    }
+
     fn composed(&self, args: Args<&Tensor>) -> Result<Composed> {
         let (x, channels) = (args.x, self.axes.channels);
         let acc = composed::accumulator(x.dtype());
@@ -213,7 +223,7 @@ impl Computation for Channels {
             Source::Own { center } => {
                 let rows = self.by_channel(&composed::unshared(x)?)?;
                 let standardized = composed::standardize(&rows, *center, self.eps)?;
-                if self.spread != Spread::Channel {
+                if self.spread != Spread::Channel || self.activation.is_some() {
                     let affine = self.affine(weight.as_ref(), bias.as_ref());
                     let y = affine.apply(&self.in_order(&standardized.y)?)?;
                     return Ok(Composed {
@@ -248,8 +258,10 @@ impl Computation for Channels {
     fn composed_gradients(&self, args: Args<&Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
         let acc = composed::accumulator(args.x.dtype());
         let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
-        if self.spread != Spread::Channel {
-            return self.spread_gradients(args.x, weight.as_ref(), &dy.to_dtype(acc)?);
+        if self.spread != Spread::Channel || self.activation.is_some() {
+            let bias = args.bias.map(|b| b.to_dtype(acc)).transpose()?;
+            let affine = self.affine(weight.as_ref(), bias.as_ref());
+            return self.spread_gradients(args.x, affine, &dy.to_dtype(acc)?);
         }
         let (x, dy) = (self.by_channel(args.x)?, self.by_channel(dy)?);
         let mut grads = match &self.source {

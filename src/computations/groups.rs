@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
+use super::activation::Activation;
 use super::composed;
 use super::spread::{Affine, AffineGradients, Spread};
 use super::{Args, ChannelAxes, Composed, Computation, Gradients};
@@ -17,6 +18,8 @@ pub(crate) struct Groups {
     pub(crate) eps: f64,
     /// Of weight and bias.
     pub(crate) spread: Spread,
+    /// Follows weight and bias.
+    pub(crate) activation: Option<Activation>,
 }
 
 impl Groups {
@@ -28,6 +31,7 @@ impl Groups {
             num_groups,
             eps: composed::eps_in(composed::accumulator(x.dtype()), eps),
             spread: Spread::Channel,
+            activation: None,
         }
     }
 
@@ -39,6 +43,7 @@ impl Groups {
             bias,
             dims,
             along,
+            activation: self.activation,
         }
     }
 
@@ -57,6 +62,10 @@ impl Groups {
 impl Computation for Groups {
     fn layer(&self) -> &'static str {
         self.layer
+    }
+
+    fn backward_reads_bias(&self) -> bool {
+        self.activation.is_some()
     }
 
     fn composed(&self, args: Args<&Tensor>) -> Result<Composed> {
@@ -79,11 +88,12 @@ impl Computation for Groups {
         let acc = composed::accumulator(args.x.dtype());
         let weight = args.weight.map(|w| w.to_dtype(acc)).transpose()?;
         let dy = dy.to_dtype(acc)?.contiguous()?;
-        if self.spread != Spread::Channel {
+        if self.spread != Spread::Channel || self.activation.is_some() {
+            let bias = args.bias.map(|b| b.to_dtype(acc)).transpose()?;
             let groups = self.by_group(args.x)?.contiguous()?;
             let standardized = composed::standardize(&groups, true, self.eps)?;
             let AffineGradients { g, dweight, dbias } = self
-                .affine(weight.as_ref(), None)
+                .affine(weight.as_ref(), bias.as_ref())
                 .gradients(&standardized.y, &dy)?;
             return Ok(Gradients {
                 dx: composed::through(&standardized, &g.reshape(groups.shape())?, true)?,

@@ -4,8 +4,10 @@
 //! makes a node of it ([`graph`](crate::graph)), and its composed form, in candle's tensor
 //! operations, serves every other device, derivatives of higher order, and tests.
 
+mod activation;
 mod channels;
 pub(crate) mod composed;
+mod gated;
 mod groups;
 mod lengths;
 mod mixture;
@@ -27,7 +29,10 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use candle_norm_support::messages;
 
+pub(crate) use activation::{Activation, activated};
 pub(crate) use channels::{Channels, FixedStatistics, Source};
+pub use gated::Gate;
+pub(crate) use gated::GatedRows;
 pub(crate) use groups::Groups;
 pub(crate) use lengths::Lengths;
 pub(crate) use mixture::{Batch, Mixture, Planes, finite, softmax};
@@ -93,6 +98,17 @@ pub(crate) trait Computation: Clone + Debug + Send + Sync + 'static {
     /// Whether the backward reads the input, which must then be what it was in the forward.
     fn backward_reads_input(&self) -> bool {
         true
+    }
+
+    /// Whether the backward reads the bias, as it must behind an activation.
+    fn backward_reads_bias(&self) -> bool {
+        false
+    }
+
+    /// Whether the weight is a second input rather than a parameter: an optimizer steps over no
+    /// result of an operation, so that only a variable itself is copied for the backward.
+    fn weight_is_input(&self) -> bool {
+        false
     }
 
     /// The output by tensor operations, with gradients by candle.

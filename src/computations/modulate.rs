@@ -22,6 +22,7 @@ impl Modulate {
             bias,
             dims: self.dims,
             along: self.along,
+            activation: None,
         }
     }
 }

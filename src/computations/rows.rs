@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Shape, Tensor};
 
+use super::activation::Activation;
 use super::composed::{self, Along};
 use super::spread::{Affine, AffineGradients};
 use super::{Args, Composed, Computation, Gradients};
@@ -36,6 +37,8 @@ pub(crate) struct Rows {
     /// How many weights and biases of `len` elements there are: each serves a run of neighboring
     /// rows, all of them equally many.
     pub(crate) pairs: usize,
+    /// Follows weight and bias.
+    pub(crate) activation: Option<Activation>,
     /// The dtype of the output, which a sum in the accumulator's dtype was not rounded to before.
     pub(crate) output: DType,
 }
@@ -62,6 +65,7 @@ impl Rows {
             bias,
             dims,
             along,
+            activation: self.activation,
         }
     }
 }
@@ -73,6 +77,10 @@ impl Computation for Rows {
 
     fn output(&self, x: &Shape, _: DType) -> (Shape, DType) {
         (x.clone(), self.output)
+    }
+
+    fn backward_reads_bias(&self) -> bool {
+        self.activation.is_some()
     }
 
     fn composed(&self, args: Args<&Tensor>) -> Result<Composed> {
@@ -106,10 +114,14 @@ impl Computation for Rows {
         let weight = args
             .weight
             .map(|w| w.to_dtype(acc)?.flatten_all()? + self.offset);
-        if self.pairs > 1 {
+        if self.pairs > 1 || self.activation.is_some() {
             let weight = weight.transpose()?;
+            let bias = args
+                .bias
+                .map(|b| b.to_dtype(acc)?.flatten_all())
+                .transpose()?;
             let rows = x.to_dtype(acc)?.contiguous()?.reshape(((), len))?;
-            let affine = self.affine(rows.dims()[0], weight.as_ref(), None);
+            let affine = self.affine(rows.dims()[0], weight.as_ref(), bias.as_ref());
             let standardized = composed::standardize(&rows, self.center, self.eps)?;
             let AffineGradients { g, dweight, dbias } =
                 affine.gradients(&standardized.y, &dy.to_dtype(acc)?)?;

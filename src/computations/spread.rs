@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::ChannelAxes;
+use super::activation::{Activation, activated};
 use super::composed::{self, Along};
 
 /// How the weights and biases of channels are spread.
@@ -40,13 +41,16 @@ pub(super) struct Affine<'a> {
     pub(super) bias: Option<&'a Tensor>,
     pub(super) dims: [usize; 3],
     pub(super) along: Along,
+    /// Follows weight and bias.
+    pub(super) activation: Option<Activation>,
 }
 
 impl Affine<'_> {
-    /// `normal · weight + bias`, for elements in the order of the input, in any shape.
+    /// `act(normal · weight + bias)`, for elements in the order of the input, in any shape.
     pub(super) fn apply(&self, normal: &Tensor) -> Result<Tensor> {
         let normal = normal.reshape(self.dims.to_vec())?;
-        composed::affine(&normal, self.weight, self.bias, self.along)
+        let u = composed::affine(&normal, self.weight, self.bias, self.along)?;
+        activated(self.activation, u)
     }
 
     /// The gradients of weight and bias, and `g`, that of `normal`.
@@ -54,6 +58,13 @@ impl Affine<'_> {
         let dims = self.dims.to_vec();
         let dy = dy.contiguous()?.reshape(dims.as_slice())?;
         let normal = normal.contiguous()?.reshape(dims)?;
+        let dy = match self.activation {
+            None => dy,
+            Some(activation) => {
+                let u = composed::affine(&normal, self.weight, self.bias, self.along)?;
+                (dy * activation.slope(&u)?)?
+            }
+        };
         Ok(AffineGradients {
             g: composed::affine(&dy, self.weight, None, self.along)?,
             dweight: composed::summed((&dy * &normal)?, self.along)?,

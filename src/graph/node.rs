@@ -221,12 +221,20 @@ fn connected<C: On<B>, B: Backend>(
     let takes = computation.takes(x.layout());
     let mut inputs = vec![if takes { x.clone() } else { x.contiguous()? }];
     // The backward multiplies by the weight: a step of an optimizer may come before.
+    let all = [Some(x), weight, bias];
+    let reads_bias =
+        computation.backward_reads_bias() && all.into_iter().flatten().any(Tensor::track_op);
     inputs.extend(match weight {
-        Some(weight) if x.track_op() => Some(composed::kept(weight)?),
+        Some(weight) if computation.weight_is_input() => Some(composed::unshared(weight)?),
+        Some(weight) if x.track_op() || reads_bias => Some(composed::kept(weight)?),
         Some(weight) => Some(weight.contiguous()?),
         None => None,
     });
-    inputs.extend(bias.map(Tensor::contiguous).transpose()?);
+    inputs.extend(match bias {
+        Some(bias) if reads_bias => Some(composed::kept(bias)?),
+        Some(bias) => Some(bias.contiguous()?),
+        None => None,
+    });
     let is_tracked = inputs.iter().any(Tensor::track_op);
     let reads_input = is_tracked && computation.backward_reads_input();
     let (ready, saved) = ran.map(|f| (f.y, f.saved)).unzip();
@@ -348,11 +356,17 @@ impl<C: On<B>, B: Backend> Node<C, B> {
         let params = params.into_iter().any(Tensor::track_op);
         let dy = dy.contiguous()?;
         let inputs: Vec<&Tensor> = [args.x, &dy].into_iter().chain(args.weight).collect();
+        // A copy, which nothing else locks: an inner op has no argument left for it.
+        let bias = args.bias.filter(|_| self.computation.backward_reads_bias());
+        let bias = bias.map(|b| b.detach().force_contiguous()).transpose()?;
         let (dx, [dweight, dbias]) = on_storages::<B::Storage, _>(layer, &inputs, |all| {
+            let bias = bias.as_ref().map(Tensor::storage_and_layout);
+            let bias = bias.as_ref().map(|b| view(layer, b)).transpose()?;
             let grads = self.computation.backward(Backward {
                 x: all[0],
                 dy: all[1],
                 weight: all.get(2).copied(),
+                bias,
                 saved,
                 params,
             })?;

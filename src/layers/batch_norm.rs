@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
-use candle_nn::{ModuleT, VarBuilder};
+use candle_nn::{Activation, ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
 
@@ -44,6 +44,11 @@ pub struct BatchNormOptions {
     /// for good. It waits for the device at every step, and holds for all layers of the same
     /// variables. Default: false.
     pub refuse_non_finite: bool,
+    /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
+    /// `Mish`. Default: none.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub activation: Option<Activation>,
 }
 
 impl Default for BatchNormOptions {
@@ -55,6 +60,7 @@ impl Default for BatchNormOptions {
             track_running_stats: true,
             remove_mean: true,
             refuse_non_finite: false,
+            activation: None,
         }
     }
 }
@@ -152,6 +158,7 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
 ) -> Result<BatchNorm> {
     let options = options.into();
     check::eps(LAYER, options.eps)?;
+    ops::fused_activation(LAYER, options.activation)?;
     check::momentum(LAYER, options.momentum)?;
     let stats = RunningStats::new(
         LAYER,
@@ -334,7 +341,7 @@ impl BatchNorm {
     /// # Errors
     /// As [`forward_t`](ModuleT::forward_t).
     pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
-        self.trained(x, self.scaling())
+        self.trained(x, self.scaling()?)
     }
 
     /// `forward_t` with scale and shift from outside: `y = norm(x) · (1 + scale) + shift`, as
@@ -381,7 +388,7 @@ impl BatchNorm {
         modulation: &Modulation,
         train: bool,
     ) -> Result<Tensor> {
-        let scaling = self.scaling().modulated(modulation);
+        let scaling = self.scaling()?.modulated(modulation);
         match train {
             true => self.trained(xs, scaling),
             false => self.inferred(xs, scaling),
@@ -389,8 +396,8 @@ impl BatchNorm {
     }
 
     /// What follows the normalized values.
-    fn scaling(&self) -> Scaling<'_> {
-        Scaling::new(self.weight(), self.bias())
+    fn scaling(&self) -> Result<Scaling<'_>> {
+        Scaling::new(self.weight(), self.bias()).activated(LAYER, self.options.activation)
     }
 
     fn trained(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {
@@ -517,7 +524,8 @@ impl BatchNorm {
     /// ```
     pub fn frozen(&self) -> Result<FrozenNorm> {
         let (params, eps) = (&self.params, self.options.eps);
-        FrozenNorm::new(LAYER, 2, self.running_stats(), params, eps)
+        let frozen = FrozenNorm::new(LAYER, 2, self.running_stats(), params, eps)?;
+        Ok(frozen.with_activation(self.options.activation))
     }
 
     /// `layer` followed by this one in inference, as one layer: see [`FrozenNorm::fold_into`].
@@ -559,7 +567,7 @@ impl ModuleT for BatchNorm {
         if train {
             self.forward_train(xs)
         } else {
-            self.inferred(xs, self.scaling())
+            self.inferred(xs, self.scaling()?)
         }
     }
 }

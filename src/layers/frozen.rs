@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor, bail};
-use candle_nn::Module;
+use candle_nn::{Activation, Module};
 
 use super::foldable::Foldable;
 use super::params::AffineParams;
@@ -29,6 +29,7 @@ pub struct FrozenNorm {
     statistics: Arc<FixedStatistics>,
     params: AffineParams,
     eps: f64,
+    activation: Option<Activation>,
 }
 
 impl FrozenNorm {
@@ -68,7 +69,13 @@ impl FrozenNorm {
             statistics: Arc::new(FixedStatistics::new([statistics.mean, statistics.var])),
             params: params.clone(),
             eps,
+            activation: None,
         })
+    }
+
+    /// The same with an activation behind it.
+    pub(super) fn with_activation(self, activation: Option<Activation>) -> Self {
+        Self { activation, ..self }
     }
 
     /// The same for features on the last axis.
@@ -104,6 +111,11 @@ impl FrozenNorm {
         self.eps
     }
 
+    /// The activation behind it, that of the layer.
+    pub fn activation(&self) -> Option<Activation> {
+        self.activation
+    }
+
     /// `layer` followed by this normalization, as one layer; [`fold`](crate::fold) does it for a
     /// whole sequence.
     ///
@@ -112,7 +124,7 @@ impl FrozenNorm {
     /// new layer holds plain values, for inference: no gradient leads back.
     ///
     /// # Errors
-    /// A layer with another number of output channels, dtype or device.
+    /// A layer with another number of output channels, dtype or device; a norm with an activation.
     pub fn fold_into<L: Foldable>(&self, layer: &L) -> Result<L> {
         let (weight, bias) = self.folded(layer.map(), layer.weight(), layer.bias())?;
         Ok(layer.with(weight, bias))
@@ -131,6 +143,13 @@ impl FrozenNorm {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
+        if let Some(activation) = self.activation {
+            bail!(
+                "{}: expected a norm without an activation to fold, got one with {activation:?}; \
+                build the norm without it, and call the activation after the folded layer",
+                self.layer
+            )
+        }
         let (name, weight, c) = (
             "the weight to fold into",
             weight.detach(),
@@ -237,7 +256,7 @@ impl FrozenNorm {
         check::channels(self.layer, xs, self.running_mean().elem_count())?;
         let scaling = Scaling {
             modulation,
-            ..Scaling::new(self.weight(), self.bias())
+            ..Scaling::new(self.weight(), self.bias()).activated(self.layer, self.activation)?
         };
         let (statistics, eps) = (&self.statistics, self.eps);
         ops::normalize_with(self.layer, self.min_rank, xs, statistics, scaling, eps)

@@ -1,7 +1,7 @@
 //! Group normalization.
 
 use candle_core::{Result, Tensor};
-use candle_nn::{Module, VarBuilder};
+use candle_nn::{Activation, Module, VarBuilder};
 
 use super::names::{Argument, Names};
 use super::norm::Norm;
@@ -18,6 +18,11 @@ pub struct GroupNormOptions {
     pub eps: f64,
     /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
+    /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
+    /// `Mish`. Default: none.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub activation: Option<Activation>,
 }
 
 impl Default for GroupNormOptions {
@@ -25,6 +30,7 @@ impl Default for GroupNormOptions {
         Self {
             eps: 1e-5,
             affine: Affine::WeightAndBias,
+            activation: None,
         }
     }
 }
@@ -133,6 +139,7 @@ pub fn group_norm(
 ) -> Result<GroupNorm> {
     let options = options.into();
     check::eps("GroupNorm", options.eps)?;
+    ops::fused_activation("GroupNorm", options.activation)?;
     check::groups("GroupNorm", num_groups, num_channels)?;
     check::countable("GroupNorm", "a channel axis", &[num_channels])?;
     Ok(GroupNorm {
@@ -236,12 +243,13 @@ impl GroupNorm {
     /// # Errors
     /// As [`forward_modulated`](Self::forward_modulated).
     pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
-        self.normalized(xs, self.scaling().modulated(modulation))
+        self.normalized(xs, self.scaling()?.modulated(modulation))
     }
 
     /// What follows the normalized values.
-    fn scaling(&self) -> Scaling<'_> {
-        Scaling::new(self.params.weight(), self.params.bias())
+    fn scaling(&self) -> Result<Scaling<'_>> {
+        let scaling = Scaling::new(self.params.weight(), self.params.bias());
+        scaling.activated("GroupNorm", self.options.activation)
     }
 
     fn normalized(&self, xs: &Tensor, scaling: Scaling) -> Result<Tensor> {
@@ -261,7 +269,7 @@ impl Module for GroupNorm {
     /// # Errors
     /// An input of another rank, number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.normalized(xs, self.scaling())
+        self.normalized(xs, self.scaling()?)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
-use candle_nn::{ModuleT, VarBuilder};
+use candle_nn::{Activation, ModuleT, VarBuilder};
 
 use super::batch::Taken;
 use super::frozen::FrozenNorm;
@@ -37,6 +37,11 @@ pub struct InstanceNormOptions {
     /// for good. It waits for the device at every step, and holds for all layers of the same
     /// variables. Default: false.
     pub refuse_non_finite: bool,
+    /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
+    /// `Mish`. Default: none.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub activation: Option<Activation>,
 }
 
 impl Default for InstanceNormOptions {
@@ -47,6 +52,7 @@ impl Default for InstanceNormOptions {
             affine: Affine::None,
             track_running_stats: false,
             refuse_non_finite: false,
+            activation: None,
         }
     }
 }
@@ -129,6 +135,7 @@ pub fn instance_norm(
 ) -> Result<InstanceNorm> {
     let options = options.into();
     check::eps(LAYER, options.eps)?;
+    ops::fused_activation(LAYER, options.activation)?;
     check::momentum(LAYER, options.momentum)?;
     let stats = RunningStats::new(
         LAYER,
@@ -184,7 +191,8 @@ impl InstanceNorm {
     /// A layer that tracks no statistics.
     pub fn frozen(&self) -> Result<FrozenNorm> {
         let (params, eps) = (&self.params, self.options.eps);
-        FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)
+        let frozen = FrozenNorm::new(LAYER, 3, self.running_stats(), params, eps)?;
+        Ok(frozen.with_activation(self.options.activation))
     }
 
     /// This layer with its running statistics updated by the batches of all ranks of `group`, each
@@ -242,12 +250,12 @@ impl InstanceNorm {
         modulation: &Modulation,
         train: bool,
     ) -> Result<Tensor> {
-        self.normalized(xs, self.scaling().modulated(modulation), train)
+        self.normalized(xs, self.scaling()?.modulated(modulation), train)
     }
 
     /// What follows the normalized values.
-    fn scaling(&self) -> Scaling<'_> {
-        Scaling::new(self.weight(), self.bias())
+    fn scaling(&self) -> Result<Scaling<'_>> {
+        Scaling::new(self.weight(), self.bias()).activated(LAYER, self.options.activation)
     }
 
     fn normalized(&self, xs: &Tensor, scaling: Scaling, train: bool) -> Result<Tensor> {
@@ -298,7 +306,7 @@ impl ModuleT for InstanceNorm {
     /// An input of another rank, number of channels, dtype or device; one spatial element where its
     /// own statistics are used. No error changes the statistics.
     fn forward_t(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
-        self.normalized(xs, self.scaling(), train)
+        self.normalized(xs, self.scaling()?, train)
     }
 }
 

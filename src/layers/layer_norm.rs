@@ -1,7 +1,7 @@
 //! Layer normalization.
 
 use candle_core::{DType, Result, Shape, Tensor};
-use candle_nn::{Module, VarBuilder};
+use candle_nn::{Activation, Module, VarBuilder};
 
 pub use candle_nn::LayerNormConfig;
 
@@ -9,7 +9,7 @@ use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
-use crate::ops::{Modulation, RowNorm, Scaling, add_row_norm, check, row_norm};
+use crate::ops::{Modulation, RowNorm, Scaling, add_row_norm, check, fused_activation, row_norm};
 
 /// Configuration of [`LayerNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,6 +25,11 @@ pub struct LayerNormOptions {
     /// Normalize axis 1 of `[N, C, *]` maps at each position, as ConvNeXt's LayerNorm2d does.
     /// Default: false.
     pub channels_first: bool,
+    /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
+    /// `Mish`. Default: none.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub activation: Option<Activation>,
 }
 
 impl Default for LayerNormOptions {
@@ -34,6 +39,7 @@ impl Default for LayerNormOptions {
             affine: Affine::WeightAndBias,
             remove_mean: true,
             channels_first: false,
+            activation: None,
         }
     }
 }
@@ -53,6 +59,7 @@ impl<C: Into<LayerNormConfig>> From<C> for LayerNormOptions {
             },
             remove_mean: config.remove_mean,
             channels_first: false,
+            activation: None,
         }
     }
 }
@@ -139,9 +146,11 @@ pub fn layer_norm<C: Into<LayerNormOptions>>(
     let norm = RowNorm {
         center: options.remove_mean,
         channels_first: options.channels_first,
+        activation: options.activation,
         ..RowNorm::layer_norm(options.eps)
     };
     check::eps(norm.layer, options.eps)?;
+    fused_activation(norm.layer, options.activation)?;
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let params = AffineParams::new(norm.layer, &vb, &shape, options.affine, 1.)?;
     LayerNorm::from_params(shape.dims(), params, norm, &vb)
@@ -366,6 +375,7 @@ fn options_of(norm: &RowNorm, params: &AffineParams, dtype: DType) -> LayerNormO
         affine: params.affine(),
         remove_mean: norm.center,
         channels_first: norm.channels_first,
+        activation: norm.activation,
     }
 }
 

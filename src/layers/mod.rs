@@ -3,9 +3,11 @@
 
 mod batch;
 pub mod batch_norm;
+mod condition;
 pub(crate) mod conv1d;
 mod foldable;
 mod frozen;
+mod gated_rms_norm;
 pub(crate) mod global_response_norm;
 pub mod group_norm;
 pub mod instance_norm;
@@ -30,8 +32,13 @@ pub mod weight_norm;
 pub mod weight_standardization;
 mod weighted;
 
+pub use condition::{
+    Chunk, ChunkOrder, Chunks, ConditionProjection, ScaleShiftTable, condition_projection,
+    scale_shift_table,
+};
 pub use foldable::Foldable;
 pub use frozen::FrozenNorm;
+pub use gated_rms_norm::{GatedRmsNorm, gated_rms_norm};
 pub(crate) use names::{NONE, Names};
 pub(crate) use norm::Identity;
 pub use norm::Norm;

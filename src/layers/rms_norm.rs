@@ -1,14 +1,14 @@
 //! Root-mean-square normalization.
 
 use candle_core::{Result, Shape, Tensor};
-use candle_nn::{Module, VarBuilder};
+use candle_nn::{Activation, Module, VarBuilder};
 
 use super::layer_norm::LayerNorm;
 use super::names::Names;
 use super::norm::Norm;
 use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
-use crate::ops::{Cast, Modulation, RowNorm, check};
+use crate::ops::{Cast, Modulation, RowNorm, check, fused_activation};
 
 /// Configuration of [`RmsNorm`].
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,6 +28,11 @@ pub struct RmsNormOptions {
     pub cast: Cast,
     /// Normalize axis 1 of `[N, C, *]` maps at each position. Default: false.
     pub channels_first: bool,
+    /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
+    /// `Mish`. Default: none.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub activation: Option<Activation>,
 }
 
 impl Default for RmsNormOptions {
@@ -38,6 +43,7 @@ impl Default for RmsNormOptions {
             offset: 0.,
             cast: Cast::AfterWeight,
             channels_first: false,
+            activation: None,
         }
     }
 }
@@ -136,9 +142,11 @@ pub fn rms_norm(
         offset: options.offset,
         cast: options.cast,
         channels_first: options.channels_first,
+        activation: options.activation,
         ..RowNorm::rms_norm(options.eps)
     };
     check::eps(norm.layer, norm.eps_for(vb.dtype()))?;
+    fused_activation(norm.layer, options.activation)?;
     check::finite(norm.layer, "offset", options.offset)?;
     check::countable(norm.layer, "a normalized_shape", shape.dims())?;
     let initial = 1. - options.offset;

@@ -3,7 +3,8 @@
 use candle_core::{Result, Shape, Tensor, bail};
 
 use super::check;
-use super::row_norm::{RmsOptions, RowLayout, RowNorm, checked};
+use super::modulation::Scaling;
+use super::row_norm::{RmsOptions, RowLayout, RowNorm, checked, row_norm};
 use crate::computations::composed;
 use crate::graph;
 
@@ -22,11 +23,38 @@ pub(crate) fn add_row_norm(
         let sum = composed::anchored(&x.contiguous()?, &[residual])?;
         return Ok((graph::empty(norm.layer, &sum, &[weight, bias])?, sum));
     }
+    if norm.activation.is_some() {
+        return add_and_activate(
+            x,
+            residual,
+            normalized_shape,
+            Scaling::new(weight, bias),
+            norm,
+        );
+    }
     let layout = RowLayout::new(x, normalized_shape, norm.channels_first);
     let computation = norm.computation(layout.len, x.dtype());
     let (x, residual) = (layout.rows(x)?, layout.rows(residual)?);
     let (y, sum) = graph::apply_added(computation, &x, &residual, weight, bias)?;
     Ok((layout.restored(&y)?, layout.restored(&sum)?))
+}
+
+/// [`add_row_norm`] with an activation: the sum is a pass of its own, and not rounded before the
+/// norm either.
+fn add_and_activate(
+    x: &Tensor,
+    residual: &Tensor,
+    normalized_shape: &[usize],
+    scaling: Scaling,
+    norm: &RowNorm,
+) -> Result<(Tensor, Tensor)> {
+    let (dtype, acc) = (x.dtype(), composed::accumulator(x.dtype()));
+    let wide = |p: Option<&Tensor>| p.map(|p| p.to_dtype(acc)).transpose();
+    let (weight, bias) = (wide(scaling.weight)?, wide(scaling.bias)?);
+    let scaling = Scaling::new(weight.as_ref(), bias.as_ref());
+    let sum = (x.to_dtype(acc)? + residual.to_dtype(acc)?)?;
+    let y = row_norm(&sum, normalized_shape, scaling, norm)?;
+    Ok((y.to_dtype(dtype)?, sum.to_dtype(dtype)?.contiguous()?))
 }
 
 /// [`layer_norm`](super::layer_norm) of `x + residual`, and the sum itself: `(normalized, sum)`.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
+use candle_nn::Activation;
 
 use super::check;
 use super::modulation::{Features, Modulation, Scaling};
@@ -101,6 +102,41 @@ pub fn modulated_batch_norm(
     Ok((y, statistics))
 }
 
+/// [`batch_norm`] with an activation behind it, fused forward and backward: `y = act(batch_norm(x))`.
+///
+/// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
+/// PyTorch: 0 for relu at 0. The statistics are those of `x`, before the activation.
+///
+/// # Shapes
+/// As [`batch_norm`].
+///
+/// # Errors
+/// Those of [`batch_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
+/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Activation;
+///
+/// let x = Tensor::new(&[[1f64], [3.]], &Device::Cpu)?;
+/// let y = candle_norm::ops::batch_norm_act(&x, None, None, 1e-5, Activation::Relu)?.0;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn batch_norm_act(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    activation: Activation,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let scaling = Scaling::new(weight, bias).activated("BatchNorm", Some(activation))?;
+    let (y, statistics) = batch_norm_with(x, scaling, eps, true)?;
+    let acc = composed::accumulator(x.dtype());
+    let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
+    Ok((y, statistics))
+}
+
 /// [`batch_norm`], or, without `center`, division by the root of the mean square. The statistics
 /// are `f64` on the fused path, so that those of several
 /// batches can be pooled.
@@ -125,6 +161,7 @@ pub(crate) fn batch_norm_with(
     let merged = scaling.merged(layer, x, Features::First, 0.)?;
     let channels = Channels {
         spread: merged.spread(),
+        activation: scaling.activation,
         ..Channels::of(layer, x, Source::Own { center }, eps)
     };
     let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
@@ -172,6 +209,27 @@ pub fn batch_norm_inference(
     normalize_with("BatchNorm", 2, x, &fixed, Scaling::new(weight, bias), eps)
 }
 
+/// [`batch_norm_inference`] with an activation behind it, fused forward and backward.
+///
+/// # Shapes
+/// As [`batch_norm_inference`].
+///
+/// # Errors
+/// Those of [`batch_norm_inference`] and of [`batch_norm_act`].
+pub fn batch_norm_inference_act(
+    x: &Tensor,
+    [mean, var]: [&Tensor; 2],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    activation: Activation,
+) -> Result<Tensor> {
+    let copy = |s: &Tensor| s.detach().force_contiguous();
+    let fixed = Arc::new(FixedStatistics::new([copy(mean)?, copy(var)?]));
+    let scaling = Scaling::new(weight, bias).activated("BatchNorm", Some(activation))?;
+    normalize_with("BatchNorm", 2, x, &fixed, scaling, eps)
+}
+
 /// Batch or instance normalization by given statistics: the same arithmetic, under the layer's own
 /// name and from the rank on that it takes.
 pub(crate) fn normalize_with(
@@ -203,6 +261,7 @@ pub(crate) fn normalize_with(
     let merged = scaling.merged(layer, x, Features::First, 0.)?;
     let channels = Channels {
         spread: merged.spread(),
+        activation: scaling.activation,
         ..Channels::of(layer, x, Source::Given(statistics.clone()), eps)
     };
     let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());

@@ -1,6 +1,7 @@
 //! Normalization of each channel of each sample by its own statistics.
 
 use candle_core::{Result, Tensor, bail};
+use candle_nn::Activation;
 
 use super::batch_norm::BatchStatistics;
 use super::check;
@@ -72,6 +73,38 @@ pub fn modulated_instance_norm(
     instance_norm_with(x, scaling, eps)
 }
 
+/// [`instance_norm`] with an activation behind it, fused forward and backward: `y = act(instance_norm(x))`.
+///
+/// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
+/// PyTorch: 0 for relu at 0. The statistics are those of `x`.
+///
+/// # Shapes
+/// As [`instance_norm`].
+///
+/// # Errors
+/// Those of [`instance_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
+/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Activation;
+///
+/// let x = Tensor::new(&[[[1f64, 3.]]], &Device::Cpu)?;
+/// let y = candle_norm::ops::instance_norm_act(&x, None, None, 1e-5, Activation::Relu)?.0;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn instance_norm_act(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    activation: Activation,
+) -> Result<(Tensor, Option<BatchStatistics>)> {
+    let scaling = Scaling::new(weight, bias).activated("InstanceNorm", Some(activation))?;
+    instance_norm_with(x, scaling, eps)
+}
+
 /// [`instance_norm`] with all that may follow the normalized values.
 pub(crate) fn instance_norm_with(
     x: &Tensor,
@@ -123,6 +156,7 @@ fn merged(
     let merged = scaling.merged(layer, x, Features::First, 0.)?;
     let groups = Groups {
         spread: merged.spread(),
+        activation: scaling.activation,
         ..groups
     };
     Ok(Some((groups, merged)))

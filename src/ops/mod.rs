@@ -7,8 +7,10 @@
 pub(crate) mod check;
 pub(crate) mod linear_map;
 
+mod activation;
 mod add_norm;
 mod batch_norm;
+mod gated_rms_norm;
 mod global_response_norm;
 mod group_norm;
 mod instance_norm;
@@ -30,14 +32,19 @@ mod weight_standardization;
 
 pub use crate::computations::Cast;
 pub use crate::graph::{Path, with_path};
+pub(crate) use activation::fused as fused_activation;
 pub(crate) use add_norm::add_row_norm;
 pub use add_norm::{add_layer_norm, add_rms_norm};
-pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_inference, modulated_batch_norm};
+pub use batch_norm::{
+    BatchStatistics, batch_norm, batch_norm_act, batch_norm_inference, batch_norm_inference_act,
+    modulated_batch_norm,
+};
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
+pub use gated_rms_norm::{Gate, GatedRmsNormOptions, gated_rms_norm};
 pub use global_response_norm::global_response_norm;
 pub(crate) use group_norm::group_norm_by;
-pub use group_norm::{group_norm, modulated_group_norm};
-pub use instance_norm::{instance_norm, modulated_instance_norm};
+pub use group_norm::{group_norm, group_norm_act, modulated_group_norm};
+pub use instance_norm::{instance_norm, instance_norm_act, modulated_instance_norm};
 pub(crate) use instance_norm::{instance_norm_by, instance_norm_values, instance_norm_with};
 pub(crate) use joint_statistics::{JointStatistics, averaged_over_ranks};
 pub use l2_normalize::{L2Form, l2_normalize};
@@ -48,7 +55,10 @@ pub use modulation::{Modulation, adain, modulate};
 pub(crate) use modulation::{Scaling, modulate_in};
 #[doc(inline)]
 pub use moments::{Moments, moments};
-pub use row_norm::{RmsOptions, layer_norm, modulated_layer_norm, modulated_rms_norm, rms_norm};
+pub use row_norm::{
+    RmsOptions, layer_norm, layer_norm_act, modulated_layer_norm, modulated_rms_norm, rms_norm,
+    rms_norm_act,
+};
 pub(crate) use row_norm::{RowNorm, row_norm};
 pub use scale_norm::scale_norm;
 pub(crate) use scale_norm::scale_norm_by;

@@ -1,11 +1,13 @@
 //! Scale and shift from outside, behind a norm or alone.
 
 use candle_core::{Result, Tensor, bail};
+use candle_nn::Activation as Named;
 
+use super::activation::fused;
 use super::check;
 use super::instance_norm::more_than_one_position;
 use crate::computations::composed::{self, Along};
-use crate::computations::{Groups, Modulate, Spread};
+use crate::computations::{Activation, Groups, Modulate, Spread};
 use crate::graph;
 
 /// Scale and shift from outside of a layer, such as those that a condition is projected to.
@@ -69,12 +71,13 @@ impl<'a> Modulation<'a> {
     }
 }
 
-/// What follows the normalized values: the affine pair of a layer, and a modulation.
+/// What follows the normalized values: the affine pair of a layer, a modulation, an activation.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Scaling<'a> {
     pub(crate) weight: Option<&'a Tensor>,
     pub(crate) bias: Option<&'a Tensor>,
     pub(crate) modulation: Option<Modulation<'a>>,
+    pub(crate) activation: Option<Activation>,
 }
 
 impl<'a> Scaling<'a> {
@@ -83,7 +86,16 @@ impl<'a> Scaling<'a> {
             weight,
             bias,
             modulation: None,
+            activation: None,
         }
+    }
+
+    /// The same with an activation of `layer` behind it.
+    pub(crate) fn activated(self, layer: &str, activation: Option<Named>) -> Result<Self> {
+        Ok(Self {
+            activation: fused(layer, activation)?,
+            ..self
+        })
     }
 
     pub(crate) fn modulated(self, modulation: &Modulation<'a>) -> Self {

@@ -1,7 +1,9 @@
 //! Normalization of each row by its own statistics: layer norm and RMS norm.
 
 use candle_core::{DType, Result, Shape, Tensor};
+use candle_nn::Activation;
 
+use super::activation::fused;
 use super::check;
 use super::modulation::{Features, Form, Modulation, Scaling};
 use crate::computations::{Cast, Rows, composed};
@@ -23,6 +25,8 @@ pub(crate) struct RowNorm {
     pub(crate) cast: Cast,
     /// The rows run along axis 1 instead of the trailing axes.
     pub(crate) channels_first: bool,
+    /// Follows weight and bias.
+    pub(crate) activation: Option<Activation>,
 }
 
 impl RowNorm {
@@ -35,6 +39,7 @@ impl RowNorm {
             offset: 0.,
             cast: Cast::AfterWeight,
             channels_first: false,
+            activation: None,
         }
     }
 
@@ -66,6 +71,7 @@ impl RowNorm {
             offset: self.offset,
             cast: self.cast,
             pairs: 1,
+            activation: None,
             output: dtype,
         }
     }
@@ -116,6 +122,7 @@ pub(crate) fn row_norm(
         false => Features::Last(normalized_shape),
     };
     scaling.check(layer, x, features)?;
+    let activation = fused(layer, norm.activation)?;
     if x.elem_count() == 0 {
         return graph::empty(layer, x, &scaling.tensors());
     }
@@ -135,6 +142,7 @@ pub(crate) fn row_norm(
     let computation = Rows {
         offset: merged.offset,
         pairs,
+        activation,
         ..norm.computation(layout.len, x.dtype())
     };
     let (weight, bias) = (merged.weight.as_ref(), merged.bias.as_ref());
@@ -345,4 +353,77 @@ pub fn modulated_rms_norm(
     let norm = RowNorm::from(options.into());
     let scaling = Scaling::new(weight, None).modulated(modulation);
     row_norm(x, shape.dims(), scaling, &norm)
+}
+
+/// [`layer_norm`] with an activation behind it, fused forward and backward: `y = act(layer_norm(x))`.
+///
+/// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
+/// PyTorch: 0 for relu at 0.
+///
+/// # Shapes
+/// As [`layer_norm`].
+///
+/// # Errors
+/// Those of [`layer_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
+/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Activation;
+///
+/// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
+/// let y = candle_norm::ops::layer_norm_act(&x, 2, None, None, 1e-5, Activation::Relu)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn layer_norm_act(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    activation: Activation,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let norm = RowNorm {
+        activation: Some(activation),
+        ..RowNorm::layer_norm(eps)
+    };
+    row_norm(x, shape.dims(), Scaling::new(weight, bias), &norm)
+}
+
+/// [`rms_norm`] with an activation behind it, fused forward and backward: `y = act(rms_norm(x))`.
+///
+/// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
+/// PyTorch: 0 for relu at 0.
+///
+/// # Shapes
+/// As [`rms_norm`].
+///
+/// # Errors
+/// Those of [`rms_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
+/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_nn::Activation;
+///
+/// let x = Tensor::new(&[[-1f64, 3.]], &Device::Cpu)?;
+/// let y = candle_norm::ops::rms_norm_act(&x, 2, None, 1e-6, Activation::Relu)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn rms_norm_act(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    weight: Option<&Tensor>,
+    options: impl Into<RmsOptions>,
+    activation: Activation,
+) -> Result<Tensor> {
+    let shape = normalized_shape.into();
+    let norm = RowNorm {
+        activation: Some(activation),
+        ..RowNorm::from(options.into())
+    };
+    row_norm(x, shape.dims(), Scaling::new(weight, None), &norm)
 }

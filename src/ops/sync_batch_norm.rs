@@ -7,9 +7,9 @@ use candle_core::{Result, Tensor};
 use super::batch_norm::BatchStatistics;
 use super::check;
 use super::joint_statistics::JointStatistics;
-use super::modulation::{Features, Scaling, modulate_in};
+use super::modulation::{Features, Modulation, Scaling, modulate_in};
 use crate::collective::Collective;
-use crate::computations::{Channels, Synchronized};
+use crate::computations::{Channels, Synchronized, activated, composed};
 use crate::graph;
 
 /// [`batch_norm_with`](super::batch_norm_with) by the statistics of all ranks of `group`, weighted
@@ -42,12 +42,15 @@ pub(crate) fn sync_batch_norm_with(
         let _ = by.fail(num_features);
         return Err(e);
     }
-    let channels = Channels::synchronized(layer, x, by.clone(), eps);
-    let (y, statistics) = graph::apply_with_statistics(channels, x, weight, bias)?;
-    let y = match &scaling.modulation {
-        Some(modulation) => modulate_in(layer, &y, modulation, None)?,
-        None => y,
+    // What follows is computed in the accumulator's dtype, and all of it rounded once.
+    let is_followed = scaling.modulation.is_some() || scaling.activation.is_some();
+    let input = match is_followed {
+        true => &x.to_dtype(composed::accumulator(x.dtype()))?,
+        false => x,
     };
+    let channels = Channels::synchronized(layer, input, by.clone(), eps);
+    let (y, statistics) = graph::apply_with_statistics(channels, input, weight, bias)?;
+    let y = followed(layer, y, &scaling)?.to_dtype(x.dtype())?;
     let count = by.count();
     if count == 0. {
         return Ok((y, None));
@@ -58,4 +61,25 @@ pub(crate) fn sync_batch_norm_with(
         var: (statistics.var()? * (count / (count - 1.)))?,
     };
     Ok((y, Some(JointStatistics { statistics, count })))
+}
+
+/// `y` with the scale and shift, and the activation, that follow a norm and its affine pair.
+fn followed(layer: &'static str, y: Tensor, scaling: &Scaling) -> Result<Tensor> {
+    if y.elem_count() == 0 {
+        return Ok(y);
+    }
+    let y = match &scaling.modulation {
+        Some(modulation) => {
+            let wide = |t: Option<&Tensor>| t.map(|t| t.to_dtype(y.dtype())).transpose();
+            let (scale, shift) = (wide(modulation.scale)?, wide(modulation.shift)?);
+            let modulation = Modulation {
+                scale: scale.as_ref(),
+                shift: shift.as_ref(),
+                ..*modulation
+            };
+            modulate_in(layer, &y, &modulation, None)?
+        }
+        None => y,
+    };
+    activated(scaling.activation, y)
 }

@@ -335,7 +335,11 @@ fn masked(case: &Case) -> Outcome<Plan> {
         "group_norm" => {
             let groups = required("num_groups", c.size("num_groups")?)?;
             c.finish()?;
-            let options = GroupNormOptions { eps, affine };
+            let options = GroupNormOptions {
+                eps,
+                affine,
+                ..Default::default()
+            };
             Ok(Box::new(move |inputs| {
                 let (x, mask) = (inputs["x"].clone(), inputs["mask"].to_dtype(DType::U8)?);
                 let vb = builder(inputs, dtype);

@@ -4,10 +4,11 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, ModuleT, Result, Tensor};
-use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
+use candle_nn::{Activation, Conv1dConfig, Conv2dConfig, VarBuilder};
 use candle_norm::{
-    Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, RunningStats, ScaleNormOptions, SwitchNormOptions, WeightNormOptions,
+    Affine, BatchNormOptions, Cast, Gate, GatedRmsNormOptions, GroupNormOptions,
+    InstanceNormOptions, LayerNormOptions, RmsNormOptions, RunningStats, ScaleNormOptions,
+    SwitchNormOptions, WeightNormOptions,
     ops::{self, Modulation},
     weight_norm,
 };
@@ -170,6 +171,16 @@ pub(crate) const OPS: &[Op] = &[
         plan: sync_batch_norm,
     },
     Op {
+        name: "gated_rms_norm",
+        input: "x",
+        required: &[],
+        optional: &["weight", "gate"],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: gated_rms_norm,
+    },
+    Op {
         name: "switch_norm",
         input: "x",
         required: &["mean_weight", "var_weight"],
@@ -206,11 +217,32 @@ fn modulated(case: &Case) -> Outcome<Plan> {
     }
 }
 
-/// What comes from outside of a norm.
+/// What comes from outside of a norm, and what follows it.
 #[derive(Clone, Copy)]
 struct Outside {
     /// The offset of its scale, if the norm is modulated.
     offset: Option<f64>,
+    activation: Option<Activation>,
+}
+
+/// The activation of a name.
+fn activation(c: &mut Config) -> Outcome<Option<Activation>> {
+    let Some(name) = c.word("activation")? else {
+        return Ok(None);
+    };
+    let slope = name.strip_prefix("leaky_relu:").map(str::parse::<f64>);
+    Ok(Some(match (name.as_str(), slope) {
+        (_, Some(Ok(slope))) => Activation::LeakyRelu(slope),
+        ("relu", _) => Activation::Relu,
+        ("relu6", _) => Activation::Relu6,
+        ("silu", _) => Activation::Silu,
+        ("gelu", _) => Activation::Gelu,
+        ("gelu_tanh", _) => Activation::GeluPytorchTanh,
+        ("hardswish", _) => Activation::HardSwish,
+        ("sigmoid", _) => Activation::Sigmoid,
+        ("mish", _) => Activation::Mish,
+        _ => return Err(format!("unknown activation `{name}`")),
+    }))
 }
 
 /// Scale and shift of one run.
@@ -228,7 +260,8 @@ impl Outside {
             }
             false => None,
         };
-        Ok(Self { offset })
+        let activation = activation(c)?;
+        Ok(Self { offset, activation })
     }
 
     /// Takes its tensors from the inputs, where a layer would find a `scale` of its own.
@@ -264,6 +297,7 @@ fn layer_norm(case: &Case) -> Outcome<Plan> {
         eps,
         affine: affine(case),
         channels_first,
+        activation: outside.activation,
         ..Default::default()
     };
     let dtype = case.dtype;
@@ -298,6 +332,7 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
         affine: affine(case),
         offset,
         cast,
+        activation: outside.activation,
         ..Default::default()
     };
     let dtype = case.dtype;
@@ -312,6 +347,43 @@ fn rms_norm(case: &Case) -> Outcome<Plan> {
             }
             (None, None) => without_state(norm.forward_t(&x, true)?),
         }
+    }))
+}
+
+fn gated_rms_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let gate = match required("gate", c.word("gate")?)?.as_str() {
+        "before" => Gate::Before,
+        "after" => Gate::After,
+        other => return Err(format!("unknown place of the gate `{other}`")),
+    };
+    let activation = required("activation", activation(&mut c)?)?;
+    let group_size = required("group_size", c.size_or_null("group_size")?)?;
+    let cast = match required("cast", c.word("cast")?)?.as_str() {
+        "after_weight" => Cast::AfterWeight,
+        "before_weight" => Cast::BeforeWeight,
+        other => return Err(format!("unknown cast `{other}`")),
+    };
+    c.finish()?;
+    let x = case.tensor("x")?;
+    let len = x.dims()[x.rank() - 1];
+    let options = GatedRmsNormOptions {
+        eps,
+        gate,
+        activation,
+        group_size,
+        cast,
+    };
+    let dtype = case.dtype;
+    Ok(Box::new(move |mut inputs| {
+        let (x, gate) = (inputs["x"].clone(), inputs.remove("gate"));
+        if !inputs.contains_key("weight") {
+            let gate = gate.as_ref();
+            return without_state(ops::gated_rms_norm(&x, gate, None, options)?);
+        }
+        let norm = candle_norm::gated_rms_norm(len, options, builder(inputs, dtype))?;
+        without_state(norm.forward(&x, gate.as_ref())?)
     }))
 }
 
@@ -345,6 +417,7 @@ fn group_norm(case: &Case) -> Outcome<Plan> {
     let options = GroupNormOptions {
         eps,
         affine: affine(case),
+        activation: outside.activation,
     };
     let (channels, dtype) = (channels(case)?, case.dtype);
     Ok(Box::new(move |mut inputs| {
@@ -372,6 +445,7 @@ fn instance_norm(case: &Case) -> Outcome<Plan> {
         momentum,
         affine: affine(case),
         track_running_stats: tracks,
+        activation: outside.activation,
         ..Default::default()
     };
     let (channels, dtype) = (channels(case)?, case.dtype);
@@ -402,6 +476,7 @@ fn batch_norm(case: &Case) -> Outcome<Plan> {
         momentum,
         affine: affine(case),
         track_running_stats: tracks,
+        activation: outside.activation,
         ..Default::default()
     };
     let (channels, dtype) = (channels(case)?, case.dtype);

@@ -1,5 +1,6 @@
 //! The layers one by one: values, gradients, edges, statistics, and what they say.
 
+mod activation;
 mod add_norm;
 mod affine_bias;
 mod changed_inputs;
@@ -7,6 +8,7 @@ mod conv1d;
 mod edges;
 mod folding;
 mod functions;
+mod gated_rms_norm;
 mod gradcheck;
 mod gradient_flow;
 mod launches;

@@ -391,3 +391,119 @@ fn spectral_norm() {
         Ok(())
     })
 }
+
+/// Scale and shift from outside, at every spread.
+#[test]
+fn modulation() {
+    in_a_process_of_its_own("modulation", || {
+        let shapes: [(&[usize], &[usize]); 4] = [
+            (&[2, 3], &[2, 4]),
+            (&[3], &[4]),
+            (&[2, 3, 4], &[2, 3, 4]),
+            (&[1, 3], &[1, 4]),
+        ];
+        for (channels, features) in shapes {
+            let mut draw = Draw::new(6);
+            let mut inputs = |dims: &[usize]| {
+                [
+                    normal(&mut draw, &[2, 3, 4]),
+                    normal(&mut draw, dims),
+                    normal(&mut draw, dims),
+                ]
+            };
+            let (of_rows, of_channels) = (inputs(features), inputs(channels));
+            for path in [Path::Fused, Path::Composed] {
+                let what = |norm: &str| format!("{norm} by {channels:?}, {path:?}");
+                let with = |t: &[Tensor], f: &dyn Fn(&ops::Modulation) -> Result<Tensor>| {
+                    let modulation = ops::Modulation::new(Some(&t[1]), Some(&t[2]));
+                    with_path(path, || f(&modulation))
+                };
+                check(&what("rows"), &of_rows, |t| {
+                    with(t, &|m| {
+                        ops::modulated_layer_norm(&t[0], 4, None, None, 1e-2, m)
+                    })
+                })?;
+                check(&what("groups"), &of_channels, |t| {
+                    with(t, &|m| {
+                        ops::modulated_group_norm(&t[0], 1, None, None, 1e-2, m)
+                    })
+                })?;
+                check(&what("channels"), &of_channels, |t| {
+                    with(t, &|m| {
+                        Ok(ops::modulated_batch_norm(&t[0], None, None, 1e-2, m)?.0)
+                    })
+                })?;
+                check(&what("nothing"), &of_channels, |t| {
+                    with(t, &|m| ops::modulate(&t[0], m, true))
+                })?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn activations() {
+    use candle_nn::Activation;
+
+    in_a_process_of_its_own("activations", || {
+        for activation in [
+            Activation::Relu,
+            Activation::LeakyRelu(0.1),
+            Activation::Silu,
+            Activation::Gelu,
+            Activation::GeluPytorchTanh,
+            Activation::HardSwish,
+            Activation::Sigmoid,
+            Activation::Mish,
+        ] {
+            let mut draw = Draw::new(8);
+            let x = normal(&mut draw, &[2, 3, 4]);
+            let rows = [x.clone(), normal(&mut draw, &[4]), normal(&mut draw, &[4])];
+            let channels = [x, normal(&mut draw, &[3]), normal(&mut draw, &[3])];
+            for path in [Path::Fused, Path::Composed] {
+                let what = format!("{activation:?}, {path:?}");
+                with_path(path, || {
+                    check(&format!("rows with {what}"), &rows, |t| {
+                        ops::layer_norm_act(&t[0], 4, Some(&t[1]), Some(&t[2]), 1e-2, activation)
+                    })?;
+                    check(&format!("groups with {what}"), &channels, |t| {
+                        ops::group_norm_act(&t[0], 1, Some(&t[1]), Some(&t[2]), 1e-2, activation)
+                    })?;
+                    check(&format!("channels with {what}"), &channels, |t| {
+                        let (w, b) = (Some(&t[1]), Some(&t[2]));
+                        Ok(ops::batch_norm_act(&t[0], w, b, 1e-2, activation)?.0)
+                    })
+                })?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn gated_rms_norm() {
+    in_a_process_of_its_own("gated_rms_norm", || {
+        for gate in [ops::Gate::Before, ops::Gate::After] {
+            let options = ops::GatedRmsNormOptions {
+                gate,
+                group_size: Some(3),
+                ..1e-2.into()
+            };
+            let mut draw = Draw::new(9);
+            let inputs = [
+                normal(&mut draw, &[2, 6]),
+                normal(&mut draw, &[2, 6]),
+                normal(&mut draw, &[6]),
+            ];
+            for path in [Path::Fused, Path::Composed] {
+                check(&format!("{gate:?}, {path:?}"), &inputs, |t| {
+                    with_path(path, || {
+                        ops::gated_rms_norm(&t[0], Some(&t[1]), Some(&t[2]), options)
+                    })
+                })?;
+            }
+        }
+        Ok(())
+    })
+}

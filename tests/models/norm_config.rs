@@ -1161,6 +1161,7 @@ mod json {
             options: GroupNormOptions {
                 eps: 1e-6,
                 affine: Affine::Weight,
+                ..Default::default()
             },
         };
         let options = json!({"eps": 1e-6, "affine": "weight"});

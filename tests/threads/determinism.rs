@@ -357,3 +357,102 @@ fn functions() {
         }
     }
 }
+
+/// Norms with scale and shift from outside, with an activation, and with a gate.
+#[test]
+fn modulated_activated_and_gated() {
+    use candle_nn::Activation;
+    use candle_norm::ops::{Gate, GatedRmsNormOptions, Modulation};
+
+    const ACTIVATIONS: [Activation; 9] = [
+        Activation::Relu,
+        Activation::Relu6,
+        Activation::LeakyRelu(0.1),
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluPytorchTanh,
+        Activation::HardSwish,
+        Activation::Sigmoid,
+        Activation::Mish,
+    ];
+    let shapes: [&[usize]; 5] = [
+        &[3, 4, 17],
+        &[5, 200, 49],
+        &[7, 6, 33, 31],
+        &[2, 4, 100],
+        &[70, 6],
+    ];
+    for (case, dims) in shapes.iter().enumerate() {
+        let n: usize = dims.iter().product();
+        let (samples, channels, last) = (dims[0], dims[1], dims[dims.len() - 1]);
+        for (turn, dtype) in DTYPES.into_iter().enumerate() {
+            let mut draw = Draw::new(case as u64);
+            let (x, dy) = (spread(&mut draw, n), spread(&mut draw, n));
+            let (scale, gate) = (draw.normal(n), draw.normal(n));
+            let activation = ACTIVATIONS[(4 * case + turn) % ACTIVATIONS.len()];
+            let leaf = |numbers: &[f64], dims: &[usize]| {
+                variable(&numbers[..dims.iter().product()], dims, dtype)
+            };
+            let finish = |y: Tensor, leaves: &[(&'static str, &Tensor)]| {
+                let grads = backward(&y, &tensor(&dy, dims, dtype)?)?;
+                let found: Vec<_> = leaves
+                    .iter()
+                    .map(|(n, t)| (*n, gradient(&grads, t)))
+                    .collect();
+                let mut named = vec![("y", &y)];
+                named.extend(found.iter().map(|(name, t)| (*name, t)));
+                bits_of(&named)
+            };
+            let what = format!("{dims:?} in {dtype:?}");
+            assert_same(&format!("modulated rows of {what}"), || {
+                let (x, scale) = (leaf(&x, dims)?, leaf(&scale, &[samples, last])?);
+                let modulation = Modulation::new(Some(&scale), Some(&scale));
+                let y = ops::modulated_layer_norm(&x, last, None, None, 1e-5, &modulation)?;
+                finish(y, &[("dx", &x), ("dscale", &scale)])
+            });
+            assert_same(&format!("modulated groups of {what}"), || {
+                let (x, scale) = (leaf(&x, dims)?, leaf(&scale, &[samples, channels])?);
+                let modulation = Modulation::new(Some(&scale), Some(&scale));
+                let y = ops::modulated_group_norm(&x, 2, None, None, 1e-5, &modulation)?;
+                finish(y, &[("dx", &x), ("dscale", &scale)])
+            });
+            assert_same(&format!("modulated channels of {what}"), || {
+                let scale = match turn % 2 {
+                    0 => leaf(&scale, &[samples, channels])?,
+                    _ => leaf(&scale, dims)?,
+                };
+                let x = leaf(&x, dims)?;
+                let modulation = Modulation::new(Some(&scale), Some(&scale));
+                let (y, _) = ops::modulated_batch_norm(&x, None, None, 1e-5, &modulation)?;
+                finish(y, &[("dx", &x), ("dscale", &scale)])
+            });
+            assert_same(&format!("{activation:?} behind rows of {what}"), || {
+                let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[last])?);
+                let (weight, bias) = (Some(&w), Some(&w));
+                let y = ops::layer_norm_act(&x, last, weight, bias, 1e-5, activation)?;
+                finish(y, &[("dx", &x), ("dw", &w)])
+            });
+            assert_same(&format!("{activation:?} behind groups of {what}"), || {
+                let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[channels])?);
+                let y = ops::group_norm_act(&x, 2, Some(&w), Some(&w), 1e-5, activation)?;
+                finish(y, &[("dx", &x), ("dw", &w)])
+            });
+            assert_same(&format!("{activation:?} behind channels of {what}"), || {
+                let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[channels])?);
+                let (y, _) = ops::batch_norm_act(&x, Some(&w), Some(&w), 1e-5, activation)?;
+                finish(y, &[("dx", &x), ("dw", &w)])
+            });
+            assert_same(&format!("{activation:?} as a gate of {what}"), || {
+                let (x, z) = (leaf(&x, dims)?, leaf(&gate, dims)?);
+                let w = leaf(&scale, &[last])?;
+                let options = GatedRmsNormOptions {
+                    gate: [Gate::Before, Gate::After][turn % 2],
+                    activation,
+                    ..Default::default()
+                };
+                let y = ops::gated_rms_norm(&x, Some(&z), Some(&w), options)?;
+                finish(y, &[("dx", &x), ("dz", &z), ("dw", &w)])
+            });
+        }
+    }
+}

@@ -100,34 +100,48 @@ impl<I: Isa, T: Real> Normal<I, T> {
         weight: Option<ColumnValues<I, T>>,
         bias: Option<ColumnValues<I, T>>,
     ) -> &'o mut [E] {
+        self.write_rounded::<E, X, E>(isa, x, y, round, weight, bias)
+    }
+
+    /// [`write`](Self::write) with `x̂` rounded to `R`, if it is to be rounded.
+    #[inline(always)]
+    pub(crate) fn write_rounded<'o, R: Elem<Acc = T>, X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        y: &'o mut [MaybeUninit<E>],
+        round: bool,
+        weight: Option<ColumnValues<I, T>>,
+        bias: Option<ColumnValues<I, T>>,
+    ) -> &'o mut [E] {
         match (weight, bias) {
             (None, None) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |_, x| self.rounded::<E>(isa, x, round),
+                |_, x| self.rounded::<R>(isa, x, round),
             ),
             (Some(w), None) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) * w.at(k),
+                |k, x| self.rounded::<R>(isa, x, round) * w.at(k),
             ),
             (None, Some(b)) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) + b.at(k),
+                |k, x| self.rounded::<R>(isa, x, round) + b.at(k),
             ),
             (Some(w), Some(b)) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<E>(isa, x, round) * w.at(k) + b.at(k),
+                |k, x| self.rounded::<R>(isa, x, round) * w.at(k) + b.at(k),
             ),
         }
     }
@@ -157,5 +171,22 @@ impl<I: Isa, T: Real> ScaledNormal<I, T> {
     #[inline(always)]
     pub(crate) fn of(self, x: Lanes<I, T>) -> Lanes<I, T> {
         self.center.distance(x) * self.scale + self.bias
+    }
+
+    /// The values for `x`.
+    #[inline(always)]
+    pub(crate) fn write<'o, X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        self,
+        isa: I,
+        x: &[X],
+        y: &'o mut [MaybeUninit<E>],
+    ) -> &'o mut [E] {
+        map(
+            isa,
+            x,
+            y,
+            #[inline(always)]
+            |_, x| self.of(x),
+        )
     }
 }

@@ -116,6 +116,44 @@ impl<T> Drop for Part<'_, T> {
     }
 }
 
+/// Values that a kernel leaves for its next step, in memory that it keeps.
+pub(crate) struct Scratch<T>(Vec<T>);
+
+impl<T: Copy> Scratch<T> {
+    pub(crate) fn new() -> Self {
+        Self(vec![])
+    }
+
+    /// Forgets all values.
+    #[inline(always)]
+    pub(crate) fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// Adds `len` values, which `write` writes and returns.
+    #[inline(always)]
+    pub(crate) fn push(
+        &mut self,
+        len: usize,
+        write: impl for<'b> FnOnce(&'b mut [MaybeUninit<T>]) -> &'b mut [T],
+    ) {
+        self.0.reserve(len);
+        let next = &mut self.0.spare_capacity_mut()[..len];
+        let start = next.as_ptr().cast::<T>();
+        let written = write(next);
+        assert!(ptr::eq(written.as_ptr(), start) && written.len() == len);
+        // SAFETY: the next `len` elements are within the capacity, and the slice that came back
+        // shows that they are written.
+        unsafe { self.0.set_len(self.0.len() + len) };
+    }
+
+    /// The values, in their order.
+    #[inline(always)]
+    pub(crate) fn get(&self) -> &[T] {
+        &self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

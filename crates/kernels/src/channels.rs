@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 
+use super::activation::Activation;
 use super::affine::AffinePair;
 use super::grads::{Gradients, Wanted};
 use super::moments::Moments;
@@ -73,12 +74,30 @@ pub(crate) fn forward<E: Elem>(
     affine: AffinePair<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
+    activated_forward(x, order, shape, affine, statistics, None)
+}
+
+/// [`forward`] with an activation behind it.
+fn activated_forward<E: Elem>(
+    x: &[E],
+    order: Order,
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    statistics: Statistics,
+    activation: Option<Activation>,
+) -> (Vec<E>, Vec<Stats>) {
     assert_eq!(x.len(), shape.elements());
     assert!(affine.fits(shape.channels));
     match Way::of(order, shape) {
-        Way::Columns => columns::forward(x, shape, affine, statistics),
-        Way::InPlace => planes::forward(|| InPlace { x, shape }, shape, affine, statistics),
-        Way::Transposed => planes::forward(|| Transposed::new(x, shape), shape, affine, statistics),
+        Way::Columns => columns::forward(x, shape, affine, statistics, activation),
+        Way::InPlace => {
+            let reader = || InPlace { x, shape };
+            planes::forward(reader, shape, affine, statistics, activation, false)
+        }
+        Way::Transposed => {
+            let reader = || Transposed::new(x, shape);
+            planes::forward(reader, shape, affine, statistics, activation, false)
+        }
         Way::Divided => {
             let x = channels_first(x, order, shape);
             let stats = match statistics {
@@ -87,7 +106,7 @@ pub(crate) fn forward<E: Elem>(
                     Stats::of_moments(&divided_moments(&x, shape, center), eps)
                 }
             };
-            let y = spread::normalize(&x, frame(shape, &stats), affine, false);
+            let y = spread::normalize(&x, frame(shape, &stats), affine, false, activation);
             (y, stats)
         }
     }
@@ -104,15 +123,41 @@ pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool
     }
 }
 
-/// [`forward`] with weights and biases of any spread.
+/// What follows the normalized values of a batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Following {
+    /// How weight and bias are spread.
+    pub spread: Spread,
+    /// Behind them.
+    pub activation: Option<Activation>,
+}
+
+/// [`forward`] with weights and biases of any spread, and an activation.
 pub(crate) fn spread_forward<E: Elem>(
     x: &[E],
     order: Order,
     shape: Shape,
     affine: AffinePair<E::Acc>,
-    spread: Spread,
+    following: Following,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
+    let Following { spread, activation } = following;
+    if spread == Spread::Channel {
+        return activated_forward(x, order, shape, affine, statistics, activation);
+    }
+    assert_eq!(x.len(), shape.elements());
+    assert!(affine.fits(spread.count(shape)));
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            let reader = || InPlace { x, shape };
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            let reader = || Transposed::new(x, shape);
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        _ => {}
+    }
     let stats = match statistics {
         Statistics::Given(given) => given.to_vec(),
         Statistics::Own { center, eps } => {
@@ -123,7 +168,8 @@ pub(crate) fn spread_forward<E: Elem>(
         spread,
         ..frame(shape, &stats)
     };
-    let y = spread::normalize(&channels_first(x, order, shape), frame, affine, false);
+    let x = channels_first(x, order, shape);
+    let y = spread::normalize(&x, frame, affine, false, activation);
     (y, stats)
 }
 
@@ -134,23 +180,62 @@ pub(crate) fn spread_backward<E: Elem>(
     order: Order,
     dy: &[E],
     shape: Shape,
-    weight: Option<&[E::Acc]>,
-    spread: Spread,
+    affine: AffinePair<E::Acc>,
+    following: Following,
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
+    let Following { spread, activation } = following;
+    if spread == Spread::Channel {
+        return activated_backward(x, order, dy, shape, affine, activation, stats, wanted);
+    }
     check_backward::<E>(x, dy, shape, None, stats);
+    assert!(affine.fits(spread.count(shape)));
+    let batch = planes::Batch {
+        dy,
+        shape,
+        affine,
+        stats,
+        activation,
+        per_sample: true,
+    };
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            return planes::sampled_backward(|| InPlace { x, shape }, batch, wanted);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            return planes::sampled_backward(|| Transposed::new(x, shape), batch, wanted);
+        }
+        _ => {}
+    }
     let x = channels_first(x, order, shape);
     let frame = Frame {
         spread,
         ..frame(shape, stats)
     };
-    let sums = spread::grad_sums(&x, dy, frame, weight, wanted.params, false);
+    match activation {
+        None => spread_passes(&x, dy, frame, affine.weight, wanted),
+        Some(activation) => {
+            let g = spread::through(&x, dy, frame, affine, false, activation);
+            spread_passes(&x, &g, frame, affine.weight, wanted)
+        }
+    }
+}
+
+/// The passes of a backward whose cotangent is `dy`.
+fn spread_passes<E: Elem, D: Elem<Acc = E::Acc>>(
+    x: &[E],
+    dy: &[D],
+    frame: Frame,
+    weight: Option<&[E::Acc]>,
+    wanted: Wanted,
+) -> Gradients<E> {
+    let sums = spread::grad_sums::<E, D, D>(x, dy, frame, weight, wanted.params, false);
     let means = wanted
         .own
-        .map(|center| spread::means(&sums.sets, shape.per_channel(), center));
+        .map(|center| spread::means(&sums.sets, frame.shape.per_channel(), center));
     Gradients {
-        dx: spread::grad_input(&x, dy, frame, weight, means.as_deref()),
+        dx: spread::grad_input(x, dy, frame, weight, means.as_deref()),
         dweight: sums.dweight,
         dbias: sums.dbias,
     }
@@ -179,32 +264,73 @@ pub(crate) fn backward<E: Elem>(
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
+    let affine = AffinePair { weight, bias: None };
+    activated_backward(x, order, dy, shape, affine, None, stats, wanted)
+}
+
+/// [`backward`] of a forward with an activation, which needs the bias too.
+#[allow(clippy::too_many_arguments)]
+fn activated_backward<E: Elem>(
+    x: &[E],
+    order: Order,
+    dy: &[E],
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    activation: Option<Activation>,
+    stats: &[Stats],
+    wanted: Wanted,
+) -> Gradients<E> {
+    let weight = affine.weight;
     check_backward::<E>(x, dy, shape, weight, stats);
+    assert!(affine.fits(shape.channels));
     let batch = planes::Batch {
         dy,
         shape,
-        weight,
+        affine,
         stats,
+        activation,
+        per_sample: false,
     };
-    match Way::of(order, shape) {
-        Way::Columns => columns::backward(x, dy, shape, weight, stats, wanted),
-        Way::InPlace => planes::backward(|| InPlace { x, shape }, batch, wanted),
-        Way::Transposed => planes::backward(|| Transposed::new(x, shape), batch, wanted),
-        Way::Divided => {
+    match (Way::of(order, shape), activation) {
+        (Way::Columns, None) => columns::backward(x, dy, shape, weight, stats, wanted),
+        (Way::Columns, Some(activation)) => {
+            let g = columns::through(x, dy, shape, affine, stats, activation);
+            columns::backward(x, &g, shape, weight, stats, wanted)
+        }
+        (Way::InPlace, _) => planes::backward(|| InPlace { x, shape }, batch, wanted),
+        (Way::Transposed, _) => planes::backward(|| Transposed::new(x, shape), batch, wanted),
+        (Way::Divided, activation) => {
             let x = channels_first(x, order, shape);
             let frame = frame(shape, stats);
-            let params = wanted.params || wanted.own.is_some();
-            let sums = spread::grad_sums(&x, dy, frame, None, params, false);
-            let means = wanted.own.map(|center| {
-                let means = spread::means(&sums.sets, shape.per_channel(), center);
-                weighted(&means, weight)
-            });
-            Gradients {
-                dx: spread::grad_input(&x, dy, frame, weight, means.as_deref()),
-                dweight: sums.dweight,
-                dbias: sums.dbias,
+            match activation {
+                None => divided_passes(&x, dy, frame, weight, wanted),
+                Some(activation) => {
+                    let g = spread::through(&x, dy, frame, affine, false, activation);
+                    divided_passes(&x, &g, frame, weight, wanted)
+                }
             }
         }
+    }
+}
+
+/// The passes of a backward whose cotangent is `dy`, channels being divided.
+fn divided_passes<E: Elem, D: Elem<Acc = E::Acc>>(
+    x: &[E],
+    dy: &[D],
+    frame: Frame,
+    weight: Option<&[E::Acc]>,
+    wanted: Wanted,
+) -> Gradients<E> {
+    let params = wanted.params || wanted.own.is_some();
+    let sums = spread::grad_sums::<E, D, D>(x, dy, frame, None, params, false);
+    let means = wanted.own.map(|center| {
+        let means = spread::means(&sums.sets, frame.shape.per_channel(), center);
+        weighted(&means, weight)
+    });
+    Gradients {
+        dx: spread::grad_input(x, dy, frame, weight, means.as_deref()),
+        dweight: sums.dweight,
+        dbias: sums.dbias,
     }
 }
 
@@ -229,8 +355,10 @@ pub(crate) fn grad_sums<E: Elem>(
     let batch = planes::Batch {
         dy,
         shape,
-        weight: None,
+        affine: AffinePair::NONE,
         stats,
+        activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_sums(x, dy, shape, stats),
@@ -238,7 +366,7 @@ pub(crate) fn grad_sums<E: Elem>(
         Way::Transposed => planes::grad_sums(|| Transposed::new(x, shape), batch),
         Way::Divided => {
             let x = channels_first(x, order, shape);
-            let sums = spread::grad_sums(&x, dy, frame(shape, stats), None, true, false);
+            let sums = spread::grad_sums::<E, E, E>(&x, dy, frame(shape, stats), None, true, false);
             [sums.dweight, sums.dbias]
         }
     }
@@ -259,8 +387,10 @@ pub(crate) fn grad_input<E: Elem>(
     let batch = planes::Batch {
         dy,
         shape,
-        weight,
+        affine: AffinePair { weight, bias: None },
         stats,
+        activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_input(x, dy, shape, weight, stats, means),

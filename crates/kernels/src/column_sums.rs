@@ -98,10 +98,10 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
 
     /// Adds `f(k, x, y)` for each chunk `k` of two rows, and writes `g(k, x, y)` to a third.
     #[inline(always)]
-    pub(crate) fn add_and_map<'o, E: Elem<Acc = T>>(
+    pub(crate) fn add_and_map<'o, E: Elem<Acc = T>, F: Elem<Acc = T>>(
         &mut self,
         isa: I,
-        (x, y, out): (&[E], &[E], &'o mut [MaybeUninit<E>]),
+        (x, y, out): (&[E], &[F], &'o mut [MaybeUninit<E>]),
         f: impl Fn(usize, Lanes<I, T>, Lanes<I, T>) -> [Lanes<I, T>; N],
         g: impl Fn(usize, Lanes<I, T>, Lanes<I, T>) -> Lanes<I, T>,
     ) -> &'o mut [E] {
@@ -111,7 +111,7 @@ impl<'a, I: Isa, T: Real, const N: usize> ColumnSums<'a, I, T, N> {
         let chunks = x.as_chunks().0.iter().zip(y.as_chunks().0);
         let chunks = chunks.zip(out.as_chunks_mut().0);
         for ((k, sums), ((x, y), out)) in whole.iter_mut().enumerate().zip(chunks) {
-            let (x, y) = (E::load(isa, x), E::load(isa, y));
+            let (x, y) = (E::load(isa, x), F::load(isa, y));
             E::store(isa, g(k, x, y), out);
             *sums = plus::<I, T, N>(*sums, f(k, x, y));
         }

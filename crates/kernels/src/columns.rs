@@ -4,8 +4,11 @@
 //! The tensor is taken as rows of `channels · inner` columns. Lanes run along the columns, sums
 //! down the rows; columns of one channel are merged at the end.
 
+use std::mem::MaybeUninit;
+
+use super::activation::{Activation, ThroughActivation, activate};
 use super::affine::AffinePair;
-use super::buffer::{Part, fill};
+use super::buffer::{Part, Scratch, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
 use super::grads::{Gradients, InputGrad, Wanted};
 use super::loops::{ColumnValues, map, map2};
@@ -69,6 +72,23 @@ impl<I: Isa, T: Real> FactorLanes<'_, I, T> {
     #[inline(always)]
     fn of(&self, k: usize, v: Lanes<I, T>) -> Lanes<I, T> {
         self.distance(k, v) * self.scale.at(k) + self.bias.at(k)
+    }
+
+    /// The results for a row.
+    #[inline(always)]
+    fn write<'o, X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        y: &'o mut [MaybeUninit<E>],
+    ) -> &'o mut [E] {
+        map(
+            isa,
+            x,
+            y,
+            #[inline(always)]
+            |k, x| self.of(k, x),
+        )
     }
 
     /// The distance from the mean.
@@ -136,6 +156,7 @@ pub(crate) fn forward<E: Elem>(
     shape: Shape,
     affine: AffinePair<E::Acc>,
     statistics: Statistics,
+    activation: Option<Activation>,
 ) -> (Vec<E>, Vec<Stats>) {
     let width = shape.channels * shape.inner;
     let size = rows_per_block(shape.outer, width) * width;
@@ -148,7 +169,12 @@ pub(crate) fn forward<E: Elem>(
         let blocks = x.chunks(size).zip(y);
         par::run(
             x.len(),
-            blocks.map(|(x, y)| ColumnsForward { x, y, factors }),
+            blocks.map(|(x, y)| ColumnsForward {
+                x,
+                y,
+                factors,
+                activation,
+            }),
         );
     });
     (y, stats)
@@ -232,6 +258,7 @@ struct ColumnsForward<'a, E: Elem> {
     x: &'a [E],
     y: Part<'a, E>,
     factors: &'a Factors<E::Acc>,
+    activation: Option<Activation>,
 }
 
 impl<E: Elem> Kernel for ColumnsForward<'_, E> {
@@ -241,27 +268,95 @@ impl<E: Elem> Kernel for ColumnsForward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let width = self.factors.scale.len();
         let normal = self.factors.lanes(isa);
+        let mut scratch = Scratch::new();
         for x in self.x.chunks_exact(width) {
             self.y.write(
                 width,
                 #[inline(always)]
-                |y| {
-                    map(
+                |y| match self.activation {
+                    None => normal.write(isa, x, y),
+                    Some(activation) => activate(
                         isa,
-                        x,
+                        activation,
+                        &mut scratch,
                         y,
                         #[inline(always)]
-                        |k, x| normal.of(k, x),
-                    )
+                        |u| normal.write(isa, x, u),
+                    ),
                 },
             );
         }
     }
 }
 
-pub(crate) fn backward<E: Elem>(
+/// `dy · act′(u)`, the cotangent of what [`forward`] does before its activation.
+pub(crate) fn through<E: Elem>(
     x: &[E],
     dy: &[E],
+    shape: Shape,
+    affine: AffinePair<E::Acc>,
+    stats: &[Stats],
+    activation: Activation,
+) -> Vec<E::Acc> {
+    let width = shape.channels * shape.inner;
+    let size = rows_per_block(shape.outer, width) * width;
+    let factors = &Factors::<E::Acc>::new(shape, stats, affine);
+    fill(x.len(), size, |g| {
+        let blocks = x.chunks(size).zip(dy.chunks(size)).zip(g);
+        let blocks = blocks.map(|((x, dy), g)| ColumnsThrough {
+            x,
+            dy,
+            g,
+            factors,
+            activation,
+        });
+        par::run(x.len(), blocks);
+    })
+}
+
+struct ColumnsThrough<'a, E: Elem> {
+    x: &'a [E],
+    dy: &'a [E],
+    g: Part<'a, E::Acc>,
+    factors: &'a Factors<E::Acc>,
+    activation: Activation,
+}
+
+impl<E: Elem> Kernel for ColumnsThrough<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let width = self.factors.scale.len();
+        let normal = self.factors.lanes(isa);
+        let mut scratch = Scratch::new();
+        for (x, dy) in self.x.chunks_exact(width).zip(self.dy.chunks_exact(width)) {
+            scratch.clear();
+            scratch.push(
+                width,
+                #[inline(always)]
+                |u| normal.write(isa, x, u),
+            );
+            let u = scratch.get();
+            self.g.write(
+                width,
+                #[inline(always)]
+                |g| {
+                    isa.call(ThroughActivation {
+                        activation: self.activation,
+                        u,
+                        dy,
+                        g,
+                    })
+                },
+            );
+        }
+    }
+}
+
+pub(crate) fn backward<E: Elem, D: Elem<Acc = E::Acc>>(
+    x: &[E],
+    dy: &[D],
     shape: Shape,
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
@@ -281,9 +376,9 @@ pub(crate) fn backward<E: Elem>(
 }
 
 /// The gradients through statistics that do not move with `x`: all in one sweep.
-fn through_given<E: Elem>(
+fn through_given<E: Elem, D: Elem<Acc = E::Acc>>(
     x: &[E],
-    dy: &[E],
+    dy: &[D],
     shape: Shape,
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
@@ -314,9 +409,9 @@ fn through_given<E: Elem>(
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel.
-pub(crate) fn grad_sums<E: Elem>(
+pub(crate) fn grad_sums<E: Elem, D: Elem<Acc = E::Acc>>(
     x: &[E],
-    dy: &[E],
+    dy: &[D],
     shape: Shape,
     stats: &[Stats],
 ) -> [Vec<f64>; 2] {
@@ -338,9 +433,9 @@ pub(crate) fn grad_sums<E: Elem>(
 }
 
 /// `dx` from the means of `dy · x̂` and of `dy` of each channel.
-pub(crate) fn grad_input<E: Elem>(
+pub(crate) fn grad_input<E: Elem, D: Elem<Acc = E::Acc>>(
     x: &[E],
-    dy: &[E],
+    dy: &[D],
     shape: Shape,
     weight: Option<&[E::Acc]>,
     stats: &[Stats],
@@ -381,14 +476,14 @@ fn per_channel<T: Real>(shape: Shape, stats: &[Stats], blocks: &[f64]) -> [Vec<f
 }
 
 /// The sums of `dy · (x − high)` of each column, then those of `dy`.
-struct ColumnGradSums<'a, E: Elem> {
+struct ColumnGradSums<'a, E: Elem, D> {
     x: &'a [E],
-    dy: &'a [E],
+    dy: &'a [D],
     factors: &'a Factors<E::Acc>,
     sums: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for ColumnGradSums<'_, E> {
+impl<E: Elem, D: Elem<Acc = E::Acc>> Kernel for ColumnGradSums<'_, E, D> {
     type Output = ();
 
     #[inline(always)]
@@ -412,13 +507,13 @@ impl<E: Elem> Kernel for ColumnGradSums<'_, E> {
 
 /// Backward through statistics that do not depend on `x`: `dx = dy · scale`, and the sums where
 /// anybody wants them.
-struct ColumnsGivenBackward<'a, E: Elem> {
-    sums: ColumnGradSums<'a, E>,
+struct ColumnsGivenBackward<'a, E: Elem, D> {
+    sums: ColumnGradSums<'a, E, D>,
     dx: Part<'a, E>,
     params: bool,
 }
 
-impl<E: Elem> Kernel for ColumnsGivenBackward<'_, E> {
+impl<E: Elem, D: Elem<Acc = E::Acc>> Kernel for ColumnsGivenBackward<'_, E, D> {
     type Output = ();
 
     #[inline(always)]
@@ -466,16 +561,16 @@ impl<E: Elem> Kernel for ColumnsGivenBackward<'_, E> {
 }
 
 /// The gradient of `x` from what is the same for each column.
-struct ColumnsInputGrad<'a, E: Elem> {
+struct ColumnsInputGrad<'a, E: Elem, D> {
     x: &'a [E],
-    dy: &'a [E],
+    dy: &'a [D],
     dx: Part<'a, E>,
     factors: &'a Factors<E::Acc>,
     mean: &'a [E::Acc],
     along: &'a [E::Acc],
 }
 
-impl<E: Elem> Kernel for ColumnsInputGrad<'_, E> {
+impl<E: Elem, D: Elem<Acc = E::Acc>> Kernel for ColumnsInputGrad<'_, E, D> {
     type Output = ();
 
     #[inline(always)]

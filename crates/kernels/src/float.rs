@@ -6,6 +6,8 @@
 use half::{bf16, f16};
 
 use super::affine::AffinePair;
+use super::channels::Following;
+use super::gated::{GatedGradients, GatedSpec};
 use super::grads::{Gradients, Wanted};
 use super::groups::GroupSpec;
 use super::moments::Moments;
@@ -16,7 +18,9 @@ use super::softmax::ExpSum;
 use super::spread::{Frame, GradSums, Spread};
 use super::stats::{Statistics, Stats};
 use super::weight::{Floor, Length};
-use super::{channels, groups, rows, scale_add, slice_moments, softmax, spread, transpose, weight};
+use super::{
+    channels, gated, groups, rows, scale_add, slice_moments, softmax, spread, transpose, weight,
+};
 
 mod sealed {
     pub trait Sealed {}
@@ -90,7 +94,7 @@ kernels! {
     fn rows_backward(
         x: &[Self],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: RowSpec,
         params: bool,
@@ -101,7 +105,7 @@ kernels! {
     fn rows_backward_unrounded(
         x: &[Self::Acc],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: RowSpec,
         params: bool,
@@ -118,7 +122,7 @@ kernels! {
     fn groups_backward(
         x: &[Self],
         dy: &[Self],
-        weight: Option<&[Self::Acc]>,
+        affine: AffinePair<Self::Acc>,
         stats: &[Stats],
         spec: GroupSpec,
     ) -> Gradients<Self> = groups::backward::<Self>;
@@ -145,13 +149,14 @@ kernels! {
         wanted: Wanted,
     ) -> Gradients<Self> = channels::backward::<Self>;
 
-    /// [`channels_forward`](Self::channels_forward) with weights and biases of any spread.
+    /// [`channels_forward`](Self::channels_forward) with weights and biases of any spread, and an
+    /// activation.
     fn spread_channels_forward(
         x: &[Self],
         order: Order,
         shape: Shape,
         affine: AffinePair<Self::Acc>,
-        spread: Spread,
+        following: Following,
         statistics: Statistics,
     ) -> (Vec<Self>, Vec<Stats>) = channels::spread_forward::<Self>;
 
@@ -163,8 +168,8 @@ kernels! {
         order: Order,
         dy: &[Self],
         shape: Shape,
-        weight: Option<&[Self::Acc]>,
-        spread: Spread,
+        affine: AffinePair<Self::Acc>,
+        following: Following,
         stats: &[Stats],
         wanted: Wanted,
     ) -> Gradients<Self> = channels::spread_backward::<Self>;
@@ -256,6 +261,45 @@ kernels! {
         spread: Spread,
     ) -> Vec<Self> = scale_add::forward::<Self>;
 
+    /// Gated RMS norm: `y`, and what each group of each row was normalized by.
+    fn gated_forward(
+        x: &[Self],
+        gate: Option<&[Self]>,
+        weight: Option<&[Self::Acc]>,
+        spec: GatedSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = gated::forward::<Self, Self>;
+
+    /// The gradients of [`gated_forward`](Self::gated_forward); that of the weight is empty unless
+    /// `params` are wanted.
+    fn gated_backward(
+        x: &[Self],
+        gate: Option<&[Self]>,
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: GatedSpec,
+        params: bool,
+    ) -> GatedGradients<Self, Self> = gated::backward::<Self, Self>;
+
+    /// [`gated_forward`](Self::gated_forward) by a gate in the accumulator's precision.
+    fn gated_wide_forward(
+        x: &[Self],
+        gate: Option<&[Self::Acc]>,
+        weight: Option<&[Self::Acc]>,
+        spec: GatedSpec,
+    ) -> (Vec<Self>, Vec<Stats>) = gated::forward::<Self, <Self as Elem>::Acc>;
+
+    /// The gradients of [`gated_wide_forward`](Self::gated_wide_forward).
+    fn gated_wide_backward(
+        x: &[Self],
+        gate: Option<&[Self::Acc]>,
+        dy: &[Self],
+        weight: Option<&[Self::Acc]>,
+        stats: &[Stats],
+        spec: GatedSpec,
+        params: bool,
+    ) -> GatedGradients<Self, Self::Acc> = gated::backward::<Self, <Self as Elem>::Acc>;
+
     /// The moments of each row of `len` elements; about zero where they are not `center`ed.
     fn row_moments(x: &[Self], len: usize, center: bool) -> Vec<Moments>
         = slice_moments::of_rows::<Self>;
@@ -281,7 +325,7 @@ kernels! {
 
     /// `y = x̂ · weight + bias`, by given statistics, or by none.
     fn normalize(x: &[Self], frame: Frame, affine: AffinePair<Self::Acc>) -> Vec<Self>
-        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false);
+        = |x, frame, affine| spread::normalize::<Self, Self>(x, frame, affine, false, None);
 
     /// The gradients of weight and bias of [`normalize`](Self::normalize), if `params` are wanted,
     /// and the sums that [`grad_input`](Self::grad_input) takes the means of.
@@ -292,7 +336,7 @@ kernels! {
         weight: Option<&[Self::Acc]>,
         params: bool,
     ) -> GradSums = |x, dy, frame, weight, params| {
-        spread::grad_sums::<Self, Self>(x, dy, frame, weight, params, false)
+        spread::grad_sums::<Self, Self, Self>(x, dy, frame, weight, params, false)
     };
 
     /// The gradient of the input of [`normalize`](Self::normalize).

@@ -5,10 +5,11 @@
 //! Planes too short for lanes take the weight and bias of every column of a group from an array
 //! instead.
 
+use super::activation::{Activation, activate, through};
 use super::affine::{AffinePair, Normal, ScaledNormal};
-use super::buffer::{Part, fill};
+use super::buffer::{Part, Scratch, fill};
 use super::grads::{Gradients, InputGrad};
-use super::loops::{ColumnValues, map, map2, sums2};
+use super::loops::{ColumnValues, map2, sums2};
 use super::par;
 use super::shape::Shape;
 use super::simd::{Elem, Isa, Kernel, LANES, Real, splat};
@@ -27,6 +28,8 @@ pub struct GroupSpec {
     pub eps: f64,
     /// Each channel of each sample has a weight and a bias of its own, instead of each channel.
     pub per_sample: bool,
+    /// Follows weight and bias.
+    pub activation: Option<Activation>,
 }
 
 impl GroupSpec {
@@ -107,7 +110,7 @@ pub(crate) fn forward<E: Elem>(
     let rows = x.len() / len;
     if par::divides(rows, len) {
         let stats = Stats::of_moments(&slice_moments::of_rows(x, len, true), spec.eps);
-        let y = spread::normalize(x, spec.frame(&stats), affine, false);
+        let y = spread::normalize(x, spec.frame(&stats), affine, false, spec.activation);
         return (y, stats);
     }
     let per_block = par::items_per_block(rows, len);
@@ -152,25 +155,28 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
+        let mut scratch = Scratch::new();
         let groups = self.x.chunks_exact(spec.len());
         for (i, (x, stats)) in groups.zip(self.stats).enumerate() {
             let row = self.first + i;
             *stats = Stats::of_row(isa, x, true, spec.eps);
             if inner >= LANES {
                 for (c, x) in x.chunks_exact(inner).enumerate() {
-                    let channel = spec.first_param(row) + c;
-                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+                    let param = spec.first_param(row) + c;
+                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, param);
                     self.y.write(
                         inner,
                         #[inline(always)]
-                        |y| {
-                            map(
+                        |y| match spec.activation {
+                            None => normal.write(isa, x, y),
+                            Some(activation) => activate(
                                 isa,
-                                x,
+                                activation,
+                                &mut scratch,
                                 y,
                                 #[inline(always)]
-                                |_, x| normal.of(x),
-                            )
+                                |u| normal.write(isa, x, u),
+                            ),
                         },
                     );
                 }
@@ -182,7 +188,17 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
             self.y.write(
                 x.len(),
                 #[inline(always)]
-                |y| normal.write(isa, x, y, false, weight, bias),
+                |y| match spec.activation {
+                    None => normal.write(isa, x, y, false, weight, bias),
+                    Some(activation) => activate(
+                        isa,
+                        activation,
+                        &mut scratch,
+                        y,
+                        #[inline(always)]
+                        |u| normal.write(isa, x, u, false, weight, bias),
+                    ),
+                },
             );
         }
     }
@@ -192,7 +208,7 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
 pub(crate) fn backward<E: Elem>(
     x: &[E],
     dy: &[E],
-    weight: Option<&[E::Acc]>,
+    affine: AffinePair<E::Acc>,
     stats: &[Stats],
     spec: GroupSpec,
 ) -> Gradients<E> {
@@ -201,20 +217,20 @@ pub(crate) fn backward<E: Elem>(
     assert_eq!(x.len(), spec.shape.elements());
     assert_eq!(x.len(), dy.len());
     assert_eq!(stats.len(), rows);
-    assert!(weight.is_none_or(|w| w.len() == params));
+    assert!(affine.fits(params));
     if par::divides(rows, len) {
         let frame = spec.frame(stats);
-        let sums = spread::grad_sums(x, dy, frame, weight, true, false);
-        let means = spread::means(&sums.sets, len as f64, true);
-        return Gradients {
-            dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
-            dweight: sums.dweight,
-            dbias: sums.dbias,
+        return match spec.activation {
+            None => backward_passes(x, dy, frame, affine.weight, len),
+            Some(activation) => {
+                let g = spread::through(x, dy, frame, affine, false, activation);
+                backward_passes(x, &g, frame, affine.weight, len)
+            }
         };
     }
     let per_block = par::items_per_summing_block(rows, len);
     let size = per_block * len;
-    let spread = &spec.spread(weight);
+    let [spread, spread_bias] = &[affine.weight, affine.bias].map(|p| spec.spread(p));
     let (sums, blocks) = match spec.per_sample {
         true => (per_block * spec.channels_per_group(), 1),
         false => (params, rows.div_ceil(per_block)),
@@ -231,8 +247,9 @@ pub(crate) fn backward<E: Elem>(
                 dx,
                 stats,
                 first: block * per_block,
-                weight,
+                affine,
                 spread,
+                spread_bias,
                 spec,
                 partial,
             },
@@ -258,6 +275,23 @@ pub(crate) fn backward<E: Elem>(
     Gradients { dx, dweight, dbias }
 }
 
+/// The passes of a backward whose cotangent is `dy`.
+fn backward_passes<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    dy: &[E],
+    frame: Frame,
+    weight: Option<&[X::Acc]>,
+    len: usize,
+) -> Gradients<X> {
+    let sums = spread::grad_sums::<X, E, E>(x, dy, frame, weight, true, false);
+    let means = spread::means(&sums.sets, len as f64, true);
+    Gradients {
+        dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
+        dweight: sums.dweight,
+        dbias: sums.dbias,
+    }
+}
+
 struct GroupsBackward<'a, E: Elem> {
     x: &'a [E],
     dy: &'a [E],
@@ -265,8 +299,9 @@ struct GroupsBackward<'a, E: Elem> {
     stats: &'a [Stats],
     /// The first group.
     first: usize,
-    weight: Option<&'a [E::Acc]>,
+    affine: AffinePair<'a, E::Acc>,
     spread: &'a [E::Acc],
+    spread_bias: &'a [E::Acc],
     spec: GroupSpec,
     /// The sums of `dy · x̂` of each weight, or of those of the groups alone, then those of `dy`.
     partial: &'a mut [f64],
@@ -277,88 +312,158 @@ impl<E: Elem> Kernel for GroupsBackward<'_, E> {
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
+        let len = self.spec.len();
+        let (mut scratch, mut g) = (Scratch::new(), Scratch::new());
+        let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
+        for (i, (x, dy)) in groups.enumerate() {
+            let group = Group {
+                row: self.first + i,
+                x,
+                stats: self.stats[i],
+            };
+            match self.spec.activation {
+                None => self.group(isa, group, dy),
+                Some(activation) => {
+                    g.clear();
+                    self.through(isa, group, dy, activation, [&mut scratch, &mut g]);
+                    self.group(isa, group, g.get());
+                }
+            }
+        }
+    }
+}
+
+/// One group on its way backward.
+#[derive(Clone, Copy)]
+struct Group<'a, E> {
+    /// Its number, counted over all samples.
+    row: usize,
+    x: &'a [E],
+    stats: Stats,
+}
+
+impl<'a, E: Elem> GroupsBackward<'a, E> {
+    /// Adds `dy · act′(u)` of a group to the second scratch; `u` passes through the first.
+    #[inline(always)]
+    fn through<I: Isa>(
+        &self,
+        isa: I,
+        Group { row, x, stats }: Group<E>,
+        dy: &[E],
+        activation: Activation,
+        [scratch, g]: [&mut Scratch<E::Acc>; 2],
+    ) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
-        let len = spec.len();
-        let (dweight, dbias) = self.partial.split_at_mut(self.partial.len() / 2);
+        if inner >= LANES {
+            let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
+            for (c, (x, dy)) in planes.enumerate() {
+                let param = spec.first_param(row) + c;
+                let normal = ScaledNormal::<I, E::Acc>::new(isa, stats, self.affine, param);
+                through(
+                    isa,
+                    activation,
+                    dy,
+                    scratch,
+                    g,
+                    #[inline(always)]
+                    |u| normal.write(isa, x, u),
+                );
+            }
+            return;
+        }
+        let weight = spec.columns(isa, self.spread, row);
+        let bias = spec.columns(isa, self.spread_bias, row);
+        let normal = Normal::<I, E::Acc>::new(isa, stats);
+        through(
+            isa,
+            activation,
+            dy,
+            scratch,
+            g,
+            #[inline(always)]
+            |u| normal.write(isa, x, u, false, weight, bias),
+        );
+    }
+
+    /// Writes `dx` of a group, and adds its sums.
+    #[inline(always)]
+    fn group<D: Elem<Acc = E::Acc>, I: Isa>(&mut self, isa: I, group: Group<E>, dy: &[D]) {
+        let (spec, inner) = (self.spec, self.spec.shape.inner);
+        let Group { row, x, stats } = group;
         let before = match spec.per_sample {
             true => spec.first_param(self.first),
             false => 0,
         };
-        let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
-        for (i, ((x, dy), stats)) in groups.zip(self.stats).enumerate() {
-            let row = self.first + i;
-            let first = spec.first_param(row);
-            let normal = Normal::<I, E::Acc>::new(isa, *stats);
-            let weight = |c: usize| self.weight.map_or(1., |w| w[c].to_f64());
-            let (mut along, mut mean) = (0., 0.);
-            for (c, (x, dy)) in x
-                .chunks_exact(inner)
-                .zip(dy.chunks_exact(inner))
-                .enumerate()
-            {
-                let [a, s] = sums2(
+        let first = spec.first_param(row);
+        let middle = self.partial.len() / 2;
+        let (dweight, dbias) = self.partial.split_at_mut(middle);
+        let normal = Normal::<I, E::Acc>::new(isa, stats);
+        let weight = |c: usize| self.affine.weight.map_or(1., |w| w[c].to_f64());
+        let (mut along, mut mean) = (0., 0.);
+        let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
+        for (c, (x, dy)) in planes.enumerate() {
+            let [a, s] = sums2(
+                isa,
+                x,
+                dy,
+                #[inline(always)]
+                |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
+            );
+            let a = stats.along::<E::Acc>([a, s]);
+            dweight[first - before + c] += a;
+            dbias[first - before + c] += s;
+            along += a * weight(first + c);
+            mean += s * weight(first + c);
+        }
+        let n = x.len() as f64;
+        let grad = InputGrad {
+            mean: splat::<I, _>(isa, E::Acc::from_f64(mean / n)),
+            along: splat::<I, _>(isa, E::Acc::from_f64(along / n)),
+            scale: normal.inv_std,
+        };
+        if inner >= LANES {
+            let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
+            for (c, (x, dy)) in planes.enumerate() {
+                let w = splat::<I, _>(isa, E::Acc::from_f64(weight(first + c)));
+                self.dx.write(
+                    inner,
+                    #[inline(always)]
+                    |dx| {
+                        map2(
+                            isa,
+                            x,
+                            dy,
+                            dx,
+                            #[inline(always)]
+                            |_, x, dy| grad.of(normal.of(x), dy * w),
+                        )
+                    },
+                );
+            }
+            return;
+        }
+        let w = spec.columns(isa, self.spread, row);
+        self.dx.write(
+            x.len(),
+            #[inline(always)]
+            |dx| match w {
+                None => map2(
                     isa,
                     x,
                     dy,
+                    dx,
                     #[inline(always)]
-                    |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
-                );
-                let a = stats.along::<E::Acc>([a, s]);
-                dweight[first - before + c] += a;
-                dbias[first - before + c] += s;
-                along += a * weight(first + c);
-                mean += s * weight(first + c);
-            }
-            let n = len as f64;
-            let grad = InputGrad {
-                mean: splat::<I, _>(isa, E::Acc::from_f64(mean / n)),
-                along: splat::<I, _>(isa, E::Acc::from_f64(along / n)),
-                scale: normal.inv_std,
-            };
-            if inner >= LANES {
-                let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
-                for (c, (x, dy)) in planes.enumerate() {
-                    let w = splat::<I, _>(isa, E::Acc::from_f64(weight(first + c)));
-                    self.dx.write(
-                        inner,
-                        #[inline(always)]
-                        |dx| {
-                            map2(
-                                isa,
-                                x,
-                                dy,
-                                dx,
-                                #[inline(always)]
-                                |_, x, dy| grad.of(normal.of(x), dy * w),
-                            )
-                        },
-                    );
-                }
-                continue;
-            }
-            let w = spec.columns(isa, self.spread, row);
-            self.dx.write(
-                len,
-                #[inline(always)]
-                |dx| match w {
-                    None => map2(
-                        isa,
-                        x,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |_, x, dy| grad.of(normal.of(x), dy),
-                    ),
-                    Some(w) => map2(
-                        isa,
-                        x,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |k, x, dy| grad.of(normal.of(x), dy * w.at(k)),
-                    ),
-                },
-            );
-        }
+                    |_, x, dy| grad.of(normal.of(x), dy),
+                ),
+                Some(w) => map2(
+                    isa,
+                    x,
+                    dy,
+                    dx,
+                    #[inline(always)]
+                    |k, x, dy| grad.of(normal.of(x), dy * w.at(k)),
+                ),
+            },
+        );
     }
 }

@@ -36,12 +36,14 @@ mod stats;
 #[allow(unsafe_code)]
 mod transpose;
 
+mod activation;
 mod affine;
 mod grads;
 mod readers;
 mod spread;
 
 mod columns;
+mod gated;
 mod groups;
 #[allow(unsafe_code)]
 mod planes;
@@ -55,8 +57,11 @@ mod channels;
 
 mod float;
 
+pub use activation::Activation;
 pub use affine::AffinePair;
+pub use channels::Following;
 pub use float::Float;
+pub use gated::{Gate, GatedGradients, GatedSpec};
 pub use grads::{Gradients, Wanted};
 pub use groups::GroupSpec;
 pub use moments::{Mean, Moments};

@@ -8,8 +8,9 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::activation::{Activation, activate, through};
 use super::affine::{AffinePair, ScaledNormal};
-use super::buffer::fill_interleaved;
+use super::buffer::{Scratch, fill_interleaved};
 use super::grads::{Gradients, InputGrad, Wanted};
 use super::loops::{map, map2, run_sums2};
 use super::moments::{Center, Moments};
@@ -17,8 +18,12 @@ use super::par;
 use super::readers::{MOST_CHANNELS, Reader};
 use super::shape::{Run, Shape};
 use super::shared::Shared;
-use super::simd::{Elem, Isa, Kernel, Real, splat};
+use super::simd::{Elem, Isa, Kernel, Lanes, Real, splat};
 use super::stats::{Statistics, Stats};
+
+/// Elements of a channel whose gradients before the activation are kept from one pass to the next:
+/// so many stay in the second-level cache beside those of the channel.
+const KEPT: usize = 1 << 17;
 
 /// How many neighboring channels a job takes, of which a reader takes so many together.
 fn channels_per_job(shape: Shape, together: usize) -> usize {
@@ -31,6 +36,8 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     shape: Shape,
     affine: AffinePair<E::Acc>,
     statistics: Statistics,
+    activation: Option<Activation>,
+    per_sample: bool,
 ) -> (Vec<E>, Vec<Stats>) {
     let per_job = channels_per_job(shape, R::CHANNELS);
     let mut stats = vec![Stats::NONE; shape.channels];
@@ -46,6 +53,8 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
                 first: job * per_job,
                 affine,
                 statistics,
+                activation,
+                per_sample,
                 stats,
             });
             par::run(shape.elements(), jobs);
@@ -105,6 +114,8 @@ struct PlanesForward<'a, E: Elem, R> {
     first: usize,
     affine: AffinePair<'a, E::Acc>,
     statistics: Statistics<'a>,
+    activation: Option<Activation>,
+    per_sample: bool,
     stats: &'a mut [Stats],
 }
 
@@ -114,6 +125,7 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let shape = self.shape;
+        let mut scratch = Scratch::new();
         for (i, stats) in self.stats.chunks_mut(R::CHANNELS).enumerate() {
             let first = self.first + i * R::CHANNELS;
             let channels = first..first + stats.len();
@@ -130,18 +142,27 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
             for run in shape.runs() {
                 self.reader.read(channels.clone(), &run);
                 for (channel, stats) in channels.clone().zip(&*stats) {
-                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
-                    let slices = self.reader.slices(channel, &run);
+                    let mut normal =
+                        ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+                    let slices = run.samples.clone().zip(self.reader.slices(channel, &run));
                     // SAFETY: this job alone has the channel, and takes each of its runs once.
                     let parts = unsafe { parts(self.y, shape, channel, &run) };
-                    for (x, y) in slices.zip(parts) {
-                        map(
-                            isa,
-                            x,
-                            y,
-                            #[inline(always)]
-                            |_, x| normal.of(x),
-                        );
+                    for ((sample, x), y) in slices.zip(parts) {
+                        if self.per_sample {
+                            let param = param(shape, true, sample, channel);
+                            normal = ScaledNormal::new(isa, *stats, self.affine, param);
+                        }
+                        match self.activation {
+                            None => normal.write(isa, x, y),
+                            Some(activation) => activate(
+                                isa,
+                                activation,
+                                &mut scratch,
+                                y,
+                                #[inline(always)]
+                                |u| normal.write(isa, x, u),
+                            ),
+                        };
                     }
                 }
             }
@@ -196,15 +217,45 @@ fn few_moments<E: Elem, I: Isa>(
 }
 
 /// The batch that a backward goes through.
-#[derive(Clone, Copy)]
 pub(crate) struct Batch<'a, E: Elem> {
     pub(crate) dy: &'a [E],
     pub(crate) shape: Shape,
-    pub(crate) weight: Option<&'a [E::Acc]>,
+    pub(crate) affine: AffinePair<'a, E::Acc>,
     pub(crate) stats: &'a [Stats],
+    pub(crate) activation: Option<Activation>,
+    /// Each channel of each sample has a weight and a bias of its own.
+    pub(crate) per_sample: bool,
+}
+
+impl<E: Elem> Clone for Batch<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<E: Elem> Copy for Batch<'_, E> {}
+
+/// The weight and bias of a channel of a sample.
+#[inline(always)]
+fn param(shape: Shape, per_sample: bool, sample: usize, channel: usize) -> usize {
+    match per_sample {
+        true => sample * shape.channels + channel,
+        false => channel,
+    }
 }
 
 impl<'a, E: Elem> Batch<'a, E> {
+    #[inline(always)]
+    fn param(self, sample: usize, channel: usize) -> usize {
+        param(self.shape, self.per_sample, sample, channel)
+    }
+
+    /// Normalization, weight and bias of a channel of a sample.
+    #[inline(always)]
+    fn normal<I: Isa>(self, isa: I, sample: usize, channel: usize) -> ScaledNormal<I, E::Acc> {
+        let param = self.param(sample, channel);
+        ScaledNormal::new(isa, self.stats[channel], self.affine, param)
+    }
+
     /// One job for every few channels, with their parts of both sums.
     fn jobs<R: Reader<E>>(
         self,
@@ -218,6 +269,9 @@ impl<'a, E: Elem> Batch<'a, E> {
                 batch: self,
                 reader: reader(),
                 first: job * per_job,
+                scratch: Scratch::new(),
+                g: Scratch::new(),
+                taken: 0,
             };
             (job, [along, sum])
         })
@@ -248,6 +302,101 @@ pub(crate) fn backward<E: Elem, R: Reader<E> + Send>(
         })
     };
     Gradients { dx, dweight, dbias }
+}
+
+/// [`backward`] where each channel of each sample has a weight and a bias of its own.
+pub(crate) fn sampled_backward<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    batch: Batch<E>,
+    wanted: Wanted,
+) -> Gradients<E> {
+    let (shape, samples) = (batch.shape, batch.shape.outer);
+    let per_job = channels_per_job(shape, R::CHANNELS);
+    // Channel by channel, each with its samples.
+    let mut along = vec![0f64; shape.channels * samples];
+    let mut sum = along.clone();
+    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
+    // every sample.
+    let dx = unsafe {
+        fill_interleaved(shape.elements(), |dx| {
+            let size = per_job * samples;
+            let sums = along.chunks_mut(size).zip(sum.chunks_mut(size));
+            let jobs = sums.enumerate().map(|(job, (along, sum))| SampledBackward {
+                job: ChannelJob {
+                    batch,
+                    reader: reader(),
+                    first: job * per_job,
+                    scratch: Scratch::new(),
+                    g: Scratch::new(),
+                    taken: 0,
+                },
+                dx,
+                sums: [along, sum],
+                wanted,
+            });
+            par::run(shape.elements(), jobs);
+        })
+    };
+    let by_sample = |sums: &[f64]| -> Vec<f64> {
+        let planes = (0..samples).flat_map(|n| (0..shape.channels).map(move |c| c * samples + n));
+        planes.map(|i| sums[i]).collect()
+    };
+    Gradients {
+        dx,
+        dweight: by_sample(&along),
+        dbias: by_sample(&sum),
+    }
+}
+
+struct SampledBackward<'a, E: Elem, R> {
+    job: ChannelJob<'a, E, R>,
+    dx: Shared<'a, E>,
+    /// Of each channel of the job, the sums of each sample.
+    sums: [&'a mut [f64]; 2],
+    wanted: Wanted,
+}
+
+impl<E: Elem, R: Reader<E>> Kernel for SampledBackward<'_, E, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let batch = self.job.batch;
+        let (shape, samples) = (batch.shape, batch.shape.outer);
+        let count = shape.per_channel();
+        for mine in together::<E, R>(self.sums[0].len() / samples) {
+            self.job.start();
+            if self.wanted.own.is_some() || self.wanted.params {
+                for run in shape.runs() {
+                    self.job.read(mine.clone(), &run);
+                    for i in mine.clone() {
+                        self.job.add_sampled(isa, i, &run, &mut self.sums);
+                    }
+                }
+            }
+            let mut means = [[0f64; 2]; MOST_CHANNELS];
+            if let Some(center) = self.wanted.own {
+                for (i, [along, mean]) in mine.clone().zip(&mut means) {
+                    for sample in 0..samples {
+                        let weight = self.job.weight(sample, i);
+                        let at = i * samples + sample;
+                        *along += self.sums[0][at] * weight / count;
+                        if center {
+                            *mean += self.sums[1][at] * weight / count;
+                        }
+                    }
+                }
+            }
+            let own = self.wanted.own.is_some();
+            for run in shape.runs() {
+                self.job.read(mine.clone(), &run);
+                for (i, means) in mine.clone().zip(means) {
+                    self.job
+                        .write_sampled(isa, i, &run, self.dx, own.then_some(means));
+                }
+            }
+        }
+    }
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel.
@@ -281,6 +430,9 @@ pub(crate) fn grad_input<E: Elem, R: Reader<E> + Send>(
                     batch,
                     reader: reader(),
                     first: job * per_job,
+                    scratch: Scratch::new(),
+                    g: Scratch::new(),
+                    taken: 0,
                 },
                 dx,
                 means,
@@ -296,6 +448,12 @@ struct ChannelJob<'a, E: Elem, R> {
     reader: R,
     /// The first of them.
     first: usize,
+    /// Values before the activation.
+    scratch: Scratch<E::Acc>,
+    /// The gradients of these.
+    g: Scratch<E::Acc>,
+    /// How many of the gradients a later pass has taken.
+    taken: usize,
 }
 
 /// The channels of a job that a reader with `R::CHANNELS` takes together, counted from its first.
@@ -322,6 +480,7 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesBackward<'_, E, R> {
     fn run<I: Isa>(mut self, isa: I) {
         let count = self.job.batch.shape.per_channel();
         for mine in together::<E, R>(self.sums[0].len()) {
+            self.job.start();
             match self.wanted {
                 Wanted {
                     own: Some(center), ..
@@ -418,19 +577,16 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                     along: splat::<I, _>(isa, E::Acc::from_f64(along * stats.inv_std)),
                     scale: splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel))),
                 };
-                let pairs = self.reader.slices(channel, &run);
-                let pairs = pairs.zip(shape.slices(self.batch.dy, channel, &run));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                for ((x, dy), dx) in pairs.zip(parts) {
-                    map2(
-                        isa,
-                        x,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |_, x, dy| grad.of(center.distance(x), dy),
-                    );
+                if let Some(span) = self.through(isa, channel, &run, true) {
+                    let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
+                    let pairs = self.reader.slices(channel, &run).zip(g);
+                    write_each(isa, center, grad, pairs, parts);
+                } else {
+                    let dy = shape.slices(self.batch.dy, channel, &run);
+                    let pairs = self.reader.slices(channel, &run).zip(dy);
+                    write_each(isa, center, grad, pairs, parts);
                 }
             }
         }
@@ -448,7 +604,7 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
     ) {
         let shape = self.batch.shape;
         for run in shape.runs() {
-            if sums.is_some() {
+            if sums.is_some() || self.batch.activation.is_some() {
                 self.read(mine.clone(), &run);
             }
             for i in mine.clone() {
@@ -459,13 +615,15 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                 let scale = splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel)));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                for (dy, dx) in shape.slices(self.batch.dy, channel, &run).zip(parts) {
-                    map(
+                if let Some(span) = self.through(isa, channel, &run, true) {
+                    let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
+                    scale_each(isa, scale, g, parts);
+                } else {
+                    scale_each(
                         isa,
-                        dy,
-                        dx,
-                        #[inline(always)]
-                        |_, dy| dy * scale,
+                        scale,
+                        shape.slices(self.batch.dy, channel, &run),
+                        parts,
                     );
                 }
             }
@@ -475,7 +633,8 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
     /// Factor of `dy` of a channel.
     #[inline(always)]
     fn scale(&self, channel: usize) -> f64 {
-        let weight = self.batch.weight.map_or(1., |w| w[channel].to_f64());
+        let weight = self.batch.affine.weight;
+        let weight = weight.map_or(1., |w| w[channel].to_f64());
         self.batch.stats[channel].inv_std * weight
     }
 
@@ -485,21 +644,248 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
         self.reader.read(channels, run);
     }
 
+    /// The weight of channel `i` of a sample.
+    #[inline(always)]
+    fn weight(&self, sample: usize, i: usize) -> f64 {
+        let param = self.batch.param(sample, self.first + i);
+        self.batch.affine.weight.map_or(1., |w| w[param].to_f64())
+    }
+
+    /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i` to those of its samples.
+    #[inline(always)]
+    fn add_sampled<I: Isa>(&mut self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
+        let (channel, shape) = (self.first + i, self.batch.shape);
+        let stats = self.batch.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let span = self.through(isa, channel, run, false);
+        let len = run.part.len();
+        let xs = run.samples.clone().zip(self.reader.slices(channel, run));
+        for (k, (sample, x)) in xs.enumerate() {
+            let [along, sum] = match &span {
+                Some(span) => {
+                    let g = &self.g.get()[span.start + k * len..][..len];
+                    sums_of_run(isa, center, std::iter::once((x, g)))
+                }
+                None => {
+                    let dy = &self.batch.dy[shape.plane(sample, channel)][run.part.clone()];
+                    sums_of_run(isa, center, std::iter::once((x, dy)))
+                }
+            };
+            sums[0][i * shape.outer + sample] += stats.along::<E::Acc>([along, sum]);
+            sums[1][i * shape.outer + sample] += sum;
+        }
+    }
+
+    /// Writes `dx` of a run of channel `i`; without means, its statistics do not move with `x`.
+    #[inline(always)]
+    fn write_sampled<I: Isa>(
+        &mut self,
+        isa: I,
+        i: usize,
+        run: &Run,
+        dx: Shared<E>,
+        means: Option<[f64; 2]>,
+    ) {
+        let (channel, shape) = (self.first + i, self.batch.shape);
+        let stats = self.batch.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let [along, mean] = means.unwrap_or_default();
+        let number = |v: f64| splat::<I, _>(isa, E::Acc::from_f64(v));
+        let grad = InputGrad {
+            mean: number(mean),
+            along: number(along * stats.inv_std),
+            scale: number(stats.inv_std),
+        };
+        let span = self.through(isa, channel, run, true);
+        let len = run.part.len();
+        // SAFETY: this job alone has the channel, and takes each of its runs once.
+        let parts = unsafe { parts(dx, shape, channel, run) };
+        let xs = run.samples.clone().zip(self.reader.slices(channel, run));
+        for (k, ((sample, x), dx)) in xs.zip(parts).enumerate() {
+            let weight = self.weight(sample, i);
+            let (factor, scale) = (number(weight), number(stats.inv_std * weight));
+            let dy = &self.batch.dy[shape.plane(sample, channel)][run.part.clone()];
+            match &span {
+                Some(span) => {
+                    let g = &self.g.get()[span.start + k * len..][..len];
+                    write_part(
+                        isa,
+                        center,
+                        grad,
+                        means.is_some(),
+                        [factor, scale],
+                        (x, g, dx),
+                    );
+                }
+                None => {
+                    write_part(
+                        isa,
+                        center,
+                        grad,
+                        means.is_some(),
+                        [factor, scale],
+                        (x, dy, dx),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Forgets the gradients of the channels before.
+    #[inline(always)]
+    fn start(&mut self) {
+        self.g.clear();
+        self.taken = 0;
+    }
+
+    /// Whether `dy · act′(u)` of a whole channel is kept from one pass to the next.
+    #[inline(always)]
+    fn keeps(&self) -> bool {
+        R::CHANNELS == 1 && self.batch.shape.per_channel() <= KEPT as f64
+    }
+
+    /// Where `dy · act′(u)` of a run of a channel that was read is in `g`, if there is an
+    /// activation; `again` in a pass after the first.
+    #[inline(always)]
+    fn through<I: Isa>(
+        &mut self,
+        isa: I,
+        channel: usize,
+        run: &Run,
+        again: bool,
+    ) -> Option<Range<usize>> {
+        let activation = self.batch.activation?;
+        let keeps = self.keeps();
+        if keeps && again && self.taken + run.count() <= self.g.get().len() {
+            let start = self.taken;
+            self.taken += run.count();
+            return Some(start..self.taken);
+        }
+        if !keeps {
+            self.g.clear();
+        }
+        let start = self.g.get().len();
+        let batch = self.batch;
+        let dy = batch.shape.slices(batch.dy, channel, run);
+        let pairs = self.reader.slices(channel, run).zip(dy);
+        for (sample, (x, dy)) in run.samples.clone().zip(pairs) {
+            let normal = batch.normal(isa, sample, channel);
+            through(
+                isa,
+                activation,
+                dy,
+                &mut self.scratch,
+                &mut self.g,
+                #[inline(always)]
+                |u| normal.write(isa, x, u),
+            );
+        }
+        if again {
+            self.taken = start + run.count();
+        }
+        Some(start..start + run.count())
+    }
+
     /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i`.
     #[inline(always)]
-    fn add_run<I: Isa>(&self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
+    fn add_run<I: Isa>(&mut self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
         let channel = self.first + i;
         let stats = self.batch.stats[channel];
         let center = Center::<I, E::Acc>::new(isa, stats.mean);
-        let dy = self.batch.shape.slices(self.batch.dy, channel, run);
-        let [along, sum] = run_sums2(
-            isa,
-            self.reader.slices(channel, run).zip(dy),
-            0,
-            #[inline(always)]
-            |_, x, dy| [dy * center.distance_from_high(x), dy],
-        );
+        let [along, sum] = if let Some(span) = self.through(isa, channel, run, false) {
+            let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
+            sums_of_run(isa, center, self.reader.slices(channel, run).zip(g))
+        } else {
+            let dy = self.batch.shape.slices(self.batch.dy, channel, run);
+            sums_of_run(isa, center, self.reader.slices(channel, run).zip(dy))
+        };
         sums[0][i] += stats.along::<E::Acc>([along, sum]);
         sums[1][i] += sum;
+    }
+}
+
+/// The sums of `dy · (x − high)` and of `dy` over a run.
+#[inline(always)]
+fn sums_of_run<'a, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    pairs: impl Iterator<Item = (&'a [E], &'a [D])>,
+) -> [f64; 2] {
+    run_sums2(
+        isa,
+        pairs,
+        0,
+        #[inline(always)]
+        |_, x, dy| [dy * center.distance_from_high(x), dy],
+    )
+}
+
+/// Writes `dx` of a plane whose `dy` is multiplied by a factor of its own; where the statistics are
+/// not the batch's `own`, it is `dy` times the scale.
+#[inline(always)]
+fn write_part<I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    grad: InputGrad<Lanes<I, E::Acc>>,
+    own: bool,
+    [factor, scale]: [Lanes<I, E::Acc>; 2],
+    (x, dy, dx): (&[E], &[D], &mut [MaybeUninit<E>]),
+) {
+    match own {
+        true => map2(
+            isa,
+            x,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, x, dy| grad.of(center.distance(x), dy * factor),
+        ),
+        false => map(
+            isa,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, dy| dy * scale,
+        ),
+    };
+}
+
+/// Writes `dx` of a run, part by part.
+#[inline(always)]
+fn write_each<'a, 'o, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    grad: InputGrad<Lanes<I, E::Acc>>,
+    pairs: impl Iterator<Item = (&'a [E], &'a [D])>,
+    parts: impl Iterator<Item = &'o mut [MaybeUninit<E>]>,
+) {
+    for ((x, dy), dx) in pairs.zip(parts) {
+        map2(
+            isa,
+            x,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, x, dy| grad.of(center.distance(x), dy),
+        );
+    }
+}
+
+/// Writes `dy` times a factor, part by part.
+#[inline(always)]
+fn scale_each<'a, 'o, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    scale: Lanes<I, E::Acc>,
+    dys: impl Iterator<Item = &'a [D]>,
+    parts: impl Iterator<Item = &'o mut [MaybeUninit<E>]>,
+) {
+    for (dy, dx) in dys.zip(parts) {
+        map(
+            isa,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, dy| dy * scale,
+        );
     }
 }

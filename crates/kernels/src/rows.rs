@@ -3,11 +3,13 @@
 
 use std::borrow::Cow;
 use std::iter::repeat_with;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::affine::{AffinePair, Normal, part};
-use super::buffer::{Part, fill};
+use super::activation::{Activation, activate, through};
+use super::affine::{AffinePair, Normal};
+use super::buffer::{Part, Scratch, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block, whole_chunks};
 use super::grads::{Gradients, InputGrad};
 use super::loops::{ColumnFactor, ColumnValues, map, map2, store_tail, sums2, tail};
@@ -33,6 +35,8 @@ pub struct RowSpec {
     /// How many weights and biases there are: each serves a run of neighboring rows, all of them
     /// equally many.
     pub pairs: usize,
+    /// Follows weight and bias.
+    pub activation: Option<Activation>,
 }
 
 impl RowSpec {
@@ -129,7 +133,13 @@ fn forward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
 ) -> (Vec<E>, Vec<Stats>) {
     let moments = slice_moments::of_rows(x, spec.len, spec.center);
     let stats = Stats::of_moments(&moments, spec.eps);
-    let y = spread::normalize(x, frame(&stats, spec), affine, spec.round_first);
+    let y = spread::normalize(
+        x,
+        frame(&stats, spec),
+        affine,
+        spec.round_first,
+        spec.activation,
+    );
     (y, stats)
 }
 
@@ -184,6 +194,7 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
+        let mut scratch = Scratch::new();
         for (pair, rows) in runs(self.first, self.x.len() / len, self.rows_per_pair) {
             let norm = Normalizer::new(isa, self.affine.part(pair, len), self.spec);
             let x = &self.x[rows.start * len..rows.end * len];
@@ -193,7 +204,7 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
                     Some(stats) => &mut stats[rows.start + group * ROWS..][..x.len() / len],
                     None => &mut passing[..x.len() / len],
                 };
-                norm.rows(isa, x, &mut self.y, stats);
+                norm.rows(isa, x, &mut self.y, stats, &mut scratch);
             }
         }
     }
@@ -227,14 +238,21 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     /// Short rows take each step together: the sums of one are formed while those of another are
     /// still on their way to a mean.
     #[inline(always)]
-    fn rows<E: Elem<Acc = T>>(&self, isa: I, x: &[E], y: &mut Part<E>, stats: &mut [Stats]) {
+    fn rows<E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[E],
+        y: &mut Part<E>,
+        stats: &mut [Stats],
+        scratch: &mut Scratch<T>,
+    ) {
         let RowSpec {
             len, center, eps, ..
         } = self.spec;
         let rows = x.chunks_exact(len);
         if len > SHORT || stats.len() < ROWS || !center {
             for (x, stats) in rows.zip(stats) {
-                *stats = self.row(isa, x, y);
+                *stats = self.row(isa, x, y, scratch);
             }
             return;
         }
@@ -250,7 +268,7 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
             *stats = Stats::new(moments.mean, moments.var(), eps);
         }
         for (x, stats) in rows.zip(stats) {
-            self.write(isa, *stats, x, y);
+            self.write(isa, *stats, x, y, scratch);
         }
     }
 
@@ -261,21 +279,38 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
         stats: Stats,
         x: &[X],
         y: &mut Part<E>,
+        scratch: &mut Scratch<T>,
     ) {
         let normal = Normal::<I, T>::new(isa, stats);
-        let round = self.spec.round_first;
+        let (round, weight, bias) = (self.spec.round_first, self.weight, self.bias);
         y.write(
             x.len(),
             #[inline(always)]
-            |y| normal.write(isa, x, y, round, self.weight, self.bias),
+            |y| match self.spec.activation {
+                None => normal.write(isa, x, y, round, weight, bias),
+                Some(activation) => activate(
+                    isa,
+                    activation,
+                    scratch,
+                    y,
+                    #[inline(always)]
+                    |u| normal.write_rounded::<E, X, T>(isa, x, u, round, weight, bias),
+                ),
+            },
         );
     }
 
     /// Writes `y` of a row `x`, and returns what it was normalized by.
     #[inline(always)]
-    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(&self, isa: I, x: &[X], y: &mut Part<E>) -> Stats {
+    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        y: &mut Part<E>,
+        scratch: &mut Scratch<T>,
+    ) -> Stats {
         let stats = Stats::of_row(isa, x, self.spec.center, self.spec.eps);
-        self.write(isa, stats, x, y);
+        self.write(isa, stats, x, y, scratch);
         stats
     }
 }
@@ -441,6 +476,7 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
         let norm = Normalizer::new(isa, self.affine, self.spec);
+        let mut scratch = Scratch::new();
         let rows = self
             .x
             .chunks_exact(len)
@@ -451,7 +487,7 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
                 #[inline(always)]
                 |sum| {
                     let sum = write_sum(isa, [x, residual], sum, self.rounded.as_mut());
-                    *stats = norm.row(isa, &*sum, &mut self.y);
+                    *stats = norm.row(isa, &*sum, &mut self.y, &mut scratch);
                     sum
                 },
             );
@@ -464,7 +500,7 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
 pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],
-    weight: Option<&[X::Acc]>,
+    affine: AffinePair<X::Acc>,
     stats: &[Stats],
     spec: RowSpec,
     params: bool,
@@ -473,9 +509,9 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
     let rows_per_pair = spec.rows_per_pair(stats.len());
     assert_eq!(x.len(), stats.len() * len);
     assert_eq!(x.len(), dy.len());
-    assert!(weight.is_none_or(|w| w.len() == spec.pairs * len));
+    assert!(affine.fits(spec.pairs * len));
     if par::divides(stats.len(), len) {
-        return backward_divided(x, dy, weight, stats, spec, params);
+        return backward_divided(x, dy, affine, stats, spec, params);
     }
     let blocks = SummingBlocks::new(stats.len(), spec, params);
     let width = if params { len } else { 0 };
@@ -497,7 +533,7 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
                 stats,
                 first,
                 rows_per_pair,
-                weight,
+                affine,
                 spec,
                 partial: partials.next().unwrap_or_default(),
             };
@@ -583,13 +619,29 @@ impl SummingBlocks {
 fn backward_divided<X: Elem, E: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],
-    weight: Option<&[X::Acc]>,
+    affine: AffinePair<X::Acc>,
     stats: &[Stats],
     spec: RowSpec,
     params: bool,
 ) -> Gradients<X> {
-    let frame = frame(stats, spec);
-    let sums = spread::grad_sums(x, dy, frame, weight, params, spec.round_first);
+    let (frame, round) = (frame(stats, spec), spec.round_first);
+    if let Some(activation) = spec.activation {
+        let g = spread::through(x, dy, frame, affine, round, activation);
+        return backward_passes::<X, X::Acc, E>(x, &g, frame, affine.weight, spec, params);
+    }
+    backward_passes::<X, E, E>(x, dy, frame, affine.weight, spec, params)
+}
+
+/// The passes of a backward whose cotangent is `dy`, of a forward that may have rounded to `R`.
+fn backward_passes<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>>(
+    x: &[X],
+    dy: &[E],
+    frame: Frame,
+    weight: Option<&[X::Acc]>,
+    spec: RowSpec,
+    params: bool,
+) -> Gradients<X> {
+    let sums = spread::grad_sums::<X, E, R>(x, dy, frame, weight, params, spec.round_first);
     let means = spread::means(&sums.sets, spec.len as f64, spec.center);
     Gradients {
         dx: spread::grad_input(x, dy, frame, weight, Some(&means)),
@@ -606,7 +658,7 @@ struct RowsBackward<'a, X: Elem, E> {
     /// The first row.
     first: usize,
     rows_per_pair: usize,
-    weight: Option<&'a [X::Acc]>,
+    affine: AffinePair<'a, X::Acc>,
     spec: RowSpec,
     /// The sums of this block for each weight and bias: those of `dy · x̂` for each column, then
     /// those of `dy`; empty if nobody wants them.
@@ -620,34 +672,50 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, len) = (self.spec, self.spec.len);
         let mut partials = self.partial.chunks_mut(2 * len);
+        let (mut scratch, mut g) = (Scratch::new(), Scratch::new());
         for (pair, rows) in runs(self.first, self.stats.len(), self.rows_per_pair) {
             let partial = partials.next().unwrap_or_default();
             let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, partial);
-            let weight = ColumnFactor::new(isa, part(self.weight, pair, len));
+            let affine = self.affine.part(pair, len);
             let elements = rows.start * len..rows.end * len;
             let pairs = self.x[elements.clone()]
                 .chunks(ROWS_BACKWARD * len)
                 .zip(self.dy[elements].chunks(ROWS_BACKWARD * len));
             for ((x, dy), stats) in pairs.zip(self.stats[rows].chunks(ROWS_BACKWARD)) {
-                if stats.len() == ROWS_BACKWARD {
-                    let rows = RowTile { x, dy, stats, spec };
-                    self.dx.write(
-                        x.len(),
-                        #[inline(always)]
-                        |dx| rows.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
-                    );
-                } else {
-                    let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
-                    for ((x, dy), stats) in pairs.zip(stats.chunks(1)) {
-                        let row = RowTile { x, dy, stats, spec };
-                        self.dx.write(
-                            len,
-                            #[inline(always)]
-                            |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
-                        );
+                match spec.activation {
+                    None => {
+                        let tile = RowTile::<X, E, E>::new(x, dy, stats, spec);
+                        tile.run(isa, affine.weight, &mut sums, &mut self.dx);
+                    }
+                    Some(activation) => {
+                        g.clear();
+                        let norm = Normalizer::<I, X::Acc>::new(isa, affine, spec);
+                        let rows = x.chunks_exact(len).zip(dy.chunks_exact(len));
+                        for ((x, dy), stats) in rows.zip(stats) {
+                            let normal = Normal::<I, X::Acc>::new(isa, *stats);
+                            through(
+                                isa,
+                                activation,
+                                dy,
+                                &mut scratch,
+                                &mut g,
+                                #[inline(always)]
+                                |u| {
+                                    normal.write_rounded::<E, X, X::Acc>(
+                                        isa,
+                                        x,
+                                        u,
+                                        spec.round_first,
+                                        norm.weight,
+                                        norm.bias,
+                                    )
+                                },
+                            );
+                        }
+                        let tile = RowTile::<X, X::Acc, E>::new(x, g.get(), stats, spec);
+                        tile.run(isa, affine.weight, &mut sums, &mut self.dx);
                     }
                 }
-                sums.added(isa, stats.len());
             }
             sums.finish(isa);
         }
@@ -669,15 +737,57 @@ impl<I: Isa, T: Real> RowGrad<I, T> {
     }
 }
 
-/// A few rows that go backward together.
-struct RowTile<'a, X, E> {
+/// A few rows that go backward together, of a forward that may have rounded to `R`.
+struct RowTile<'a, X, E, R> {
     x: &'a [X],
     dy: &'a [E],
     stats: &'a [Stats],
     spec: RowSpec,
+    rounded: PhantomData<R>,
 }
 
-impl<X: Elem, E: Elem<Acc = X::Acc>> RowTile<'_, X, E> {
+impl<'a, X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>> RowTile<'a, X, E, R> {
+    #[inline(always)]
+    fn new(x: &'a [X], dy: &'a [E], stats: &'a [Stats], spec: RowSpec) -> Self {
+        Self {
+            x,
+            dy,
+            stats,
+            spec,
+            rounded: PhantomData,
+        }
+    }
+
+    /// Writes `dx` of the rows, [`ROWS_BACKWARD`] of them or fewer, and adds to their sums.
+    #[inline(always)]
+    fn run<I: Isa>(
+        self,
+        isa: I,
+        weight: Option<&[X::Acc]>,
+        sums: &mut ColumnSums<I, X::Acc, 2>,
+        dx: &mut Part<X>,
+    ) {
+        let (weight, len) = (ColumnFactor::new(isa, weight), self.spec.len);
+        if self.stats.len() == ROWS_BACKWARD {
+            dx.write(
+                self.x.len(),
+                #[inline(always)]
+                |dx| self.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
+            );
+        } else {
+            let pairs = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
+            for ((x, dy), stats) in pairs.zip(self.stats.chunks(1)) {
+                let row = Self::new(x, dy, stats, self.spec);
+                dx.write(
+                    len,
+                    #[inline(always)]
+                    |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
+                );
+            }
+        }
+        sums.added(isa, self.stats.len());
+    }
+
     /// Writes `dx` of `N` rows: first the two sums of each, then all of them column by column.
     #[inline(always)]
     fn write<'o, const N: usize, I: Isa>(
@@ -735,7 +845,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> RowTile<'_, X, E> {
             for r in 0..N {
                 let (x, dy) = (X::load(isa, &xs[r][k]), E::load(isa, &dys[r][k]));
                 values[r] = rows[r].of(x, weight.times(k, dy));
-                dweight = dweight + dy * rows[r].normal.rounded::<E>(isa, x, round_first);
+                dweight = dweight + dy * rows[r].normal.rounded::<R>(isa, x, round_first);
                 dbias = dbias + dy;
             }
             for r in 0..N {
@@ -751,7 +861,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> RowTile<'_, X, E> {
                 let (x, dy) = (&self.x[span.clone()], &self.dy[span.clone()]);
                 let (x, dy) = (tail(isa, x), tail(isa, dy));
                 let value = row.of(x, weight.times(k, dy));
-                dweight = dweight + dy * row.normal.rounded::<E>(isa, x, round_first);
+                dweight = dweight + dy * row.normal.rounded::<R>(isa, x, round_first);
                 dbias = dbias + dy;
                 store_tail(isa, value, &mut dx[span]);
             }

@@ -6,10 +6,13 @@
 
 use std::borrow::Cow;
 use std::iter::{StepBy, repeat_n};
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use super::activation::{Activation, ThroughActivation, activate};
 use super::affine::{AffinePair, Normal, ScaledNormal};
-use super::buffer::{Part, fill};
+use super::buffer::{Part, Scratch, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
 use super::grads::{Gradients, InputGrad};
 use super::loops::{ColumnFactor, ColumnValues, map, map2, sums2};
@@ -349,6 +352,7 @@ pub(crate) fn normalize<X: Elem, E: Elem<Acc = X::Acc>>(
     frame: Frame,
     affine: AffinePair<X::Acc>,
     round: bool,
+    activation: Option<Activation>,
 ) -> Vec<E> {
     check(frame, x.len(), [affine.weight, affine.bias]);
     let planes = Planes::new(frame);
@@ -366,6 +370,7 @@ pub(crate) fn normalize<X: Elem, E: Elem<Acc = X::Acc>>(
             planes,
             affine,
             round,
+            activation,
         });
         par::run(x.len(), blocks);
     })
@@ -378,6 +383,7 @@ struct SpreadNormalize<'a, X: Elem, E> {
     planes: Planes<'a>,
     affine: AffinePair<'a, X::Acc>,
     round: bool,
+    activation: Option<Activation>,
 }
 
 impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadNormalize<'_, X, E> {
@@ -386,41 +392,169 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadNormalize<'_, X, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (planes, mut start) = (self.planes, self.start);
+        let mut scratch = Scratch::new();
         for x in self.x.chunks(planes.shape.inner) {
-            let stats = planes.stats(start.plane);
-            if planes.each {
-                let normal = Normal::<I, X::Acc>::new(isa, stats);
-                let [weight, bias] = [self.affine.weight, self.affine.bias].map(
+            let plane = PlaneNormal::new(isa, planes, start, x.len(), self.affine, self.round);
+            self.y.write(
+                x.len(),
+                #[inline(always)]
+                |y| match self.activation {
+                    None => plane.write::<E, X, E>(isa, x, y),
+                    Some(activation) => activate(
+                        isa,
+                        activation,
+                        &mut scratch,
+                        y,
+                        #[inline(always)]
+                        |u| plane.write::<E, X, X::Acc>(isa, x, u),
+                    ),
+                },
+            );
+            start.plane += 1;
+        }
+    }
+}
+
+/// Normalization, weight and bias of a plane, or of a piece of one.
+enum PlaneNormal<'a, I: Isa, T: Real> {
+    /// One weight and bias for each column.
+    Columns {
+        normal: Normal<I, T>,
+        weight: Option<ColumnValues<'a, I, T>>,
+        bias: Option<ColumnValues<'a, I, T>>,
+        round: bool,
+    },
+    /// One for all of it.
+    Whole(ScaledNormal<I, T>),
+}
+
+impl<'a, I: Isa, T: Real> PlaneNormal<'a, I, T> {
+    #[inline(always)]
+    fn new(
+        isa: I,
+        planes: Planes<'a>,
+        start: Start,
+        len: usize,
+        affine: AffinePair<'a, T>,
+        round: bool,
+    ) -> Self {
+        let stats = planes.stats(start.plane);
+        if !planes.each {
+            let slot = planes.slot(start.plane);
+            return Self::Whole(ScaledNormal::new(isa, stats, affine, slot));
+        }
+        let [weight, bias] = [affine.weight, affine.bias].map(
+            #[inline(always)]
+            |values| {
+                planes.columns(values, start, len).map(
                     #[inline(always)]
-                    |values| {
-                        planes.columns(values, start, x.len()).map(
-                            #[inline(always)]
-                            |values| ColumnValues::new(isa, values),
-                        )
-                    },
-                );
-                self.y.write(
-                    x.len(),
-                    #[inline(always)]
-                    |y| normal.write(isa, x, y, self.round, weight, bias),
-                );
-            } else {
-                let slot = planes.slot(start.plane);
-                let normal = ScaledNormal::<I, X::Acc>::new(isa, stats, self.affine, slot);
-                self.y.write(
-                    x.len(),
-                    #[inline(always)]
-                    |y| {
-                        map(
-                            isa,
-                            x,
-                            y,
-                            #[inline(always)]
-                            |_, x| normal.of(x),
-                        )
-                    },
-                );
-            }
+                    |values| ColumnValues::new(isa, values),
+                )
+            },
+        );
+        Self::Columns {
+            normal: Normal::new(isa, stats),
+            weight,
+            bias,
+            round,
+        }
+    }
+
+    /// `x̂ · weight + bias`, with `x̂` rounded to `R`, if it is to be.
+    #[inline(always)]
+    fn write<'o, R: Elem<Acc = T>, X: Elem<Acc = T>, E: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        y: &'o mut [MaybeUninit<E>],
+    ) -> &'o mut [E] {
+        match self {
+            Self::Columns {
+                normal,
+                weight,
+                bias,
+                round,
+            } => normal.write_rounded::<R, X, E>(isa, x, y, *round, *weight, *bias),
+            Self::Whole(normal) => normal.write(isa, x, y),
+        }
+    }
+}
+
+/// `dy · act′(u)` with `u = x̂ · weight + bias`, the cotangent of what [`normalize`] does before its
+/// activation.
+pub(crate) fn through<X: Elem, E: Elem<Acc = X::Acc>>(
+    x: &[X],
+    dy: &[E],
+    frame: Frame,
+    affine: AffinePair<X::Acc>,
+    round: bool,
+    activation: Activation,
+) -> Vec<X::Acc> {
+    check(frame, x.len(), [affine.weight, affine.bias]);
+    assert!(dy.len() == x.len());
+    let planes = Planes::new(frame);
+    let (weight, bias) = (planes.in_slots(affine.weight), planes.in_slots(affine.bias));
+    let affine = AffinePair {
+        weight: weight.as_deref(),
+        bias: bias.as_deref(),
+    };
+    planes.fill(|g| {
+        let pairs = planes.blocks(x).zip(planes.blocks(dy));
+        let blocks = planes.starts().zip(pairs).zip(g);
+        let blocks = blocks.map(|((start, (x, dy)), g)| SpreadThrough {
+            x,
+            dy,
+            g,
+            start,
+            planes,
+            affine,
+            round,
+            activation,
+        });
+        par::run(x.len(), blocks);
+    })
+}
+
+struct SpreadThrough<'a, X: Elem, E> {
+    x: &'a [X],
+    dy: &'a [E],
+    g: Part<'a, X::Acc>,
+    start: Start,
+    planes: Planes<'a>,
+    affine: AffinePair<'a, X::Acc>,
+    round: bool,
+    activation: Activation,
+}
+
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadThrough<'_, X, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let (planes, mut start) = (self.planes, self.start);
+        let inner = planes.shape.inner;
+        let mut scratch = Scratch::new();
+        for (x, dy) in self.x.chunks(inner).zip(self.dy.chunks(inner)) {
+            let plane = PlaneNormal::new(isa, planes, start, x.len(), self.affine, self.round);
+            scratch.clear();
+            scratch.push(
+                x.len(),
+                #[inline(always)]
+                |u| plane.write::<E, X, X::Acc>(isa, x, u),
+            );
+            let u = scratch.get();
+            self.g.write(
+                x.len(),
+                #[inline(always)]
+                |g| {
+                    isa.call(ThroughActivation {
+                        activation: self.activation,
+                        u,
+                        dy,
+                        g,
+                    })
+                },
+            );
             start.plane += 1;
         }
     }
@@ -442,7 +576,7 @@ pub(crate) fn scale_shift<E: Elem>(
     affine: AffinePair<E::Acc>,
     spread: Spread,
 ) -> Vec<E> {
-    normalize(x, unnormalized(shape, spread), affine, false)
+    normalize(x, unnormalized(shape, spread), affine, false, None)
 }
 
 /// The gradients of [`scale_shift`].
@@ -455,7 +589,7 @@ pub(crate) fn scale_shift_backward<E: Elem>(
     params: bool,
 ) -> Gradients<E> {
     let frame = unnormalized(shape, spread);
-    let sums = grad_sums(x, dy, frame, weight, params, false);
+    let sums = grad_sums::<E, E, E>(x, dy, frame, weight, params, false);
     Gradients {
         dx: grad_input(x, dy, frame, weight, None),
         dweight: sums.dweight,
@@ -464,8 +598,8 @@ pub(crate) fn scale_shift_backward<E: Elem>(
 }
 
 /// The gradients of weight and bias, if `params` are wanted, and the sums that `grad_input` takes
-/// the means of. `round` is that of [`normalize`].
-pub(crate) fn grad_sums<X: Elem, E: Elem<Acc = X::Acc>>(
+/// the means of. `round` and `R` are those of [`normalize`].
+pub(crate) fn grad_sums<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],
     frame: Frame,
@@ -485,7 +619,7 @@ pub(crate) fn grad_sums<X: Elem, E: Elem<Acc = X::Acc>>(
     };
     if params && planes.each {
         [all.dweight, all.dbias] =
-            column_grads(x, dy, planes, round).map(|sums| planes.of_values(sums));
+            column_grads::<X, E, R>(x, dy, planes, round).map(|sums| planes.of_values(sums));
     } else if params {
         let count = frame.spread.count(frame.shape);
         (all.dweight, all.dbias) = (vec![0.; count], vec![0.; count]);
@@ -580,7 +714,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadPlaneSums<'_, X, E> {
 }
 
 /// The sums of `dy · x̂` and of `dy` of each column of each slot.
-fn column_grads<X: Elem, E: Elem<Acc = X::Acc>>(
+fn column_grads<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],
     planes: Planes,
@@ -601,13 +735,14 @@ fn column_grads<X: Elem, E: Elem<Acc = X::Acc>>(
         .zip(sums.chunks_mut(per_job * 2 * inner));
     let jobs = jobs.flat_map(|(slots, sums)| {
         let parts = sums.chunks_mut(part).enumerate();
-        parts.map(move |(i, sums)| SpreadColumnSums {
+        parts.map(move |(i, sums)| SpreadColumnSums::<X, E, R> {
             x,
             dy,
             planes,
             slots,
             columns: i * piece..(i * piece + piece).min(inner),
             round,
+            rounded: PhantomData,
             sums,
         })
     });
@@ -629,17 +764,20 @@ fn column_grads<X: Elem, E: Elem<Acc = X::Acc>>(
     [dweight, dbias]
 }
 
-struct SpreadColumnSums<'a, X, E> {
+struct SpreadColumnSums<'a, X, E, R> {
     x: &'a [X],
     dy: &'a [E],
     planes: Planes<'a>,
     slots: &'a [StepBy<Range<usize>>],
     columns: Range<usize>,
     round: bool,
+    rounded: PhantomData<R>,
     sums: &'a mut [f64],
 }
 
-impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadColumnSums<'_, X, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>> Kernel
+    for SpreadColumnSums<'_, X, E, R>
+{
     type Output = ();
 
     #[inline(always)]
@@ -655,7 +793,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadColumnSums<'_, X, E> {
                     &self.x[first..first + width],
                     &self.dy[first..first + width],
                     #[inline(always)]
-                    |_, x, dy| [dy * normal.rounded::<E>(isa, x, self.round), dy],
+                    |_, x, dy| [dy * normal.rounded::<R>(isa, x, self.round), dy],
                 );
             }
             columns.finish(isa);

@@ -531,6 +531,7 @@ fn row_and_group_passes<T: Number>() {
                 eps: EPS,
                 round_first: false,
                 pairs: 1,
+                activation: None,
             };
             let what = format!("rows of {shape:?} {center}");
             let (y, stats) = T::rows_forward(&x, affine, spec);
@@ -549,7 +550,7 @@ fn row_and_group_passes<T: Number>() {
                 spread: Spread::Column,
             };
             assert_eq!(T::normalize(&x, frame, affine), y, "{what}");
-            let want = T::rows_backward(&x, &dy, Some(&weight), &stats, spec, true);
+            let want = T::rows_backward(&x, &dy, affine, &stats, spec, true);
             let sums = T::grad_sums(&x, &dy, frame, Some(&weight), true);
             assert_eq!(sums.dweight, want.dweight, "{what}");
             assert_eq!(sums.dbias, want.dbias, "{what}");
@@ -570,6 +571,7 @@ fn row_and_group_passes<T: Number>() {
             let what = format!("{num_groups} groups of {shape:?}");
             let spec = GroupSpec {
                 per_sample: false,
+                activation: None,
                 shape,
                 num_groups,
                 eps: EPS,
@@ -581,7 +583,7 @@ fn row_and_group_passes<T: Number>() {
                 spread: Spread::Channel,
             };
             let got = T::normalize(&x, frame, affine);
-            let want = T::groups_backward(&x, &dy, Some(&weight), &stats, spec);
+            let want = T::groups_backward(&x, &dy, affine, &stats, spec);
             let sums = T::grad_sums(&x, &dy, frame, Some(&weight), true);
             let count = (n / stats.len()) as f64;
             let means: Vec<_> = sums.sets.iter().map(|set| set.map(|v| v / count)).collect();

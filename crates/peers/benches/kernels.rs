@@ -53,6 +53,12 @@ fn main() -> Result<()> {
         let shapes = ROW_LENGTHS.map(|len| vec![ELEMENTS / len, len]);
         kernel(&mut criterion, op, &shapes)?;
     }
+    for op in [Op::LayerNormGelu, Op::GatedRmsNorm] {
+        let shapes = ROW_LENGTHS.map(|len| vec![ELEMENTS / len, len]);
+        kernel(&mut criterion, op, &shapes)?;
+    }
+    let shapes = ROW_LENGTHS.map(|len| vec![8, ELEMENTS / len / 8, len]);
+    kernel(&mut criterion, Op::ModulatedLayerNorm, &shapes)?;
     residual(&mut criterion)?;
     layout(&mut criterion)?;
     few_and_long(&mut criterion)?;
@@ -62,6 +68,8 @@ fn main() -> Result<()> {
         Op::GroupNorm,
         Op::InstanceNorm,
         Op::SwitchNorm,
+        Op::GroupNormSilu,
+        Op::BatchNormRelu,
     ] {
         // A single pixel has no statistics of its own; for batch norm it is the kernel of `[N, C]`.
         let own = matches!(op, Op::InstanceNorm | Op::SwitchNorm);

@@ -309,7 +309,11 @@ impl Subject {
                 scale(&x.dims()[1..2], options, params, x)?
             }
             Kind::Group { groups } => {
-                let options = GroupNormOptions { eps, affine };
+                let options = GroupNormOptions {
+                    eps,
+                    affine,
+                    ..Default::default()
+                };
                 Box::new(candle_norm::group_norm(groups, features, options, vb)?)
             }
             Kind::Instance => {

@@ -8,7 +8,7 @@ use super::synchronized;
 use super::{Arg, Cpu, Native, elements, parameter, stored, with_native};
 use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
 use crate::computations::{Args, ChannelAxes, Channels, Gradients, Source, Spread};
-use candle_norm_kernels::{AffinePair, Order, Shape, Stats, Wanted};
+use candle_norm_kernels::{AffinePair, Following, Order, Shape, Stats, Wanted};
 
 impl From<ChannelAxes> for Shape {
     fn from(axes: ChannelAxes) -> Self {
@@ -35,13 +35,18 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
 }
 
 impl Channels {
-    /// How weight and bias are spread, if not one for each channel.
-    fn wide_spread(&self) -> Option<candle_norm_kernels::Spread> {
-        match self.spread {
-            Spread::Channel => None,
-            Spread::SampleAndChannel => Some(candle_norm_kernels::Spread::SampleAndChannel),
-            Spread::Element => Some(candle_norm_kernels::Spread::SampleAndElement),
-        }
+    /// What follows the normalized values, if it is more than one weight and bias for each channel.
+    fn following(&self) -> Option<Following> {
+        let spread = match self.spread {
+            Spread::Channel => candle_norm_kernels::Spread::Channel,
+            Spread::SampleAndChannel => candle_norm_kernels::Spread::SampleAndChannel,
+            Spread::Element => candle_norm_kernels::Spread::SampleAndElement,
+        };
+        let is_plain = self.spread == Spread::Channel && self.activation.is_none();
+        (!is_plain).then(|| Following {
+            spread,
+            activation: self.activation.map(Into::into),
+        })
     }
 
     fn forward_of<T: Native>(&self, args: Args<Arg>) -> Result<Forward<CpuStorage, Vec<Stats>>> {
@@ -74,9 +79,11 @@ impl Channels {
             }
         };
         let shape = self.axes.into();
-        let (y, saved) = match self.wide_spread() {
+        let (y, saved) = match self.following() {
             None => T::channels_forward(x, order, shape, affine, statistics),
-            Some(spread) => T::spread_channels_forward(x, order, shape, affine, spread, statistics),
+            Some(following) => {
+                T::spread_channels_forward(x, order, shape, affine, following, statistics)
+            }
         };
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
@@ -88,7 +95,11 @@ impl Channels {
         &self,
         from: Backward<CpuStorage, Vec<Stats>>,
     ) -> Result<Gradients<CpuStorage>> {
-        let weight = parameter(from.weight)?;
+        let (weight, bias) = (parameter(from.weight)?, parameter(from.bias)?);
+        let affine = AffinePair {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
         let ((x, order), dy) = (input::<T>(from.x)?, elements(from.dy)?);
         if let Source::Synchronized(by) = &self.source {
             let grads =
@@ -102,12 +113,12 @@ impl Channels {
             },
             params: from.params,
         };
-        let (shape, weight) = (self.axes.into(), weight.as_deref());
+        let (shape, weight) = (self.axes.into(), affine.weight);
         let saved = from.saved;
-        let grads = match self.wide_spread() {
+        let grads = match self.following() {
             None => T::channels_backward(x, order, dy, shape, weight, saved, wanted),
-            Some(spread) => {
-                T::spread_channels_backward(x, order, dy, shape, weight, spread, saved, wanted)
+            Some(following) => {
+                T::spread_channels_backward(x, order, dy, shape, affine, following, saved, wanted)
             }
         };
         Ok(stored(grads, from.params))

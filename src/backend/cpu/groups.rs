@@ -14,6 +14,7 @@ impl Groups {
             num_groups: self.num_groups,
             eps: self.eps,
             per_sample: self.spread == Spread::SampleAndChannel,
+            activation: self.activation.map(Into::into),
         }
     }
 
@@ -30,6 +31,7 @@ impl Groups {
             eps: self.eps,
             round_first: false,
             pairs: outer * self.num_groups,
+            activation: self.activation.map(Into::into),
         }
     }
 
@@ -54,12 +56,16 @@ impl Groups {
         &self,
         from: Backward<CpuStorage, Vec<Stats>>,
     ) -> Result<Gradients<CpuStorage>> {
-        let weight = parameter(from.weight)?;
+        let (weight, bias) = (parameter(from.weight)?, parameter(from.bias)?);
+        let affine = AffinePair {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
         let (x, dy) = (elements(from.x)?, elements(from.dy)?);
-        let (weight, saved) = (weight.as_deref(), from.saved);
+        let saved = from.saved;
         let grads = match self.spread {
-            Spread::Element => T::rows_backward(x, dy, weight, saved, self.as_rows(), from.params),
-            _ => T::groups_backward(x, dy, weight, saved, self.spec()),
+            Spread::Element => T::rows_backward(x, dy, affine, saved, self.as_rows(), from.params),
+            _ => T::groups_backward(x, dy, affine, saved, self.spec()),
         };
         Ok(stored(grads, from.params))
     }

@@ -1,6 +1,8 @@
 //! The CPU: candle's storages as slices for the kernels, which are multithreaded and vectorized.
 
+mod activation;
 mod channels;
+mod gated;
 mod groups;
 mod lengths;
 mod mixture;

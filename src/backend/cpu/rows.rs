@@ -17,6 +17,7 @@ impl Rows {
             eps: self.eps,
             round_first: self.cast == Cast::BeforeWeight,
             pairs: self.pairs,
+            activation: self.activation.map(Into::into),
         }
     }
 
@@ -60,16 +61,20 @@ impl Rows {
         from: Backward<CpuStorage, Vec<Stats>>,
     ) -> Result<Gradients<CpuStorage>> {
         let Backward { saved, params, .. } = from;
-        let weight = self.factor(from.weight)?;
-        let (weight, dy) = (weight.as_deref(), elements::<T>(from.dy)?);
+        let (weight, bias) = (self.factor(from.weight)?, parameter(from.bias)?);
+        let affine = AffinePair {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+        };
+        let dy = elements::<T>(from.dy)?;
         let spec = self.spec();
         if from.x.dtype() == self.output {
             let x = elements(from.x)?;
-            let grads = T::rows_backward(x, dy, weight, saved, spec, params);
+            let grads = T::rows_backward(x, dy, affine, saved, spec, params);
             Ok(stored(grads, params))
         } else {
             let x = elements(from.x)?;
-            let grads = T::rows_backward_unrounded(x, dy, weight, saved, spec, params);
+            let grads = T::rows_backward_unrounded(x, dy, affine, saved, spec, params);
             Ok(stored(grads, params))
         }
     }

@@ -119,7 +119,8 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
 
     fn is_carried_out(&self) -> bool {
         let is_synchronized = matches!(self.source, Source::Synchronized(_));
-        self.spread == computations::Spread::Channel && !is_synchronized
+        let is_plain = self.spread == computations::Spread::Channel && self.activation.is_none();
+        is_plain && !is_synchronized
     }
 
     fn takes(&self, x: &Layout) -> bool {

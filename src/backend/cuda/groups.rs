@@ -39,7 +39,7 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
     type Saved = Moments<L>;
 
     fn is_carried_out(&self) -> bool {
-        self.spread == computations::Spread::Channel
+        self.spread == computations::Spread::Channel && self.activation.is_none()
     }
 
     fn statistics(saved: &Moments<L>) -> Option<&dyn Statistics> {

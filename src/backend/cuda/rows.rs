@@ -108,7 +108,7 @@ impl<L: Launcher> On<Cuda<L>> for Rows {
 
     fn is_carried_out(&self) -> bool {
         let is_plain = !self.center || self.offset == 0. && self.cast == Cast::AfterWeight;
-        is_plain && self.pairs == 1
+        is_plain && self.pairs == 1 && self.activation.is_none()
     }
 
     fn forward(&self, args: Args<View<L::Storage>>) -> Result<Forward<L::Storage, L::Storage>> {

@@ -5,7 +5,8 @@ use candle_core::Result;
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{
-    Args, Computation, Gradients, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows,
+    Args, Computation, GatedRows, Gradients, Lengths, Mixture, Modulate, ScaleAdd, Softmax,
+    UnitRows,
 };
 use candle_norm_support::messages;
 
@@ -28,4 +29,6 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows);
+without_kernels!(
+    GatedRows, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows
+);

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, DType, Result};
 
-use super::normalization::{Normalization, Stats, gradients, weights};
+use super::normalization::{Following, Normalization, Stats, gradients, weights};
 use super::synchronized;
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On, Statistics};
@@ -18,6 +18,15 @@ impl Channels {
             group: move |i| i / axes.inner % axes.channels,
             num_params,
             param,
+        }
+    }
+
+    fn plain_following<'a>(&self, [weight, bias]: [&'a Option<Vec<f64>>; 2]) -> Following<'a> {
+        Following {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+            round: None,
+            activation: self.activation,
         }
     }
 }
@@ -44,8 +53,8 @@ impl On<Reference> for Channels {
             }
             Source::Synchronized(by) => synchronized::stats(self, by, &x)?,
         };
-        let affine = [weight.as_deref(), bias.as_deref()];
-        let y = self.plain().forward(&x, &saved, affine, None);
+        let following = self.plain_following([&weight, &bias]);
+        let y = self.plain().forward(&x, &saved, following);
         Ok(Forward {
             y: stored(y, dtype(args.x))?,
             saved,
@@ -54,19 +63,18 @@ impl On<Reference> for Channels {
 
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
         let (x, dy) = (values(from.x)?, values(from.dy)?);
-        let weight = parameter(from.weight)?;
-        let weight = weight.as_deref();
+        let (weight, bias) = (parameter(from.weight)?, parameter(from.bias)?);
         let own = match &self.source {
             Source::Own { center } => Some(*center),
             Source::Given(_) => None,
             Source::Synchronized(by) => {
+                let weight = weight.as_deref();
                 let grads = synchronized::gradients(self, by, [&x, &dy], from.saved, weight)?;
                 return gradients(grads, dtype(from.x));
             }
         };
-        let grads = self
-            .plain()
-            .backward([&x, &dy], from.saved, weight, own, None);
+        let (plain, following) = (self.plain(), self.plain_following([&weight, &bias]));
+        let grads = plain.backward([&x, &dy], from.saved, following, own);
         gradients(grads, dtype(from.x))
     }
 }

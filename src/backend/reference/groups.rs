@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, Result};
 
-use super::normalization::{Normalization, Stats, gradients, weights};
+use super::normalization::{Following, Normalization, Stats, gradients, weights};
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On, Statistics};
 use crate::computations::{Args, Gradients, Groups};
@@ -20,6 +20,15 @@ impl Groups {
             param,
         }
     }
+
+    fn plain_following<'a>(&self, [weight, bias]: [&'a Option<Vec<f64>>; 2]) -> Following<'a> {
+        Following {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+            round: None,
+            activation: self.activation,
+        }
+    }
 }
 
 impl On<Reference> for Groups {
@@ -33,8 +42,8 @@ impl On<Reference> for Groups {
         let x = values(args.x)?;
         let (weight, bias) = (parameter(args.weight)?, parameter(args.bias)?);
         let saved = self.plain().stats(&x, true, self.eps);
-        let affine = [weight.as_deref(), bias.as_deref()];
-        let y = self.plain().forward(&x, &saved, affine, None);
+        let following = self.plain_following([&weight, &bias]);
+        let y = self.plain().forward(&x, &saved, following);
         Ok(Forward {
             y: stored(y, dtype(args.x))?,
             saved,
@@ -43,11 +52,9 @@ impl On<Reference> for Groups {
 
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
         let (x, dy) = (values(from.x)?, values(from.dy)?);
-        let weight = parameter(from.weight)?;
-        let weight = weight.as_deref();
-        let grads = self
-            .plain()
-            .backward([&x, &dy], from.saved, weight, Some(true), None);
+        let (weight, bias) = (parameter(from.weight)?, parameter(from.bias)?);
+        let (plain, following) = (self.plain(), self.plain_following([&weight, &bias]));
+        let grads = plain.backward([&x, &dy], from.saved, following, Some(true));
         gradients(grads, dtype(from.x))
     }
 }

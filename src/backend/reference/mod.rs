@@ -3,7 +3,9 @@
 //! It is written to be read beside the formulas, and the other backends are tested against it. Sums
 //! are compensated, so that their own rounding does not count.
 
+mod activation;
 mod channels;
+mod gated;
 mod groups;
 mod lengths;
 mod mixture;

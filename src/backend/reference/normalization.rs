@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, DType, Device, Result, Tensor};
 
 use super::{Sum, rounded, stored};
 use crate::backend::Statistics;
-use crate::computations::Gradients;
 use crate::computations::composed::Along;
+use crate::computations::{Activation, Gradients};
 
 /// Statistics that a group is normalized by.
 #[derive(Debug, Clone, Copy)]
@@ -83,22 +83,29 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
             .collect()
     }
 
-    /// `y = x̂ · weight + bias`; where `round` has a dtype, `x̂` is rounded to it first.
-    pub(super) fn forward(
-        &self,
-        x: &[f64],
-        stats: &[Stats],
-        [weight, bias]: [Option<&[f64]>; 2],
-        round: Option<DType>,
-    ) -> Vec<f64> {
+    /// `y = act(x̂ · weight + bias)`; where `round` has a dtype, `x̂` is rounded to it first.
+    pub(super) fn forward(&self, x: &[f64], stats: &[Stats], following: Following) -> Vec<f64> {
         let y = x.iter().enumerate().map(|(i, &x)| {
-            let param = (self.param)(i);
-            let normalized = stats[(self.group)(i)].normalized(x);
-            let normalized = round.map_or(normalized, |dtype| rounded(normalized, dtype));
-            let scaled = normalized * weight.map_or(1., |w| w[param]);
-            bias.map_or(scaled, |b| scaled + b[param])
+            let u = self.before_activation(i, x, stats, following);
+            following
+                .activation
+                .map_or(u, |activation| activation.of(u))
         });
         y.collect()
+    }
+
+    fn before_activation(&self, i: usize, x: f64, stats: &[Stats], following: Following) -> f64 {
+        let param = (self.param)(i);
+        let Following {
+            weight,
+            bias,
+            round,
+            ..
+        } = following;
+        let normalized = stats[(self.group)(i)].normalized(x);
+        let normalized = round.map_or(normalized, |dtype| rounded(normalized, dtype));
+        let scaled = normalized * weight.map_or(1., |w| w[param]);
+        bias.map_or(scaled, |b| scaled + b[param])
     }
 
     /// The gradients of [`forward`](Self::forward). `own` says whether the statistics are those of
@@ -107,10 +114,17 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
         &self,
         [x, dy]: [&[f64]; 2],
         stats: &[Stats],
-        weight: Option<&[f64]>,
+        following: Following,
         own: Option<bool>,
-        round: Option<DType>,
     ) -> (Vec<f64>, [Vec<f64>; 2]) {
+        let Following { weight, round, .. } = following;
+        let through = |(i, dy): (usize, &f64)| match following.activation {
+            None => *dy,
+            Some(activation) => {
+                dy * activation.slope_at(self.before_activation(i, x[i], stats, following))
+            }
+        };
+        let dy: Vec<f64> = dy.iter().enumerate().map(through).collect();
         let normalized = |i: usize| stats[(self.group)(i)].normalized(x[i]);
         let g = |i: usize| dy[i] * weight.map_or(1., |w| w[(self.param)(i)]);
         let (mut mean, mut along) = (vec![0.; self.num_groups], vec![0.; self.num_groups]);
@@ -137,6 +151,16 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
         let values = |sums: Vec<Sum>| sums.into_iter().map(Sum::value).collect();
         (dx, [values(dweight), values(dbias)])
     }
+}
+
+/// What follows the normalized values.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Following<'a> {
+    pub(super) weight: Option<&'a [f64]>,
+    pub(super) bias: Option<&'a [f64]>,
+    /// The dtype that the normalized values are rounded to first.
+    pub(super) round: Option<DType>,
+    pub(super) activation: Option<Activation>,
 }
 
 /// Gradients as storages, that of the input in `dtype`.

@@ -1,8 +1,8 @@
 //! Layer norm and RMS norm.
 
-use candle_core::{CpuStorage, DType, Result};
+use candle_core::{CpuStorage, Result};
 
-use super::normalization::{Normalization, Stats, gradients, weights};
+use super::normalization::{Following, Normalization, Stats, gradients, weights};
 use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{AddOn, Added, Backward, Forward, On};
 use crate::computations::{Args, Cast, Gradients, Rows, composed};
@@ -28,8 +28,13 @@ impl Rows {
         Ok(weight.map(|w| w.into_iter().map(|w| self.offset + w).collect()))
     }
 
-    fn rounded_first(&self) -> Option<DType> {
-        (self.cast == Cast::BeforeWeight).then_some(self.output)
+    fn plain_following<'a>(&self, [weight, bias]: [&'a Option<Vec<f64>>; 2]) -> Following<'a> {
+        Following {
+            weight: weight.as_deref(),
+            bias: bias.as_deref(),
+            round: (self.cast == Cast::BeforeWeight).then_some(self.output),
+            activation: self.activation,
+        }
     }
 
     fn plain_forward(
@@ -41,8 +46,8 @@ impl Rows {
         let (weight, bias) = (self.plain_weight(weight)?, parameter(bias)?);
         let plain = self.plain(x.len());
         let saved = plain.stats(x, self.center, self.eps);
-        let affine = [weight.as_deref(), bias.as_deref()];
-        let y = plain.forward(x, &saved, affine, self.rounded_first());
+        let following = self.plain_following([&weight, &bias]);
+        let y = plain.forward(x, &saved, following);
         Ok(Forward {
             y: stored(y, self.output)?,
             saved,
@@ -59,14 +64,10 @@ impl On<Reference> for Rows {
 
     fn backward(&self, from: Backward<CpuStorage, Vec<Stats>>) -> Result<Gradients<CpuStorage>> {
         let (x, dy) = (values(from.x)?, values(from.dy)?);
-        let weight = self.plain_weight(from.weight)?;
-        let grads = self.plain(x.len()).backward(
-            [&x, &dy],
-            from.saved,
-            weight.as_deref(),
-            Some(self.center),
-            self.rounded_first(),
-        );
+        let (weight, bias) = (self.plain_weight(from.weight)?, parameter(from.bias)?);
+        let (own, following) = (Some(self.center), self.plain_following([&weight, &bias]));
+        let plain = self.plain(x.len());
+        let grads = plain.backward([&x, &dy], from.saved, following, own);
         gradients(grads, dtype(from.x))
     }
 }

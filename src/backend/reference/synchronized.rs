@@ -2,7 +2,7 @@
 
 use candle_core::Result;
 
-use super::normalization::Stats;
+use super::normalization::{Following, Stats};
 use crate::computations::{Channels, JointMoments, LocalMoments, Synchronized};
 
 /// Statistics that all ranks normalize by, where this one has `x`, which may be empty.
@@ -36,7 +36,7 @@ pub(super) fn gradients(
     weight: Option<&[f64]>,
 ) -> Result<(Vec<f64>, [Vec<f64>; 2])> {
     let plain = channels.plain();
-    let (_, [dweight, dbias]) = plain.backward([x, dy], stats, None, None, None);
+    let (_, [dweight, dbias]) = plain.backward([x, dy], stats, Following::default(), None);
     let means = by.means(&dweight, &dbias)?;
     let dx = (0..x.len()).map(|i| {
         let channel = (plain.group)(i);

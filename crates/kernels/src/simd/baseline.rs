@@ -1,9 +1,9 @@
 //! The instructions that every processor of the target has: arrays, which the compiler makes of
 //! them what it can.
 
-use std::ops::{Add, Mul, Sub};
+use std::ops::{Add, Div, Mul, Sub};
 
-use super::{Isa, LANES, Real, Vector, half_bits};
+use super::{Isa, Kernel, LANES, Real, Vector, half_bits};
 
 #[derive(Clone, Copy)]
 pub(super) struct Baseline;
@@ -29,6 +29,7 @@ macro_rules! lanewise {
 lanewise!(Add, add);
 lanewise!(Sub, sub);
 lanewise!(Mul, mul);
+lanewise!(Div, div);
 
 impl<T: Real> Vector<Baseline, T> for Array<T> {
     #[inline(always)]
@@ -42,6 +43,24 @@ impl<T: Real> Vector<Baseline, T> for Array<T> {
     #[inline(always)]
     fn to_array(self) -> [T; LANES] {
         self.0
+    }
+    #[inline(always)]
+    fn max(self, other: Self) -> Self {
+        self.if_above(other, self, other)
+    }
+    #[inline(always)]
+    fn if_above(self, bound: Self, then: Self, otherwise: Self) -> Self {
+        let mut out = otherwise;
+        for i in 0..LANES {
+            if self.0[i] > bound.0[i] {
+                out.0[i] = then.0[i];
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn integer_as_exponent(self) -> Self {
+        Self(self.0.map(T::integer_as_exponent))
     }
     #[inline(always)]
     fn keep_last(self, count: usize) -> Self {
@@ -60,6 +79,11 @@ impl<T: Real> Vector<Baseline, T> for Array<T> {
 impl Isa for Baseline {
     type F32 = Array<f32>;
     type F64 = Array<f64>;
+
+    #[inline(never)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
 
     #[inline(always)]
     fn widen_f16(self, v: [u16; LANES]) -> Array<f32> {

@@ -8,6 +8,7 @@
 //! Lanes are registers of the set, not arrays: left to itself the compiler cuts arrays of sixteen
 //! into pieces of four and keeps them in memory, which costs three to five times the time.
 
+mod approximate;
 mod baseline;
 mod half_bits;
 mod transpose;
@@ -19,6 +20,7 @@ use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 use std::sync::OnceLock;
 
+pub(crate) use approximate::{Approximate, ERFC};
 use baseline::Baseline;
 use half::{bf16, f16};
 pub(crate) use transpose::{Place, Plain, prefetch, tile, transpose_tile};
@@ -39,6 +41,8 @@ pub(crate) trait Real:
 {
     /// Sixteen of them in registers of `I`.
     type Lanes<I: Isa>: Vector<I, Self>;
+    /// Bits of the mantissa.
+    const MANTISSA: u32;
     /// Of a power of two whose inverse is a normal number too.
     const LARGEST_EXPONENT: f64;
 
@@ -48,13 +52,22 @@ pub(crate) trait Real:
     /// The exponential of a number that is not above zero but by rounding; zero where it is too
     /// small for a normal number.
     fn exp_of_negative(self) -> Self;
+
+    /// The power of two whose exponent, and its bias, are the last bits.
+    fn integer_as_exponent(self) -> Self;
 }
 
 macro_rules! real {
     ($t:ident, $lanes:ident, $exp:path) => {
         impl Real for $t {
             type Lanes<I: Isa> = I::$lanes;
+            const MANTISSA: u32 = $t::MANTISSA_DIGITS - 1;
             const LARGEST_EXPONENT: f64 = -($t::MIN_EXP as f64 - 1.);
+
+            #[inline(always)]
+            fn integer_as_exponent(self) -> Self {
+                <$t>::from_bits(self.to_bits() << Self::MANTISSA)
+            }
 
             #[inline(always)]
             fn from_f64(v: f64) -> Self {
@@ -119,11 +132,20 @@ pub(crate) fn zero<I: Isa, T: Real>(isa: I) -> Lanes<I, T> {
 
 /// Operations on lanes. A value of them proves that the processor has the instruction set `I`.
 pub(crate) trait Vector<I, T: Real>:
-    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self>
+    Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
 {
     fn load(isa: I, v: &[T; LANES]) -> Self;
     fn splat(isa: I, v: T) -> Self;
     fn to_array(self) -> [T; LANES];
+
+    /// Of each lane the greater of both; `other` where they are equal or either is NaN.
+    fn max(self, other: Self) -> Self;
+
+    /// `then` in the lanes that are above `bound`, else `otherwise`; NaN is above nothing.
+    fn if_above(self, bound: Self, then: Self, otherwise: Self) -> Self;
+
+    /// The lanes whose last bits are an exponent and its bias, as powers of two.
+    fn integer_as_exponent(self) -> Self;
 
     /// The last `count` lanes; zero in the others.
     fn keep_last(self, count: usize) -> Self;
@@ -143,6 +165,10 @@ pub(crate) trait Isa: Copy {
     type F32: Vector<Self, f32>;
     type F64: Vector<Self, f64>;
 
+    /// Runs a kernel as a function of its own with the instruction set, for what is too large to be
+    /// inlined wherever it is used.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
     fn widen_f16(self, v: [u16; LANES]) -> Self::F32;
     fn narrow_f16(self, v: Self::F32) -> [u16; LANES];
     fn widen_bf16(self, v: [u16; LANES]) -> Self::F32;
@@ -152,7 +178,7 @@ pub(crate) trait Isa: Copy {
 /// Element type of tensors.
 pub(crate) trait Elem: Plain + Default + Send + Sync + 'static {
     /// Type that it is computed in.
-    type Acc: Real;
+    type Acc: Real + Approximate;
 
     fn load<I: Isa>(isa: I, v: &[Self; LANES]) -> Lanes<I, Self::Acc>;
     fn narrow<I: Isa>(isa: I, v: Lanes<I, Self::Acc>) -> [Self; LANES];

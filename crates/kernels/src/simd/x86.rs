@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
-use std::ops::{Add, Mul, Sub};
+use std::ops::{Add, Div, Mul, Sub};
 
 use super::{Isa, Kernel, LANES, Vector};
 
@@ -12,7 +12,10 @@ use super::{Isa, Kernel, LANES, Vector};
 macro_rules! registers {
     (
         $name:ident($register:ty; $count:literal) of $scalar:ident as $bits:ident in $isa:ident,
-        $add:ident, $sub:ident, $mul:ident, $splat:ident, |$v:ident, $mask:ident| $and:expr
+        $add:ident, $sub:ident, $mul:ident, $div:ident, $max:ident, $splat:ident,
+        |$v:ident, $mask:ident| $and:expr,
+        |$a:ident, $b:ident, $then:ident, $otherwise:ident| $if_above:expr,
+        |$shifted:ident| $shift:expr
     ) => {
         #[derive(Clone, Copy)]
         pub(crate) struct $name([$register; $count]);
@@ -20,6 +23,7 @@ macro_rules! registers {
         registers!(@arithmetic $name, $count, Add, add, $add);
         registers!(@arithmetic $name, $count, Sub, sub, $sub);
         registers!(@arithmetic $name, $count, Mul, mul, $mul);
+        registers!(@arithmetic $name, $count, Div, div, $div);
 
         impl Vector<$isa, $scalar> for $name {
             #[inline(always)]
@@ -38,6 +42,36 @@ macro_rules! registers {
                 // SAFETY: registers and array have the same size, and every bit pattern is valid
                 // for both.
                 unsafe { transmute::<[$register; $count], [$scalar; LANES]>(self.0) }
+            }
+            #[inline(always)]
+            fn max(self, other: Self) -> Self {
+                let mut out = self;
+                for i in 0..$count {
+                    // SAFETY: `self` proves the instruction set.
+                    out.0[i] = unsafe { $max(self.0[i], other.0[i]) };
+                }
+                out
+            }
+            #[inline(always)]
+            fn if_above(self, bound: Self, then: Self, otherwise: Self) -> Self {
+                let mut out = self;
+                for i in 0..$count {
+                    let ($a, $b) = (self.0[i], bound.0[i]);
+                    let ($then, $otherwise) = (then.0[i], otherwise.0[i]);
+                    // SAFETY: `self` proves the instruction set.
+                    out.0[i] = unsafe { $if_above };
+                }
+                out
+            }
+            #[inline(always)]
+            fn integer_as_exponent(self) -> Self {
+                let mut out = self;
+                for i in 0..$count {
+                    let $shifted = self.0[i];
+                    // SAFETY: `self` proves the instruction set.
+                    out.0[i] = unsafe { $shift };
+                }
+                out
             }
             #[inline(always)]
             fn keep_last(self, count: usize) -> Self {
@@ -84,19 +118,39 @@ macro_rules! registers {
 
 registers! {
     Two256(__m256; 2) of f32 as u32 in Avx2,
-    _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_set1_ps, |v, mask| _mm256_and_ps(v, mask)
+    _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_div_ps, _mm256_max_ps, _mm256_set1_ps,
+    |v, mask| _mm256_and_ps(v, mask),
+    |a, b, then, otherwise| {
+        _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
+    },
+    |v| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(v)))
 }
 registers! {
     Four256d(__m256d; 4) of f64 as u64 in Avx2,
-    _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_set1_pd, |v, mask| _mm256_and_pd(v, mask)
+    _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_div_pd, _mm256_max_pd, _mm256_set1_pd,
+    |v, mask| _mm256_and_pd(v, mask),
+    |a, b, then, otherwise| {
+        _mm256_blendv_pd(otherwise, then, _mm256_cmp_pd::<_CMP_GT_OQ>(a, b))
+    },
+    |v| _mm256_castsi256_pd(_mm256_slli_epi64::<52>(_mm256_castpd_si256(v)))
 }
 registers! {
     One512(__m512; 1) of f32 as u32 in Avx512,
-    _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_set1_ps, |v, mask| _mm512_and_ps(v, mask)
+    _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_div_ps, _mm512_max_ps, _mm512_set1_ps,
+    |v, mask| _mm512_and_ps(v, mask),
+    |a, b, then, otherwise| {
+        _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), otherwise, then)
+    },
+    |v| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(v)))
 }
 registers! {
     Two512d(__m512d; 2) of f64 as u64 in Avx512,
-    _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_set1_pd, |v, mask| _mm512_and_pd(v, mask)
+    _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_div_pd, _mm512_max_pd, _mm512_set1_pd,
+    |v, mask| _mm512_and_pd(v, mask),
+    |a, b, then, otherwise| {
+        _mm512_mask_blend_pd(_mm512_cmp_pd_mask::<_CMP_GT_OQ>(a, b), otherwise, then)
+    },
+    |v| _mm512_castsi512_pd(_mm512_slli_epi64::<52>(_mm512_castpd_si512(v)))
 }
 
 /// The processor has AVX2 and F16C.
@@ -140,6 +194,17 @@ fn narrow_bf16_256(_: Avx2, v: __m256) -> __m256i {
 impl Isa for Avx2 {
     type F32 = Two256;
     type F64 = Four256d;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,f16c")]
+        #[inline(never)]
+        fn inner<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
+            kernel.run(isa)
+        }
+        // SAFETY: `self` proves the instruction set.
+        unsafe { inner(self, kernel) }
+    }
 
     #[inline(always)]
     fn widen_f16(self, v: [u16; LANES]) -> Two256 {
@@ -214,6 +279,17 @@ impl Avx512 {
 impl Isa for Avx512 {
     type F32 = One512;
     type F64 = Two512d;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        #[inline(never)]
+        fn inner<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
+            kernel.run(isa)
+        }
+        // SAFETY: `self` proves the instruction set.
+        unsafe { inner(self, kernel) }
+    }
 
     #[inline(always)]
     fn widen_f16(self, v: [u16; LANES]) -> One512 {

@@ -46,7 +46,38 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             Box::new(move |x| switch_norm(x, &weight, &bias))
         }
         Op::WeightNorm => Box::new(move |v| weight_norm(v, &weight)),
+        Op::ModulatedLayerNorm => Box::new(move |x| modulated(x, &weight, &bias)),
+        Op::LayerNormGelu => {
+            let norm = LayerNorm::new(weight, bias, EPS);
+            Box::new(move |x| norm.forward(x)?.gelu_erf())
+        }
+        Op::GroupNormSilu => {
+            let norm = GroupNorm::new(weight, bias, channels, GROUPS, EPS)?;
+            Box::new(move |x| norm.forward(x)?.silu())
+        }
+        Op::BatchNormRelu => {
+            let dtype = match case.dtype.size_in_bytes() {
+                2 => candle_core::DType::F32,
+                _ => case.dtype,
+            };
+            let (mean, var) = (inputs.mean.to_dtype(dtype)?, inputs.var.to_dtype(dtype)?);
+            let norm = BatchNorm::new(channels, mean, var, weight, bias, EPS)?;
+            Box::new(move |x| norm.forward_t(x, true)?.relu())
+        }
+        Op::GatedRmsNorm => {
+            let norm = RmsNorm::new(weight, EPS);
+            Box::new(move |x| norm.forward(x)? * bias.silu()?)
+        }
     })
+}
+
+/// AdaLN: a layer norm without parameters, then a product and a sum.
+fn modulated(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    let last = x.dims()[x.rank() - 1];
+    let ones = Tensor::ones(last, x.dtype(), x.device())?;
+    let y = ops::layer_norm_slow(x, &ones, &ones.zeros_like()?, EPS as f32)?;
+    y.broadcast_mul(&(scale.unsqueeze(1)? + 1.)?)?
+        .broadcast_add(&shift.unsqueeze(1)?)
 }
 
 /// The layer in the form that gradients pass through: the fused kernels drop them.
@@ -58,6 +89,12 @@ pub(crate) fn differentiable(case: &Case, inputs: &Inputs) -> Result<Layer> {
         })),
         (Op::RmsNorm, _) => Ok(Box::new(move |x| {
             ops::rms_norm_slow(x, &weight, EPS as f32)
+        })),
+        (Op::LayerNormGelu, Some(bias)) => Ok(Box::new(move |x| {
+            ops::layer_norm_slow(x, &weight, &bias, EPS as f32)?.gelu_erf()
+        })),
+        (Op::GatedRmsNorm, Some(gate)) => Ok(Box::new(move |x| {
+            ops::rms_norm_slow(x, &weight, EPS as f32)? * gate.silu()?
         })),
         _ => layer(case, inputs),
     }

@@ -26,6 +26,14 @@ pub(crate) enum Op {
     SwitchNorm,
     /// `x` is the direction `v`, `weight` the magnitude `g`, one for each slice of axis 0.
     WeightNorm,
+    /// Without an affine pair; `weight` and `bias` are scale and shift of each sample.
+    ModulatedLayerNorm,
+    LayerNormGelu,
+    GroupNormSilu,
+    /// In training.
+    BatchNormRelu,
+    /// `bias` is the gate, of the shape of `x`, behind SiLU and after the norm.
+    GatedRmsNorm,
 }
 
 impl Op {
@@ -39,6 +47,11 @@ impl Op {
             Op::InstanceNorm => "instance_norm",
             Op::SwitchNorm => "switch_norm",
             Op::WeightNorm => "weight_norm",
+            Op::ModulatedLayerNorm => "modulated_layer_norm",
+            Op::LayerNormGelu => "layer_norm_gelu",
+            Op::GroupNormSilu => "group_norm_silu",
+            Op::BatchNormRelu => "batch_norm_relu",
+            Op::GatedRmsNorm => "gated_rms_norm",
         }
     }
 
@@ -106,9 +119,20 @@ impl Case {
     pub(crate) fn param_shape(&self) -> Vec<usize> {
         let first_axis = |i| if i == 0 { self.shape[0] } else { 1 };
         match self.op {
-            Op::LayerNorm | Op::RmsNorm => vec![self.shape[self.shape.len() - 1]],
+            Op::LayerNorm | Op::RmsNorm | Op::LayerNormGelu | Op::GatedRmsNorm => {
+                vec![self.shape[self.shape.len() - 1]]
+            }
+            Op::ModulatedLayerNorm => vec![self.shape[0], self.shape[self.shape.len() - 1]],
             Op::WeightNorm => (0..self.shape.len()).map(first_axis).collect(),
             _ => vec![self.shape[1]],
+        }
+    }
+
+    /// The shape of the bias, if there is one.
+    fn bias_shape(&self) -> Vec<usize> {
+        match self.op {
+            Op::GatedRmsNorm => self.shape.clone(),
+            _ => self.param_shape(),
         }
     }
 
@@ -128,9 +152,15 @@ impl Case {
 
     /// The least that a pass must read and write.
     pub(crate) fn bytes(&self, pass: Pass) -> usize {
-        let params = if self.op.has_bias() { 2 } else { 1 };
-        let param =
-            self.param_shape().iter().product::<usize>() * self.dtype.size_in_bytes() * params;
+        let bytes = |shape: Vec<usize>| -> usize {
+            shape.iter().product::<usize>() * self.dtype.size_in_bytes()
+        };
+        let bias = if self.op.has_bias() {
+            bytes(self.bias_shape())
+        } else {
+            0
+        };
+        let param = bytes(self.param_shape()) + bias;
         let tensor = self.tensor_bytes();
         match pass {
             Pass::Forward => 2 * tensor + param,
@@ -169,7 +199,7 @@ impl Inputs {
             x: draw(&case.shape, -1.5, 2.5)?,
             weight: draw(&params, 0.5, 1.5)?,
             bias: match case.op.has_bias() {
-                true => Some(draw(&params, -0.5, 0.5)?),
+                true => Some(draw(&case.bias_shape(), -0.5, 0.5)?),
                 false => None,
             },
             dy: draw(&case.shape, -1., 1.)?,

@@ -13,7 +13,7 @@ struct Shapes {
 }
 
 /// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of memory traffic.
-const SHAPES: [Shapes; 6] = [
+const SHAPES: [Shapes; 10] = [
     Shapes {
         ops: &[Op::LayerNorm, Op::RmsNorm],
         f32: &[
@@ -68,6 +68,30 @@ const SHAPES: [Shapes; 6] = [
         f32: &[&[1024, 1024], &[256, 256, 3, 3], &[4096, 4096]],
         half: [&[1024, 1024], &[256, 256, 3, 3]],
         f64: &[1024, 1024],
+    },
+    Shapes {
+        ops: &[Op::ModulatedLayerNorm],
+        f32: &[&[4, 1024, 768], &[16, 1024, 1024]],
+        half: [&[4, 1024, 768], &[2, 64, 768]],
+        f64: &[4, 1024, 768],
+    },
+    Shapes {
+        ops: &[Op::LayerNormGelu, Op::GatedRmsNorm],
+        f32: &[&[4096, 768], &[16384, 1024]],
+        half: [&[4096, 768], &[128, 768]],
+        f64: &[4096, 768],
+    },
+    Shapes {
+        ops: &[Op::GroupNormSilu],
+        f32: &[&[2, 320, 64, 64], &[16, 256, 64, 64]],
+        half: [&[32, 64, 56, 56], &[8, 256, 32, 32]],
+        f64: &[8, 256, 32, 32],
+    },
+    Shapes {
+        ops: &[Op::BatchNormRelu],
+        f32: &[&[32, 64, 56, 56], &[64, 64, 64, 64]],
+        half: [&[32, 64, 56, 56], &[64, 16, 8, 8]],
+        f64: &[8, 256, 14, 14],
     },
 ];
 

@@ -1,9 +1,9 @@
 //! The layers of this crate, on the path that they choose themselves and on candle's tensor operations.
 
 use candle_core::{Result, Tensor, bail};
-use candle_nn::{Module, ModuleT};
+use candle_nn::{Activation, Module, ModuleT};
 use candle_norm::internals;
-use candle_norm::ops::{self, SwitchBatch, SwitchOptions};
+use candle_norm::ops::{self, Modulation, SwitchBatch, SwitchOptions};
 use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
 use super::case::{Case, EPS, GROUPS, Inputs, Op};
@@ -53,7 +53,31 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             })
         }
         Op::WeightNorm => Box::new(move |v| ops::weight_norm(v, &weight, Some(0))),
+        Op::ModulatedLayerNorm
+        | Op::LayerNormGelu
+        | Op::GroupNormSilu
+        | Op::BatchNormRelu
+        | Op::GatedRmsNorm => {
+            let op = case.op;
+            Box::new(move |x| extended(op, x, &weight, &shift))
+        }
     })
+}
+
+/// Norms with more than an affine pair.
+fn extended(op: Op, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let (last, w, b) = (x.dims()[x.rank() - 1], Some(weight), Some(bias));
+    match op {
+        Op::ModulatedLayerNorm => {
+            let modulation = Modulation::new(w, b);
+            ops::modulated_layer_norm(x, last, None, None, EPS, &modulation)
+        }
+        Op::LayerNormGelu => ops::layer_norm_act(x, last, w, b, EPS, Activation::Gelu),
+        Op::GroupNormSilu => ops::group_norm_act(x, GROUPS, w, b, EPS, Activation::Silu),
+        Op::BatchNormRelu => Ok(ops::batch_norm_act(x, w, b, EPS, Activation::Relu)?.0),
+        Op::GatedRmsNorm => ops::gated_rms_norm(x, b, w, EPS),
+        _ => bail!("{} has a layer of its own", op.name()),
+    }
 }
 
 /// The same on candle's tensor operations: what the kernels are worth.
@@ -64,6 +88,14 @@ pub(crate) fn composed(case: &Case, inputs: &Inputs) -> Result<Layer> {
 
 /// The backward of the layer by itself.
 pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
+    if let Op::ModulatedLayerNorm
+    | Op::LayerNormGelu
+    | Op::GroupNormSilu
+    | Op::BatchNormRelu
+    | Op::GatedRmsNorm = case.op
+    {
+        return extended_backward(case, inputs);
+    }
     let op = match case.op {
         Op::LayerNorm => internals::Op::LayerNorm,
         Op::RmsNorm => internals::Op::RmsNorm,
@@ -76,6 +108,7 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
         Op::InstanceNorm => internals::Op::InstanceNorm,
         Op::SwitchNorm => bail!("switch_norm has no backward without the engine"),
         Op::WeightNorm => internals::Op::WeightNorm { dim: Some(0) },
+        op => bail!("{} is no op of internals", op.name()),
     };
     // An op computes the gradients that somebody tracks, and here that is all of them.
     let inputs = inputs.tracked()?;
@@ -85,5 +118,25 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
     Ok(Box::new(move || {
         let (dx, dweight, dbias) = saved.backward(&dy)?;
         Ok([Some(dx), dweight, dbias].into_iter().flatten().collect())
+    }))
+}
+
+/// The backward of the one node that [`extended`] makes.
+fn extended_backward(case: &Case, inputs: &Inputs) -> Result<Step> {
+    let (inputs, op) = (inputs.tracked()?, case.op);
+    let Some(bias) = &inputs.bias else {
+        bail!("{} has two parameters", op.name())
+    };
+    let saved = internals::recorded(|| extended(op, &inputs.x, &inputs.weight, bias))?;
+    let dy = inputs.dy.clone();
+    Ok(Box::new(move || {
+        let (dx, first, second) = saved.backward(&dy)?;
+        // The gate comes before the weight.
+        let params = match op {
+            Op::GatedRmsNorm => [second, first],
+            _ => [first, second],
+        };
+        let grads = [Some(dx)].into_iter().chain(params);
+        Ok(grads.flatten().collect())
     }))
 }

@@ -54,6 +54,16 @@ def layer_of(case, mean, var):
     if op == "weight_norm":
         # What torch.nn.utils.parametrizations.weight_norm calls.
         return lambda v, g: torch._weight_norm(v, g, 0)
+    if op == "modulated_layer_norm":
+        return lambda x, s, b: F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + s.unsqueeze(1)) + b.unsqueeze(1)
+    if op == "layer_norm_gelu":
+        return lambda x, w, b: F.gelu(F.layer_norm(x, w.shape, w, b, eps))
+    if op == "group_norm_silu":
+        return lambda x, w, b: F.silu(F.group_norm(x, case["groups"], w, b, eps))
+    if op == "batch_norm_relu":
+        return lambda x, w, b: F.relu(F.batch_norm(x, mean, var, w, b, training=True, momentum=0.1, eps=eps))
+    if op == "gated_rms_norm":
+        return lambda x, w, z: F.rms_norm(x, w.shape, w, eps) * F.silu(z)
     raise ValueError(f"unknown op {op}")
 
 
