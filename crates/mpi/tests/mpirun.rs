@@ -93,7 +93,7 @@ const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "many_steps",
-        ranks: &[4],
+        ranks: &[4, 8],
         options: unchecked,
         run: many_steps,
         ends: Ends::Well,
