@@ -54,7 +54,7 @@ impl Rows {
         let acc = accumulator(x.dtype());
         let stats = keeps.then(|| device.alloc(acc, spec.norm.stats() * spec.rows));
         let mut stats = stats.transpose()?;
-        device
+        let call = device
             .call(&launch)
             .read(&x)
             .maybe_read(residual.as_ref())
@@ -66,8 +66,12 @@ impl Rows {
             .sizes([spec.rows, spec.cols].map(|n| n as u64))
             .float(self.eps)
             .float(self.offset)
-            .int(self.flags())
-            .run()?;
+            .int(self.flags());
+        match residual {
+            // No place for the unrounded sum.
+            Some(_) => call.null().run()?,
+            None => call.run()?,
+        }
         Ok(Ran { y, sum, stats })
     }
 
