@@ -129,7 +129,7 @@ impl Inner {
     /// nothing waits for the counter.
     fn updated(&self, state: &State, batch: &Batch) -> Result<Option<[Tensor; 3]>> {
         let counter = &state.num_batches_tracked;
-        // A kernel reads all of them on one device; the mean of a batch without one changes nothing.
+        // A kernel reads all of them on one device, and changes the mean too.
         let (Some(mean), true) = (
             &batch.mean,
             counter.device().same_device(self.mean.device()),

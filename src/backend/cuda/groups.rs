@@ -73,7 +73,7 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
         let param = || device.alloc(of_params, self.axes.channels);
         let mut dweight = from.params.then(param).transpose()?;
         let mut dbias = from.params.then(param).transpose()?;
-        // Without the means, a group is a launch of its own, and the merge has the parameters alone.
+        // A group that fits is one launch, and the merge has the parameters alone.
         let fit = shape.grad_fit();
         let (mut fitted, partial, parts) = match &fit {
             Some(launch) => {
