@@ -29,6 +29,8 @@ pub(crate) type Geometry = ([u32; 3], [u32; 3], u32);
 type Pointer = u64;
 type Handle = *mut c_void;
 type Status<T> = Result<T, String>;
+/// The bytes of each buffer, and whether what lies around it was left as it was.
+type Found = Vec<(Vec<u8>, bool)>;
 
 /// Functions of the driver.
 struct Driver {
@@ -281,7 +283,7 @@ impl Gpu {
         (grid, block, shared): Geometry,
         words: &[u64],
         buffers: &[Buffer],
-    ) -> Status<Vec<(Vec<u8>, bool)>> {
+    ) -> Status<Found> {
         // SAFETY: the context is that of the driver.
         self.driver.check("cuCtxSetCurrent", unsafe {
             (self.driver.set_context)(self.driver.context)
@@ -337,7 +339,7 @@ pub(crate) fn before(
     geometry: Geometry,
     words: &[u64],
     buffers: &[Buffer],
-) -> Option<Status<Vec<(Vec<u8>, bool)>>> {
+) -> Option<Status<Found>> {
     // Those that the emulator itself is tested with are in no module.
     if kernel.to_bytes().starts_with(b"self_test") {
         return None;
@@ -347,7 +349,7 @@ pub(crate) fn before(
 }
 
 /// Compares it with what the emulator made.
-pub(crate) fn after(kernel: &CString, buffers: &[Buffer], found: Status<Vec<(Vec<u8>, bool)>>) {
+pub(crate) fn after(kernel: &CString, buffers: &[Buffer], found: Status<Found>) {
     let Some(gpu) = gpu() else { return };
     let mut gpu = gpu.lock().unwrap_or_else(PoisonError::into_inner);
     let found = match found {

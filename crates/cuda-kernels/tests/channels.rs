@@ -397,10 +397,10 @@ impl Inputs {
     /// Mean, rest and the third statistic; whether it is a variance.
     fn by<'a>(&'a self, done: &'a Done) -> (&'a Buffer, Option<&'a Buffer>, &'a Buffer, i32) {
         match &self.given {
-            Some((mean, var)) => (&mean, None, &var, 1),
+            Some((mean, var)) => (mean, None, var, 1),
             None => {
                 let [mean, rest, inv_std, _] = &done.stats;
-                (&mean, Some(&rest), &inv_std, 0)
+                (mean, Some(rest), inv_std, 0)
             }
         }
     }
