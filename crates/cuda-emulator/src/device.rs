@@ -29,6 +29,8 @@ pub(crate) type Geometry = ([u32; 3], [u32; 3], u32);
 type Pointer = u64;
 type Handle = *mut c_void;
 type Status<T> = Result<T, String>;
+/// The bytes of each buffer, and whether what lies around it was left as it was.
+type Found = Vec<(Vec<u8>, bool)>;
 
 /// Functions of the driver.
 struct Driver {

@@ -54,16 +54,17 @@ template <class T, class I> struct Row {
   __device__ __forceinline__ i64 column(I g) const { return (i64)g * V - first; }
 };
 
-// The rows of the block's sample, and the weights that they share.
-struct Sample {
+// The rows of the block's sample, and the weights that they share. Kernels without a register left (not MANY) have one
+// sample.
+template <bool MANY> struct Sample {
   i64 first, rows;
   __device__ __forceinline__ Sample(i64 all) : first(0), rows(all) {
-    if (gridDim.z == 1) return;
+    if (!MANY || gridDim.z == 1) return;
     rows = all / gridDim.z;
     first = blockIdx.z * rows;
   }
   template <class P> __device__ __forceinline__ P *of(P *p, i64 cols) const {
-    return p && gridDim.z > 1 ? p + blockIdx.z * cols : p;
+    return MANY && p && gridDim.z > 1 ? p + blockIdx.z * cols : p;
   }
 };
 
@@ -438,7 +439,7 @@ __device__ __forceinline__ void forward_row(const T *x, const T *residual, const
   const int lanes = (int)blockDim.x, lane = (int)threadIdx.x;
   const i64 slots = WARP ? (i64)gridDim.x * blockDim.y : (i64)gridDim.x;
   const i64 slot = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
-  const Sample sample(rows);
+  const Sample<PER <= 2> sample(rows);
   const Row<T, int> home(sample.first + slot, rows, cols, slot < sample.rows);
   Affine<T, P, PER, HOLD, EVEN> affine(sample.of(weight, cols), sample.of(bias, cols), home, lane, lanes, cols);
   Raw next_x[PER], next_r[ADDED];
@@ -494,7 +495,7 @@ __device__ __forceinline__ void forward_long(const T *x, const T *residual, cons
   SHARED(A, part, 128);
   const int lanes = (int)blockDim.x;
   const i64 step = (i64)PER * lanes;
-  const Sample sample(rows);
+  const Sample<true> sample(rows);
   const i64 index = sample.first + blockIdx.x;
   const Row<T, i64> row(index, rows, cols);
   Affine<T, P, PER, false, false> affine(sample.of(weight, cols), sample.of(bias, cols), row, (i64)threadIdx.x, lanes,
@@ -554,7 +555,7 @@ __device__ __forceinline__ void backward_rows(const X *x, const T *residual, con
   const int lanes = (int)blockDim.x, lane = (int)threadIdx.x;
   const i64 slots = WARP ? (i64)gridDim.x * blockDim.y : (i64)gridDim.x;
   const i64 slot = WARP ? (i64)blockIdx.x * blockDim.y + threadIdx.y : (i64)blockIdx.x;
-  const Sample sample(rows);
+  const Sample<PER <= 2> sample(rows);
   const Row<T, int> home(sample.first + slot, rows, cols, slot < sample.rows);
   weight = sample.of(weight, cols);
 
@@ -723,7 +724,7 @@ __device__ __forceinline__ void backward_long(const X *x, const T *residual, con
   constexpr int V = Lanes<T>::count, PER = 2, N = Wide<X, T>::N;
   SHARED(A, part, 64);
   const int lanes = (int)blockDim.x;
-  const Sample sample(rows);
+  const Sample<true> sample(rows);
   const Row<T, i64> row(sample.first + blockIdx.x, rows, cols);
   weight = sample.of(weight, cols);
   Stats<A> stats;
@@ -796,7 +797,7 @@ __device__ __forceinline__ void backward_columns(const X *x, const T *residual, 
   typedef Acc<T> A;
   constexpr int V = Lanes<T>::count, N = Wide<X, T>::N;
   const i64 g = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  const Sample sample(rows);
+  const Sample<true> sample(rows);
   const Row<T, i64> home(sample.first + blockIdx.y, rows, cols);
   if (g >= home.vectors) return;
   A dweight[V], dbias[V];

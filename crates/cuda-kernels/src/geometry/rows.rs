@@ -227,6 +227,12 @@ impl Team {
         })
     }
 
+    /// Whether kernels of `per` vectors a thread take these samples: those of many vectors have no
+    /// register for it.
+    fn takes(&self, per: usize) -> bool {
+        per <= 2 || self.samples == 1
+    }
+
     /// Blocks for a sample, where a multiprocessor has room for `room` at a time.
     fn at_work(&self, room: usize) -> usize {
         (PROCESSORS * room).div_ceil(self.samples)
@@ -279,13 +285,14 @@ impl Team {
             (false, _) => ((512, 512), (512, 512)),
         };
         for (per, team, (most, room)) in [(2, "b2", b2), (4, "b4", b4)] {
-            if vectors <= per * most && !plain {
+            if vectors <= per * most && !plain && self.takes(per) {
                 let threads = whole_warps(vectors.div_ceil(per));
                 let blocks = rows.min(self.blocks(room / threads));
                 return self.launch("forward", team, [blocks, 1], [threads, 1]);
             }
         }
-        let (team, threads) = if !plain && vectors <= 8 * 1024 && even && !norm.add {
+        let fits = vectors <= 8 * 1024 && self.takes(8);
+        let (team, threads) = if !plain && fits && even && !norm.add {
             ("b8", whole_warps(vectors.div_ceil(8)))
         } else {
             ("long", 512)
@@ -318,7 +325,7 @@ impl Team {
             }
         }
         for (per, team) in [(2, "b2"), (4, "b4")] {
-            if vectors <= per * 512 && !plain {
+            if vectors <= per * 512 && !plain && self.takes(per) {
                 let threads = whole_warps(vectors.div_ceil(per));
                 let parts = rows.min(self.blocks(512 / threads));
                 let dx = self.launch("backward", team, [parts, 1], [threads, 1])?;
