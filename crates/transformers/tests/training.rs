@@ -55,7 +55,7 @@ fn llama_learns() -> Result<()> {
     let tokens = Tensor::arange(0u32, 11 * 8, &CPU)?.reshape((11, 8))?;
     let tokens = (tokens.to_dtype(DType::F32)? * 7.)?;
     let tokens = (&tokens - ((&tokens / 11.)?.floor()? * 11.)?)?.to_dtype(DType::U32)?;
-    let next = tokens.narrow(1, 7, 1)?.squeeze(1)?;
+    let next = tokens.narrow(1, 7, 1)?.squeeze(1)?.contiguous()?;
     learns("llama", &vars, || {
         let mut cache = llama::Cache::new(false, DType::F32, &config, &CPU)?;
         loss::cross_entropy(&model.forward(&tokens, 0, &mut cache)?, &next)
