@@ -333,9 +333,6 @@ impl Gpu {
     }
 }
 
-/// The bytes of each buffer that a launch may write, and whether it is one of those.
-pub(crate) type Found = Vec<(Vec<u8>, bool)>;
-
 /// What the GPU makes of a launch that the emulator is about to run.
 pub(crate) fn before(
     kernel: &CString,
