@@ -144,10 +144,11 @@ impl FrozenNorm {
         bias: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         if let Some(activation) = self.activation {
+            let layer = self.layer;
             bail!(
-                "{}: expected a norm without an activation to fold, got one with {activation:?}; \
-                build the norm without it, and call the activation after the folded layer",
-                self.layer
+                "{layer}: expected a norm without an activation to fold, got one with \
+                {activation:?}; build the norm without it, and call the activation after the \
+                folded layer"
             )
         }
         let (name, weight, c) = (
