@@ -241,10 +241,10 @@ macro_rules! known {
 }
 
 /// `y = act(u)`.
-struct Activate<'u, 'y, E: Elem> {
-    activation: Activation,
-    u: &'u [E::Acc],
-    y: &'y mut [MaybeUninit<E>],
+pub(crate) struct Activate<'u, 'y, E: Elem> {
+    pub(crate) activation: Activation,
+    pub(crate) u: &'u [E::Acc],
+    pub(crate) y: &'y mut [MaybeUninit<E>],
 }
 
 impl<'y, E: Elem> Kernel for Activate<'_, 'y, E> {
@@ -337,42 +337,4 @@ pub(crate) fn activate<'y, E: Elem, I: Isa>(
         u: scratch.get(),
         y,
     })
-}
-
-/// `act(gate)`, or its slope.
-pub(crate) struct GateValues<'a, 'o, G: Elem> {
-    pub(crate) activation: Activation,
-    pub(crate) gate: &'a [G],
-    pub(crate) out: &'o mut [MaybeUninit<G::Acc>],
-    pub(crate) slope: bool,
-}
-
-impl<'o, G: Elem> Kernel for GateValues<'_, 'o, G> {
-    type Output = &'o mut [G::Acc];
-
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) -> &'o mut [G::Acc] {
-        let Self {
-            activation,
-            gate,
-            out,
-            slope: is_slope,
-        } = self;
-        match is_slope {
-            false => known!(activation, |activation| map(
-                isa,
-                gate,
-                out,
-                #[inline(always)]
-                |_, u| value::<G::Acc, I>(isa, activation, u),
-            )),
-            true => known!(activation, |activation| map(
-                isa,
-                gate,
-                out,
-                #[inline(always)]
-                |_, u| slope::<G::Acc, I>(isa, activation, u),
-            )),
-        }
-    }
 }

@@ -100,50 +100,67 @@ impl<I: Isa, T: Real> Normal<I, T> {
         weight: Option<ColumnValues<I, T>>,
         bias: Option<ColumnValues<I, T>>,
     ) -> &'o mut [E] {
-        self.write_rounded::<E, X, E>(isa, x, y, round, weight, bias)
-    }
-
-    /// [`write`](Self::write) with `x̂` rounded to `R`, if it is to be rounded.
-    #[inline(always)]
-    pub(crate) fn write_rounded<'o, R: Elem<Acc = T>, X: Elem<Acc = T>, E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[X],
-        y: &'o mut [MaybeUninit<E>],
-        round: bool,
-        weight: Option<ColumnValues<I, T>>,
-        bias: Option<ColumnValues<I, T>>,
-    ) -> &'o mut [E] {
         match (weight, bias) {
             (None, None) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |_, x| self.rounded::<R>(isa, x, round),
+                |_, x| self.rounded::<E>(isa, x, round),
             ),
             (Some(w), None) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<R>(isa, x, round) * w.at(k),
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k),
             ),
             (None, Some(b)) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<R>(isa, x, round) + b.at(k),
+                |k, x| self.rounded::<E>(isa, x, round) + b.at(k),
             ),
             (Some(w), Some(b)) => map(
                 isa,
                 x,
                 y,
                 #[inline(always)]
-                |k, x| self.rounded::<R>(isa, x, round) * w.at(k) + b.at(k),
+                |k, x| self.rounded::<E>(isa, x, round) * w.at(k) + b.at(k),
             ),
         }
+    }
+
+    /// [`write`](Self::write) in the accumulator's precision, with `x̂` rounded to `R`, if it is to
+    /// be rounded: for what an activation follows, beside which the choices in the loop are cheap.
+    #[inline(always)]
+    pub(crate) fn write_wide<'o, R: Elem<Acc = T>, X: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        u: &'o mut [MaybeUninit<T>],
+        round: bool,
+        weight: Option<ColumnValues<I, T>>,
+        bias: Option<ColumnValues<I, T>>,
+    ) -> &'o mut [T] {
+        map(
+            isa,
+            x,
+            u,
+            #[inline(always)]
+            |k, x| {
+                let normal = self.rounded::<R>(isa, x, round);
+                let scaled = match &weight {
+                    Some(weight) => normal * weight.at(k),
+                    None => normal,
+                };
+                match &bias {
+                    Some(bias) => scaled + bias.at(k),
+                    None => scaled,
+                }
+            },
+        )
     }
 }
 

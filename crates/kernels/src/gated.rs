@@ -4,7 +4,7 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
-use super::activation::{Activation, GateValues};
+use super::activation::{Activation, ThroughActivation, activate};
 use super::affine::Normal;
 use super::buffer::{Part, Scratch, fill};
 use super::column_sums::{ColumnSums, combined, rows_per_block};
@@ -119,6 +119,7 @@ impl<E: Elem, G: Elem<Acc = E::Acc>> Kernel for GatedForward<'_, E, G> {
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, group) = (self.spec, self.spec.group);
         let (mut opened, mut h) = (Scratch::<E::Acc>::new(), Scratch::<E::Acc>::new());
+        let mut scratch = Scratch::new();
         let groups = spec.len / group;
         for (i, x) in self.x.chunks_exact(group).enumerate() {
             let weight = of_group(self.weight, i % groups * group, group);
@@ -130,12 +131,14 @@ impl<E: Elem, G: Elem<Acc = E::Acc>> Kernel for GatedForward<'_, E, G> {
                     group,
                     #[inline(always)]
                     |out| {
-                        isa.call(GateValues {
+                        activate(
+                            isa,
                             activation,
-                            gate,
+                            &mut scratch,
                             out,
-                            slope: false,
-                        })
+                            #[inline(always)]
+                            |z| converted(isa, gate, z),
+                        )
                     },
                 );
             }
@@ -285,8 +288,8 @@ struct GatedBackward<'a, E: Elem, G> {
 struct RowScratch<T> {
     /// The function of the gate.
     opened: Scratch<T>,
-    /// Its slope.
-    slope: Scratch<T>,
+    /// The gate.
+    z: Scratch<T>,
     /// What is normalized.
     h: Scratch<T>,
     /// The gradient of what the weight gives.
@@ -303,7 +306,7 @@ impl<T: Copy> RowScratch<T> {
     fn new() -> Self {
         Self {
             opened: Scratch::new(),
-            slope: Scratch::new(),
+            z: Scratch::new(),
             h: Scratch::new(),
             g: Scratch::new(),
             normal: Scratch::new(),
@@ -316,7 +319,7 @@ impl<T: Copy> RowScratch<T> {
     fn clear(&mut self) {
         let all = [
             &mut self.opened,
-            &mut self.slope,
+            &mut self.z,
             &mut self.h,
             &mut self.g,
             &mut self.normal,
@@ -342,22 +345,22 @@ impl<E: Elem, G: Elem<Acc = E::Acc>> Kernel for GatedBackward<'_, E, G> {
         for (row, (x, dy)) in rows.enumerate() {
             s.clear();
             let gate = of_group(self.gate, row * len, len);
+            let activation = spec.activation;
             if let Some(gate) = gate {
-                for (scratch, slope) in [(&mut s.opened, false), (&mut s.slope, true)] {
-                    let activation = spec.activation;
-                    scratch.push(
-                        len,
-                        #[inline(always)]
-                        |out| {
-                            isa.call(GateValues {
-                                activation,
-                                gate,
-                                out,
-                                slope,
-                            })
-                        },
-                    );
-                }
+                s.opened.push(
+                    len,
+                    #[inline(always)]
+                    |out| {
+                        activate(
+                            isa,
+                            activation,
+                            &mut s.z,
+                            out,
+                            #[inline(always)]
+                            |z| converted(isa, gate, z),
+                        )
+                    },
+                );
             }
             let (is_before, is_after) = match (gate, spec.gate) {
                 (None, _) => (false, false),
@@ -415,13 +418,17 @@ impl<E: Elem, G: Elem<Acc = E::Acc>> Kernel for GatedBackward<'_, E, G> {
             let Some(dgate) = &mut self.dgate else {
                 continue;
             };
-            let slope = s.slope.get();
+            let (u, dy) = (s.z.get(), if is_before { x } else { dy });
             s.rest.push(
                 len,
                 #[inline(always)]
-                |rest| match is_before {
-                    true => product(isa, x, slope, rest),
-                    false => product(isa, dy, slope, rest),
+                |g| {
+                    isa.call(ThroughActivation {
+                        activation,
+                        u,
+                        dy,
+                        g,
+                    })
                 },
             );
             let rest = s.rest.get();

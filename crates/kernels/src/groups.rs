@@ -5,11 +5,11 @@
 //! Planes too short for lanes take the weight and bias of every column of a group from an array
 //! instead.
 
-use super::activation::{Activation, activate, through};
+use super::activation::{Activate, Activation, ThroughActivation};
 use super::affine::{AffinePair, Normal, ScaledNormal};
 use super::buffer::{Part, Scratch, fill};
 use super::grads::{Gradients, InputGrad};
-use super::loops::{ColumnValues, map2, sums2};
+use super::loops::{ColumnValues, map, map2, sums2};
 use super::par;
 use super::shape::Shape;
 use super::simd::{Elem, Isa, Kernel, LANES, Real, splat};
@@ -132,7 +132,13 @@ pub(crate) fn forward<E: Elem>(
                 bias,
                 spec,
             });
-        par::run(x.len(), blocks);
+        match spec.activation {
+            None => par::run(x.len(), blocks),
+            Some(activation) => {
+                let blocks = blocks.map(|groups| ActivatedForward { groups, activation });
+                par::run(x.len(), blocks);
+            }
+        }
     });
     (y, stats)
 }
@@ -155,28 +161,25 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
-        let mut scratch = Scratch::new();
         let groups = self.x.chunks_exact(spec.len());
         for (i, (x, stats)) in groups.zip(self.stats).enumerate() {
             let row = self.first + i;
             *stats = Stats::of_row(isa, x, true, spec.eps);
             if inner >= LANES {
                 for (c, x) in x.chunks_exact(inner).enumerate() {
-                    let param = spec.first_param(row) + c;
-                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, param);
+                    let channel = spec.first_param(row) + c;
+                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
                     self.y.write(
                         inner,
                         #[inline(always)]
-                        |y| match spec.activation {
-                            None => normal.write(isa, x, y),
-                            Some(activation) => activate(
+                        |y| {
+                            map(
                                 isa,
-                                activation,
-                                &mut scratch,
+                                x,
                                 y,
                                 #[inline(always)]
-                                |u| normal.write(isa, x, u),
-                            ),
+                                |_, x| normal.of(x),
+                            )
                         },
                     );
                 }
@@ -188,17 +191,45 @@ impl<E: Elem> Kernel for GroupsForward<'_, E> {
             self.y.write(
                 x.len(),
                 #[inline(always)]
-                |y| match spec.activation {
-                    None => normal.write(isa, x, y, false, weight, bias),
-                    Some(activation) => activate(
-                        isa,
-                        activation,
-                        &mut scratch,
-                        y,
-                        #[inline(always)]
-                        |u| normal.write(isa, x, u, false, weight, bias),
-                    ),
-                },
+                |y| normal.write(isa, x, y, false, weight, bias),
+            );
+        }
+    }
+}
+
+/// Groups forward with an activation.
+struct ActivatedForward<'a, E: Elem> {
+    groups: GroupsForward<'a, E>,
+    activation: Activation,
+}
+
+impl<E: Elem> Kernel for ActivatedForward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self {
+            mut groups,
+            activation,
+        } = self;
+        let spec = groups.spec;
+        let mut scratch = Scratch::new();
+        let all = groups.x.chunks_exact(spec.len()).zip(groups.stats);
+        for (i, (x, stats)) in all.enumerate() {
+            *stats = Stats::of_row(isa, x, true, spec.eps);
+            let group = Group {
+                row: groups.first + i,
+                x,
+                stats: *stats,
+            };
+            scratch.clear();
+            let spread = [groups.weight, groups.bias];
+            group.write_wide(isa, spec, groups.affine, spread, &mut scratch);
+            let u = scratch.get();
+            groups.y.write(
+                x.len(),
+                #[inline(always)]
+                |y| isa.call(Activate { activation, u, y }),
             );
         }
     }
@@ -241,7 +272,7 @@ pub(crate) fn backward<E: Elem>(
         let sums = stats.chunks(per_block).zip(partial.chunks_mut(2 * sums));
         let blocks = blocks.zip(sums).enumerate();
         let blocks = blocks.map(
-            |(block, (((x, dy), dx), (stats, partial)))| GroupsBackward {
+            |(block, (((x, dy), dx), (stats, partial)))| GroupsBackward::<E, E> {
                 x,
                 dy,
                 dx,
@@ -254,7 +285,13 @@ pub(crate) fn backward<E: Elem>(
                 partial,
             },
         );
-        par::run(x.len(), blocks);
+        match spec.activation {
+            None => par::run(x.len(), blocks),
+            Some(activation) => {
+                let blocks = blocks.map(|groups| ActivatedBackward { groups, activation });
+                par::run(x.len(), blocks);
+            }
+        }
     });
     if spec.per_sample {
         let (mut dweight, mut dbias) = (Vec::with_capacity(params), Vec::with_capacity(params));
@@ -292,9 +329,9 @@ fn backward_passes<X: Elem, E: Elem<Acc = X::Acc>>(
     }
 }
 
-struct GroupsBackward<'a, E: Elem> {
+struct GroupsBackward<'a, E: Elem, D> {
     x: &'a [E],
-    dy: &'a [E],
+    dy: &'a [D],
     dx: Part<'a, E>,
     stats: &'a [Stats],
     /// The first group.
@@ -307,33 +344,60 @@ struct GroupsBackward<'a, E: Elem> {
     partial: &'a mut [f64],
 }
 
-impl<E: Elem> Kernel for GroupsBackward<'_, E> {
+/// Groups backward with an activation: `dy · act′(u)` of the block first.
+struct ActivatedBackward<'a, E: Elem> {
+    groups: GroupsBackward<'a, E, E>,
+    activation: Activation,
+}
+
+impl<E: Elem> Kernel for ActivatedBackward<'_, E> {
     type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        let len = self.spec.len();
-        let (mut scratch, mut g) = (Scratch::new(), Scratch::new());
-        let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
-        for (i, (x, dy)) in groups.enumerate() {
+    fn run<I: Isa>(self, isa: I) {
+        let Self { groups, activation } = self;
+        let (spec, len) = (groups.spec, groups.spec.len());
+        let (mut u, mut g) = (Scratch::new(), Scratch::new());
+        let all = groups.x.chunks_exact(len).zip(groups.dy.chunks_exact(len));
+        for (i, (x, dy)) in all.enumerate() {
             let group = Group {
-                row: self.first + i,
+                row: groups.first + i,
                 x,
-                stats: self.stats[i],
+                stats: groups.stats[i],
             };
-            match self.spec.activation {
-                None => self.group(isa, group, dy),
-                Some(activation) => {
-                    g.clear();
-                    self.through(isa, group, dy, activation, [&mut scratch, &mut g]);
-                    self.group(isa, group, g.get());
-                }
-            }
+            u.clear();
+            let spread = [groups.spread, groups.spread_bias];
+            group.write_wide(isa, spec, groups.affine, spread, &mut u);
+            let u = u.get();
+            g.push(
+                len,
+                #[inline(always)]
+                |g| {
+                    isa.call(ThroughActivation {
+                        activation,
+                        u,
+                        dy,
+                        g,
+                    })
+                },
+            );
         }
+        isa.call(GroupsBackward {
+            x: groups.x,
+            dy: g.get(),
+            dx: groups.dx,
+            stats: groups.stats,
+            first: groups.first,
+            affine: groups.affine,
+            spread: groups.spread,
+            spread_bias: groups.spread_bias,
+            spec,
+            partial: groups.partial,
+        });
     }
 }
 
-/// One group on its way backward.
+/// One group.
 #[derive(Clone, Copy)]
 struct Group<'a, E> {
     /// Its number, counted over all samples.
@@ -342,128 +406,131 @@ struct Group<'a, E> {
     stats: Stats,
 }
 
-impl<'a, E: Elem> GroupsBackward<'a, E> {
-    /// Adds `dy · act′(u)` of a group to the second scratch; `u` passes through the first.
+impl<E: Elem> Group<'_, E> {
+    /// Adds what an activation follows; `spread` has weight and bias as
+    /// [`GroupSpec::spread`] makes them.
     #[inline(always)]
-    fn through<I: Isa>(
+    fn write_wide<I: Isa>(
         &self,
         isa: I,
-        Group { row, x, stats }: Group<E>,
-        dy: &[E],
-        activation: Activation,
-        [scratch, g]: [&mut Scratch<E::Acc>; 2],
+        spec: GroupSpec,
+        affine: AffinePair<E::Acc>,
+        spread: [&[E::Acc]; 2],
+        u: &mut Scratch<E::Acc>,
     ) {
-        let (spec, inner) = (self.spec, self.spec.shape.inner);
+        let inner = spec.shape.inner;
         if inner >= LANES {
-            let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
-            for (c, (x, dy)) in planes.enumerate() {
-                let param = spec.first_param(row) + c;
-                let normal = ScaledNormal::<I, E::Acc>::new(isa, stats, self.affine, param);
-                through(
-                    isa,
-                    activation,
-                    dy,
-                    scratch,
-                    g,
+            for (c, x) in self.x.chunks_exact(inner).enumerate() {
+                let param = spec.first_param(self.row) + c;
+                let normal = ScaledNormal::<I, E::Acc>::new(isa, self.stats, affine, param);
+                u.push(
+                    inner,
                     #[inline(always)]
                     |u| normal.write(isa, x, u),
                 );
             }
             return;
         }
-        let weight = spec.columns(isa, self.spread, row);
-        let bias = spec.columns(isa, self.spread_bias, row);
-        let normal = Normal::<I, E::Acc>::new(isa, stats);
-        through(
-            isa,
-            activation,
-            dy,
-            scratch,
-            g,
+        let [weight, bias] = spread.map(
             #[inline(always)]
-            |u| normal.write(isa, x, u, false, weight, bias),
+            |values| spec.columns(isa, values, self.row),
+        );
+        let normal = Normal::<I, E::Acc>::new(isa, self.stats);
+        u.push(
+            self.x.len(),
+            #[inline(always)]
+            |u| normal.write_wide::<E, E>(isa, self.x, u, false, weight, bias),
         );
     }
+}
 
-    /// Writes `dx` of a group, and adds its sums.
+impl<E: Elem, D: Elem<Acc = E::Acc>> Kernel for GroupsBackward<'_, E, D> {
+    type Output = ();
+
     #[inline(always)]
-    fn group<D: Elem<Acc = E::Acc>, I: Isa>(&mut self, isa: I, group: Group<E>, dy: &[D]) {
+    fn run<I: Isa>(mut self, isa: I) {
         let (spec, inner) = (self.spec, self.spec.shape.inner);
-        let Group { row, x, stats } = group;
+        let len = spec.len();
+        let (dweight, dbias) = self.partial.split_at_mut(self.partial.len() / 2);
         let before = match spec.per_sample {
             true => spec.first_param(self.first),
             false => 0,
         };
-        let first = spec.first_param(row);
-        let middle = self.partial.len() / 2;
-        let (dweight, dbias) = self.partial.split_at_mut(middle);
-        let normal = Normal::<I, E::Acc>::new(isa, stats);
-        let weight = |c: usize| self.affine.weight.map_or(1., |w| w[c].to_f64());
-        let (mut along, mut mean) = (0., 0.);
-        let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
-        for (c, (x, dy)) in planes.enumerate() {
-            let [a, s] = sums2(
-                isa,
-                x,
-                dy,
-                #[inline(always)]
-                |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
-            );
-            let a = stats.along::<E::Acc>([a, s]);
-            dweight[first - before + c] += a;
-            dbias[first - before + c] += s;
-            along += a * weight(first + c);
-            mean += s * weight(first + c);
-        }
-        let n = x.len() as f64;
-        let grad = InputGrad {
-            mean: splat::<I, _>(isa, E::Acc::from_f64(mean / n)),
-            along: splat::<I, _>(isa, E::Acc::from_f64(along / n)),
-            scale: normal.inv_std,
-        };
-        if inner >= LANES {
-            let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
-            for (c, (x, dy)) in planes.enumerate() {
-                let w = splat::<I, _>(isa, E::Acc::from_f64(weight(first + c)));
-                self.dx.write(
-                    inner,
+        let groups = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
+        for (i, ((x, dy), stats)) in groups.zip(self.stats).enumerate() {
+            let row = self.first + i;
+            let first = spec.first_param(row);
+            let normal = Normal::<I, E::Acc>::new(isa, *stats);
+            let weight = |c: usize| self.affine.weight.map_or(1., |w| w[c].to_f64());
+            let (mut along, mut mean) = (0., 0.);
+            for (c, (x, dy)) in x
+                .chunks_exact(inner)
+                .zip(dy.chunks_exact(inner))
+                .enumerate()
+            {
+                let [a, s] = sums2(
+                    isa,
+                    x,
+                    dy,
                     #[inline(always)]
-                    |dx| {
-                        map2(
-                            isa,
-                            x,
-                            dy,
-                            dx,
-                            #[inline(always)]
-                            |_, x, dy| grad.of(normal.of(x), dy * w),
-                        )
-                    },
+                    |_, x, dy| [dy * normal.mean.distance_from_high(x), dy],
                 );
+                let a = stats.along::<E::Acc>([a, s]);
+                dweight[first - before + c] += a;
+                dbias[first - before + c] += s;
+                along += a * weight(first + c);
+                mean += s * weight(first + c);
             }
-            return;
+            let n = len as f64;
+            let grad = InputGrad {
+                mean: splat::<I, _>(isa, E::Acc::from_f64(mean / n)),
+                along: splat::<I, _>(isa, E::Acc::from_f64(along / n)),
+                scale: normal.inv_std,
+            };
+            if inner >= LANES {
+                let planes = x.chunks_exact(inner).zip(dy.chunks_exact(inner));
+                for (c, (x, dy)) in planes.enumerate() {
+                    let w = splat::<I, _>(isa, E::Acc::from_f64(weight(first + c)));
+                    self.dx.write(
+                        inner,
+                        #[inline(always)]
+                        |dx| {
+                            map2(
+                                isa,
+                                x,
+                                dy,
+                                dx,
+                                #[inline(always)]
+                                |_, x, dy| grad.of(normal.of(x), dy * w),
+                            )
+                        },
+                    );
+                }
+                continue;
+            }
+            let w = spec.columns(isa, self.spread, row);
+            self.dx.write(
+                len,
+                #[inline(always)]
+                |dx| match w {
+                    None => map2(
+                        isa,
+                        x,
+                        dy,
+                        dx,
+                        #[inline(always)]
+                        |_, x, dy| grad.of(normal.of(x), dy),
+                    ),
+                    Some(w) => map2(
+                        isa,
+                        x,
+                        dy,
+                        dx,
+                        #[inline(always)]
+                        |k, x, dy| grad.of(normal.of(x), dy * w.at(k)),
+                    ),
+                },
+            );
         }
-        let w = spec.columns(isa, self.spread, row);
-        self.dx.write(
-            x.len(),
-            #[inline(always)]
-            |dx| match w {
-                None => map2(
-                    isa,
-                    x,
-                    dy,
-                    dx,
-                    #[inline(always)]
-                    |_, x, dy| grad.of(normal.of(x), dy),
-                ),
-                Some(w) => map2(
-                    isa,
-                    x,
-                    dy,
-                    dx,
-                    #[inline(always)]
-                    |k, x, dy| grad.of(normal.of(x), dy * w.at(k)),
-                ),
-            },
-        );
     }
 }

@@ -93,7 +93,13 @@ fn forward_keeping<E: Elem>(
             affine,
             spec,
         });
-        par::run(x.len(), blocks);
+        match spec.activation {
+            None => par::run(x.len(), blocks),
+            Some(activation) => {
+                let blocks = blocks.map(|rows| ActivatedForward { rows, activation });
+                par::run(x.len(), blocks);
+            }
+        }
     });
     (y, stats)
 }
@@ -194,7 +200,6 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
-        let mut scratch = Scratch::new();
         for (pair, rows) in runs(self.first, self.x.len() / len, self.rows_per_pair) {
             let norm = Normalizer::new(isa, self.affine.part(pair, len), self.spec);
             let x = &self.x[rows.start * len..rows.end * len];
@@ -204,7 +209,7 @@ impl<E: Elem> Kernel for RowsForward<'_, E> {
                     Some(stats) => &mut stats[rows.start + group * ROWS..][..x.len() / len],
                     None => &mut passing[..x.len() / len],
                 };
-                norm.rows(isa, x, &mut self.y, stats, &mut scratch);
+                norm.rows(isa, x, &mut self.y, stats);
             }
         }
     }
@@ -238,21 +243,14 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
     /// Short rows take each step together: the sums of one are formed while those of another are
     /// still on their way to a mean.
     #[inline(always)]
-    fn rows<E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[E],
-        y: &mut Part<E>,
-        stats: &mut [Stats],
-        scratch: &mut Scratch<T>,
-    ) {
+    fn rows<E: Elem<Acc = T>>(&self, isa: I, x: &[E], y: &mut Part<E>, stats: &mut [Stats]) {
         let RowSpec {
             len, center, eps, ..
         } = self.spec;
         let rows = x.chunks_exact(len);
         if len > SHORT || stats.len() < ROWS || !center {
             for (x, stats) in rows.zip(stats) {
-                *stats = self.row(isa, x, y, scratch);
+                *stats = self.row(isa, x, y);
             }
             return;
         }
@@ -268,7 +266,7 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
             *stats = Stats::new(moments.mean, moments.var(), eps);
         }
         for (x, stats) in rows.zip(stats) {
-            self.write(isa, *stats, x, y, scratch);
+            self.write(isa, *stats, x, y);
         }
     }
 
@@ -279,39 +277,80 @@ impl<'a, I: Isa, T: Real> Normalizer<'a, I, T> {
         stats: Stats,
         x: &[X],
         y: &mut Part<E>,
-        scratch: &mut Scratch<T>,
     ) {
         let normal = Normal::<I, T>::new(isa, stats);
-        let (round, weight, bias) = (self.spec.round_first, self.weight, self.bias);
+        let round = self.spec.round_first;
         y.write(
             x.len(),
             #[inline(always)]
-            |y| match self.spec.activation {
-                None => normal.write(isa, x, y, round, weight, bias),
-                Some(activation) => activate(
-                    isa,
-                    activation,
-                    scratch,
-                    y,
-                    #[inline(always)]
-                    |u| normal.write_rounded::<E, X, T>(isa, x, u, round, weight, bias),
-                ),
-            },
+            |y| normal.write(isa, x, y, round, self.weight, self.bias),
         );
+    }
+
+    /// Writes what an activation follows, of a row `x`, with the normalized value rounded to `R`.
+    #[inline(always)]
+    fn write_wide<'o, R: Elem<Acc = T>, X: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        stats: Stats,
+        x: &[X],
+        u: &'o mut [MaybeUninit<T>],
+    ) -> &'o mut [T] {
+        let normal = Normal::<I, T>::new(isa, stats);
+        let round = self.spec.round_first;
+        normal.write_wide::<R, X>(isa, x, u, round, self.weight, self.bias)
     }
 
     /// Writes `y` of a row `x`, and returns what it was normalized by.
     #[inline(always)]
-    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(
-        &self,
-        isa: I,
-        x: &[X],
-        y: &mut Part<E>,
-        scratch: &mut Scratch<T>,
-    ) -> Stats {
+    fn row<X: Elem<Acc = T>, E: Elem<Acc = T>>(&self, isa: I, x: &[X], y: &mut Part<E>) -> Stats {
         let stats = Stats::of_row(isa, x, self.spec.center, self.spec.eps);
-        self.write(isa, stats, x, y, scratch);
+        self.write(isa, stats, x, y);
         stats
+    }
+}
+
+/// Rows forward with an activation.
+struct ActivatedForward<'a, E: Elem> {
+    rows: RowsForward<'a, E>,
+    activation: Activation,
+}
+
+impl<E: Elem> Kernel for ActivatedForward<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self {
+            mut rows,
+            activation,
+        } = self;
+        let (spec, len) = (rows.spec, rows.spec.len);
+        let mut scratch = Scratch::new();
+        for (pair, span) in runs(rows.first, rows.x.len() / len, rows.rows_per_pair) {
+            let norm = Normalizer::new(isa, rows.affine.part(pair, len), spec);
+            let x = &rows.x[span.start * len..span.end * len];
+            for (row, x) in span.zip(x.chunks_exact(len)) {
+                let stats = Stats::of_row(isa, x, spec.center, spec.eps);
+                if let Some(kept) = &mut rows.stats {
+                    kept[row] = stats;
+                }
+                rows.y.write(
+                    len,
+                    #[inline(always)]
+                    |y| {
+                        activate(
+                            isa,
+                            activation,
+                            &mut scratch,
+                            y,
+                            #[inline(always)]
+                            |u| norm.write_wide::<E, E>(isa, stats, x, u),
+                        )
+                    },
+                );
+            }
+        }
     }
 }
 
@@ -476,7 +515,6 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
     fn run<I: Isa>(mut self, isa: I) {
         let len = self.spec.len;
         let norm = Normalizer::new(isa, self.affine, self.spec);
-        let mut scratch = Scratch::new();
         let rows = self
             .x
             .chunks_exact(len)
@@ -487,7 +525,7 @@ impl<E: Elem> Kernel for AddedRowsForward<'_, E> {
                 #[inline(always)]
                 |sum| {
                     let sum = write_sum(isa, [x, residual], sum, self.rounded.as_mut());
-                    *stats = norm.row(isa, &*sum, &mut self.y, &mut scratch);
+                    *stats = norm.row(isa, &*sum, &mut self.y);
                     sum
                 },
             );
@@ -526,7 +564,7 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
         let all = inputs.zip(dx.flat_map(|dx| dx.divide(size))).zip(stats);
         let mut first = 0;
         let all = all.map(|(((x, dy), dx), stats)| {
-            let block = RowsBackward {
+            let block = RowsBackward::<X, E, E> {
                 x,
                 dy,
                 dx,
@@ -536,11 +574,18 @@ pub(crate) fn backward<X: Elem, E: Elem<Acc = X::Acc>>(
                 affine,
                 spec,
                 partial: partials.next().unwrap_or_default(),
+                rounded: PhantomData,
             };
             first += stats.len();
             block
         });
-        par::run(x.len(), all);
+        match spec.activation {
+            None => par::run(x.len(), all),
+            Some(activation) => {
+                let all = all.map(|rows| ActivatedBackward { rows, activation });
+                par::run(x.len(), all);
+            }
+        }
     });
     let [dweight, dbias] = blocks.by_pair(&partial, width);
     Gradients { dx, dweight, dbias }
@@ -650,7 +695,7 @@ fn backward_passes<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>>(
     }
 }
 
-struct RowsBackward<'a, X: Elem, E> {
+struct RowsBackward<'a, X: Elem, E, R> {
     x: &'a [X],
     dy: &'a [E],
     dx: Part<'a, X>,
@@ -663,62 +708,95 @@ struct RowsBackward<'a, X: Elem, E> {
     /// The sums of this block for each weight and bias: those of `dy · x̂` for each column, then
     /// those of `dy`; empty if nobody wants them.
     partial: &'a mut [f64],
+    /// The element that the forward may have rounded to.
+    rounded: PhantomData<R>,
 }
 
-impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E> {
+impl<X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>> Kernel for RowsBackward<'_, X, E, R> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(mut self, isa: I) {
         let (spec, len) = (self.spec, self.spec.len);
         let mut partials = self.partial.chunks_mut(2 * len);
-        let (mut scratch, mut g) = (Scratch::new(), Scratch::new());
         for (pair, rows) in runs(self.first, self.stats.len(), self.rows_per_pair) {
             let partial = partials.next().unwrap_or_default();
             let mut sums = ColumnSums::<I, X::Acc, 2>::new(isa, partial);
-            let affine = self.affine.part(pair, len);
+            let weight = ColumnFactor::new(isa, self.affine.part(pair, len).weight);
             let elements = rows.start * len..rows.end * len;
             let pairs = self.x[elements.clone()]
                 .chunks(ROWS_BACKWARD * len)
                 .zip(self.dy[elements].chunks(ROWS_BACKWARD * len));
             for ((x, dy), stats) in pairs.zip(self.stats[rows].chunks(ROWS_BACKWARD)) {
-                match spec.activation {
-                    None => {
-                        let tile = RowTile::<X, E, E>::new(x, dy, stats, spec);
-                        tile.run(isa, affine.weight, &mut sums, &mut self.dx);
-                    }
-                    Some(activation) => {
-                        g.clear();
-                        let norm = Normalizer::<I, X::Acc>::new(isa, affine, spec);
-                        let rows = x.chunks_exact(len).zip(dy.chunks_exact(len));
-                        for ((x, dy), stats) in rows.zip(stats) {
-                            let normal = Normal::<I, X::Acc>::new(isa, *stats);
-                            through(
-                                isa,
-                                activation,
-                                dy,
-                                &mut scratch,
-                                &mut g,
-                                #[inline(always)]
-                                |u| {
-                                    normal.write_rounded::<E, X, X::Acc>(
-                                        isa,
-                                        x,
-                                        u,
-                                        spec.round_first,
-                                        norm.weight,
-                                        norm.bias,
-                                    )
-                                },
-                            );
-                        }
-                        let tile = RowTile::<X, X::Acc, E>::new(x, g.get(), stats, spec);
-                        tile.run(isa, affine.weight, &mut sums, &mut self.dx);
+                if stats.len() == ROWS_BACKWARD {
+                    let rows = RowTile::<X, E, R>::new(x, dy, stats, spec);
+                    self.dx.write(
+                        x.len(),
+                        #[inline(always)]
+                        |dx| rows.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
+                    );
+                } else {
+                    let pairs = x.chunks_exact(len).zip(dy.chunks_exact(len));
+                    for ((x, dy), stats) in pairs.zip(stats.chunks(1)) {
+                        let row = RowTile::<X, E, R>::new(x, dy, stats, spec);
+                        self.dx.write(
+                            len,
+                            #[inline(always)]
+                            |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
+                        );
                     }
                 }
+                sums.added(isa, stats.len());
             }
             sums.finish(isa);
         }
+    }
+}
+
+/// Rows backward with an activation: `dy · act′(u)` of the block first, which then is still in
+/// cache.
+struct ActivatedBackward<'a, X: Elem, E> {
+    rows: RowsBackward<'a, X, E, E>,
+    activation: Activation,
+}
+
+impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for ActivatedBackward<'_, X, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { rows, activation } = self;
+        let (spec, len) = (rows.spec, rows.spec.len);
+        let (mut scratch, mut g) = (Scratch::new(), Scratch::new());
+        for (pair, span) in runs(rows.first, rows.stats.len(), rows.rows_per_pair) {
+            let norm = Normalizer::<I, X::Acc>::new(isa, rows.affine.part(pair, len), spec);
+            for row in span {
+                let elements = row * len..(row + 1) * len;
+                let (x, dy) = (&rows.x[elements.clone()], &rows.dy[elements]);
+                let stats = rows.stats[row];
+                through(
+                    isa,
+                    activation,
+                    dy,
+                    &mut scratch,
+                    &mut g,
+                    #[inline(always)]
+                    |u| norm.write_wide::<E, X>(isa, stats, x, u),
+                );
+            }
+        }
+        isa.call(RowsBackward::<X, X::Acc, E> {
+            x: rows.x,
+            dy: g.get(),
+            dx: rows.dx,
+            stats: rows.stats,
+            first: rows.first,
+            rows_per_pair: rows.rows_per_pair,
+            affine: rows.affine,
+            spec,
+            partial: rows.partial,
+            rounded: PhantomData,
+        });
     }
 }
 
@@ -756,36 +834,6 @@ impl<'a, X: Elem, E: Elem<Acc = X::Acc>, R: Elem<Acc = X::Acc>> RowTile<'a, X, E
             spec,
             rounded: PhantomData,
         }
-    }
-
-    /// Writes `dx` of the rows, [`ROWS_BACKWARD`] of them or fewer, and adds to their sums.
-    #[inline(always)]
-    fn run<I: Isa>(
-        self,
-        isa: I,
-        weight: Option<&[X::Acc]>,
-        sums: &mut ColumnSums<I, X::Acc, 2>,
-        dx: &mut Part<X>,
-    ) {
-        let (weight, len) = (ColumnFactor::new(isa, weight), self.spec.len);
-        if self.stats.len() == ROWS_BACKWARD {
-            dx.write(
-                self.x.len(),
-                #[inline(always)]
-                |dx| self.write::<ROWS_BACKWARD, I>(isa, weight, sums.chunks(), dx),
-            );
-        } else {
-            let pairs = self.x.chunks_exact(len).zip(self.dy.chunks_exact(len));
-            for ((x, dy), stats) in pairs.zip(self.stats.chunks(1)) {
-                let row = Self::new(x, dy, stats, self.spec);
-                dx.write(
-                    len,
-                    #[inline(always)]
-                    |dx| row.write::<1, I>(isa, weight, sums.chunks(), dx),
-                );
-            }
-        }
-        sums.added(isa, self.stats.len());
     }
 
     /// Writes `dx` of `N` rows: first the two sums of each, then all of them column by column.

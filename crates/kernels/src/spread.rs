@@ -399,14 +399,14 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadNormalize<'_, X, E> {
                 x.len(),
                 #[inline(always)]
                 |y| match self.activation {
-                    None => plane.write::<E, X, E>(isa, x, y),
+                    None => plane.write(isa, x, y),
                     Some(activation) => activate(
                         isa,
                         activation,
                         &mut scratch,
                         y,
                         #[inline(always)]
-                        |u| plane.write::<E, X, X::Acc>(isa, x, u),
+                        |u| plane.write_wide::<E, X>(isa, x, u),
                     ),
                 },
             );
@@ -460,9 +460,9 @@ impl<'a, I: Isa, T: Real> PlaneNormal<'a, I, T> {
         }
     }
 
-    /// `x̂ · weight + bias`, with `x̂` rounded to `R`, if it is to be.
+    /// `x̂ · weight + bias`, with `x̂` rounded to `E`, if it is to be.
     #[inline(always)]
-    fn write<'o, R: Elem<Acc = T>, X: Elem<Acc = T>, E: Elem<Acc = T>>(
+    fn write<'o, X: Elem<Acc = T>, E: Elem<Acc = T>>(
         &self,
         isa: I,
         x: &[X],
@@ -474,8 +474,27 @@ impl<'a, I: Isa, T: Real> PlaneNormal<'a, I, T> {
                 weight,
                 bias,
                 round,
-            } => normal.write_rounded::<R, X, E>(isa, x, y, *round, *weight, *bias),
+            } => normal.write(isa, x, y, *round, *weight, *bias),
             Self::Whole(normal) => normal.write(isa, x, y),
+        }
+    }
+
+    /// [`write`](Self::write) in the accumulator's precision, with `x̂` rounded to `R`.
+    #[inline(always)]
+    fn write_wide<'o, R: Elem<Acc = T>, X: Elem<Acc = T>>(
+        &self,
+        isa: I,
+        x: &[X],
+        u: &'o mut [MaybeUninit<T>],
+    ) -> &'o mut [T] {
+        match self {
+            Self::Columns {
+                normal,
+                weight,
+                bias,
+                round,
+            } => normal.write_wide::<R, X>(isa, x, u, *round, *weight, *bias),
+            Self::Whole(normal) => normal.write(isa, x, u),
         }
     }
 }
@@ -540,7 +559,7 @@ impl<X: Elem, E: Elem<Acc = X::Acc>> Kernel for SpreadThrough<'_, X, E> {
             scratch.push(
                 x.len(),
                 #[inline(always)]
-                |u| plane.write::<E, X, X::Acc>(isa, x, u),
+                |u| plane.write_wide::<E, X>(isa, x, u),
             );
             let u = scratch.get();
             self.g.write(

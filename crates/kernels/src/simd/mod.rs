@@ -165,8 +165,8 @@ pub(crate) trait Isa: Copy {
     type F32: Vector<Self, f32>;
     type F64: Vector<Self, f64>;
 
-    /// Runs a kernel as a function of its own with the instruction set, for what is too large to be
-    /// inlined wherever it is used.
+    /// Runs a kernel as a function of its own with the instruction set: compiled once, wherever it
+    /// is used.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
     fn widen_f16(self, v: [u16; LANES]) -> Self::F32;
@@ -316,15 +316,15 @@ impl Level {
             Level::Baseline => {}
             Level::Avx2 => {
                 if let Some(isa) = x86::Avx2::detect() {
-                    return isa.run(kernel);
+                    return isa.call(kernel);
                 }
             }
             Level::Avx512 => {
                 if let Some(isa) = x86::Avx512::detect() {
-                    return isa.run(kernel);
+                    return isa.call(kernel);
                 }
             }
         }
-        kernel.run(Baseline)
+        Baseline.call(kernel)
     }
 }
