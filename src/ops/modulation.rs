@@ -174,7 +174,11 @@ impl<'a> Scaling<'a> {
         let scaled = |own: &Option<Tensor>| -> Result<Option<(Tensor, Form)>> {
             let Some(own) = own else { return Ok(None) };
             Ok(Some(match &factor {
-                None => ((own * modulation.offset)?, Form::Shared),
+                // By a tensor: candle gives what is multiplied by the number zero no gradient.
+                None => {
+                    let offset = (own.detach().zeros_like()? + modulation.offset)?;
+                    ((own * offset)?, Form::Shared)
+                }
                 Some((factor, form)) => {
                     let dims = place.dims(*form).to_vec();
                     let factor = factor.reshape(dims)?;

@@ -358,7 +358,8 @@ impl Kind {
         };
         let scaled = match modulation.scale {
             Some(scale) => (y * (spread(scale)? + modulation.offset)?)?,
-            None => (y * modulation.offset)?,
+            // By a tensor: candle gives what is multiplied by the number zero no gradient.
+            None => (&y * (y.detach().zeros_like()? + modulation.offset)?)?,
         };
         match modulation.shift {
             Some(shift) => scaled + spread(shift)?,
