@@ -1,8 +1,9 @@
 //! The fused kernels against loops in float64: the same suite for every instruction set and dtype,
 //! and for the CUDA kernels on the emulator.
 //!
-//! What this processor cannot run is reported as ignored, by name: `avx512::f32::layer_norm ... ignored`. The sizes are those at which a blocking
-//! has a remainder, whatever the blocking is: lanes, rows that go together, runs, blocks, jobs.
+//! What this processor cannot run is reported as ignored, by name: `avx512::f32::layer_norm ...
+//! ignored`. The sizes are those at which a blocking has a remainder, whatever the blocking is:
+//! lanes, rows that go together, runs, blocks, jobs.
 
 // Its own tests are for the harness of the other programs.
 #[allow(unused_imports)]
@@ -84,7 +85,8 @@ impl Stamp {
         tolerance(self.dtype)
     }
 
-    /// The dtypes of one of many cases: half precision takes turns with parameters of its own and with those of `f32`.
+    /// The dtypes of one of many cases: half precision takes turns with parameters of its own and
+    /// with those of `f32`.
     pub(crate) fn dtypes(self, case: usize) -> DTypes {
         let half = matches!(self.dtype, DType::F16 | DType::BF16);
         match half && case % 2 == 1 {
@@ -96,7 +98,8 @@ impl Stamp {
         }
     }
 
-    /// Compares `y`, `dx`, `dweight` and `dbias` of one of many cases, which take turns with the parameters that there are.
+    /// Compares `y`, `dx`, `dweight` and `dbias` of one of many cases, which take turns with the
+    /// parameters that there are.
     pub(crate) fn check(self, case: usize, kind: Kind, dims: &[usize]) {
         if !self.takes(dims.iter().product()) {
             return;
@@ -159,7 +162,8 @@ fn suite(dtype: DType) -> Vec<Check> {
     }
 }
 
-/// Every check of the suite for every instruction set and dtype, those ignored that this processor cannot run.
+/// Every check of the suite for every instruction set and dtype, those ignored that this processor
+/// cannot run.
 fn trials() -> Vec<Trial> {
     let dtypes = [
         ("f32", DType::F32),

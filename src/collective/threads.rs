@@ -384,7 +384,7 @@ impl std::fmt::Display for Post {
     }
 }
 
-/// What all ranks get.
+/// The result on all ranks.
 #[derive(Debug, Clone)]
 enum Outcome {
     F64(Arc<Vec<f64>>),

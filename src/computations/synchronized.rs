@@ -346,7 +346,7 @@ pub(crate) enum First {
     Again,
 }
 
-/// What one rank has.
+/// Values of one rank.
 pub(crate) struct Local<'a> {
     /// Values of a channel.
     pub(crate) count: f64,

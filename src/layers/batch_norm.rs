@@ -45,8 +45,8 @@ pub struct BatchNormOptions {
     /// variables. Default: false.
     pub refuse_non_finite: bool,
     /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
-    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
-    /// `Mish`. Default: none.
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`,
+    /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
 }
@@ -395,7 +395,7 @@ impl BatchNorm {
         }
     }
 
-    /// What follows the normalized values.
+    /// Steps after the normalization.
     fn scaling(&self) -> Result<Scaling<'_>> {
         Scaling::new(self.weight(), self.bias()).activated(LAYER, self.options.activation)
     }

@@ -225,8 +225,8 @@ pub struct ScaleShiftTable {
 /// A [`ScaleShiftTable`] of chunks of `num_features` numbers each, taken from `vb`.
 ///
 /// Parameter: `scale_shift_table` `[chunks, num_features]`, or with a first axis of 1, as in Wan. A
-/// new one is drawn from a normal distribution of deviation `1 / √num_features`. PixArt and Wan have
-/// six chunks: shift, scale, gate for attention, then for the MLP.
+/// new one is drawn from a normal distribution of deviation `1 / √num_features`. PixArt and Wan
+/// have six chunks: shift, scale, gate for attention, then for the MLP.
 ///
 /// # Errors
 /// No chunks, a table of another shape.

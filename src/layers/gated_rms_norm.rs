@@ -19,10 +19,10 @@ const LAYER: &str = "GatedRmsNorm";
 /// - `z` is the gate, a second input of the shape of `x`; `act` is `activation`;
 /// - `w` is `weight`, one value a feature; ε is `eps`.
 ///
-/// Mamba 2: Dao and Gu, 2024, <https://arxiv.org/abs/2405.21060>; gated DeltaNet: Yang et al., 2024,
-/// <https://arxiv.org/abs/2412.06464>; Kimi Linear: <https://arxiv.org/abs/2510.26692>. The dtype is
-/// `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once, or where
-/// `cast` says. It has two inputs, so that it is no `Module`.
+/// Mamba 2: Dao and Gu, 2024, <https://arxiv.org/abs/2405.21060>; gated DeltaNet: Yang et al.,
+/// 2024, <https://arxiv.org/abs/2412.06464>; Kimi Linear: <https://arxiv.org/abs/2510.26692>. The
+/// dtype is `f16`, `bf16`, `f32` or `f64`; half precision is computed in `f32` and rounded once, or
+/// where `cast` says. It has two inputs, so that it is no `Module`.
 #[derive(Debug, Clone)]
 pub struct GatedRmsNorm {
     params: AffineParams,
@@ -124,8 +124,8 @@ impl GatedRmsNorm {
     /// Normalizes each row of `xs` with a gate; without, it is a grouped RMS norm.
     ///
     /// # Shapes
-    /// `xs`, `gate`: `[*, num_features]`, the same; the output is contiguous, of the shape and dtype
-    /// of `xs`. A gate of half-precision `xs` may be `f32`.
+    /// `xs`, `gate`: `[*, num_features]`, the same; the output is contiguous, of the shape and
+    /// dtype of `xs`. A gate of half-precision `xs` may be `f32`.
     ///
     /// # Errors
     /// An input of another number of features, dtype or device; a gate of another shape.

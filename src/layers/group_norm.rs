@@ -19,8 +19,8 @@ pub struct GroupNormOptions {
     /// Learned parameters. Default: weight and bias.
     pub affine: Affine,
     /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
-    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
-    /// `Mish`. Default: none.
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`,
+    /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
 }
@@ -246,7 +246,7 @@ impl GroupNorm {
         self.normalized(xs, self.scaling()?.modulated(modulation))
     }
 
-    /// What follows the normalized values.
+    /// Steps after the normalization.
     fn scaling(&self) -> Result<Scaling<'_>> {
         let scaling = Scaling::new(self.params.weight(), self.params.bias());
         scaling.activated("GroupNorm", self.options.activation)

@@ -38,8 +38,8 @@ pub struct InstanceNormOptions {
     /// variables. Default: false.
     pub refuse_non_finite: bool,
     /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
-    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
-    /// `Mish`. Default: none.
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`,
+    /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
 }
@@ -253,7 +253,7 @@ impl InstanceNorm {
         self.normalized(xs, self.scaling()?.modulated(modulation), train)
     }
 
-    /// What follows the normalized values.
+    /// Steps after the normalization.
     fn scaling(&self) -> Result<Scaling<'_>> {
         Scaling::new(self.weight(), self.bias()).activated(LAYER, self.options.activation)
     }

@@ -26,8 +26,8 @@ pub struct LayerNormOptions {
     /// Default: false.
     pub channels_first: bool,
     /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
-    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
-    /// `Mish`. Default: none.
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`,
+    /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
 }
@@ -329,7 +329,8 @@ impl LayerNorm {
     /// let norm = layer_norm(8, options, vb)?;
     /// let tokens = Tensor::randn(0f32, 1., (2, 3, 8), &Device::Cpu)?;
     /// // One row for each sample, projected from a condition.
-    /// let (scale, shift) = (Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?, tokens.get_on_dim(1, 0)?);
+    /// let scale = Tensor::zeros((2, 8), DType::F32, &Device::Cpu)?;
+    /// let shift = tokens.get_on_dim(1, 0)?;
     /// let y = norm.forward_modulated(&tokens, Some(&scale), Some(&shift))?;
     /// assert_eq!(y.dims(), [2, 3, 8]);
     /// # Ok::<(), candle_core::Error>(())
@@ -352,7 +353,7 @@ impl LayerNorm {
         row_norm(xs, &self.normalized_shape, scaling, &self.norm)
     }
 
-    /// What follows the normalized values.
+    /// Steps after the normalization.
     fn scaling(&self) -> Scaling<'_> {
         Scaling::new(self.params.weight(), self.params.bias())
     }

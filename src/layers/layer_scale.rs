@@ -54,8 +54,8 @@ impl From<f64> for LayerScaleOptions {
 /// - `β` is `beta`, `[C]`, which starts from 0.
 ///
 /// Touvron et al., 2021, <https://arxiv.org/abs/2103.17239> (CaiT).
-/// [`forward_add`](Self::forward_add) adds the residual in the same pass. Training and inference are
-/// the same, so the layer is a [`Module`].
+/// [`forward_add`](Self::forward_add) adds the residual in the same pass. Training and inference
+/// are the same, so the layer is a [`Module`].
 #[derive(Debug, Clone)]
 pub struct LayerScale {
     gamma: Tensor,
@@ -80,7 +80,8 @@ pub struct LayerScale {
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
 /// let scale = candle_norm::layer_scale(2, 0.5, vb)?;
-/// let (x, residual) = (Tensor::new(&[[3f64, -1.]], &Device::Cpu)?, Tensor::new(&[[1f64, 2.]], &Device::Cpu)?);
+/// let x = Tensor::new(&[[3f64, -1.]], &Device::Cpu)?;
+/// let residual = Tensor::new(&[[1f64, 2.]], &Device::Cpu)?;
 /// assert_eq!(scale.forward(&x)?.to_vec2::<f64>()?, [[1.5, -0.5]]);
 /// assert_eq!(scale.forward_add(&x, &residual)?.to_vec2::<f64>()?, [[2.5, 1.5]]);
 /// # Ok::<(), candle_core::Error>(())

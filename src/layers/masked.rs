@@ -9,12 +9,12 @@ use super::instance_norm::InstanceNorm;
 use crate::ops::{self, BatchStatistics, Mask, check};
 
 impl BatchNorm {
-    /// [`forward_t`](candle_nn::ModuleT::forward_t) of a padded batch, whose statistics are those of
-    /// the valid positions.
+    /// [`forward_t`](candle_nn::ModuleT::forward_t) of a padded batch, whose statistics are those
+    /// of the valid positions.
     ///
     /// `mask` is not zero where a position is valid, as in Keras, Flax and `attention_mask`;
-    /// PyTorch's `key_padding_mask` is the opposite. The output is 0 at invalid positions, and so is
-    /// the gradient there: what stands in them, NaN included, reaches nothing. In inference with
+    /// PyTorch's `key_padding_mask` is the opposite. The output is 0 at invalid positions, and so
+    /// is the gradient there: what stands in them, NaN included, reaches nothing. In inference with
     /// running statistics, zeros are all that the mask makes.
     ///
     /// # Shapes
@@ -51,8 +51,8 @@ impl BatchNorm {
 }
 
 impl InstanceNorm {
-    /// [`forward_t`](candle_nn::ModuleT::forward_t) of a padded batch, whose statistics are those of
-    /// the valid positions of each sample: as
+    /// [`forward_t`](candle_nn::ModuleT::forward_t) of a padded batch, whose statistics are those
+    /// of the valid positions of each sample: as
     /// [`BatchNorm::forward_masked_t`](crate::BatchNorm::forward_masked_t).
     ///
     /// A sample of one valid position gives the bias there; running statistics leave such samples

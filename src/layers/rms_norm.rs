@@ -29,8 +29,8 @@ pub struct RmsNormOptions {
     /// Normalize axis 1 of `[N, C, *]` maps at each position. Default: false.
     pub channels_first: bool,
     /// Follows weight and bias, in the same pass, forward and backward: `Relu`, `Relu6`,
-    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`, `Sigmoid`,
-    /// `Mish`. Default: none.
+    /// `LeakyRelu`, `Silu` or `Swish`, `Gelu`, `NewGelu` or `GeluPytorchTanh`, `HardSwish`,
+    /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
 }

@@ -55,13 +55,13 @@ impl Default for SpectralNormOptions {
 ///   [`ConvTranspose2d`].
 ///
 /// Miyato et al., 2018, <https://arxiv.org/abs/1802.05957>. Training changes `u` and `v`, and
-/// inference uses them as they are, so the layer is a [`ModuleT`]. They are `f32` (`f64` in an `f64`
-/// model), variables of the model that no optimizer changes
+/// inference uses them as they are, so the layer is a [`ModuleT`]. They are `f32` (`f64` in an
+/// `f64` model), variables of the model that no optimizer changes
 /// ([`trainable_vars`](crate::trainable_vars) leaves them out), and `Norm::buffers` has them.
 /// Threads that train the layer lose no step. A discriminator that is called twice makes two.
 ///
-/// A zero weight gives zeros, and gradients of zero. [`bake`](Self::bake) gives the plain layer with
-/// the weight of now.
+/// A zero weight gives zeros, and gradients of zero. [`bake`](Self::bake) gives the plain layer
+/// with the weight of now.
 #[derive(Debug, Clone)]
 pub struct SpectralNorm<L: Weighted> {
     weight: Tensor,
@@ -115,7 +115,7 @@ impl Vectors {
         self.put(&self.guard(), vectors)
     }
 
-    /// What was there before `step`, if no other thread has made a step since.
+    /// The vectors before `step`, if no other thread has made a step since.
     fn take_back(&self, step: &[Tensor; 2], before: &[Tensor; 2]) -> Result<()> {
         let guard = self.guard();
         let [now, _] = self.copies(&guard)?;
@@ -404,8 +404,9 @@ impl<L: Weighted> Norm for SpectralNorm<L> {
 /// A [`Linear`] with a bias, its weight over its spectral norm, its parameters taken from `vb`.
 ///
 /// Names: `parametrizations.weight.original` (also found as `weight_orig`), `bias`, and the vectors
-/// `parametrizations.weight.0._u` and `.._v` (also found as `weight_u` and `weight_v`). A checkpoint
-/// that has the plain `weight` starts from it, with fresh vectors, or with those of BigGAN's `u0`.
+/// `parametrizations.weight.0._u` and `.._v` (also found as `weight_u` and `weight_v`). A
+/// checkpoint that has the plain `weight` starts from it, with fresh vectors, or with those of
+/// BigGAN's `u0`.
 ///
 /// # Errors
 /// Options out of range, tensors of another shape, vectors that are not finite.

@@ -232,8 +232,8 @@ macro_rules! convolution {
     ) => {
         #[doc = $doc]
         ///
-        /// Parameters: `weight`, `gain` with a γ, `[out_channels, 1, ..]`, and `bias`: the file of a
-        /// plain layer loads as it is. Initial values are drawn as candle-nn draws them.
+        /// Parameters: `weight`, `gain` with a γ, `[out_channels, 1, ..]`, and `bias`: the file of
+        /// a plain layer loads as it is. Initial values are drawn as candle-nn draws them.
         ///
         /// # Errors
         /// Options out of range, a stride or dilation of zero, groups that do not divide the

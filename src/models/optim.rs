@@ -78,11 +78,10 @@ pub fn trainable_vars(vars: &VarMap) -> Vec<Var> {
 /// The variables of `vars` in three groups, each in the order of their names.
 ///
 /// Told by name and shape: running statistics and biases by their names; norms by having at most
-/// one axis, or a weight and a bias of the same shape, or by being the magnitude of a weight norm or
-/// the gain of a standardized weight.
-/// The direction `v` of a weight norm decays as the weight would, which leaves the function as it
-/// is and keeps `v` from growing. A norm's weight of two axes or more without a bias looks like a
-/// linear layer: see [`ParamGroups::exempt`].
+/// one axis, or a weight and a bias of the same shape, or by being the magnitude of a weight norm
+/// or the gain of a standardized weight. The direction `v` of a weight norm decays as the weight
+/// would, which leaves the function as it is and keeps `v` from growing. A norm's weight of two
+/// axes or more without a bias looks like a linear layer: see [`ParamGroups::exempt`].
 ///
 /// ```
 /// use candle_core::{DType, Device};

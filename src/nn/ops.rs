@@ -87,9 +87,9 @@ pub fn rms_norm_slow(x: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 
 /// Softmax along the last axis.
 ///
-/// `y = exp(xs − max) / Σ exp(xs − max)`, for each row by itself: [`ops::softmax_last_dim`], which is
-/// fused with its backward on the CPU, and differentiable to any order. Half precision is computed
-/// in `f32` and rounded once. A row of −∞ alone gives NaN, as in PyTorch.
+/// `y = exp(xs − max) / Σ exp(xs − max)`, for each row by itself: [`ops::softmax_last_dim`], which
+/// is fused with its backward on the CPU, and differentiable to any order. Half precision is
+/// computed in `f32` and rounded once. A row of −∞ alone gives NaN, as in PyTorch.
 ///
 /// # Shapes
 /// `xs`: `[*, N]`; the result as `xs`, contiguous.

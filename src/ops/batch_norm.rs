@@ -102,7 +102,8 @@ pub fn modulated_batch_norm(
     Ok((y, statistics))
 }
 
-/// [`batch_norm`] with an activation behind it, fused forward and backward: `y = act(batch_norm(x))`.
+/// [`batch_norm`] with an activation behind it, fused forward and backward:
+/// `y = act(batch_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
 /// PyTorch: 0 for relu at 0. The statistics are those of `x`, before the activation.
@@ -111,8 +112,8 @@ pub fn modulated_batch_norm(
 /// As [`batch_norm`].
 ///
 /// # Errors
-/// Those of [`batch_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
-/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+/// Those of [`batch_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`,
+/// `Gelu`, `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

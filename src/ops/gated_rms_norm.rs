@@ -78,9 +78,9 @@ impl GatedRmsNormOptions {
 ///
 /// `y = rms(x · act(gate)) · weight` with [`Gate::Before`], `y = rms(x) · weight · act(gate)` with
 /// [`Gate::After`], and `rms(h) = h / √(mean(h²) + eps)`, the mean taken over each group of
-/// `group_size` neighboring features (Mamba 2: Dao and Gu, 2024, <https://arxiv.org/abs/2405.21060>;
-/// gated DeltaNet: Yang et al., 2024, <https://arxiv.org/abs/2412.06464>). Without a gate it is a
-/// grouped RMS norm.
+/// `group_size` neighboring features (Mamba 2: Dao and Gu, 2024,
+/// <https://arxiv.org/abs/2405.21060>; gated DeltaNet: Yang et al., 2024,
+/// <https://arxiv.org/abs/2412.06464>). Without a gate it is a grouped RMS norm.
 ///
 /// # Shapes
 /// `x`, `gate`: `[*, C]`, the same; `weight`: `[C]`; the result has the shape and dtype of `x` and

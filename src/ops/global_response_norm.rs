@@ -27,7 +27,8 @@ const LAYER: &str = "GlobalResponseNorm";
 /// use candle_core::{Device, Tensor};
 ///
 /// let x = Tensor::new(&[[[3f64, 4.], [1., 0.]]], &Device::Cpu)?;
-/// let (weight, bias) = (Tensor::new(&[1f64, -1.], &Device::Cpu)?, Tensor::new(&[0f64, 0.5], &Device::Cpu)?);
+/// let weight = Tensor::new(&[1f64, -1.], &Device::Cpu)?;
+/// let bias = Tensor::new(&[0f64, 0.5], &Device::Cpu)?;
 /// let y = candle_norm::ops::global_response_norm(&x, &weight, &bias, 1e-6, true)?;
 /// assert!((y.get(0)?.to_vec2::<f64>()?[0][1] - 10.66666444).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())

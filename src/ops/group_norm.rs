@@ -40,8 +40,8 @@ pub fn group_norm(
     group_norm_by(x, num_groups, Scaling::new(weight, bias), eps)
 }
 
-/// [`group_norm`] with scale and shift from outside: `y = group_norm(x) · (offset + scale) + shift`,
-/// in one pass (AdaGN: Dhariwal and Nichol, 2021, <https://arxiv.org/abs/2105.05233>).
+/// [`group_norm`] with scale and shift from outside: `y = group_norm(x) · (offset + scale) +
+/// shift`, in one pass (AdaGN: Dhariwal and Nichol, 2021, <https://arxiv.org/abs/2105.05233>).
 ///
 /// # Shapes
 /// As [`group_norm`]; scale and shift as [`Modulation`] says.
@@ -100,7 +100,8 @@ pub(crate) fn group_norm_by(
     graph::apply(groups, x, weight, bias)
 }
 
-/// [`group_norm`] with an activation behind it, fused forward and backward: `y = act(group_norm(x))`.
+/// [`group_norm`] with an activation behind it, fused forward and backward:
+/// `y = act(group_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
 /// PyTorch: 0 for relu at 0. Diffusion U-Nets have SiLU there.
@@ -109,8 +110,8 @@ pub(crate) fn group_norm_by(
 /// As [`group_norm`].
 ///
 /// # Errors
-/// Those of [`group_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
-/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+/// Those of [`group_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`,
+/// `Gelu`, `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -73,7 +73,8 @@ pub fn modulated_instance_norm(
     instance_norm_with(x, scaling, eps)
 }
 
-/// [`instance_norm`] with an activation behind it, fused forward and backward: `y = act(instance_norm(x))`.
+/// [`instance_norm`] with an activation behind it, fused forward and backward:
+/// `y = act(instance_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
 /// PyTorch: 0 for relu at 0. The statistics are those of `x`.
@@ -82,8 +83,8 @@ pub fn modulated_instance_norm(
 /// As [`instance_norm`].
 ///
 /// # Errors
-/// Those of [`instance_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
-/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+/// Those of [`instance_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`,
+/// `Swish`, `Gelu`, `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -37,10 +37,10 @@ impl GateOptions {
 /// `y = x · gamma + shift` (Touvron et al., 2021, <https://arxiv.org/abs/2103.17239>).
 ///
 /// # Shapes
-/// `x`: `[*, C]`, or `[N, C, *]` with `channels_first`; `gamma`, and `shift` if there is one: `[C]`,
-/// or one for each sample, `[N, C]`, where `x` has more axes than these. The result has the shape
-/// and dtype of `x` and is contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs also take
-/// `f32` parameters, and are computed in `f32`.
+/// `x`: `[*, C]`, or `[N, C, *]` with `channels_first`; `gamma`, and `shift` if there is one:
+/// `[C]`, or one for each sample, `[N, C]`, where `x` has more axes than these. The result has the
+/// shape and dtype of `x` and is contiguous. `f16`, `bf16`, `f32`, `f64`; half-precision inputs
+/// also take `f32` parameters, and are computed in `f32`.
 ///
 /// # Errors
 /// An input of lower rank, parameters that do not fit it.

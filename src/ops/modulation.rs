@@ -71,7 +71,7 @@ impl<'a> Modulation<'a> {
     }
 }
 
-/// What follows the normalized values: the affine pair of a layer, a modulation, an activation.
+/// Steps after the normalization: the affine pair of a layer, a modulation, an activation.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Scaling<'a> {
     pub(crate) weight: Option<&'a Tensor>,
@@ -470,8 +470,8 @@ pub(crate) fn modulate_in(
 /// in space; the result has the shape and dtype of the content and is contiguous.
 ///
 /// # Errors
-/// A style of another batch size, number of channels, dtype or device; one spatial element in either;
-/// `eps` that is not positive and finite.
+/// A style of another batch size, number of channels, dtype or device; one spatial element in
+/// either; `eps` that is not positive and finite.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

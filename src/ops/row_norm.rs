@@ -303,7 +303,8 @@ pub fn rms_norm(
 /// use candle_norm::ops::{self, Modulation};
 ///
 /// let x = Tensor::new(&[[[1f64, 3.], [5., 1.]]], &Device::Cpu)?;
-/// let (scale, shift) = (x.zeros_like()?.get(0)?.get(0)?, Tensor::new(&[[1f64, 2.]], &Device::Cpu)?);
+/// let scale = x.zeros_like()?.get(0)?.get(0)?;
+/// let shift = Tensor::new(&[[1f64, 2.]], &Device::Cpu)?;
 /// let modulation = Modulation::new(Some(&scale), Some(&shift));
 /// let y = ops::modulated_layer_norm(&x, 2, None, None, 1e-12, &modulation)?;
 /// assert!((y.to_vec3::<f64>()?[0][1][0] - 2.).abs() < 1e-9);
@@ -355,7 +356,8 @@ pub fn modulated_rms_norm(
     row_norm(x, shape.dims(), scaling, &norm)
 }
 
-/// [`layer_norm`] with an activation behind it, fused forward and backward: `y = act(layer_norm(x))`.
+/// [`layer_norm`] with an activation behind it, fused forward and backward:
+/// `y = act(layer_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
 /// PyTorch: 0 for relu at 0.
@@ -364,8 +366,8 @@ pub fn modulated_rms_norm(
 /// As [`layer_norm`].
 ///
 /// # Errors
-/// Those of [`layer_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
-/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+/// Those of [`layer_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`,
+/// `Gelu`, `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -401,8 +403,8 @@ pub fn layer_norm_act(
 /// As [`rms_norm`].
 ///
 /// # Errors
-/// Those of [`rms_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`, `Gelu`,
-/// `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
+/// Those of [`rms_norm`]; an activation other than `Relu`, `Relu6`, `LeakyRelu`, `Silu`, `Swish`,
+/// `Gelu`, `NewGelu`, `GeluPytorchTanh`, `HardSwish`, `Sigmoid` and `Mish`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -12,8 +12,8 @@ const LAYER: &str = "SpectralNorm";
 ///
 /// `w̄ = w / σ` with `σ = uᵀ · W · v`, where `W` is the weight as a matrix: axis `dim` first, the
 /// others flattened in order (Miyato et al., 2018, <https://arxiv.org/abs/1802.05957>). The vectors
-/// are constants: `dw = (dw̄ − Σ(dw̄ · w̄) · u vᵀ) / σ`. A weight with `σ = 0`, such as zeros, gives
-/// zeros, and gradients of zero. [`power_iteration`] finds the vectors.
+/// are constants: `dw = (dw̄ − Σ(dw̄ · w̄) · u vᵀ) / σ`. A weight with `σ = 0`, such as zeros,
+/// gives zeros, and gradients of zero. [`power_iteration`] finds the vectors.
 ///
 /// # Shapes
 /// `weight`: any of rank 2 or more, with `O` elements on axis `dim`; `u`: `[O]`; `v`: the number of

@@ -13,8 +13,8 @@ const LAYER: &str = "WeightStandardization";
 /// A weight with the part of each output at mean 0 and variance 1, or at a learned length.
 ///
 /// `ŵ = (w − mean) / √(var + eps) · s` over all of each index of axis 0, the variance biased (Qiao
-/// et al., 2019, <https://arxiv.org/abs/1903.10520>). Without `gain`, s is 1; with `(gain, γ)` it is
-/// `gain · γ / √fan_in`, as in networks without norms (Brock et al., 2021,
+/// et al., 2019, <https://arxiv.org/abs/1903.10520>). Without `gain`, s is 1; with `(gain, γ)` it
+/// is `gain · γ / √fan_in`, as in networks without norms (Brock et al., 2021,
 /// <https://arxiv.org/abs/2101.08692>). A constant part gives zeros.
 ///
 /// # Shapes

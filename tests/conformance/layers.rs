@@ -217,7 +217,7 @@ fn modulated(case: &Case) -> Outcome<Plan> {
     }
 }
 
-/// What comes from outside of a norm, and what follows it.
+/// Modulation and activation of a norm.
 #[derive(Clone, Copy)]
 struct Outside {
     /// The offset of its scale, if the norm is modulated.

@@ -396,7 +396,7 @@ fn crates_depend_on_those_below() {
     assert_none(broken);
 }
 
-/// What a manifest depends on of candle and of this workspace, but for tests and examples.
+/// Dependencies of a manifest on candle and of this workspace, but for tests and examples.
 fn dependencies(manifest: &str) -> Vec<&str> {
     let section = manifest.split("\n[dependencies]\n").nth(1).unwrap_or("");
     let lines = section.lines().take_while(|line| !line.starts_with('['));

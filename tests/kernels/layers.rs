@@ -20,7 +20,8 @@ const COUNTS: [usize; 12] = [1, 2, 3, 4, 5, 9, 33, 65, 257, 1031, 4099, 16391];
 /// The most elements of a shape: enough that the largest have several blocks on several threads.
 const LIMIT: usize = 100_000;
 
-/// Every width with every count, up to about `limit` elements, numbered so that both meet every form of parameters.
+/// Every width with every count, up to about `limit` elements, numbered so that both meet every
+/// form of parameters.
 fn sizes(limit: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let all = WIDTHS.iter().enumerate().flat_map(|(i, &width)| {
         let counts = COUNTS.iter().enumerate();
@@ -98,7 +99,8 @@ pub(crate) fn scale_norm_of_short_rows(stamp: Stamp) {
     }
 }
 
-/// The normalized value is rounded before the weight, and so twice: `dweight` sees what was multiplied.
+/// The normalized value is rounded before the weight, and so twice: `dweight` sees what was
+/// multiplied.
 pub(crate) fn rms_norm_cast_before_weight(stamp: Stamp) {
     for (case, rows, len) in sizes(stamp.limit(20_000)) {
         let (dims, offset) = ([rows, len], [0., 1.][case % 2]);
@@ -271,7 +273,8 @@ fn check_inference(stamp: Stamp, case: usize, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// What running statistics take: the mean, and the unbiased variance, of each channel, in the accumulator's precision.
+/// What running statistics take: the mean, and the unbiased variance, of each channel, in the
+/// accumulator's precision.
 pub(crate) fn batch_statistics(stamp: Stamp) {
     for (_, dims) in batches(stamp.limit(30_000)) {
         check_statistics(stamp, &dims, false).expect("tensors that fit");

@@ -1,4 +1,5 @@
-//! Rows, groups and channels so long that they are cut, and so few that there is not one for each thread.
+//! Rows, groups and channels so long that they are cut, and so few that there is not one for each
+//! thread.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::internals;
@@ -111,7 +112,8 @@ impl Row {
         (mean, 1. / (squares.sum::<f64>() / n + EPS).sqrt())
     }
 
-    /// Compares `op` on this row, taken as a tensor of shape `dims` whose axis 1 has the parameters.
+    /// Compares `op` on this row, taken as a tensor of shape `dims` whose axis 1 has the
+    /// parameters.
     fn check(
         &self,
         stamp: Stamp,

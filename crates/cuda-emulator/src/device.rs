@@ -15,7 +15,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 /// A buffer that a launch takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Buffer {
-    /// Which argument it is.
+    /// The index of the argument.
     pub(crate) argument: usize,
     pub(crate) address: u64,
     pub(crate) bytes: usize,
@@ -333,7 +333,7 @@ impl Gpu {
     }
 }
 
-/// What the GPU makes of a launch that the emulator is about to run.
+/// The result on the GPU of a launch that the emulator is about to run.
 pub(crate) fn before(
     kernel: &CString,
     geometry: Geometry,

@@ -123,7 +123,7 @@ pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool
     }
 }
 
-/// What follows the normalized values of a batch.
+/// Steps after the normalization of a batch.
 #[derive(Debug, Clone, Copy)]
 pub struct Following {
     /// How weight and bias are spread.

@@ -284,13 +284,13 @@ struct GatedBackward<'a, E: Elem, G> {
     elements: PhantomData<G>,
 }
 
-/// What a row leaves for its next step.
+/// State of a row between two steps.
 struct RowScratch<T> {
     /// The function of the gate.
     opened: Scratch<T>,
     /// The gate.
     z: Scratch<T>,
-    /// What is normalized.
+    /// Values to normalize.
     h: Scratch<T>,
     /// The gradient of what the weight gives.
     g: Scratch<T>,

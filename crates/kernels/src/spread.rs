@@ -499,8 +499,8 @@ impl<'a, I: Isa, T: Real> PlaneNormal<'a, I, T> {
     }
 }
 
-/// `dy · act′(u)` with `u = x̂ · weight + bias`, the cotangent of what [`normalize`] does before its
-/// activation.
+/// `dy · act′(u)` with `u = x̂ · weight + bias`, the cotangent of what [`normalize`] does before
+/// its activation.
 pub(crate) fn through<X: Elem, E: Elem<Acc = X::Acc>>(
     x: &[X],
     dy: &[E],

@@ -129,7 +129,7 @@ impl Data {
         self.0.iter().find(mine).map_or(f64::NAN, Measure::median)
     }
 
-    /// What was measured of `metric` of `variant`, for each seed; nothing where it was not.
+    /// Measurements of `metric` of `variant`, for each seed; none where it was not measured.
     pub(crate) fn values(&self, metric: &str, variant: &str) -> &[f64] {
         let mine = |m: &&Measure| m.metric == metric && m.variant == variant;
         self.0.iter().find(mine).map_or(&[], |m| &m.values)
@@ -141,7 +141,7 @@ impl Data {
         self.0.iter().find(mine).map_or(&[], |m| &m.values)
     }
 
-    /// What `metric` of `variant` exceeds that of `other` by, for each seed: both start alike and
+    /// Differences of `metric` between `variant` and `other`, for each seed: both start alike and
     /// see the same batches.
     pub(crate) fn gains(&self, metric: &str, variant: &str, other: &str) -> Vec<f64> {
         differences(self.values(metric, variant), self.values(metric, other))

@@ -8,8 +8,9 @@ use crate::lab::{Lab, Measure, Trial, median};
 use crate::nets::{Cnn, Net, Start};
 use crate::training::{Course, DigitSets, Learned, Optim, digits};
 
-const FIXED: &str = "three convolutions of 8, 16 and 16 channels and a linear head, trained on 1297 digits and \
-                     tested on 500 by other writers, SGD without momentum, initial weights and batches of each seed";
+const FIXED: &str = "three convolutions of 8, 16 and 16 channels and a linear head, trained on \
+    1297 digits and tested on 500 by other writers, SGD without momentum, initial weights and \
+    batches of each seed";
 const ACCURACY: &str = "accuracy";
 const RATES: [f64; 5] = [0.03, 0.1, 0.3, 1., 3.];
 

@@ -12,7 +12,9 @@ use crate::lab::{Lab, Measure, Reading, Trial};
 use crate::nets::{Activation, Mlp, Net, Placed};
 use crate::training::{Batches, Course, DigitSets, Learned, Optim, flat_digits, scalar};
 
-const FIXED: &str = "two hidden layers of 64 with the norm (batch norm where none is named) and ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps of 64 digits (of 32 where they are divided into parts)";
+const FIXED: &str = "two hidden layers of 64 with the norm (batch norm where none is named) and \
+    ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps of 64 digits (of 32 \
+    where they are divided into parts)";
 pub(crate) const ACCURACY: &str = "accuracy";
 pub(crate) const RATES: [f64; 4] = [1e-3, 3e-3, 1e-2, 3e-2];
 pub(crate) const STEPS: usize = 300;

@@ -16,7 +16,8 @@ const ACCURACY: &str = "accuracy";
 const MOVED: &str = "scales that changed, %";
 const VANISHED: &str = "vanished, %";
 const APART: &str = "largest change of an output";
-const FIXED: &str = "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other writers, AdamW, 300 steps, batches of 64";
+const FIXED: &str = "two hidden layers of 64 with ReLU on 1297 digits, tested on 500 by other \
+    writers, AdamW, 300 steps, batches of 64";
 
 pub(crate) fn claims() -> Vec<Claim> {
     vec![

@@ -272,8 +272,8 @@ pub(crate) fn claims() -> Vec<Claim> {
     ]
 }
 
-/// What grows with the target, over both intervals of k and for both kinds of target; and other
-/// parts of the rule, each with its name and its figure.
+/// Quantities that grow with the target, over both intervals of k and for both kinds of target; and
+/// other parts of the rule, each with its name and its figure.
 fn growth(
     d: &Data,
     metric: &str,

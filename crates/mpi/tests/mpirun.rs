@@ -25,7 +25,7 @@ const SCENARIO: &str = "CANDLE_NORM_MPI_SCENARIO";
 /// Longest time of a job.
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// What ranks do, on how many, and how the job ends.
+/// A job: the program of the ranks, their number, and the expected end.
 struct Scenario {
     name: &'static str,
     ranks: &'static [usize],
@@ -382,7 +382,7 @@ fn job(scenario: &Scenario, ranks: usize) -> std::io::Result<(bool, String)> {
     Ok((status.is_some_and(|s| s.success()), text))
 }
 
-/// What is wrong with the end of a job.
+/// The difference between the end of a job and the expected one.
 fn wrong(scenario: &Scenario, ended_well: bool, text: &str) -> Option<String> {
     match (&scenario.ends, ended_well) {
         (Ends::Well, true) => None,

@@ -1,8 +1,10 @@
-//! Every layer against its peers: candle-nn, candle's tensor operations, PyTorch, a copy of the tensor.
+//! Every layer against its peers: candle-nn, candle's tensor operations, PyTorch, a copy of the
+//! tensor.
 //!
-//! `cargo bench --bench peers -- --torch python3`; `--help` lists the options, docs/performance.md says how to read
-//! the result. All take turns on the same inputs and the same number of threads, warm, and the medians are
-//! compared. A call includes the allocation of its results and their release, here as in PyTorch.
+//! `cargo bench --bench peers -- --torch python3`; `--help` lists the options, docs/performance.md
+//! says how to read the result. All take turns on the same inputs and the same number of threads,
+//! warm, and the medians are compared. A call includes the allocation of its results and their
+//! release, here as in PyTorch.
 
 #[path = "peers/bounds.rs"]
 mod bounds;
@@ -323,8 +325,9 @@ impl Bench {
     }
 }
 
-/// Whether the peer is known to form sums in half precision here, and so to go astray: candle-nn everywhere, PyTorch in LayerNorm's gradients
-/// of weight and bias, which in `bf16` are off by a quarter of their size at 4096 rows.
+/// Whether the peer is known to form sums in half precision here, and so to go astray: candle-nn
+/// everywhere, PyTorch in LayerNorm's gradients of weight and bias, which in `bf16` are off by a
+/// quarter of their size at 4096 rows.
 fn sums_in_half_precision(case: &Case, pass: Pass, peer: &str) -> bool {
     let half = matches!(case.dtype, DType::F16 | DType::BF16);
     peer == "candle-nn"

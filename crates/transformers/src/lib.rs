@@ -2,8 +2,8 @@
 //! sources by a rename, and `tests/training.rs` trains them.
 //!
 //! `cargo test` at the top does not build this package: `cargo test -p candle-norm-transformers`
-//! does, and downloads the sources of candle-transformers. Where it cannot, it says so and has nothing
-//! to test.
+//! does, and downloads the sources of candle-transformers. Where it cannot, it says so and has
+//! nothing to test.
 
 // They are as they are.
 #![allow(warnings, clippy::all)]

@@ -35,7 +35,7 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
 }
 
 impl Channels {
-    /// What follows the normalized values, if it is more than one weight and bias for each channel.
+    /// Steps after the normalization, if there is more than one weight and bias for each channel.
     fn following(&self) -> Option<Following> {
         let spread = match self.spread {
             Spread::Channel => candle_norm_kernels::Spread::Channel,

@@ -207,7 +207,7 @@ impl<'a, L: Launcher> Device<'a, L> {
 /// Numbers of `f64` in the dtype that kernels compute in.
 pub(crate) struct Pair<S> {
     pub(super) high: S,
-    /// What they were rounded by, if they were.
+    /// The rounding errors, if there are any.
     pub(super) low: Option<S>,
 }
 

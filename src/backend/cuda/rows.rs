@@ -91,7 +91,7 @@ impl Rows {
     }
 }
 
-/// What a forward wrote.
+/// Outputs of a forward.
 struct Ran<S> {
     y: S,
     /// In the dtype of the input.

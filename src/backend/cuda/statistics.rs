@@ -14,7 +14,7 @@ pub(crate) struct Moments<L: Launcher> {
     layer: &'static str,
     len: usize,
     pub(super) mean: L::Storage,
-    /// What the mean was rounded by.
+    /// The rounding error of the mean.
     pub(super) rest: L::Storage,
     /// `1 / √(var + eps)`.
     pub(super) inv_std: L::Storage,

@@ -7,7 +7,7 @@ use super::{Arg, Reference, dtype, parameter, stored, values};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Cast, Gate, GatedRows, Gradients};
 
-/// What is normalized, and the function of the gate.
+/// Values to normalize, and the function of the gate.
 struct Gated {
     h: Vec<f64>,
     opened: Vec<f64>,

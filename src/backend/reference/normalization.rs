@@ -153,7 +153,7 @@ impl<G: Fn(usize) -> usize, P: Fn(usize) -> usize> Normalization<G, P> {
     }
 }
 
-/// What follows the normalized values.
+/// Steps after the normalization.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Following<'a> {
     pub(super) weight: Option<&'a [f64]>,

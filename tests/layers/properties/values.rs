@@ -431,10 +431,10 @@ proptest! {
                 }
                 running_mean[c] += m * (mean - running_mean[c]);
                 running_var[c] += m * (var - running_var[c]);
-                // A mean in f32 is the mean of distances, each rounded by at most half an ulp. Those
-                // of f32 inputs are rounded up as often as down. The numbers of a half dtype lie on
-                // so coarse a grid that all distances of one binade are rounded by the same amount,
-                // and nothing of it averages out.
+                // A mean in f32 is the mean of distances, each rounded by at most half an ulp.
+                // Those of f32 inputs are rounded up as often as down. The numbers of a half dtype
+                // lie on so coarse a grid that all distances of one binade are rounded by the same
+                // amount, and nothing of it averages out.
                 let unit = match dtypes.input {
                     DType::F16 | DType::BF16 => unit_roundoff(dtypes.input),
                     _ => 0.,

@@ -1,4 +1,4 @@
-//! What the properties of all launches share.
+//! Checks that the properties of all launches share.
 
 use crate::{Launch, Types};
 use proptest::prelude::*;

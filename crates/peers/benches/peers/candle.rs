@@ -100,7 +100,8 @@ pub(crate) fn differentiable(case: &Case, inputs: &Inputs) -> Result<Layer> {
     }
 }
 
-/// In equal shares of instance, layer and batch; means and variances first, so that no large tensor is formed twice.
+/// In equal shares of instance, layer and batch; means and variances first, so that no large tensor
+/// is formed twice.
 fn switch_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (n, c) = (x.dims()[0], x.dims()[1]);
     let planes = x.reshape((n, c, ()))?;

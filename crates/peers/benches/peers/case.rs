@@ -55,7 +55,8 @@ impl Op {
         }
     }
 
-    /// What of the layer can be timed: switchable norm is a graph of several nodes, which only the engine goes back through.
+    /// What of the layer can be timed: switchable norm is a graph of several nodes, which only the
+    /// engine goes back through.
     pub(crate) fn passes(self) -> &'static [Pass] {
         match self {
             Op::SwitchNorm => &[Pass::Forward, Pass::TrainStep],

@@ -4,7 +4,8 @@ use candle_core::DType::{self, BF16, F16, F32, F64};
 
 use super::case::{Case, Op};
 
-/// Shapes of one kind of layer: all of them in f32, a large and a small one in half precision, one in f64.
+/// Shapes of one kind of layer: all of them in f32, a large and a small one in half precision, one
+/// in f64.
 struct Shapes {
     ops: &'static [Op],
     f32: &'static [&'static [usize]],
@@ -12,7 +13,8 @@ struct Shapes {
     f64: &'static [usize],
 }
 
-/// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of memory traffic.
+/// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of
+/// memory traffic.
 const SHAPES: [Shapes; 10] = [
     Shapes {
         ops: &[Op::LayerNorm, Op::RmsNorm],

@@ -1,4 +1,5 @@
-//! The layers of this crate, on the path that they choose themselves and on candle's tensor operations.
+//! The layers of this crate, on the path that they choose themselves and on candle's tensor
+//! operations.
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Activation, Module, ModuleT};
