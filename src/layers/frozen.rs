@@ -143,11 +143,11 @@ impl FrozenNorm {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
+        let layer = self.layer;
         if let Some(activation) = self.activation {
             bail!(
-                "{}: expected a norm without an activation to fold, got one with {activation:?}; \
-                build the norm without it, and call the activation after the folded layer",
-                self.layer
+                "{layer}: expected a norm without an activation to fold, got one with {activation:?}; \
+                build the norm without it, and call the activation after the folded layer"
             )
         }
         let (name, weight, c) = (
