@@ -92,11 +92,11 @@ fn activated_forward<E: Elem>(
         Way::Columns => columns::forward(x, shape, affine, statistics, activation),
         Way::InPlace => {
             let reader = || InPlace { x, shape };
-            planes::forward(reader, shape, affine, statistics, activation)
+            planes::forward(reader, shape, affine, statistics, activation, false)
         }
         Way::Transposed => {
             let reader = || Transposed::new(x, shape);
-            planes::forward(reader, shape, affine, statistics, activation)
+            planes::forward(reader, shape, affine, statistics, activation, false)
         }
         Way::Divided => {
             let x = channels_first(x, order, shape);
@@ -145,6 +145,19 @@ pub(crate) fn spread_forward<E: Elem>(
     if spread == Spread::Channel {
         return activated_forward(x, order, shape, affine, statistics, activation);
     }
+    assert_eq!(x.len(), shape.elements());
+    assert!(affine.fits(spread.count(shape)));
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            let reader = || InPlace { x, shape };
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            let reader = || Transposed::new(x, shape);
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        _ => {}
+    }
     let stats = match statistics {
         Statistics::Given(given) => given.to_vec(),
         Statistics::Own { center, eps } => {
@@ -177,6 +190,24 @@ pub(crate) fn spread_backward<E: Elem>(
         return activated_backward(x, order, dy, shape, affine, activation, stats, wanted);
     }
     check_backward::<E>(x, dy, shape, None, stats);
+    assert!(affine.fits(spread.count(shape)));
+    let batch = planes::Batch {
+        dy,
+        shape,
+        affine,
+        stats,
+        activation,
+        per_sample: true,
+    };
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            return planes::sampled_backward(|| InPlace { x, shape }, batch, wanted);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            return planes::sampled_backward(|| Transposed::new(x, shape), batch, wanted);
+        }
+        _ => {}
+    }
     let x = channels_first(x, order, shape);
     let frame = Frame {
         spread,
@@ -258,6 +289,7 @@ fn activated_backward<E: Elem>(
         affine,
         stats,
         activation,
+        per_sample: false,
     };
     match (Way::of(order, shape), activation) {
         (Way::Columns, None) => columns::backward(x, dy, shape, weight, stats, wanted),
@@ -326,6 +358,7 @@ pub(crate) fn grad_sums<E: Elem>(
         affine: AffinePair::NONE,
         stats,
         activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_sums(x, dy, shape, stats),
@@ -357,6 +390,7 @@ pub(crate) fn grad_input<E: Elem>(
         affine: AffinePair { weight, bias: None },
         stats,
         activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_input(x, dy, shape, weight, stats, means),
