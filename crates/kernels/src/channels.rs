@@ -124,24 +124,36 @@ pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool
 }
 
 /// What follows the normalized values of a batch.
-#[derive(Debug, Clone, Copy)]
-pub struct Following {
-    /// How weight and bias are spread.
+#[derive(Debug)]
+pub struct Following<'a, T> {
+    /// Weight and bias.
+    pub affine: AffinePair<'a, T>,
+    /// How these are spread.
     pub spread: Spread,
     /// Behind them.
     pub activation: Option<Activation>,
 }
+
+impl<T> Clone for Following<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Following<'_, T> {}
 
 /// [`forward`] with weights and biases of any spread, and an activation.
 pub(crate) fn spread_forward<E: Elem>(
     x: &[E],
     order: Order,
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    following: Following,
+    following: Following<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
-    let Following { spread, activation } = following;
+    let Following {
+        affine,
+        spread,
+        activation,
+    } = following;
     if spread == Spread::Channel {
         return activated_forward(x, order, shape, affine, statistics, activation);
     }
@@ -174,20 +186,22 @@ pub(crate) fn spread_forward<E: Elem>(
 }
 
 /// The gradients of [`spread_forward`].
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn spread_backward<E: Elem>(
     x: &[E],
     order: Order,
     dy: &[E],
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    following: Following,
+    following: Following<E::Acc>,
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
-    let Following { spread, activation } = following;
+    let Following {
+        affine,
+        spread,
+        activation,
+    } = following;
     if spread == Spread::Channel {
-        return activated_backward(x, order, dy, shape, affine, activation, stats, wanted);
+        return activated_backward(x, order, dy, shape, following, stats, wanted);
     }
     check_backward::<E>(x, dy, shape, None, stats);
     assert!(affine.fits(spread.count(shape)));
@@ -264,22 +278,27 @@ pub(crate) fn backward<E: Elem>(
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
-    let affine = AffinePair { weight, bias: None };
-    activated_backward(x, order, dy, shape, affine, None, stats, wanted)
+    let following = Following {
+        affine: AffinePair { weight, bias: None },
+        spread: Spread::Channel,
+        activation: None,
+    };
+    activated_backward(x, order, dy, shape, following, stats, wanted)
 }
 
 /// [`backward`] of a forward with an activation, which needs the bias too.
-#[allow(clippy::too_many_arguments)]
 fn activated_backward<E: Elem>(
     x: &[E],
     order: Order,
     dy: &[E],
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    activation: Option<Activation>,
+    following: Following<E::Acc>,
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
+    let Following {
+        affine, activation, ..
+    } = following;
     let weight = affine.weight;
     check_backward::<E>(x, dy, shape, weight, stats);
     assert!(affine.fits(shape.channels));
