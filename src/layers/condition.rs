@@ -334,10 +334,11 @@ impl Chunks {
     /// # Errors
     /// Neither a scale nor a shift of this number.
     pub fn modulation(&self, index: usize) -> Result<Modulation<'_>> {
+        let layer = LAYER;
         let (scale, shift) = (self.of(Scale).nth(index), self.of(Shift).nth(index));
         if scale.is_none() && shift.is_none() {
             bail!(
-                "{LAYER}: expected a scale or shift number {index}, got {:?}",
+                "{layer}: expected a scale or shift number {index}, got {:?}",
                 self.kinds
             )
         }
@@ -349,10 +350,11 @@ impl Chunks {
     /// # Errors
     /// No gate of this number.
     pub fn gate(&self, index: usize) -> Result<&Tensor> {
+        let layer = LAYER;
         match self.of(Gate).nth(index) {
             Some(gate) => Ok(gate),
             None => bail!(
-                "{LAYER}: expected a gate number {index}, got {:?}",
+                "{layer}: expected a gate number {index}, got {:?}",
                 self.kinds
             ),
         }

@@ -65,8 +65,9 @@ impl GatedRmsNormOptions {
         fused(LAYER, Some(self.activation))?;
         let size = self.group_size.unwrap_or(features);
         if self.group_size.is_some() && (size == 0 || !features.is_multiple_of(size)) {
+            let layer = LAYER;
             bail!(
-                "{LAYER}: expected a group_size that divides the number of features {features}, \
+                "{layer}: expected a group_size that divides the number of features {features}, \
                 got {size}"
             )
         }

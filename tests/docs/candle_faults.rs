@@ -523,3 +523,27 @@ fn gradient_of_the_root_of_zero() -> Result<()> {
     assert!(finite(candle_norm::ops::l2_normalize(&x, 1, 1e-12, unit)?)?);
     Ok(())
 }
+
+/// The slope of relu at 0, where a dead channel is, and the digits of that of GELU.
+#[test]
+fn slopes_of_activations() -> Result<()> {
+    let slope = |at: f64, f: fn(&Tensor) -> Result<Tensor>| -> Result<f64> {
+        let x = Var::new(&[at], &Device::Cpu)?;
+        let grads = f(&x)?.sum_all()?.backward()?;
+        let grad = grads.get(&x).expect("a gradient of every activation");
+        grad.i(0)?.to_scalar::<f64>()
+    };
+    let then = "the composed path can use it";
+    let relu = slope(0., Tensor::relu)?;
+    at_fault(relu != 0., "relu has slope 1 at 0", then);
+    let gelu = slope(1., Tensor::gelu_erf)?;
+    let is_off = (gelu - 1.083_315_470_587_686_3).abs() > 1e-9;
+    at_fault(is_off, "the gradient of gelu_erf has six digits", then);
+    let root = slope(0., Tensor::sqrt)?;
+    at_fault(
+        !root.is_infinite(),
+        "the gradient of sqrt at 0 is no limit",
+        then,
+    );
+    Ok(())
+}

@@ -92,11 +92,11 @@ fn activated_forward<E: Elem>(
         Way::Columns => columns::forward(x, shape, affine, statistics, activation),
         Way::InPlace => {
             let reader = || InPlace { x, shape };
-            planes::forward(reader, shape, affine, statistics, activation)
+            planes::forward(reader, shape, affine, statistics, activation, false)
         }
         Way::Transposed => {
             let reader = || Transposed::new(x, shape);
-            planes::forward(reader, shape, affine, statistics, activation)
+            planes::forward(reader, shape, affine, statistics, activation, false)
         }
         Way::Divided => {
             let x = channels_first(x, order, shape);
@@ -124,26 +124,51 @@ pub(crate) fn moments<E: Elem>(x: &[E], order: Order, shape: Shape, center: bool
 }
 
 /// Steps after the normalization of a batch.
-#[derive(Debug, Clone, Copy)]
-pub struct Following {
-    /// How weight and bias are spread.
+#[derive(Debug)]
+pub struct Following<'a, T> {
+    /// Weight and bias.
+    pub affine: AffinePair<'a, T>,
+    /// How these are spread.
     pub spread: Spread,
     /// Behind them.
     pub activation: Option<Activation>,
 }
+
+impl<T> Clone for Following<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Following<'_, T> {}
 
 /// [`forward`] with weights and biases of any spread, and an activation.
 pub(crate) fn spread_forward<E: Elem>(
     x: &[E],
     order: Order,
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    following: Following,
+    following: Following<E::Acc>,
     statistics: Statistics,
 ) -> (Vec<E>, Vec<Stats>) {
-    let Following { spread, activation } = following;
+    let Following {
+        affine,
+        spread,
+        activation,
+    } = following;
     if spread == Spread::Channel {
         return activated_forward(x, order, shape, affine, statistics, activation);
+    }
+    assert_eq!(x.len(), shape.elements());
+    assert!(affine.fits(spread.count(shape)));
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            let reader = || InPlace { x, shape };
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            let reader = || Transposed::new(x, shape);
+            return planes::forward(reader, shape, affine, statistics, activation, true);
+        }
+        _ => {}
     }
     let stats = match statistics {
         Statistics::Given(given) => given.to_vec(),
@@ -161,22 +186,42 @@ pub(crate) fn spread_forward<E: Elem>(
 }
 
 /// The gradients of [`spread_forward`].
-#[allow(clippy::too_many_arguments)]
 pub(crate) fn spread_backward<E: Elem>(
     x: &[E],
     order: Order,
     dy: &[E],
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    following: Following,
+    following: Following<E::Acc>,
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
-    let Following { spread, activation } = following;
+    let Following {
+        affine,
+        spread,
+        activation,
+    } = following;
     if spread == Spread::Channel {
-        return activated_backward(x, order, dy, shape, affine, activation, stats, wanted);
+        return activated_backward(x, order, dy, shape, following, stats, wanted);
     }
     check_backward::<E>(x, dy, shape, None, stats);
+    assert!(affine.fits(spread.count(shape)));
+    let batch = planes::Batch {
+        dy,
+        shape,
+        affine,
+        stats,
+        activation,
+        per_sample: true,
+    };
+    match (spread, Way::of(order, shape)) {
+        (Spread::SampleAndChannel, Way::InPlace) => {
+            return planes::sampled_backward(|| InPlace { x, shape }, batch, wanted);
+        }
+        (Spread::SampleAndChannel, Way::Transposed) => {
+            return planes::sampled_backward(|| Transposed::new(x, shape), batch, wanted);
+        }
+        _ => {}
+    }
     let x = channels_first(x, order, shape);
     let frame = Frame {
         spread,
@@ -233,22 +278,27 @@ pub(crate) fn backward<E: Elem>(
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
-    let affine = AffinePair { weight, bias: None };
-    activated_backward(x, order, dy, shape, affine, None, stats, wanted)
+    let following = Following {
+        affine: AffinePair { weight, bias: None },
+        spread: Spread::Channel,
+        activation: None,
+    };
+    activated_backward(x, order, dy, shape, following, stats, wanted)
 }
 
 /// [`backward`] of a forward with an activation, which needs the bias too.
-#[allow(clippy::too_many_arguments)]
 fn activated_backward<E: Elem>(
     x: &[E],
     order: Order,
     dy: &[E],
     shape: Shape,
-    affine: AffinePair<E::Acc>,
-    activation: Option<Activation>,
+    following: Following<E::Acc>,
     stats: &[Stats],
     wanted: Wanted,
 ) -> Gradients<E> {
+    let Following {
+        affine, activation, ..
+    } = following;
     let weight = affine.weight;
     check_backward::<E>(x, dy, shape, weight, stats);
     assert!(affine.fits(shape.channels));
@@ -258,6 +308,7 @@ fn activated_backward<E: Elem>(
         affine,
         stats,
         activation,
+        per_sample: false,
     };
     match (Way::of(order, shape), activation) {
         (Way::Columns, None) => columns::backward(x, dy, shape, weight, stats, wanted),
@@ -326,6 +377,7 @@ pub(crate) fn grad_sums<E: Elem>(
         affine: AffinePair::NONE,
         stats,
         activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_sums(x, dy, shape, stats),
@@ -357,6 +409,7 @@ pub(crate) fn grad_input<E: Elem>(
         affine: AffinePair { weight, bias: None },
         stats,
         activation: None,
+        per_sample: false,
     };
     match Way::of(order, shape) {
         Way::Columns => columns::grad_input(x, dy, shape, weight, stats, means),

@@ -155,8 +155,7 @@ kernels! {
         x: &[Self],
         order: Order,
         shape: Shape,
-        affine: AffinePair<Self::Acc>,
-        following: Following,
+        following: Following<Self::Acc>,
         statistics: Statistics,
     ) -> (Vec<Self>, Vec<Stats>) = channels::spread_forward::<Self>;
 
@@ -168,8 +167,7 @@ kernels! {
         order: Order,
         dy: &[Self],
         shape: Shape,
-        affine: AffinePair<Self::Acc>,
-        following: Following,
+        following: Following<Self::Acc>,
         stats: &[Stats],
         wanted: Wanted,
     ) -> Gradients<Self> = channels::spread_backward::<Self>;

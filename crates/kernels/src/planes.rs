@@ -21,6 +21,10 @@ use super::shared::Shared;
 use super::simd::{Elem, Isa, Kernel, Lanes, Real, splat};
 use super::stats::{Statistics, Stats};
 
+/// Elements of a channel whose gradients before the activation are kept from one pass to the next:
+/// so many stay in the second-level cache beside those of the channel.
+const KEPT: usize = 1 << 17;
+
 /// How many neighboring channels a job takes, of which a reader takes so many together.
 fn channels_per_job(shape: Shape, together: usize) -> usize {
     par::items_per_block(shape.channels, shape.outer * shape.inner).next_multiple_of(together)
@@ -33,6 +37,7 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
     affine: AffinePair<E::Acc>,
     statistics: Statistics,
     activation: Option<Activation>,
+    per_sample: bool,
 ) -> (Vec<E>, Vec<Stats>) {
     let per_job = channels_per_job(shape, R::CHANNELS);
     let mut stats = vec![Stats::NONE; shape.channels];
@@ -49,6 +54,7 @@ pub(crate) fn forward<E: Elem, R: Reader<E> + Send>(
                 affine,
                 statistics,
                 activation,
+                per_sample,
                 stats,
             });
             par::run(shape.elements(), jobs);
@@ -109,6 +115,7 @@ struct PlanesForward<'a, E: Elem, R> {
     affine: AffinePair<'a, E::Acc>,
     statistics: Statistics<'a>,
     activation: Option<Activation>,
+    per_sample: bool,
     stats: &'a mut [Stats],
 }
 
@@ -135,11 +142,16 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesForward<'_, E, R> {
             for run in shape.runs() {
                 self.reader.read(channels.clone(), &run);
                 for (channel, stats) in channels.clone().zip(&*stats) {
-                    let normal = ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
-                    let slices = self.reader.slices(channel, &run);
+                    let mut normal =
+                        ScaledNormal::<I, E::Acc>::new(isa, *stats, self.affine, channel);
+                    let slices = run.samples.clone().zip(self.reader.slices(channel, &run));
                     // SAFETY: this job alone has the channel, and takes each of its runs once.
                     let parts = unsafe { parts(self.y, shape, channel, &run) };
-                    for (x, y) in slices.zip(parts) {
+                    for ((sample, x), y) in slices.zip(parts) {
+                        if self.per_sample {
+                            let param = param(shape, true, sample, channel);
+                            normal = ScaledNormal::new(isa, *stats, self.affine, param);
+                        }
                         match self.activation {
                             None => normal.write(isa, x, y),
                             Some(activation) => activate(
@@ -205,16 +217,45 @@ fn few_moments<E: Elem, I: Isa>(
 }
 
 /// The batch that a backward goes through.
-#[derive(Clone, Copy)]
 pub(crate) struct Batch<'a, E: Elem> {
     pub(crate) dy: &'a [E],
     pub(crate) shape: Shape,
     pub(crate) affine: AffinePair<'a, E::Acc>,
     pub(crate) stats: &'a [Stats],
     pub(crate) activation: Option<Activation>,
+    /// Each channel of each sample has a weight and a bias of its own.
+    pub(crate) per_sample: bool,
+}
+
+impl<E: Elem> Clone for Batch<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<E: Elem> Copy for Batch<'_, E> {}
+
+/// The weight and bias of a channel of a sample.
+#[inline(always)]
+fn param(shape: Shape, per_sample: bool, sample: usize, channel: usize) -> usize {
+    match per_sample {
+        true => sample * shape.channels + channel,
+        false => channel,
+    }
 }
 
 impl<'a, E: Elem> Batch<'a, E> {
+    #[inline(always)]
+    fn param(self, sample: usize, channel: usize) -> usize {
+        param(self.shape, self.per_sample, sample, channel)
+    }
+
+    /// Normalization, weight and bias of a channel of a sample.
+    #[inline(always)]
+    fn normal<I: Isa>(self, isa: I, sample: usize, channel: usize) -> ScaledNormal<I, E::Acc> {
+        let param = self.param(sample, channel);
+        ScaledNormal::new(isa, self.stats[channel], self.affine, param)
+    }
+
     /// One job for every few channels, with their parts of both sums.
     fn jobs<R: Reader<E>>(
         self,
@@ -230,6 +271,7 @@ impl<'a, E: Elem> Batch<'a, E> {
                 first: job * per_job,
                 scratch: Scratch::new(),
                 g: Scratch::new(),
+                taken: 0,
             };
             (job, [along, sum])
         })
@@ -260,6 +302,101 @@ pub(crate) fn backward<E: Elem, R: Reader<E> + Send>(
         })
     };
     Gradients { dx, dweight, dbias }
+}
+
+/// [`backward`] where each channel of each sample has a weight and a bias of its own.
+pub(crate) fn sampled_backward<E: Elem, R: Reader<E> + Send>(
+    reader: impl Fn() -> R,
+    batch: Batch<E>,
+    wanted: Wanted,
+) -> Gradients<E> {
+    let (shape, samples) = (batch.shape, batch.shape.outer);
+    let per_job = channels_per_job(shape, R::CHANNELS);
+    // Channel by channel, each with its samples.
+    let mut along = vec![0f64; shape.channels * samples];
+    let mut sum = along.clone();
+    // SAFETY: the jobs cover all channels, and a job writes the plane of each of its channels in
+    // every sample.
+    let dx = unsafe {
+        fill_interleaved(shape.elements(), |dx| {
+            let size = per_job * samples;
+            let sums = along.chunks_mut(size).zip(sum.chunks_mut(size));
+            let jobs = sums.enumerate().map(|(job, (along, sum))| SampledBackward {
+                job: ChannelJob {
+                    batch,
+                    reader: reader(),
+                    first: job * per_job,
+                    scratch: Scratch::new(),
+                    g: Scratch::new(),
+                    taken: 0,
+                },
+                dx,
+                sums: [along, sum],
+                wanted,
+            });
+            par::run(shape.elements(), jobs);
+        })
+    };
+    let by_sample = |sums: &[f64]| -> Vec<f64> {
+        let planes = (0..samples).flat_map(|n| (0..shape.channels).map(move |c| c * samples + n));
+        planes.map(|i| sums[i]).collect()
+    };
+    Gradients {
+        dx,
+        dweight: by_sample(&along),
+        dbias: by_sample(&sum),
+    }
+}
+
+struct SampledBackward<'a, E: Elem, R> {
+    job: ChannelJob<'a, E, R>,
+    dx: Shared<'a, E>,
+    /// Of each channel of the job, the sums of each sample.
+    sums: [&'a mut [f64]; 2],
+    wanted: Wanted,
+}
+
+impl<E: Elem, R: Reader<E>> Kernel for SampledBackward<'_, E, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self, isa: I) {
+        let batch = self.job.batch;
+        let (shape, samples) = (batch.shape, batch.shape.outer);
+        let count = shape.per_channel();
+        for mine in together::<E, R>(self.sums[0].len() / samples) {
+            self.job.start();
+            if self.wanted.own.is_some() || self.wanted.params {
+                for run in shape.runs() {
+                    self.job.read(mine.clone(), &run);
+                    for i in mine.clone() {
+                        self.job.add_sampled(isa, i, &run, &mut self.sums);
+                    }
+                }
+            }
+            let mut means = [[0f64; 2]; MOST_CHANNELS];
+            if let Some(center) = self.wanted.own {
+                for (i, [along, mean]) in mine.clone().zip(&mut means) {
+                    for sample in 0..samples {
+                        let weight = self.job.weight(sample, i);
+                        let at = i * samples + sample;
+                        *along += self.sums[0][at] * weight / count;
+                        if center {
+                            *mean += self.sums[1][at] * weight / count;
+                        }
+                    }
+                }
+            }
+            let own = self.wanted.own.is_some();
+            for run in shape.runs() {
+                self.job.read(mine.clone(), &run);
+                for (i, means) in mine.clone().zip(means) {
+                    self.job
+                        .write_sampled(isa, i, &run, self.dx, own.then_some(means));
+                }
+            }
+        }
+    }
 }
 
 /// The sums of `dy · x̂` and of `dy` of each channel.
@@ -295,6 +432,7 @@ pub(crate) fn grad_input<E: Elem, R: Reader<E> + Send>(
                     first: job * per_job,
                     scratch: Scratch::new(),
                     g: Scratch::new(),
+                    taken: 0,
                 },
                 dx,
                 means,
@@ -314,6 +452,8 @@ struct ChannelJob<'a, E: Elem, R> {
     scratch: Scratch<E::Acc>,
     /// The gradients of these.
     g: Scratch<E::Acc>,
+    /// How many of the gradients a later pass has taken.
+    taken: usize,
 }
 
 /// The channels of a job that a reader with `R::CHANNELS` takes together, counted from its first.
@@ -340,6 +480,7 @@ impl<E: Elem, R: Reader<E>> Kernel for PlanesBackward<'_, E, R> {
     fn run<I: Isa>(mut self, isa: I) {
         let count = self.job.batch.shape.per_channel();
         for mine in together::<E, R>(self.sums[0].len()) {
+            self.job.start();
             match self.wanted {
                 Wanted {
                     own: Some(center), ..
@@ -438,8 +579,8 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                 };
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                if self.has_through(isa, channel, &run) {
-                    let g = self.g.get().chunks_exact(run.part.len().max(1));
+                if let Some(span) = self.through(isa, channel, &run, true) {
+                    let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
                     let pairs = self.reader.slices(channel, &run).zip(g);
                     write_each(isa, center, grad, pairs, parts);
                 } else {
@@ -474,8 +615,8 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                 let scale = splat::<I, _>(isa, E::Acc::from_f64(self.scale(channel)));
                 // SAFETY: this job alone has the channel, and takes each of its runs once.
                 let parts = unsafe { parts(dx, shape, channel, &run) };
-                if self.has_through(isa, channel, &run) {
-                    let g = self.g.get().chunks_exact(run.part.len().max(1));
+                if let Some(span) = self.through(isa, channel, &run, true) {
+                    let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
                     scale_each(isa, scale, g, parts);
                 } else {
                     scale_each(
@@ -503,17 +644,132 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
         self.reader.read(channels, run);
     }
 
-    /// Puts `dy · act′(u)` of a run of a channel that was read into `g`, if there is an activation.
+    /// The weight of channel `i` of a sample.
     #[inline(always)]
-    fn has_through<I: Isa>(&mut self, isa: I, channel: usize, run: &Run) -> bool {
-        let Some(activation) = self.batch.activation else {
-            return false;
+    fn weight(&self, sample: usize, i: usize) -> f64 {
+        let param = self.batch.param(sample, self.first + i);
+        self.batch.affine.weight.map_or(1., |w| w[param].to_f64())
+    }
+
+    /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i` to those of its samples.
+    #[inline(always)]
+    fn add_sampled<I: Isa>(&mut self, isa: I, i: usize, run: &Run, sums: &mut [&mut [f64]; 2]) {
+        let (channel, shape) = (self.first + i, self.batch.shape);
+        let stats = self.batch.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let span = self.through(isa, channel, run, false);
+        let len = run.part.len();
+        let xs = run.samples.clone().zip(self.reader.slices(channel, run));
+        for (k, (sample, x)) in xs.enumerate() {
+            let [along, sum] = match &span {
+                Some(span) => {
+                    let g = &self.g.get()[span.start + k * len..][..len];
+                    sums_of_run(isa, center, std::iter::once((x, g)))
+                }
+                None => {
+                    let dy = &self.batch.dy[shape.plane(sample, channel)][run.part.clone()];
+                    sums_of_run(isa, center, std::iter::once((x, dy)))
+                }
+            };
+            sums[0][i * shape.outer + sample] += stats.along::<E::Acc>([along, sum]);
+            sums[1][i * shape.outer + sample] += sum;
+        }
+    }
+
+    /// Writes `dx` of a run of channel `i`; without means, its statistics do not move with `x`.
+    #[inline(always)]
+    fn write_sampled<I: Isa>(
+        &mut self,
+        isa: I,
+        i: usize,
+        run: &Run,
+        dx: Shared<E>,
+        means: Option<[f64; 2]>,
+    ) {
+        let (channel, shape) = (self.first + i, self.batch.shape);
+        let stats = self.batch.stats[channel];
+        let center = Center::<I, E::Acc>::new(isa, stats.mean);
+        let [along, mean] = means.unwrap_or_default();
+        let number = |v: f64| splat::<I, _>(isa, E::Acc::from_f64(v));
+        let grad = InputGrad {
+            mean: number(mean),
+            along: number(along * stats.inv_std),
+            scale: number(stats.inv_std),
         };
-        let (stats, affine) = (self.batch.stats[channel], self.batch.affine);
-        let normal = ScaledNormal::<I, E::Acc>::new(isa, stats, affine, channel);
-        let dy = self.batch.shape.slices(self.batch.dy, channel, run);
+        let span = self.through(isa, channel, run, true);
+        let len = run.part.len();
+        // SAFETY: this job alone has the channel, and takes each of its runs once.
+        let parts = unsafe { parts(dx, shape, channel, run) };
+        let xs = run.samples.clone().zip(self.reader.slices(channel, run));
+        for (k, ((sample, x), dx)) in xs.zip(parts).enumerate() {
+            let weight = self.weight(sample, i);
+            let (factor, scale) = (number(weight), number(stats.inv_std * weight));
+            let dy = &self.batch.dy[shape.plane(sample, channel)][run.part.clone()];
+            match &span {
+                Some(span) => {
+                    let g = &self.g.get()[span.start + k * len..][..len];
+                    write_part(
+                        isa,
+                        center,
+                        grad,
+                        means.is_some(),
+                        [factor, scale],
+                        (x, g, dx),
+                    );
+                }
+                None => {
+                    write_part(
+                        isa,
+                        center,
+                        grad,
+                        means.is_some(),
+                        [factor, scale],
+                        (x, dy, dx),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Forgets the gradients of the channels before.
+    #[inline(always)]
+    fn start(&mut self) {
         self.g.clear();
-        for (x, dy) in self.reader.slices(channel, run).zip(dy) {
+        self.taken = 0;
+    }
+
+    /// Whether `dy · act′(u)` of a whole channel is kept from one pass to the next.
+    #[inline(always)]
+    fn keeps(&self) -> bool {
+        R::CHANNELS == 1 && self.batch.shape.per_channel() <= KEPT as f64
+    }
+
+    /// Where `dy · act′(u)` of a run of a channel that was read is in `g`, if there is an
+    /// activation; `again` in a pass after the first.
+    #[inline(always)]
+    fn through<I: Isa>(
+        &mut self,
+        isa: I,
+        channel: usize,
+        run: &Run,
+        again: bool,
+    ) -> Option<Range<usize>> {
+        let activation = self.batch.activation?;
+        let keeps = self.keeps();
+        if keeps && again && self.taken + run.count() <= self.g.get().len() {
+            let start = self.taken;
+            self.taken += run.count();
+            return Some(start..self.taken);
+        }
+        if !keeps {
+            self.g.clear();
+        }
+        let start = self.g.get().len();
+        let batch = self.batch;
+        let dy = batch.shape.slices(batch.dy, channel, run);
+        let pairs = self.reader.slices(channel, run).zip(dy);
+        for (sample, (x, dy)) in run.samples.clone().zip(pairs) {
+            let normal = batch.normal(isa, sample, channel);
             through(
                 isa,
                 activation,
@@ -524,7 +780,10 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
                 |u| normal.write(isa, x, u),
             );
         }
-        true
+        if again {
+            self.taken = start + run.count();
+        }
+        Some(start..start + run.count())
     }
 
     /// Adds the sums of `dy · x̂` and of `dy` over a run of channel `i`.
@@ -533,8 +792,8 @@ impl<E: Elem, R: Reader<E>> ChannelJob<'_, E, R> {
         let channel = self.first + i;
         let stats = self.batch.stats[channel];
         let center = Center::<I, E::Acc>::new(isa, stats.mean);
-        let [along, sum] = if self.has_through(isa, channel, run) {
-            let g = self.g.get().chunks_exact(run.part.len().max(1));
+        let [along, sum] = if let Some(span) = self.through(isa, channel, run, false) {
+            let g = self.g.get()[span].chunks_exact(run.part.len().max(1));
             sums_of_run(isa, center, self.reader.slices(channel, run).zip(g))
         } else {
             let dy = self.batch.shape.slices(self.batch.dy, channel, run);
@@ -559,6 +818,36 @@ fn sums_of_run<'a, I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
         #[inline(always)]
         |_, x, dy| [dy * center.distance_from_high(x), dy],
     )
+}
+
+/// Writes `dx` of a plane whose `dy` is multiplied by a factor of its own; where the statistics are
+/// not the batch's `own`, it is `dy` times the scale.
+#[inline(always)]
+fn write_part<I: Isa, E: Elem, D: Elem<Acc = E::Acc>>(
+    isa: I,
+    center: Center<I, E::Acc>,
+    grad: InputGrad<Lanes<I, E::Acc>>,
+    own: bool,
+    [factor, scale]: [Lanes<I, E::Acc>; 2],
+    (x, dy, dx): (&[E], &[D], &mut [MaybeUninit<E>]),
+) {
+    match own {
+        true => map2(
+            isa,
+            x,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, x, dy| grad.of(center.distance(x), dy * factor),
+        ),
+        false => map(
+            isa,
+            dy,
+            dx,
+            #[inline(always)]
+            |_, dy| dy * scale,
+        ),
+    };
 }
 
 /// Writes `dx` of a run, part by part.

@@ -36,7 +36,7 @@ fn values(t: &Tensor) -> Result<Vec<f64>> {
 
 impl Channels {
     /// Steps after the normalization, if there is more than one weight and bias for each channel.
-    fn following(&self) -> Option<Following> {
+    fn following<'a, T>(&self, affine: AffinePair<'a, T>) -> Option<Following<'a, T>> {
         let spread = match self.spread {
             Spread::Channel => candle_norm_kernels::Spread::Channel,
             Spread::SampleAndChannel => candle_norm_kernels::Spread::SampleAndChannel,
@@ -44,6 +44,7 @@ impl Channels {
         };
         let is_plain = self.spread == Spread::Channel && self.activation.is_none();
         (!is_plain).then(|| Following {
+            affine,
             spread,
             activation: self.activation.map(Into::into),
         })
@@ -79,11 +80,9 @@ impl Channels {
             }
         };
         let shape = self.axes.into();
-        let (y, saved) = match self.following() {
+        let (y, saved) = match self.following(affine) {
             None => T::channels_forward(x, order, shape, affine, statistics),
-            Some(following) => {
-                T::spread_channels_forward(x, order, shape, affine, following, statistics)
-            }
+            Some(following) => T::spread_channels_forward(x, order, shape, following, statistics),
         };
         Ok(Forward {
             y: T::to_cpu_storage_owned(y),
@@ -115,10 +114,10 @@ impl Channels {
         };
         let (shape, weight) = (self.axes.into(), affine.weight);
         let saved = from.saved;
-        let grads = match self.following() {
+        let grads = match self.following(affine) {
             None => T::channels_backward(x, order, dy, shape, weight, saved, wanted),
             Some(following) => {
-                T::spread_channels_backward(x, order, dy, shape, affine, following, saved, wanted)
+                T::spread_channels_backward(x, order, dy, shape, following, saved, wanted)
             }
         };
         Ok(stored(grads, from.params))
