@@ -3,6 +3,8 @@
 //! Work is cut into blocks whose size depends on the shape alone, and what blocks leave is combined
 //! in the order of the blocks: the number of threads changes neither.
 
+use std::sync::{Mutex, PoisonError};
+
 use rayon::prelude::*;
 
 use super::simd::{Kernel, Level};
@@ -60,12 +62,25 @@ pub(crate) fn divides(count: usize, len: usize) -> bool {
 }
 
 /// Calls `f` with every job, in parallel where `elements`, what all of them touch, are worth it.
-pub(crate) fn for_each<J: Send>(jobs: Vec<J>, elements: usize, f: impl Fn(J) + Sync + Send) {
+pub(crate) fn for_each<J: Send>(jobs: Vec<J>, elements: usize, f: impl Fn(J) + Sync) {
     if jobs.len() == 1 || elements <= SERIAL || rayon::current_num_threads() == 1 {
         jobs.into_iter().for_each(f);
     } else {
-        jobs.into_par_iter().with_max_len(1).for_each(f);
+        let jobs: Vec<_> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
+        in_parallel(jobs.len(), &|i| {
+            let job = jobs[i]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            job.into_iter().for_each(&f);
+        });
     }
+}
+
+/// Calls `f` with every number below `count` on any thread. It is compiled once for all kernels:
+/// code of rayon for each of them would take longer to compile than the kernels.
+fn in_parallel(count: usize, f: &(dyn Fn(usize) + Sync)) {
+    (0..count).into_par_iter().with_max_len(1).for_each(f);
 }
 
 /// Runs every kernel with the instruction set of the calling thread, in parallel as
