@@ -163,25 +163,25 @@ impl Mixture {
         })
     }
 
-    /// The terms among `terms` that have a share, in the order of the shares.
+    /// The terms among `terms` that have a share, in the order of the mixing weights.
     fn mixed_terms<'t>(&self, terms: &'t Terms) -> Vec<&'t [Tensor; 2]> {
         let plane = self.instance.then_some(&terms.plane);
         let all = [plane, Some(&terms.layer), terms.batch.as_ref()];
         all.into_iter().flatten().collect()
     }
 
-    /// The mixed mean and variance, `[N, C]` each, and both sets of shares.
+    /// The mixed mean and variance, `[N, C]` each, and both sets of mixing weights.
     fn mixed(&self, terms: &Terms, logits: &Tensor) -> Result<([Tensor; 2], [Tensor; 2])> {
         let (sources, wide) = (self.sources(), terms.layer[0].dtype());
         let logits = logits.to_dtype(wide)?;
         let set = |i: usize| -> Result<(Tensor, Tensor)> {
-            let shares = softmax(&logits.narrow(0, i * sources, sources)?)?;
+            let mixing_weights = softmax(&logits.narrow(0, i * sources, sources)?)?;
             let mut sum = Tensor::zeros(self.dims(), wide, logits.device())?;
             for (k, term) in self.mixed_terms(terms).into_iter().enumerate() {
-                let share = shares.narrow(0, k, 1)?.unsqueeze(0)?;
+                let share = mixing_weights.narrow(0, k, 1)?.unsqueeze(0)?;
                 sum = sum.broadcast_add(&term[i].broadcast_mul(&share)?)?;
             }
-            Ok((sum, shares))
+            Ok((sum, mixing_weights))
         };
         let ((mean, of_means), (var, of_vars)) = (set(0)?, set(1)?);
         Ok(([mean, var], [of_means, of_vars]))
@@ -189,13 +189,13 @@ impl Mixture {
 
     /// The distances of the means of the planes, as constants, from their mixtures, `[N, C]`.
     ///
-    /// The shares add up to 1, so that the distance from a mixture is the mixture of the distances,
-    /// of which those from the plane's own mean are zero and take no digits.
-    fn distance(&self, planes: &Planes, terms: &Terms, shares: &Tensor) -> Result<Tensor> {
+    /// The mixing weights add up to 1. Therefore the distance from a mixture is the mixture of the
+    /// distances, of which those from the plane's own mean are zero and take no digits.
+    fn distance(&self, planes: &Planes, terms: &Terms, mixing_weights: &Tensor) -> Result<Tensor> {
         let mean = planes.mean.detach();
         let mut sum = mean.zeros_like()?;
         for (k, term) in self.mixed_terms(terms).into_iter().enumerate() {
-            let share = shares.narrow(0, k, 1)?.unsqueeze(0)?;
+            let share = mixing_weights.narrow(0, k, 1)?.unsqueeze(0)?;
             let away = mean.broadcast_sub(&term[0])?;
             sum = sum.broadcast_add(&away.broadcast_mul(&share)?)?;
         }
@@ -292,11 +292,12 @@ impl Computation for Mixture {
     fn composed_gradients(&self, args: Args<&Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
         let (planes, logits) = (self.planes(args.x)?, argument(self, args.bias)?);
         let terms = self.terms(&planes)?;
-        let (mixed, shares) = self.mixed(&terms, logits)?;
+        let (mixed, mixing_weights) = self.mixed(&terms, logits)?;
         let [dscale, dshift] = [0, 1].map(|i| dy.narrow(0, i, 1)?.reshape(self.dims()));
         let dshift = dshift?;
         let inv_std = (&mixed[1] + self.eps)?.sqrt()?.recip()?;
-        let dscale = (dscale? + (&dshift * self.distance(&planes, &terms, &shares[0])?)?)?;
+        let dscale =
+            (dscale? + (&dshift * self.distance(&planes, &terms, &mixing_weights[0])?)?)?;
         let (mut scale, mut dinv_std) = (inv_std.clone(), dscale.clone());
         if let Some(weight) = args.weight {
             let weight = self.row(weight, scale.dtype())?;
@@ -311,7 +312,7 @@ impl Computation for Mixture {
             for (k, term) in mixed_terms.iter().enumerate() {
                 let away = term[i].broadcast_sub(&mixed[i])?;
                 let along = (&grads[i] * away)?.sum_all()?;
-                dlogits.push(shares[i].narrow(0, k, 1)?.broadcast_mul(&along)?);
+                dlogits.push(mixing_weights[i].narrow(0, k, 1)?.broadcast_mul(&along)?);
             }
         }
         // The gradients of the mean and the variance of the term at `place`, on the planes of a
@@ -320,7 +321,7 @@ impl Computation for Mixture {
         let through = |place: usize, axis: usize, term: &[Tensor; 2], factor: f64| {
             let count = grads[0].dims()[axis] as f64;
             let sum = |i: usize| {
-                let share = shares[i].narrow(0, place, 1)?.unsqueeze(0)?;
+                let share = mixing_weights[i].narrow(0, place, 1)?.unsqueeze(0)?;
                 grads[i].sum_keepdim(axis)?.broadcast_mul(&share)? / count
             };
             let (dmean, dvar) = (sum(0)?, (sum(1)? * factor)?);
@@ -336,7 +337,7 @@ impl Computation for Mixture {
         }
         if self.instance {
             let own = |i: usize| {
-                let share = shares[i].narrow(0, 0, 1)?.unsqueeze(0)?;
+                let share = mixing_weights[i].narrow(0, 0, 1)?.unsqueeze(0)?;
                 grads[i].broadcast_mul(&share)
             };
             (dmean, dvar) = ((dmean + own(0)?)?, (dvar + own(1)?)?);

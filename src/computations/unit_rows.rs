@@ -10,6 +10,7 @@ use super::{Args, Composed, Computation, Gradients};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum L2Form {
     /// `x / max(‖x‖, eps)`, as PyTorch's `normalize`. The default.
     #[default]

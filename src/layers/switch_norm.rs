@@ -197,7 +197,7 @@ pub struct SwitchNorm {
 /// let norm = candle_norm::switch_norm(3, 1e-5, vb)?;
 /// let x = Tensor::randn(5f32, 2., (4, 3, 8, 8), &Device::Cpu)?;
 /// assert_eq!(norm.forward_t(&x, true)?.dims(), [4, 3, 8, 8]);
-/// assert_eq!(norm.mean_shares()?, [1. / 3.; 3]);
+/// assert_eq!(norm.mean_mixing_weights()?, [1. / 3.; 3]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn switch_norm(
@@ -219,10 +219,10 @@ pub fn switch_norm(
     let stats = RunningStats::new(LAYER, statistics, options.momentum, options.using_bn, &vb)?
         .refusing(options.refuse_non_finite);
     let sources = 1 + usize::from(options.spatial_dims > 0) + usize::from(options.using_bn);
-    let shares = |name| vb.get_with_hints(sources, name, Init::Const(1.));
+    let mixing_weights = |name| vb.get_with_hints(sources, name, Init::Const(1.));
     Ok(SwitchNorm {
-        mean_weight: shares(MEAN_WEIGHT)?,
-        var_weight: shares(VAR_WEIGHT)?,
+        mean_weight: mixing_weights(MEAN_WEIGHT)?,
+        var_weight: mixing_weights(VAR_WEIGHT)?,
         params: AffineParams::new(LAYER, &vb, shape, options.affine, options.initial_weight())?,
         stats,
         options,
@@ -256,16 +256,16 @@ impl SwitchNorm {
     ///
     /// # Errors
     /// Only those of the device.
-    pub fn mean_shares(&self) -> Result<Vec<f64>> {
-        ops::shares(&self.mean_weight)
+    pub fn mean_mixing_weights(&self) -> Result<Vec<f64>> {
+        ops::mixing_weights(&self.mean_weight)
     }
 
     /// The mixing weights of the variances of instance, layer and batch, as far as they are mixed.
     ///
     /// # Errors
     /// Only those of the device.
-    pub fn var_shares(&self) -> Result<Vec<f64>> {
-        ops::shares(&self.var_weight)
+    pub fn var_mixing_weights(&self) -> Result<Vec<f64>> {
+        ops::mixing_weights(&self.var_weight)
     }
 
     /// ε, added to the variance.
@@ -485,9 +485,9 @@ impl Norm for SwitchNorm {
 
     fn reset(&self) -> Result<()> {
         self.params.reset(self.options.initial_weight())?;
-        for shares in [&self.mean_weight, &self.var_weight] {
-            if shares.is_variable() {
-                Var::from_tensor(shares)?.set(&shares.ones_like()?.detach())?;
+        for mixing_weights in [&self.mean_weight, &self.var_weight] {
+            if mixing_weights.is_variable() {
+                Var::from_tensor(mixing_weights)?.set(&mixing_weights.ones_like()?.detach())?;
             }
         }
         self.stats.reset()

@@ -66,7 +66,7 @@ pub use softmax::{log_softmax_last_dim, softmax_last_dim};
 pub(crate) use spectral_norm::{fresh_vectors, sizes, vectors_of_u};
 pub use spectral_norm::{power_iteration, spectral_norm};
 pub use switch_norm::{SwitchBatch, SwitchOptions, switch_norm};
-pub(crate) use switch_norm::{shares, switch_norm_with};
+pub(crate) use switch_norm::{mixing_weights, switch_norm_with};
 pub(crate) use sync_batch_norm::sync_batch_norm_with;
 pub(crate) use sync_switch_norm::sync_switch_norm_with;
 pub use weight_norm::weight_norm;

@@ -13,6 +13,7 @@ pub(super) const LAYER: &str = "SwitchNorm";
 
 /// Statistics of a batch that [`switch_norm`] mixes in.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum SwitchBatch<'a> {
     /// None.
     Absent,
@@ -45,7 +46,7 @@ impl SwitchOptions<'_> {
 
 /// Switchable normalization of `x`: `y = (x − mean) / √(var + eps) · weight + bias`.
 ///
-/// `mean` is the sum of the means of the instance, the layer and the batch, by the shares
+/// `mean` is the sum of the means of the instance, the layer and the batch, by the mixing weights
 /// `softmax(mean_weight)`, and `var` that of their variances by `softmax(var_weight)` (Luo et al.,
 /// 2019, <https://arxiv.org/abs/1806.10779>). Also returns the mean and the variance of the batch,
 /// where its own are mixed in; none for an empty input.
@@ -77,10 +78,10 @@ pub fn switch_norm(
     x: &Tensor,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
-    shares: [&Tensor; 2],
+    mixing_weights: [&Tensor; 2],
     options: SwitchOptions,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
-    let (y, statistics) = switch_norm_with(x, weight, bias, shares, options)?;
+    let (y, statistics) = switch_norm_with(x, weight, bias, mixing_weights, options)?;
     let acc = composed::accumulator(x.dtype());
     let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
     Ok((y, statistics))
@@ -208,7 +209,7 @@ pub(super) fn check_arguments(
     x: &Tensor,
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
-    shares: [&Tensor; 2],
+    mixing_weights: [&Tensor; 2],
     options: &SwitchOptions,
 ) -> Result<()> {
     check::eps(LAYER, options.eps)?;
@@ -217,7 +218,10 @@ pub(super) fn check_arguments(
     let (c, count) = (x.dims()[1], [options.count()]);
     let channels = [c];
     let mut params = check::Param::affine(weight, bias, &channels);
-    for (name, value) in ["mean_weight", "var_weight"].into_iter().zip(shares) {
+    for (name, value) in ["mean_weight", "var_weight"]
+        .into_iter()
+        .zip(mixing_weights)
+    {
         params.push(check::Param {
             name,
             value,
@@ -274,7 +278,7 @@ pub(super) fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> 
     let about = mean.detach();
     let offset = mixture.offset(&first)?;
     let mean = (mean + first.broadcast_sub(&offset)?)?;
-    // Nearer still, for the gradient of the shares: a sum of products with these means.
+    // Nearer still, for the gradient of the mixing weights: a sum of products with these means.
     let rest = mixture.offset(&mean)?;
     let planes = Planes {
         mean: mean.broadcast_sub(&rest)?,
@@ -286,7 +290,7 @@ pub(super) fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> 
 }
 
 /// Factors that [`switch_norm`] mixes by, from one of its weights.
-pub(crate) fn shares(weight: &Tensor) -> Result<Vec<f64>> {
+pub(crate) fn mixing_weights(weight: &Tensor) -> Result<Vec<f64>> {
     softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
 }
 

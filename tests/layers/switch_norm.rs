@@ -58,7 +58,7 @@ fn a_share_of_one_is_the_norm_that_it_is_of() -> Result<()> {
             let mut shares = vec![0.; 3];
             shares[source] = 1.;
             assert_eq!(
-                (norm.mean_shares()?, norm.var_shares()?),
+                (norm.mean_mixing_weights()?, norm.var_mixing_weights()?),
                 (shares.clone(), shares)
             );
         }

@@ -13,6 +13,7 @@ use super::{Features, Moments, ParseOptionError, Seen};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
 pub enum Nan {
     /// An error that names the sample and the feature.
     #[default]

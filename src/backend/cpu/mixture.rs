@@ -22,7 +22,7 @@ struct Normal {
 /// The mixture as a backward finds it. Means are less an offset of their sample.
 pub(crate) struct Mixed {
     /// Shares of the means and of the variances.
-    shares: [Vec<f64>; 2],
+    mixing_weights: [Vec<f64>; 2],
     instance: bool,
     /// Moments of the planes, the variances times their factor.
     planes: Vec<Pair>,
@@ -79,7 +79,7 @@ fn scaled(pairs: Vec<Pair>, factor: f64) -> Vec<Pair> {
 }
 
 impl Mixed {
-    /// The moments that are mixed for a plane, in the order of the shares.
+    /// The moments that are mixed for a plane, in the order of the mixing weights.
     fn terms(&self, sample: usize, channel: usize) -> impl Iterator<Item = Pair> {
         let plane = self.planes[sample * self.channels() + channel];
         let batch = self.batch.get(channel);
@@ -94,8 +94,8 @@ impl Mixed {
 
     fn normal(&self, sample: usize, channel: usize, eps: f64) -> Normal {
         let (mut mean, mut var) = (0., 0.);
-        let shares = self.shares[0].iter().zip(&self.shares[1]);
-        for ([m, v], (of_mean, of_var)) in self.terms(sample, channel).zip(shares) {
+        let mixing_weights = self.mixing_weights[0].iter().zip(&self.mixing_weights[1]);
+        for ([m, v], (of_mean, of_var)) in self.terms(sample, channel).zip(mixing_weights) {
             mean += of_mean * m;
             var += of_var * v;
         }
@@ -153,7 +153,7 @@ impl Mixture {
             }
         };
         let mut mixed = Mixed {
-            shares: [of_means, of_vars].map(softmax),
+            mixing_weights: [of_means, of_vars].map(softmax),
             instance: self.instance,
             layers: scaled(layers, factors.layer),
             planes,
@@ -228,11 +228,14 @@ impl On<Cpu> for Mixture {
             }
             grads.push([dmean, dvar]);
         }
-        for (d, share) in dlogits.iter_mut().zip(mixed.shares.iter().flatten()) {
+        for (d, share) in dlogits
+            .iter_mut()
+            .zip(mixed.mixing_weights.iter().flatten())
+        {
             *d *= share;
         }
         let factors = self.factors();
-        let [of_means, of_vars] = &mixed.shares;
+        let [of_means, of_vars] = &mixed.mixing_weights;
         let layer = usize::from(self.instance);
         let through = |place: usize, count: usize, factor: f64| {
             let n = count as f64;

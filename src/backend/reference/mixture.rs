@@ -43,7 +43,7 @@ pub(crate) struct Mixed {
     mean: Vec<f64>,
     sources: Vec<Source>,
     /// Shares of the means, and of the variances.
-    shares: [Vec<f64>; 2],
+    mixing_weights: [Vec<f64>; 2],
     statistics: Option<Vec<Stats>>,
 }
 
@@ -63,8 +63,8 @@ fn softmax(logits: &[f64]) -> Vec<f64> {
     let highest = logits.iter().fold(f64::MIN, |highest, v| highest.max(*v));
     let mut sum = Sum::default();
     logits.iter().for_each(|v| sum.add((v - highest).exp()));
-    let shares = logits.iter().map(|v| (v - highest).exp() / sum.value());
-    shares.collect()
+    let mixing_weights = logits.iter().map(|v| (v - highest).exp() / sum.value());
+    mixing_weights.collect()
 }
 
 impl Mixture {
@@ -132,7 +132,7 @@ impl Mixture {
         Ok(Mixed {
             mean: near,
             sources,
-            shares: [softmax(of_means), softmax(of_vars)],
+            mixing_weights: [softmax(of_means), softmax(of_vars)],
             statistics,
         })
     }
@@ -143,20 +143,20 @@ impl Mixed {
     fn mixed(&self, plane: usize) -> [f64; 2] {
         let (mut mean, mut var) = (Sum::default(), Sum::default());
         for (k, source) in self.sources.iter().enumerate() {
-            mean.add(self.shares[0][k] * source.mean[plane]);
-            var.add(self.shares[1][k] * source.var[plane]);
+            mean.add(self.mixing_weights[0][k] * source.mean[plane]);
+            var.add(self.mixing_weights[1][k] * source.var[plane]);
         }
         [mean.value(), var.value()]
     }
 }
 
 /// The gradient of logits from that of their softmax.
-fn softmax_backward(shares: &[f64], grads: &[f64]) -> Vec<f64> {
+fn softmax_backward(mixing_weights: &[f64], grads: &[f64]) -> Vec<f64> {
     let mut along = Sum::default();
-    for (share, grad) in shares.iter().zip(grads) {
+    for (share, grad) in mixing_weights.iter().zip(grads) {
         along.add(share * grad);
     }
-    let pairs = shares.iter().zip(grads);
+    let pairs = mixing_weights.iter().zip(grads);
     pairs.map(|(s, g)| s * (g - along.value())).collect()
 }
 
@@ -205,7 +205,7 @@ impl On<Reference> for Mixture {
             dmean.push(-dshift * weight * r);
             dvar.push(-dscale * weight * r * r * r / 2.);
         }
-        let dshares = |grads: &[f64], of: fn(&Source) -> &[f64]| -> Vec<f64> {
+        let dmixing_weights = |grads: &[f64], of: fn(&Source) -> &[f64]| -> Vec<f64> {
             let sources = saved.sources.iter();
             let along = sources.map(|source| {
                 let mut sum = Sum::default();
@@ -217,9 +217,12 @@ impl On<Reference> for Mixture {
             });
             along.collect()
         };
-        let mut dlogits = softmax_backward(&saved.shares[0], &dshares(&dmean, |s| &s.mean));
-        let of_vars = dshares(&dvar, |s| &s.var);
-        dlogits.extend(softmax_backward(&saved.shares[1], &of_vars));
+        let mut dlogits = softmax_backward(
+            &saved.mixing_weights[0],
+            &dmixing_weights(&dmean, |s| &s.mean),
+        );
+        let of_vars = dmixing_weights(&dvar, |s| &s.var);
+        dlogits.extend(softmax_backward(&saved.mixing_weights[1], &of_vars));
         let mut dx = vec![0.; 2 * planes];
         for (k, source) in saved.sources.iter().enumerate() {
             if source.of == Of::Nothing {
@@ -229,9 +232,9 @@ impl On<Reference> for Mixture {
             let to_mean = means(&dmean, source.of, channels);
             let to_var = means(&dvar, source.of, channels);
             for plane in 0..planes {
-                let dvar = saved.shares[1][k] * source.factor * to_var[plane];
+                let dvar = saved.mixing_weights[1][k] * source.factor * to_var[plane];
                 let away = saved.mean[plane] - source.mean[plane];
-                dx[plane] += saved.shares[0][k] * to_mean[plane] + 2. * dvar * away;
+                dx[plane] += saved.mixing_weights[0][k] * to_mean[plane] + 2. * dvar * away;
                 dx[planes + plane] += dvar * self.factors().plane;
             }
         }
