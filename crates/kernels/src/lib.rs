@@ -14,6 +14,9 @@
 
 // Several arrays are indexed alike, in step.
 #![allow(clippy::needless_range_loop)]
+// The unit tests compile only the code that they call. Every kernel for every element type, once more,
+// would take minutes.
+#![cfg_attr(test, allow(dead_code, unused_imports))]
 
 #[allow(unsafe_code)]
 mod simd;
@@ -55,11 +58,13 @@ mod weight;
 
 mod channels;
 
+#[cfg(not(test))]
 mod float;
 
 pub use activation::Activation;
 pub use affine::AffinePair;
 pub use channels::Following;
+#[cfg(not(test))]
 pub use float::Float;
 pub use gated::{Gate, GatedGradients, GatedSpec};
 pub use grads::{Gradients, Wanted};
