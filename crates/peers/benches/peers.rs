@@ -228,6 +228,15 @@ impl Bench {
                 Err(error) => results.push((peer, Err(error.to_string()))),
             }
         }
+        if self.args.asks_for("norm alone")
+            && let Some((alone, inputs)) = ours::norm_alone(case, inputs)
+        {
+            match our_step(&alone, pass, &inputs) {
+                Ok(step) => steps.push(("norm alone", step)),
+                // A mask is a graph of its own; its backward is compared in the train step.
+                Err(error) => results.push(("norm alone", Err(error.to_string()))),
+            }
+        }
         if pass == Pass::Backward && self.args.asks_for("composed") {
             // It has no such pass to time, but knows what it must come to.
             let gradients = step::gradients(case, inputs, ours::composed)?;
@@ -283,7 +292,7 @@ impl Bench {
             case: case.clone(),
             pass,
             ours: f64::NAN,
-            peers: [None; 6],
+            peers: [None; 7],
         };
         for (name, time) in names.into_iter().zip(times) {
             match (PEERS.iter().position(|peer| *peer == name), time) {

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use candle_nn::{BatchNorm, GroupNorm, LayerNorm, Module, ModuleT, RmsNorm, ops};
 
-use super::case::{Case, EPS, GROUPS, Inputs, Op};
+use super::case::{Case, EPS, GROUPS, Inputs, Op, lengths};
 use super::step::Layer;
 
 /// The layer as it is called, fused where candle-nn has a kernel.
@@ -68,6 +68,22 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             let norm = RmsNorm::new(weight, EPS);
             Box::new(move |x| norm.forward(x)? * bias.silu()?)
         }
+        Op::MaskedBatchNorm => masked_batch_norm(case, inputs)?,
+        Op::GlobalResponseNorm => {
+            let (weight, bias) = (weight.reshape((1, (), 1, 1))?, bias.reshape((1, (), 1, 1))?);
+            Box::new(move |x| {
+                let lengths = x.sqr()?.sum_keepdim((2, 3))?.sqrt()?;
+                let shares = lengths.broadcast_div(&(lengths.mean_keepdim(1)? + EPS)?)?;
+                let scaled = x.broadcast_mul(&shares)?.broadcast_mul(&weight)?;
+                (x + scaled)?.broadcast_add(&bias)
+            })
+        }
+        Op::GatedResidual => Box::new(move |x| &bias + x.broadcast_mul(&weight)?),
+        Op::Softmax => Box::new(ops::softmax_last_dim),
+        Op::L2Normalize => Box::new(|x| {
+            let last = x.rank() - 1;
+            x.broadcast_div(&x.sqr()?.sum_keepdim(last)?.sqrt()?)
+        }),
     })
 }
 
@@ -96,8 +112,37 @@ pub(crate) fn differentiable(case: &Case, inputs: &Inputs) -> Result<Layer> {
         (Op::GatedRmsNorm, Some(gate)) => Ok(Box::new(move |x| {
             ops::rms_norm_slow(x, &weight, EPS as f32)? * gate.silu()?
         })),
+        (Op::Softmax, _) => Ok(Box::new(|x| ops::softmax(x, x.rank() - 1))),
         _ => layer(case, inputs),
     }
+}
+
+/// Batch norm of the valid positions, gathered and scattered.
+fn masked_batch_norm(case: &Case, inputs: &Inputs) -> Result<Layer> {
+    let (n, c, size) = (case.shape[0], case.shape[1], case.shape[2]);
+    let valid: Vec<u32> = lengths(n, size)
+        .into_iter()
+        .enumerate()
+        .flat_map(|(i, length)| (0..length).map(move |t| (i * size) as u32 + t))
+        .collect();
+    let index = Tensor::new(valid, inputs.x.device())?;
+    let half = case.dtype.size_in_bytes() == 2;
+    let dtype = if half {
+        candle_core::DType::F32
+    } else {
+        case.dtype
+    };
+    let (mean, var) = (inputs.mean.to_dtype(dtype)?, inputs.var.to_dtype(dtype)?);
+    let (weight, bias) = (inputs.weight.clone(), inputs.bias.clone());
+    let bias = bias.unwrap_or_else(|| weight.clone());
+    let norm = BatchNorm::new(c, mean, var, weight, bias, EPS)?;
+    Ok(Box::new(move |x| {
+        let rows = x.transpose(1, 2)?.reshape((n * size, c))?;
+        let y = norm.forward_t(&rows.index_select(&index, 0)?, true)?;
+        let zeros = Tensor::zeros((n * size, c), y.dtype(), y.device())?;
+        let y = zeros.index_add(&index, &y, 0)?;
+        y.reshape((n, size, c))?.transpose(1, 2)?.contiguous()
+    }))
 }
 
 /// In equal shares of instance, layer and batch; means and variances first, so that no large tensor

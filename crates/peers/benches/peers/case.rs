@@ -32,8 +32,26 @@ pub(crate) enum Op {
     GroupNormSilu,
     /// In training.
     BatchNormRelu,
-    /// `bias` is the gate, of the shape of `x`, behind SiLU and after the norm.
+    /// `bias` is the gate, of the shape of `x`, after SiLU and after the norm.
     GatedRmsNorm,
+    /// In training, by the statistics of the positions that [`lengths`] leaves.
+    MaskedBatchNorm,
+    /// With the channels on axis 1.
+    GlobalResponseNorm,
+    /// `weight` scales each feature of `x`, `bias` is the residual, of the shape of `x`.
+    GatedResidual,
+    /// Of each row, without parameters.
+    Softmax,
+    /// Of each row, without parameters.
+    L2Normalize,
+}
+
+/// The valid positions of each of `n` padded sequences of `size`: from half of them to all, three
+/// quarters on average.
+pub(crate) fn lengths(n: usize, size: usize) -> Vec<u32> {
+    (0..n)
+        .map(|i| (size - size * (i * 7 % n) / (2 * n)) as u32)
+        .collect()
 }
 
 impl Op {
@@ -52,20 +70,54 @@ impl Op {
             Op::GroupNormSilu => "group_norm_silu",
             Op::BatchNormRelu => "batch_norm_relu",
             Op::GatedRmsNorm => "gated_rms_norm",
+            Op::MaskedBatchNorm => "masked_batch_norm",
+            Op::GlobalResponseNorm => "global_response_norm",
+            Op::GatedResidual => "gated_residual",
+            Op::Softmax => "softmax",
+            Op::L2Normalize => "l2_normalize",
         }
     }
 
-    /// What of the layer can be timed: switchable norm is a graph of several nodes, which only the
-    /// engine goes back through.
+    /// The passes of the layer that can be timed: a graph of several nodes is only gone back through by
+    /// the engine.
     pub(crate) fn passes(self) -> &'static [Pass] {
         match self {
-            Op::SwitchNorm => &[Pass::Forward, Pass::TrainStep],
+            Op::SwitchNorm | Op::MaskedBatchNorm | Op::GlobalResponseNorm | Op::L2Normalize => {
+                &[Pass::Forward, Pass::TrainStep]
+            }
             _ => &[Pass::Forward, Pass::Backward, Pass::TrainStep],
         }
     }
 
     fn has_bias(self) -> bool {
-        !matches!(self, Op::RmsNorm | Op::WeightNorm)
+        self.has_weight() && !matches!(self, Op::RmsNorm | Op::WeightNorm)
+    }
+
+    /// Whether it has parameters.
+    pub(crate) fn has_weight(self) -> bool {
+        !matches!(self, Op::Softmax | Op::L2Normalize)
+    }
+
+    /// The norm without what this layer adds to it, and the most times its time that this layer may
+    /// take on tensors that no cache holds.
+    pub(crate) fn norm_alone(self) -> Option<(Op, f64)> {
+        match self {
+            Op::ModulatedLayerNorm => Some((Op::LayerNorm, 1.2)),
+            Op::LayerNormGelu => Some((Op::LayerNorm, 1.15)),
+            Op::GroupNormSilu => Some((Op::GroupNorm, 1.15)),
+            Op::BatchNormRelu => Some((Op::BatchNorm, 1.15)),
+            Op::MaskedBatchNorm => Some((Op::BatchNorm, 1.5)),
+            _ => None,
+        }
+    }
+
+    /// How many times as fast as PyTorch eager it must be, forward and backward.
+    pub(crate) fn least_against_pytorch(self) -> Option<f64> {
+        match self {
+            Op::LayerNormGelu | Op::GroupNormSilu | Op::BatchNormRelu => Some(1.5),
+            Op::GatedRmsNorm => Some(2.),
+            _ => None,
+        }
     }
 }
 
@@ -120,7 +172,13 @@ impl Case {
     pub(crate) fn param_shape(&self) -> Vec<usize> {
         let first_axis = |i| if i == 0 { self.shape[0] } else { 1 };
         match self.op {
-            Op::LayerNorm | Op::RmsNorm | Op::LayerNormGelu | Op::GatedRmsNorm => {
+            Op::LayerNorm
+            | Op::RmsNorm
+            | Op::LayerNormGelu
+            | Op::GatedRmsNorm
+            | Op::GatedResidual
+            | Op::Softmax
+            | Op::L2Normalize => {
                 vec![self.shape[self.shape.len() - 1]]
             }
             Op::ModulatedLayerNorm => vec![self.shape[0], self.shape[self.shape.len() - 1]],
@@ -132,7 +190,7 @@ impl Case {
     /// The shape of the bias, if there is one.
     fn bias_shape(&self) -> Vec<usize> {
         match self.op {
-            Op::GatedRmsNorm => self.shape.clone(),
+            Op::GatedRmsNorm | Op::GatedResidual => self.shape.clone(),
             _ => self.param_shape(),
         }
     }
@@ -161,7 +219,12 @@ impl Case {
         } else {
             0
         };
-        let param = bytes(self.param_shape()) + bias;
+        let weight = if self.op.has_weight() {
+            bytes(self.param_shape())
+        } else {
+            0
+        };
+        let param = weight + bias;
         let tensor = self.tensor_bytes();
         match pass {
             Pass::Forward => 2 * tensor + param,
@@ -176,7 +239,9 @@ impl Case {
 #[derive(Debug, Clone)]
 pub(crate) struct Inputs {
     pub(crate) x: Tensor,
+    /// Only layers without parameters do not look at it.
     pub(crate) weight: Tensor,
+    pub(crate) has_weight: bool,
     pub(crate) bias: Option<Tensor>,
     /// The gradient of the output in [`Pass::Backward`].
     pub(crate) dy: Tensor,
@@ -199,6 +264,7 @@ impl Inputs {
         Ok(Self {
             x: draw(&case.shape, -1.5, 2.5)?,
             weight: draw(&params, 0.5, 1.5)?,
+            has_weight: case.op.has_weight(),
             bias: match case.op.has_bias() {
                 true => Some(draw(&case.bias_shape(), -0.5, 0.5)?),
                 false => None,

@@ -15,7 +15,7 @@ struct Shapes {
 
 /// Every kind has a case of 64 MiB, which no cache holds: that is where time is a question of
 /// memory traffic.
-const SHAPES: [Shapes; 10] = [
+const SHAPES: [Shapes; 14] = [
     Shapes {
         ops: &[Op::LayerNorm, Op::RmsNorm],
         f32: &[
@@ -88,6 +88,30 @@ const SHAPES: [Shapes; 10] = [
         f32: &[&[2, 320, 64, 64], &[16, 256, 64, 64]],
         half: [&[32, 64, 56, 56], &[8, 256, 32, 32]],
         f64: &[8, 256, 32, 32],
+    },
+    Shapes {
+        ops: &[Op::MaskedBatchNorm],
+        f32: &[&[16, 256, 512], &[64, 256, 1024]],
+        half: [&[64, 256, 1024], &[16, 64, 128]],
+        f64: &[16, 256, 512],
+    },
+    Shapes {
+        ops: &[Op::GlobalResponseNorm],
+        f32: &[&[16, 384, 14, 14], &[32, 64, 96, 96]],
+        half: [&[16, 384, 14, 14], &[32, 64, 96, 96]],
+        f64: &[16, 384, 14, 14],
+    },
+    Shapes {
+        ops: &[Op::GatedResidual],
+        f32: &[&[4096, 768], &[16384, 1024]],
+        half: [&[4096, 768], &[128, 768]],
+        f64: &[4096, 768],
+    },
+    Shapes {
+        ops: &[Op::Softmax, Op::L2Normalize],
+        f32: &[&[4096, 768], &[16384, 1024], &[1024, 49]],
+        half: [&[4096, 768], &[128, 768]],
+        f64: &[4096, 768],
     },
     Shapes {
         ops: &[Op::BatchNormRelu],

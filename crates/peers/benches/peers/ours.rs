@@ -4,10 +4,10 @@
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Activation, Module, ModuleT};
 use candle_norm::internals;
-use candle_norm::ops::{self, Modulation, SwitchBatch, SwitchOptions};
+use candle_norm::ops::{self, GateOptions, L2Form, Modulation, SwitchBatch, SwitchOptions};
 use candle_norm::{BatchNorm, GroupNorm, LayerNorm, Path, RmsNorm, with_path};
 
-use super::case::{Case, EPS, GROUPS, Inputs, Op};
+use super::case::{Case, EPS, GROUPS, Inputs, Op, lengths};
 use super::step::{Layer, Step};
 
 /// The layer as a user calls it.
@@ -54,11 +54,23 @@ pub(crate) fn layer(case: &Case, inputs: &Inputs) -> Result<Layer> {
             })
         }
         Op::WeightNorm => Box::new(move |v| ops::weight_norm(v, &weight, Some(0))),
+        Op::MaskedBatchNorm => {
+            let (mean, var) = (inputs.mean.clone(), inputs.var.clone());
+            let norm = BatchNorm::new(channels, mean, var, weight, shift, EPS)?;
+            let (n, size) = (case.shape[0], case.shape[2]);
+            let lengths = Tensor::new(lengths(n, size), inputs.x.device())?;
+            let mask = ops::mask_of_lengths(&lengths, size)?;
+            Box::new(move |x| norm.forward_masked_t(x, &mask, true))
+        }
         Op::ModulatedLayerNorm
         | Op::LayerNormGelu
         | Op::GroupNormSilu
         | Op::BatchNormRelu
-        | Op::GatedRmsNorm => {
+        | Op::GatedRmsNorm
+        | Op::GlobalResponseNorm
+        | Op::GatedResidual
+        | Op::Softmax
+        | Op::L2Normalize => {
             let op = case.op;
             Box::new(move |x| extended(op, x, &weight, &shift))
         }
@@ -77,6 +89,10 @@ fn extended(op: Op, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor
         Op::GroupNormSilu => ops::group_norm_act(x, GROUPS, w, b, EPS, Activation::Silu),
         Op::BatchNormRelu => Ok(ops::batch_norm_act(x, w, b, EPS, Activation::Relu)?.0),
         Op::GatedRmsNorm => ops::gated_rms_norm(x, b, w, EPS),
+        Op::GlobalResponseNorm => ops::global_response_norm(x, weight, bias, EPS, true),
+        Op::GatedResidual => ops::gated_residual(bias, x, weight, None, GateOptions::default()),
+        Op::Softmax => ops::softmax_last_dim(x),
+        Op::L2Normalize => ops::l2_normalize(x, x.rank() - 1, EPS, L2Form::Max),
         _ => bail!("{} has a layer of its own", op.name()),
     }
 }
@@ -93,7 +109,9 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
     | Op::LayerNormGelu
     | Op::GroupNormSilu
     | Op::BatchNormRelu
-    | Op::GatedRmsNorm = case.op
+    | Op::GatedRmsNorm
+    | Op::GatedResidual
+    | Op::Softmax = case.op
     {
         return extended_backward(case, inputs);
     }
@@ -107,9 +125,8 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
         },
         Op::GroupNorm => internals::Op::GroupNorm { num_groups: GROUPS },
         Op::InstanceNorm => internals::Op::InstanceNorm,
-        Op::SwitchNorm => bail!("switch_norm has no backward without the engine"),
         Op::WeightNorm => internals::Op::WeightNorm { dim: Some(0) },
-        op => bail!("{} is no op of internals", op.name()),
+        op => bail!("{} has no backward without the engine", op.name()),
     };
     // An op computes the gradients that somebody tracks, and here that is all of them.
     let inputs = inputs.tracked()?;
@@ -125,9 +142,7 @@ pub(crate) fn backward(case: &Case, inputs: &Inputs) -> Result<Step> {
 /// The backward of the one node that [`extended`] makes.
 fn extended_backward(case: &Case, inputs: &Inputs) -> Result<Step> {
     let (inputs, op) = (inputs.tracked()?, case.op);
-    let Some(bias) = &inputs.bias else {
-        bail!("{} has two parameters", op.name())
-    };
+    let bias = inputs.bias.as_ref().unwrap_or(&inputs.weight);
     let saved = internals::recorded(|| extended(op, &inputs.x, &inputs.weight, bias))?;
     let dy = inputs.dy.clone();
     Ok(Box::new(move || {
@@ -140,4 +155,17 @@ fn extended_backward(case: &Case, inputs: &Inputs) -> Result<Step> {
         let grads = [Some(dx)].into_iter().chain(params);
         Ok(grads.flatten().collect())
     }))
+}
+
+/// The layer with nothing added to its norm, and its backward.
+pub(crate) fn norm_alone(case: &Case, inputs: &Inputs) -> Option<(Case, Inputs)> {
+    let (op, _) = case.op.norm_alone()?;
+    let alone = Case::new(op, &case.shape, case.dtype);
+    let params = Inputs::new(&alone).ok()?;
+    let inputs = Inputs {
+        x: inputs.x.clone(),
+        dy: inputs.dy.clone(),
+        ..params
+    };
+    Some((alone, inputs))
 }

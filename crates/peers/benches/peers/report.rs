@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 use super::case::{Case, Op, Pass};
 
 /// Everyone who takes turns with us, in the order of the table.
-pub(crate) const PEERS: [&str; 6] = [
+/// `norm alone` is this crate's norm without a modulation, activation or mask.
+pub(crate) const PEERS: [&str; 7] = [
+    "norm alone",
     "candle-nn",
     "composed",
     "copy",
@@ -27,7 +29,7 @@ pub(crate) struct Row {
     pub(crate) pass: Pass,
     pub(crate) ours: f64,
     /// In the order of [`PEERS`]; none where a peer does not have the pass, failed or was not asked.
-    pub(crate) peers: [Option<f64>; 6],
+    pub(crate) peers: [Option<f64>; 7],
 }
 
 impl Row {
@@ -268,6 +270,37 @@ pub(crate) fn print_summary(rows: &[Row]) {
     ] {
         print_aggregate(what, &speedups(peer, passes), goal);
     }
+    for pass in [Pass::Forward, Pass::Backward, Pass::TrainStep] {
+        let multiples: Vec<(String, f64, f64)> = rows
+            .iter()
+            .filter(|row| row.pass == pass && row.case.tensor_bytes() >= LARGE)
+            .filter_map(|row| {
+                let (_, limit) = row.case.op.norm_alone()?;
+                Some((row.name(), row.ours / row.peer("norm alone")?, limit))
+            })
+            .collect();
+        let what = format!(
+            "our time / the norm alone, tensors of 64 MB and more, {}",
+            pass.name()
+        );
+        print_multiples(&what, &multiples);
+    }
+    let against_pytorch: Vec<(String, f64)> = rows
+        .iter()
+        .filter(|row| own.contains(&row.pass))
+        .filter_map(|row| {
+            let least = row.case.op.least_against_pytorch()?;
+            Some((row.name(), row.speedup("pytorch")? / least))
+        })
+        .collect();
+    print_aggregate(
+        "PyTorch eager over the limit of 1.5 (activations) or 2 (gated RMS norm)",
+        &against_pytorch,
+        Goal {
+            mean: None,
+            least: Some(1.),
+        },
+    );
     for pass in own {
         let multiples: Vec<(String, f64, f64)> = rows
             .iter()

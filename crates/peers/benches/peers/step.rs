@@ -62,8 +62,9 @@ pub(crate) fn gradients(
 }
 
 fn gradients_of(variables: &Inputs, gradients: &GradStore) -> Result<Vec<Tensor>> {
-    [&variables.x, &variables.weight]
+    [&variables.x]
         .into_iter()
+        .chain(variables.has_weight.then_some(&variables.weight))
         .chain(&variables.bias)
         .map(|variable| match gradients.get(variable) {
             Some(gradient) => Ok(gradient.clone()),

@@ -57,7 +57,7 @@ impl Torch {
         let mut tensors = json!({});
         let named = [
             ("x", Some(&inputs.x)),
-            ("weight", Some(&inputs.weight)),
+            ("weight", inputs.has_weight.then_some(&inputs.weight)),
             ("bias", inputs.bias.as_ref()),
             ("dy", Some(&inputs.dy)),
             ("mean", Some(&inputs.mean)),

@@ -34,6 +34,19 @@ def switch_norm(x, w, b, eps):
     return (x - mean) * scale + b.reshape(1, -1, 1, 1)
 
 
+def masked_batch_norm(case, mean, var):
+    """Batch norm of the valid positions, gathered and scattered."""
+    n, c, size = case["tensors"]["x"]["shape"]
+    lengths = torch.tensor([size - size * (i * 7 % n) // (2 * n) for i in range(n)])
+    index = (torch.arange(size) < lengths[:, None]).reshape(-1).nonzero()[:, 0]
+
+    def layer(x, w, b):
+        rows = x.transpose(1, 2).reshape(n * size, c)
+        y = F.batch_norm(rows[index], mean, var, w, b, training=True, momentum=0.1, eps=case["eps"])
+        return torch.zeros_like(rows).index_copy(0, index, y).view(n, size, c).transpose(1, 2).contiguous()
+    return layer
+
+
 def layer_of(case, mean, var):
     """The layer as a function of x, weight and, where it has one, bias."""
     op, eps = case["op"], case["eps"]
@@ -64,6 +77,20 @@ def layer_of(case, mean, var):
         return lambda x, w, b: F.relu(F.batch_norm(x, mean, var, w, b, training=True, momentum=0.1, eps=eps))
     if op == "gated_rms_norm":
         return lambda x, w, z: F.rms_norm(x, w.shape, w, eps) * F.silu(z)
+    if op == "masked_batch_norm":
+        return masked_batch_norm(case, mean, var)
+    if op == "global_response_norm":
+        def global_response_norm(x, w, b):
+            lengths = x.norm(dim=(2, 3), keepdim=True)
+            shares = lengths / (lengths.mean(1, keepdim=True) + eps)
+            return x + torch.addcmul(b.view(1, -1, 1, 1), w.view(1, -1, 1, 1), x * shares)
+        return global_response_norm
+    if op == "gated_residual":
+        return lambda x, w, r: r + x * w
+    if op == "softmax":
+        return lambda x: F.softmax(x, -1)
+    if op == "l2_normalize":
+        return lambda x: F.normalize(x, dim=-1, eps=eps)
     raise ValueError(f"unknown op {op}")
 
 
