@@ -5,6 +5,7 @@ mod averaged;
 mod checkpoint_files;
 mod checkpoints;
 mod drop_in;
+mod family_checkpoints;
 mod loading;
 mod norm_config;
 mod optim;
