@@ -13,7 +13,7 @@ use candle_norm::{
 };
 
 use testkit::table;
-use testkit::vars::{Stored, state, vb};
+use testkit::vars::{Stored, state, values_of, vb};
 
 const CPU: Device = Device::Cpu;
 
@@ -51,10 +51,6 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
         .join("tests/fixtures/checkpoints")
         .join(name)
-}
-
-fn values(vars: &VarMap, name: &str) -> Vec<f64> {
-    state(vars)[name].values.clone()
 }
 
 fn load(vars: &VarMap, path: &Path, options: &LoadOptions) -> Result<LoadReport> {
@@ -152,7 +148,7 @@ fn what_fits_is_loaded_and_another_head_is_left() -> Result<()> {
         ("bn.running_var", 8.),
         ("bn.num_batches_tracked", 10.),
     ] {
-        assert_eq!(values(&vars, name)[0], want, "{name}");
+        assert_eq!(values_of(&vars, name)[0], want, "{name}");
     }
     for name in ["head.weight", "head.bias"] {
         assert_eq!(state(&vars)[name], before[name], "{name}");
@@ -471,10 +467,10 @@ fn scale_norm_loads_the_number_of_its_authors() -> Result<()> {
     let path = files.save("scale.safetensors", &[("norm.scale", number.clone())]);
     let vars = VarMap::new();
     scale_norm(4, 1e-5, vb(&vars, DType::F32).pp("norm"))?;
-    assert_eq!(values(&vars, "norm.weight"), [2.]);
+    assert_eq!(values_of(&vars, "norm.weight"), [2.]);
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(report.reshaped.len(), 1);
-    assert_eq!(values(&vars, "norm.weight"), [7.]);
+    assert_eq!(values_of(&vars, "norm.weight"), [7.]);
     for stored in [number.clone(), number.reshape(1)?] {
         let tensors = HashMap::from([("scale".to_string(), stored)]);
         let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
@@ -528,8 +524,8 @@ fn nothing_that_matches_is_an_error_that_knows_the_prefix() -> Result<()> {
             assert_eq!(report.renamed.len(), 2);
         }
     }
-    assert_eq!(values(&plain, "weight"), [1., 2.]);
-    assert_eq!(values(&deep, "encoder.norm.bias"), [3., 4.]);
+    assert_eq!(values_of(&plain, "weight"), [1., 2.]);
+    assert_eq!(values_of(&deep, "encoder.norm.bias"), [3., 4.]);
 
     let other = build("other")?;
     let odd = files.save("odd.safetensors", &[("x", tensor(&[1.]))]);
@@ -597,7 +593,7 @@ fn rules_apply_in_their_order_and_a_function_may_leave_tensors_out() -> Result<(
     assert_eq!(report.renamed, renamed);
     assert_eq!(report.skipped, ["module.head.weight"]);
     assert!(report.unexpected.is_empty());
-    assert_eq!(values(&vars, "bn.weight"), [1., 2.]);
+    assert_eq!(values_of(&vars, "bn.weight"), [1., 2.]);
     assert_eq!(
         state(&vars)["head.weight"],
         before["head.weight"],
@@ -713,8 +709,8 @@ fn shards_are_one_file_in_any_order() -> Result<()> {
             (2, 1),
             "{report}"
         );
-        assert_eq!(values(&vars, "bn.num_batches_tracked"), [5.]);
-        assert_eq!(values(&vars, "num_batches_tracked"), [7.]);
+        assert_eq!(values_of(&vars, "bn.num_batches_tracked"), [5.]);
+        assert_eq!(values_of(&vars, "num_batches_tracked"), [7.]);
         outcomes.push((report, state(&vars)));
     }
     assert!(outcomes.iter().all(|outcome| *outcome == outcomes[0]));
@@ -819,7 +815,7 @@ fn a_norm_never_takes_a_variable_of_the_users_own_in_either_order() -> Result<()
             let x = Tensor::new(&[1f32, 2., 3., 5., 7., 1., 2., 8.], &CPU)?.reshape(&DIMS)?;
             norm.forward_t(&x, true)?;
             for name in OTHERS {
-                assert_eq!(values(&vars, name), [5., 5.], "{layer}: {name}");
+                assert_eq!(values_of(&vars, name), [5., 5.], "{layer}: {name}");
             }
             maps.push(vars);
         }
@@ -877,7 +873,7 @@ fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
             ("running_mean", 0.),
             ("bias", 9.),
         ] {
-            assert_eq!(values(&vars, name), [want, want], "{name}");
+            assert_eq!(values_of(&vars, name), [want, want], "{name}");
         }
     }
     // Without owners, they stand for what is missing.
@@ -888,7 +884,7 @@ fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
     let report = load(&vars, &path, &LoadOptions::default())?;
     let taken = ["running_mean", "running_var", "weight"];
     assert_eq!(names(&report.renamed), taken);
-    assert_eq!(values(&vars, "weight"), [7., 7.]);
+    assert_eq!(values_of(&vars, "weight"), [7., 7.]);
     Ok(())
 }
 
@@ -1006,7 +1002,7 @@ fn of_two_state_dicts_one_is_chosen_by_its_key() -> Result<()> {
                 .iter()
                 .map(|v| v * factor)
                 .collect();
-            assert_eq!(values(&vars, "running_mean"), doubled, "{name}, {key}");
+            assert_eq!(values_of(&vars, "running_mean"), doubled, "{name}, {key}");
         }
     }
     let options = LoadOptions {
@@ -1201,14 +1197,14 @@ fn tensors_of_every_layout_and_dtype_are_read() -> Result<()> {
         }
         let counted: Vec<f64> = (0..24).map(f64::from).collect();
         let lower: Vec<f64> = counted.iter().map(|v| v - 12.).collect();
-        assert_eq!(values(&vars, "i16"), lower);
-        assert_eq!(values(&vars, "i32"), lower);
-        assert_eq!(values(&vars, "u8"), counted);
+        assert_eq!(values_of(&vars, "i16"), lower);
+        assert_eq!(values_of(&vars, "i32"), lower);
+        assert_eq!(values_of(&vars, "u8"), counted);
         let above: Vec<f64> = counted
             .iter()
             .map(|v| f64::from(u8::from(*v > 11.)))
             .collect();
-        assert_eq!(values(&vars, "bool"), above);
+        assert_eq!(values_of(&vars, "bool"), above);
 
         // What cannot be read matters to who wants it, and is named then.
         for (name, reason) in [
@@ -1242,7 +1238,7 @@ fn an_unknown_dtype_of_safetensors_matters_to_its_variable_alone() -> Result<()>
     vb(&vars, DType::F32).get(2, "weight")?;
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(
-        (report.unexpected, values(&vars, "weight")),
+        (report.unexpected, values_of(&vars, "weight")),
         (vec!["mask".to_string()], vec![1., 2.])
     );
     vb(&vars, DType::F32).get(2, "mask")?;

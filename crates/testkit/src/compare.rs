@@ -128,6 +128,19 @@ pub fn assert_near(what: &str, got: &[f64], want: &[f64], terms: &[f64], toleran
     );
 }
 
+/// Panics unless every element of `got` has the ten digits that a worked example gives of `want`.
+#[track_caller]
+pub fn assert_digits(what: &str, got: &[f64], want: &[f64]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let error = (got - want).abs();
+        assert!(
+            error <= 1e-9 * (1. + want.abs()),
+            "{what} {i}: {got} for {want}"
+        );
+    }
+}
+
 /// The largest distance between elements of two tensors of one shape.
 pub fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
     let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);

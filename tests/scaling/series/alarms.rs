@@ -1,18 +1,14 @@
 //! When a drift monitor is silent, and when it is not: distributions that do not change, and series
 //! with values that are missing.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result};
 use candle_norm::scaling::{
     AdaptiveScaler, DriftMonitor, DriftOptions, Nan, OnDrift, Scaler, StandardScaler,
     StandardScalerOptions,
 };
 
-use testkit::data::{Draw, tensor, values};
+use testkit::data::{Draw, column, tensor, values};
 use testkit::errors::message;
-
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
 
 /// Independent values of a distribution.
 type Sample = fn(&mut Draw, usize) -> Vec<f64>;

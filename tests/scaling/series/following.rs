@@ -11,11 +11,7 @@ use proptest::prelude::*;
 
 use super::Fixture;
 use testkit::compare::{assert_near, assert_same_bits};
-use testkit::data::{Draw, tensor, values};
-
-pub(crate) fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
+use testkit::data::{Draw, column, tensor, values};
 
 /// Both scalers by one signature.
 #[derive(Debug, Clone, Copy)]

@@ -1,15 +1,11 @@
 //! Exponential weights over gaps of any length: what is relative stays so.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_norm::scaling::{
     EwmScaler, EwmScalerOptions, Nan, Scaler, SlidingScaler, SlidingScalerOptions,
 };
 
-use testkit::data::{tensor, values};
-
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
+use testkit::data::{column, values};
 
 fn with_gap(before: &[f64], gap: usize, after: &[f64]) -> Tensor {
     let gap = vec![f64::NAN; gap];
