@@ -52,7 +52,7 @@ const REACHES: f32 = 85.;
 /// Loads a pretrained pitch network and trains it further.
 #[derive(Debug, Parser)]
 struct Options {
-    /// What normalizes in training: frozen (the pretrained statistics) or batch (those of each batch)
+    /// Statistics in training: frozen (the pretrained ones) or batch (those of each batch)
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["frozen", "batch"])]
     norm: Vec<Statistics>,
     /// Tones in a step

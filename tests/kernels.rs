@@ -1,9 +1,9 @@
 //! The fused kernels against loops in float64: the same suite for every instruction set and dtype,
 //! and for the CUDA kernels on the emulator.
 //!
-//! What this processor cannot run is reported as ignored, by name: `avx512::f32::layer_norm ...
-//! ignored`. The sizes are those at which a blocking has a remainder, whatever the blocking is:
-//! lanes, rows that go together, runs, blocks, jobs.
+//! Tests that this processor cannot run are reported as ignored, by name:
+//! `avx512::f32::layer_norm ... ignored`. The sizes are those at which a blocking has a remainder,
+//! whatever the blocking is: lanes, rows that go together, runs, blocks, jobs.
 
 // Its own tests are for the harness of the other programs.
 #[allow(unused_imports)]
@@ -28,7 +28,7 @@ use common::compare::tolerance;
 use common::data::Draw;
 use common::subjects::{DTypes, Kind, Numbers, Subject};
 
-/// What the kernels are compiled for and what they work on.
+/// Instruction set of the kernels, and the dtype that they work on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stamp {
     kernels: Kernels,

@@ -17,7 +17,7 @@ const GAMES: usize = 16;
 pub(crate) const STEPS: usize = 500;
 /// A mean of so many over the games of an update is good.
 pub(crate) const GOOD: usize = 400;
-/// What a reward is worth a step later.
+/// Worth of a reward a step later.
 const DISCOUNT: f32 = 0.99;
 
 /// Position and speed of the cart, angle and speed of the pole.
@@ -72,7 +72,7 @@ impl Net {
     }
 }
 
-/// What was seen and done in all games, and what followed.
+/// States and actions of all games, and the returns that followed.
 #[derive(Default)]
 struct Played {
     states: Vec<State>,

@@ -105,7 +105,7 @@ impl Digits {
     }
 }
 
-/// What a network answers to some digits.
+/// Answers of a network to some digits.
 pub(crate) struct Evaluation {
     pub(crate) logits: Tensor,
     /// In percent.

@@ -39,7 +39,7 @@ impl Labeled {
     }
 }
 
-/// What is trained on and what is tested on.
+/// Images for training and images for testing.
 #[derive(Debug)]
 pub(crate) struct Digits {
     pub(crate) train: Labeled,

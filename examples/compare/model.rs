@@ -14,7 +14,7 @@ pub(crate) const LAYERS: [&str; 4] = ["conv1", "conv2", "conv3", "head"];
 pub(crate) const CHANNELS: [usize; 4] = [1, 16, 16, 32];
 /// Edge of a kernel.
 const KERNEL: usize = 3;
-/// What is left of an image after two rounds of pooling, times the channels.
+/// Number of features after two rounds of pooling: pixels times channels.
 const FEATURES: usize = CHANNELS[3] * (SIDE / 4) * (SIDE / 4);
 
 /// Only the value of `norm` differs between the networks that are compared.

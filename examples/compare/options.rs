@@ -58,7 +58,7 @@ impl Options {
         }
     }
 
-    /// What repeats this run; the directory that is written to does not matter to it.
+    /// The command that repeats this run, without the directory that is written to.
     pub(crate) fn command(&self) -> String {
         let Settings {
             epochs,

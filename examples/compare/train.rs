@@ -10,7 +10,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::time::Instant;
 
-/// What all runs have in common.
+/// Settings that all runs have in common.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) epochs: usize,

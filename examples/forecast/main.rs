@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     common::run(options.quick, || run(&options))
 }
 
-/// What came of one data set.
+/// Results on one data set.
 struct Report {
     series: Series,
     outcomes: Vec<Outcome>,

@@ -90,7 +90,7 @@ impl Scaling {
     }
 }
 
-/// What a scaler subtracts and divides by.
+/// Center and scale of each feature, as a scaler subtracts and divides by them.
 fn now(scaler: &dyn Scaler, width: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let at = |value: f64| {
         let y = Tensor::full(value, (1, width), &Device::Cpu)?;

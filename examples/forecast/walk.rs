@@ -130,7 +130,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// What a normalization came to.
+/// Errors of a normalization.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     pub(crate) scaling: Scaling,
@@ -165,7 +165,7 @@ impl Outcome {
 mod tests {
     use super::*;
 
-    /// What comes after a row changes neither the network nor any forecast made at it or before.
+    /// Rows after a row change neither the network nor any forecast made at it or before.
     #[test]
     fn no_forecast_looks_ahead() -> Result<()> {
         let mut series = Series::stocks()?;

@@ -46,7 +46,7 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
     Ok(found)
 }
 
-/// What `f16` makes of prices, as they are and scaled.
+/// Prices in `f16`, as they are and scaled.
 fn half(cars: &Split) -> Result<String> {
     let prices = &cars.train.prices;
     let as_they_are = StandardScaler::new(StandardScalerOptions {

@@ -141,7 +141,7 @@ pub(crate) fn chart(
 
 const TOP: f64 = 40_000.;
 
-/// What the goal means in dollars.
+/// The goal in dollars.
 pub(crate) fn goal(price_std: f64) -> String {
     format!(
         "R² {GOAL} of the test is an RMSE of ${:.0}; one price for all cars is R² 0 and ${price_std:.0}.",

@@ -85,7 +85,7 @@ fn path_name(path: Path) -> &'static str {
     }
 }
 
-/// What one folder gave.
+/// Results of one folder.
 #[derive(Default)]
 pub(crate) struct Report {
     pub(crate) passed: usize,

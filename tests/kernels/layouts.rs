@@ -51,7 +51,7 @@ fn subjects() -> Vec<(Subject, Vec<usize>)> {
     all
 }
 
-/// What is the same of the numbers of a layer whatever the layout.
+/// Parameters of a layer, and its numbers, which are the same whatever the layout.
 struct Parameters {
     tensors: Params,
     numbers: Numbers,
@@ -72,7 +72,7 @@ impl Parameters {
         Ok(Self { tensors, numbers })
     }
 
-    /// What comes out of `x` and `dy`.
+    /// Results for `x` and `dy` by the oracle.
     fn want(&self, subject: Subject, dims: &[usize], x: &[f64], dy: &[f64]) -> Want {
         let (norm, n) = (subject.oracle(dims), &self.numbers);
         Want {

@@ -174,7 +174,7 @@ fn instance(affine: Affine, track: bool, vb: VarBuilder) -> Result<Box<dyn Norm>
 }
 
 impl Kind {
-    /// What a checkpoint of this layer holds beside its affine parameters.
+    /// Tensors that a checkpoint of this layer holds beside its affine parameters.
     fn others(&self) -> Result<Vec<(&'static str, Tensor)>> {
         let dims = if self.shape.len() == 4 {
             &[1, 4, 1][..]
@@ -353,8 +353,8 @@ fn a_residual_is_added_before_a_bias_alone() -> Result<()> {
     Ok(())
 }
 
-/// What a layer would leave out of a checkpoint changes what it computes: it says so, and its
-/// remedy is one.
+/// A parameter of a checkpoint that a layer would leave out changes what it computes: the error
+/// says so, and its remedy is one.
 #[test]
 fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
     let cases: [(Affine, &[&str], Affine); 8] = [
@@ -457,7 +457,7 @@ fn two_layers_on_one_path_are_told_to_take_a_prefix_each() -> Result<()> {
     Ok(())
 }
 
-/// What stands in the layer's path without being its own does not matter.
+/// Tensors in the layer's path that are not its own do not matter.
 #[test]
 fn tensors_of_others_are_left_alone() -> Result<()> {
     for kind in KINDS {

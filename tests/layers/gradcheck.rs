@@ -1,4 +1,4 @@
-//! What the gradient check accepts, and what it must not.
+//! Functions that the gradient check accepts, and functions that it must not accept.
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, bail};
 use candle_norm::gradcheck::{Direction, GradCheck, Report, Suspicion, gradcheck};

@@ -631,7 +631,7 @@ fn a_counter_at_its_end_stays_there() -> Result<()> {
     Ok(())
 }
 
-/// What pooling alone makes too large for the statistics is refused like what a batch has.
+/// A variance that only pooling makes too large for the statistics is refused like that of a batch.
 #[test]
 fn pooled_statistics_that_are_not_finite_are_refused() -> Result<()> {
     let settings = Settings {

@@ -134,7 +134,8 @@ fn convolutions_along_one_axis() -> Result<()> {
     )
 }
 
-/// What the functions of `ops` are renamed for: those of candle have none of these gradients.
+/// The functions of `ops` have every gradient, and those of candle none: programs rename them for
+/// that.
 #[test]
 fn functions_of_ops_have_every_gradient() -> Result<()> {
     use candle_norm::nn::ops;

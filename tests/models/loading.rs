@@ -57,7 +57,7 @@ fn load(vars: &VarMap, path: &Path, options: &LoadOptions) -> Result<LoadReport>
     checkpoint::load_with(vars, [path], options)
 }
 
-/// What loading says, which changes nothing.
+/// The error of a load, which changes nothing.
 #[track_caller]
 fn refused(vars: &VarMap, paths: &[&Path], options: &LoadOptions) -> String {
     let before = state(vars);
@@ -318,7 +318,7 @@ fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
 /// the last of which breaks them.
 type Halves<'a> = (&'a [(&'a str, Tensor)], &'a [&'a str], &'a [&'a str]);
 
-/// What the file lacks breaks what belongs to it as much as what does not fit.
+/// Tensors that the file lacks break those that belong to them, as tensors that do not fit do.
 #[test]
 fn what_lacks_its_other_half_is_left_too() -> Result<()> {
     let files = Files::new();
@@ -1014,7 +1014,7 @@ fn of_two_state_dicts_one_is_chosen_by_its_key() -> Result<()> {
     Ok(())
 }
 
-/// What lies beside the state dict that was chosen is said to be left out.
+/// Tensors beside the state dict that was chosen are reported as left out.
 #[test]
 fn tensors_beside_a_state_dict_are_reported() -> Result<()> {
     let mut moments: Vec<String> = vec![];

@@ -1,4 +1,4 @@
-//! What an optimizer should have of a model, and what a checkpoint may put into it.
+//! Variables that an optimizer should have of a model, and that a checkpoint may put into it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -271,7 +271,7 @@ fn tensor(values: &[f32]) -> Result<Tensor> {
     Tensor::new(values, &CPU)
 }
 
-/// What a batch norm of two channels saves.
+/// The tensors that a batch norm of two channels saves.
 fn saved() -> Result<Vec<(&'static str, Tensor)>> {
     Ok(vec![
         ("bn.bias", tensor(&[-1., 1.])?),

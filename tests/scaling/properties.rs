@@ -1,4 +1,4 @@
-//! What must hold of every data set, tried on random ones.
+//! Properties that must hold of every data set, tried on random ones.
 
 use candle_core::{DType, Tensor};
 use candle_norm::scaling::{Nan, Scaler, StandardScaler};
@@ -26,7 +26,7 @@ fn data(n: usize, width: usize, seed: u64) -> Vec<f64> {
     z.iter().enumerate().map(value).collect()
 }
 
-/// What a scaler makes of two points: its center and scale, in numbers that can be compared.
+/// The inverse of two points: center and scale of a scaler, in numbers that can be compared.
 fn answers(scaler: &dyn Scaler, width: usize) -> Vec<f64> {
     let zero = scaler
         .inverse_transform(&rows(&vec![0.; width], width))

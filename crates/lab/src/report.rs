@@ -292,7 +292,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
     rows
 }
 
-/// What stands between backticks, as code.
+/// The text with its parts between backticks as code.
 fn code(text: &str) -> String {
     let parts = text.split('`').enumerate();
     let marked = parts.map(|(i, part)| match i % 2 {

@@ -74,7 +74,7 @@ struct Args {
     /// Compare our one thread with our two instead, where the tensors fit the cache
     #[arg(long)]
     scaling: bool,
-    /// What cargo says to every bench; `cargo test` does not say it
+    /// Argument that cargo gives to every bench; `cargo test` does not give it
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -168,7 +168,7 @@ struct Bench {
     args: Args,
     threads: Threads,
     torch: Option<RefCell<Torch>>,
-    /// What the table cannot say: who failed, and whose results are others.
+    /// Remarks below the table: which peers failed, and which have other results.
     notes: Vec<String>,
     /// A peer that should know computes something else than we do.
     wrong: bool,

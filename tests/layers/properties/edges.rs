@@ -74,7 +74,7 @@ proptest! {
         assert_gradient("dx", &ran.dx, &back.dx, tolerance(dtypes.input));
     }
 
-    /// What is not a number reaches its own row and no other, forward and backward.
+    /// A value that is not finite reaches its own row and no other, forward and backward.
     #[test]
     fn what_is_not_finite_stays_in_its_row(
         case in cases(),

@@ -443,7 +443,7 @@ proptest! {
     }
 }
 
-/// What cannot be frozen or folded is an error that says so.
+/// Layers that cannot be frozen or folded give an error that says so.
 #[test]
 fn what_cannot_be_folded_is_an_error() -> Result<()> {
     let vb = || VarBuilder::zeros(DType::F32, &Device::Cpu);

@@ -66,8 +66,8 @@ fn what_does_not_change_gives_no_alarm() -> Result<()> {
     Ok(())
 }
 
-/// What a heavy tail is let off for, a change is not: each distribution at twice its size is
-/// another.
+/// A change is seen in spite of the allowance for heavy tails: each distribution at twice its size
+/// is another.
 #[test]
 fn every_distribution_at_another_size_is_seen() -> Result<()> {
     println!("rows to the first event once values are doubled, for each of three seeds:");

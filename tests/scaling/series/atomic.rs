@@ -1,4 +1,4 @@
-//! What fails changes nothing, and what a file says is no reason to panic.
+//! Calls that fail change nothing, and no content of a file is a reason to panic.
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{
@@ -245,7 +245,8 @@ fn events_of_a_call_that_fails_are_not_lost() -> Result<()> {
     Ok(())
 }
 
-/// What a monitor refuses as a reference, a scaler with a monitor refuses too, and stays as it was.
+/// Data that a monitor refuses as a reference are refused by a scaler with a monitor too, which
+/// stays as it was.
 #[test]
 fn a_reference_has_as_many_values_as_bins() -> Result<()> {
     let scaler = AdaptiveScaler::new(
@@ -298,7 +299,7 @@ fn scaler_and_monitor_agree() -> Result<()> {
     Ok(())
 }
 
-/// What is handed out is a copy: fitting it does not reach the one that is watched.
+/// The scaler that is handed out is a copy: fitting it does not reach the one that is watched.
 #[test]
 fn what_is_wrapped_is_not_handed_out() -> Result<()> {
     let scaler = ignoring()?;

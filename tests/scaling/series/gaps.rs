@@ -121,8 +121,8 @@ fn three_values_over_a_gap_are_those_of_their_weights() -> Result<()> {
     Ok(())
 }
 
-/// What no number is, no scaler divides by; too few values to vary are divided by 1, as one sample
-/// is.
+/// A variance that is no number is no divisor; too few values to vary are divided by 1, as one
+/// sample is.
 #[test]
 fn no_variance_is_no_scale_of_one() -> Result<()> {
     let one = fitted(EwmScalerOptions::alpha(0.5)?, &column(&[20.]))?;

@@ -1,5 +1,5 @@
-//! What the allocator does to candle: the same steps as in the peers bench, under the allocator of the bench that
-//! includes this.
+//! Effect of the allocator on candle: the same steps as in the peers bench, under the allocator of
+//! the bench that includes this.
 
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "../peers/bounds.rs"]

@@ -1,4 +1,5 @@
-//! What no layer can beat: a copy of the tensor, and candle's engine around an op that only copies.
+//! Bounds that no layer can beat: a copy of the tensor, and candle's engine around an op that only
+//! copies.
 
 use std::mem::MaybeUninit;
 
@@ -40,7 +41,7 @@ pub(crate) fn threaded_copy(x: &Tensor) -> Result<Buffer> {
     })
 }
 
-/// What [`threaded_copy`] fills; only ever dropped.
+/// The buffer that [`threaded_copy`] fills; only ever dropped.
 #[derive(Debug)]
 #[expect(dead_code)]
 pub(crate) enum Buffer {

@@ -1,4 +1,4 @@
-//! What is measured: layers, passes, shapes and the values that all peers are given.
+//! Cases that are measured: layers, passes, shapes and the values that all peers are given.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::rngs::StdRng;
@@ -55,8 +55,8 @@ impl Op {
         }
     }
 
-    /// What of the layer can be timed: switchable norm is a graph of several nodes, which only the
-    /// engine goes back through.
+    /// Passes of the layer that can be timed: switchable norm is a graph of several nodes, which
+    /// only the engine goes back through.
     pub(crate) fn passes(self) -> &'static [Pass] {
         match self {
             Op::SwitchNorm => &[Pass::Forward, Pass::TrainStep],
@@ -69,7 +69,7 @@ impl Op {
     }
 }
 
-/// What of a layer is timed.
+/// The pass of a layer that is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pass {
     /// The output, of an input that tracks no gradients.

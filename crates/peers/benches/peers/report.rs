@@ -126,7 +126,7 @@ pub(crate) fn write_json(rows: &[Row], path: &Path) -> Result<()> {
     }
 }
 
-/// What is asked of a set of ratios.
+/// The least that a set of ratios must reach.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Goal {
     /// Of the geometric mean.

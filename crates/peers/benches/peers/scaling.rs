@@ -1,4 +1,4 @@
-//! What a second thread is worth.
+//! Speedup by a second thread.
 
 use candle_core::Result;
 

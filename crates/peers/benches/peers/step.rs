@@ -11,7 +11,7 @@ pub(crate) type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 /// A call, and its results in the order of [`quantities`].
 pub(crate) type Step = Box<dyn Fn() -> Result<Vec<Tensor>> + Send + Sync>;
 
-/// What a pass results in; layers without a bias end one earlier.
+/// Names of the results of a pass; layers without a bias end one earlier.
 pub(crate) fn quantities(pass: Pass) -> &'static [&'static str] {
     match pass {
         Pass::Forward => &["y"],
