@@ -1,4 +1,5 @@
-//! Inputs and cotangents that lie in memory in other ways: channels-last, sliced, transposed, broadcast.
+//! Inputs and cotangents that lie in memory in other ways: channels-last, sliced, transposed,
+//! broadcast.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_norm::{internals, ops};

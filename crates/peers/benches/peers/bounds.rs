@@ -9,8 +9,8 @@ use rayon::prelude::*;
 use super::case::{Case, Inputs};
 use super::step::Layer;
 
-/// A new buffer of the size of `x`, filled from it by all threads. It has no length, so that it need not be a tensor
-/// to be dropped like one.
+/// A new buffer of the size of `x`, filled from it by all threads. It has no length, so that it
+/// need not be a tensor to be dropped like one.
 pub(crate) fn threaded_copy(x: &Tensor) -> Result<Buffer> {
     fn fill<T: Copy + Send + Sync>(from: &[T]) -> Vec<T> {
         /// Elements: small enough to share out, large enough to be one `memcpy`.

@@ -26,7 +26,8 @@ pub(crate) struct Row {
     pub(crate) case: Case,
     pub(crate) pass: Pass,
     pub(crate) ours: f64,
-    /// In the order of [`PEERS`]; none where a peer does not have the pass, failed or was not asked.
+    /// In the order of [`PEERS`]; none where a peer does not have the pass, failed or was not
+    /// asked.
     pub(crate) peers: [Option<f64>; 6],
 }
 
@@ -65,8 +66,8 @@ pub(crate) fn print_head() {
     println!("{head}\n{rule}");
 }
 
-/// Prints one line of it: each peer's time, and how many times ours that is. The last column is our train step without
-/// what the engine takes around an op that only copies.
+/// Prints one line of it: each peer's time, and how many times ours that is. The last column is our
+/// train step without what the engine takes around an op that only copies.
 pub(crate) fn print_row(row: &Row) {
     let gigabytes_per_second = row.case.bytes(row.pass) as f64 / row.ours / 1e6;
     let mut line = format!(
