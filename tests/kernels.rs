@@ -146,10 +146,10 @@ macro_rules! suite {
 /// The checks of a dtype.
 fn suite(dtype: DType) -> Vec<Check> {
     let all = suite! {
-        layers: layer_norm, layer_norm_of_axes, layer_norm_channels_first, layer_norm_without_mean, rms_norm, rms_norm_channels_first,
-            rms_norm_cast_before_weight, scale_norm, scale_norm_of_short_rows, group_norm,
-            instance_norm, batch_norm, batch_norm_without_mean, batch_norm_inference,
-            batch_statistics, switch_norm;
+        layers: layer_norm, layer_norm_of_axes, layer_norm_channels_first, layer_norm_without_mean,
+            rms_norm, rms_norm_channels_first, rms_norm_cast_before_weight, scale_norm,
+            scale_norm_of_short_rows, group_norm, instance_norm, batch_norm,
+            batch_norm_without_mean, batch_norm_inference, batch_statistics, switch_norm;
         weight_norm: weight_norm, weight_norm_of_any_size;
         layouts: layouts_of_the_input, layouts_of_the_cotangent, layouts_of_a_direction;
         edges: large_means, what_is_not_finite_stays_in_its_row, constant_rows;

@@ -347,7 +347,8 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
                     for (got, want) in got.iter().zip(want) {
                         assert!(
                             (got - want).abs() <= BOUND * (scale.sqrt() + want.abs()),
-                            "{levels:?} {shares:?} {path:?} training {train}, tensor {i}: {got:e} for {want:e}"
+                            "{levels:?} {shares:?} {path:?} training {train}, tensor {i}: {got:e} \
+                            for {want:e}"
                         );
                     }
                 }

@@ -256,7 +256,8 @@ fn softmax_at_the_ends() -> Result<()> {
         ),
         (
             Tensor::new(&[1u32], &Device::Cpu)?,
-            "softmax_last_dim: expected input with dtype F16, BF16, F32 or F64, got U32; convert it with to_dtype",
+            "softmax_last_dim: expected input with dtype F16, BF16, F32 or F64, got U32; convert \
+            it with to_dtype",
         ),
     ] {
         let text = softmax_last_dim(&x).expect_err("a refusal").to_string();

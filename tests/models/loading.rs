@@ -634,7 +634,8 @@ fn a_long_report_has_counts_and_the_first_names() -> Result<()> {
     let path = files.save("model.safetensors", &tensors);
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(report.unexpected.len(), 90);
-    let text = "1 variable loaded; missing in the file: bias; unexpected in the file (90): other.00, other.01, other.02, other.03, other.04 and 85 more";
+    let text = "1 variable loaded; missing in the file: bias; unexpected in the file (90): \
+        other.00, other.01, other.02, other.03, other.04 and 85 more";
     assert_eq!(report.to_string(), text);
     let strict = LoadOptions {
         strict: true,
@@ -1068,7 +1069,8 @@ fn tensors_beside_a_state_dict_are_reported() -> Result<()> {
 }
 
 /// A tensor of three elements of the storage "0".
-const TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00K\x03\x85K\x01\x85tR";
+const TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage\
+    ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00K\x03\x85K\x01\x85tR";
 
 /// A file of the older format of `object` and the storage of [`TENSOR`].
 fn with_storage(object: &[u8]) -> Vec<u8> {
@@ -1127,7 +1129,8 @@ fn a_dict_without_tensors_says_what_it_has() -> Result<()> {
     let files = Files::new();
     // {"epoch": 3, "net": {"model": {"weight": ..}}}
     let nested = [
-        &b"}(X\x05\x00\x00\x00epochK\x03X\x03\x00\x00\x00net}X\x05\x00\x00\x00model}X\x06\x00\x00\x00weight"[..],
+        &b"}(X\x05\x00\x00\x00epochK\x03X\x03\x00\x00\x00net}X\x05\x00\x00\x00model}\
+            X\x06\x00\x00\x00weight"[..],
         TENSOR,
         b"ssu",
     ]
@@ -1224,7 +1227,10 @@ fn tensors_of_every_layout_and_dtype_are_read() -> Result<()> {
 #[test]
 fn an_unknown_dtype_of_safetensors_matters_to_its_variable_alone() -> Result<()> {
     let files = Files::new();
-    let header = r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"mask":{"dtype":"BOOL","shape":[2],"data_offsets":[8,10]}}"#;
+    let header = concat!(
+        r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""mask":{"dtype":"BOOL","shape":[2],"data_offsets":[8,10]}}"#
+    );
     let bytes = [
         &(header.len() as u64).to_le_bytes()[..],
         header.as_bytes(),
@@ -1343,7 +1349,9 @@ fn pickles_without_end_are_errors() -> Result<()> {
         (b"J\xff\xff\xff\xff", b"K\x01"),
     ];
     for (size, stride) in cases {
-        let start = b"}X\x04\x00\x00\x00biasctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00";
+        let start = b"}X\x04\x00\x00\x00biasctorch._utils\n_rebuild_tensor_v2\n((\
+            X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000\
+            X\x03\x00\x00\x00cpuK\x03tQK\x00";
         let mut object = [&start[..], size, b"\x85", stride].concat();
         object.extend(b"\x85tRs");
         let mut file = old(&object);
@@ -1366,7 +1374,11 @@ fn pickles_without_end_are_errors() -> Result<()> {
 fn what_is_no_checkpoint_is_named() -> Result<()> {
     let files = Files::new();
     let vars = fresh()?;
-    let index = br#"{"metadata":{},"weight_map":{"a":"model-2.safetensors","b":"model-1.safetensors","c":"model-2.safetensors"}}"#;
+    let index = concat!(
+        r#"{"metadata":{},"weight_map":{"a":"model-2.safetensors","b":"model-1.safetensors","#,
+        r#""c":"model-2.safetensors"}}"#
+    )
+    .as_bytes();
     let mut tar = vec![0; 512];
     tar[257..262].copy_from_slice(b"ustar");
     let npz = b"PK\x03\x04".to_vec();
@@ -1410,7 +1422,8 @@ fn what_is_no_checkpoint_is_named() -> Result<()> {
         (
             "model.safetensors.index.json",
             index,
-            "2 shards; pass them to checkpoint::load_with: model-1.safetensors, model-2.safetensors",
+            "2 shards; pass them to checkpoint::load_with: model-1.safetensors, \
+            model-2.safetensors",
         ),
         ("config.json", b"{\"eps\": 1}", "no tensors"),
         ("model.pth", &tar, "before 0.1.10"),

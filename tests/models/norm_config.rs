@@ -278,7 +278,8 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
         assert_eq!(
             message(name.parse::<NormConfig>()).lines().next(),
             Some(format!(
-                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \"group:32\", got {name:?}"
+                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \
+                \"group:32\", got {name:?}"
             ).as_str())
         );
     }
@@ -289,7 +290,8 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
     ] {
         let text = message(name.parse::<NormConfig>());
         let says = format!(
-            "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, got {name:?}"
+            "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, \
+            got {name:?}"
         );
         assert!(text.starts_with(&says), "{text}");
     }

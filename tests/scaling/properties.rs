@@ -145,7 +145,10 @@ proptest! {
             let back = scaler.inverse_transform(&scaler.transform(&x).unwrap()).unwrap();
             for (i, (got, want)) in values(&back).unwrap().iter().zip(&numbers).enumerate() {
                 let scale = largest[i % width];
-                assert!((got - want).abs() <= tolerance * 4. * scale, "{kind}: {got}, should be {want}");
+                assert!(
+                    (got - want).abs() <= tolerance * 4. * scale,
+                    "{kind}: {got}, should be {want}"
+                );
             }
         });
     }
@@ -155,11 +158,15 @@ proptest! {
         dims in prop::collection::vec(0usize..4, 0..4),
         other in prop::collection::vec(0usize..4, 0..4),
         numbers in prop::collection::vec(
-            prop::sample::select(vec![0., -0., 1., -1., 1e-320, 1e308, -1e308, f64::NAN, f64::INFINITY]),
+            prop::sample::select(vec![
+                0., -0., 1., -1., 1e-320, 1e308, -1e308, f64::NAN, f64::INFINITY,
+            ]),
             64,
         ),
         ignore in any::<bool>(),
-        dtype in prop::sample::select(vec![DType::F64, DType::F32, DType::F16, DType::BF16, DType::U8, DType::I64]),
+        dtype in prop::sample::select(vec![
+            DType::F64, DType::F32, DType::F16, DType::BF16, DType::U8, DType::I64,
+        ]),
     ) {
         let tensor = |dims: &[usize]| {
             let count = dims.iter().product::<usize>();

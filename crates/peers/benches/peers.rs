@@ -137,7 +137,8 @@ fn main() -> Result<ExitCode> {
         None => String::new(),
     };
     println!(
-        "{threads} threads, {}, candle-nn 0.11{version}, mimalloc; times in milliseconds, in brackets as a multiple of ours\n",
+        "{threads} threads, {}, candle-nn 0.11{version}, mimalloc; times in milliseconds, in \
+        brackets as a multiple of ours\n",
         processor()
     );
     let mut bench = Bench {

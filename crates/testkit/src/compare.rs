@@ -121,7 +121,8 @@ pub fn assert_near(what: &str, got: &[f64], want: &[f64], terms: &[f64], toleran
     let (error, i, scale) = worst;
     assert!(
         error <= 1.,
-        "{what}: element {i} of {} is {:e}, should be {:e}: {error:.2} times the tolerance {tolerance:e} at scale {scale:e}",
+        "{what}: element {i} of {} is {:e}, should be {:e}: {error:.2} times the tolerance \
+        {tolerance:e} at scale {scale:e}",
         got.len(),
         got[i],
         want[i],
