@@ -327,7 +327,8 @@ fn run(options: &Options) -> Result<()> {
         train(&model, &vars, seen, steps, options.lr)?;
         let after = model.bits(unseen)?;
         println!(
-            "{report}. Parameters in {dtype:?}: {before:.3} bits a character before, {after:.3} after"
+            "{report}. Parameters in {dtype:?}: {before:.3} bits a character before, {after:.3} \
+            after"
         );
         save_bf16(&vars, &folder.path().join("finetuned.safetensors"))?;
         scores[params as usize] = after;

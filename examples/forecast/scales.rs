@@ -28,7 +28,8 @@ pub(crate) enum Scaling {
     Reversible,
 }
 
-/// A center and a scale for each row and series, one row after the other, and the alarms on the way.
+/// A center and a scale for each row and series, one row after the other, and the alarms on the
+/// way.
 #[derive(Clone, Debug)]
 pub(crate) struct Scales {
     pub(crate) center: Vec<f64>,
