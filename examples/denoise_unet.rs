@@ -169,7 +169,8 @@ fn run(options: &Options) -> Result<()> {
         );
     }
     println!(
-        "Change the norm: --norm batch, layer, instance, weight or none; the batch: --batch 32; --lr 0.02."
+        "Change the norm: --norm batch, layer, instance, weight or none; the batch: --batch 32; \
+        --lr 0.02."
     );
     let default = matches!(options.norm, NormConfig::Group { num_groups: 8, .. })
         && (options.batch, options.lr) == (BATCH, LEARNING_RATE);

@@ -37,9 +37,11 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/crepe_tiny");
 /// Before and behind each of the six convolutions.
 const CHANNELS: [usize; 7] = [1, 128, 16, 16, 16, 32, 64];
-/// The first layers hear partials, which all tones have: they stay as they are. Their gradients would take most of the time.
+/// The first layers hear partials, which all tones have: they stay as they are. Their gradients
+/// would take most of the time.
 const FIXED: usize = 2;
-/// Classes of pitch, 20 cents (hundredths of a semitone) apart, and the lowest of them in cents above 10 Hz.
+/// Classes of pitch, 20 cents (hundredths of a semitone) apart, and the lowest of them in cents
+/// above 10 Hz.
 const BINS: usize = 360;
 const LOWEST: f32 = 1_997.379_4;
 /// Samples of a frame, and of a second.
@@ -52,7 +54,7 @@ const REACHES: f32 = 85.;
 /// Loads a pretrained pitch network and trains it further.
 #[derive(Debug, Parser)]
 struct Options {
-    /// What normalizes in training: frozen (the pretrained statistics) or batch (those of each batch)
+    /// Statistics in training: frozen (the pretrained ones) or batch (those of each batch)
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["frozen", "batch"])]
     norm: Vec<Statistics>,
     /// Tones in a step

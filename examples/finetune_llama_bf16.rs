@@ -38,7 +38,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// What the checkpoint has learned, and what it is to learn: verse, then the prose of a license.
+/// Texts that the checkpoint has learned and is to learn: verse, then the prose of a license.
 const BEFORE: &[u8] = include_bytes!("data/sonnets.txt");
 const AFTER: &[u8] = include_bytes!("../LICENSE-APACHE");
 /// A character is its ASCII code.
@@ -59,7 +59,7 @@ const REACHES: f32 = 3.7;
 /// Fine-tunes a checkpoint in bf16.
 #[derive(Debug, Parser)]
 struct Options {
-    /// What dtype the parameters are trained in: f32, bf16
+    /// Dtype that the parameters are trained in: f32, bf16
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["f32", "bf16"])]
     params: Vec<Params>,
     /// Learning rate of the first step; it falls to zero
@@ -327,7 +327,8 @@ fn run(options: &Options) -> Result<()> {
         train(&model, &vars, seen, steps, options.lr)?;
         let after = model.bits(unseen)?;
         println!(
-            "{report}. Parameters in {dtype:?}: {before:.3} bits a character before, {after:.3} after"
+            "{report}. Parameters in {dtype:?}: {before:.3} bits a character before, {after:.3} \
+            after"
         );
         save_bf16(&vars, &folder.path().join("finetuned.safetensors"))?;
         scores[params as usize] = after;

@@ -56,7 +56,8 @@ struct Options {
     quick: bool,
 }
 
-/// A long short-term memory whose sums are normalized: those that open the gates, and the cell before it is shown.
+/// A long short-term memory whose sums are normalized: those that open the gates, and the cell
+/// before it is shown.
 struct Lstm {
     input: Linear,
     recurrent: Linear,
@@ -74,7 +75,8 @@ impl Lstm {
         })
     }
 
-    /// From the input `[N, inputs]` of a step, and output and cell `[N, HIDDEN]` of the last, to those of this one.
+    /// From the input `[N, inputs]` of a step, and output and cell `[N, HIDDEN]` of the last, to
+    /// those of this one.
     fn step(&self, x: &Tensor, (h, c): (Tensor, Tensor), train: bool) -> Result<(Tensor, Tensor)> {
         let sums = (self.input.forward(x)? + self.recurrent.forward(&h)?)?;
         let gates = self.gates_norm.forward_t(&sums, train)?.chunk(4, 1)?;
@@ -122,7 +124,8 @@ struct Weeks {
 }
 
 impl Weeks {
-    /// Windows that end at `origins`, and what follows; both as distances to the last week of the window.
+    /// Windows that end at `origins`, and what follows; both as distances to the last week of the
+    /// window.
     fn pairs(&self, origins: &[usize]) -> Result<(Tensor, Tensor)> {
         let rows = |from: usize, count: usize| {
             let row = move |&at: &usize| {

@@ -87,7 +87,7 @@ pub(crate) fn error(old: Model, new: Model) -> Result<f32> {
     Ok(100. * largest)
 }
 
-/// What training over one crate's norms came to.
+/// Results of training over one crate's norms.
 pub(crate) struct Outcome {
     /// The norm of each variable's gradient in the first step, by the name of the variable.
     gradients: Vec<(String, Option<f32>)>,

@@ -67,7 +67,8 @@ impl<N: ModuleT> ModuleT for ConvNorm<N> {
     }
 }
 
-/// Two convolutions, and what goes around them: the input, or a convolution of it where its shape changes.
+/// Two convolutions, and what goes around them: the input, or a convolution of it where its shape
+/// changes.
 struct Block<N> {
     first: ConvNorm<N>,
     second: ConvNorm<N>,
@@ -201,7 +202,8 @@ fn run(options: &Options) -> Result<()> {
     })?;
     let fixed = test.evaluate(&frozen, passes)?;
     println!("statistics frozen           {fixed}");
-    // A norm with fixed statistics is a scale and a shift of each channel: the convolution can do both.
+    // A norm with fixed statistics is a scale and a shift of each channel: the convolution can do
+    // both.
     let folded = frozen.map(|ConvNorm { conv, norm }| {
         let (conv, norm) = (norm.fold_into(conv)?, Identity);
         Ok(ConvNorm { conv, norm })

@@ -46,14 +46,20 @@ const REACHES: f32 = 93.;
 #[derive(Debug, Parser)]
 struct Options {
     /// Kinds, separated by commas: instance, batch, layer, group, group:N, rms, weight, none
-    #[arg(long, value_delimiter = ',', value_parser = common::norm, default_value = "instance,batch,layer,group:1,none")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = common::norm,
+        default_value = "instance,batch,layer,group:1,none"
+    )]
     norm: Vec<NormConfig>,
     /// A few steps: a look within seconds
     #[arg(long)]
     quick: bool,
 }
 
-/// Convolutions without padding: around an image that is brighter, a frame of zeros would be darker.
+/// Convolutions without padding: around an image that is brighter, a frame of zeros would be
+/// darker.
 struct Net {
     conv1: NormedLayer,
     conv2: NormedLayer,
@@ -102,10 +108,11 @@ fn style(image: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((mean.squeeze(1)?, var.sqrt()?))
 }
 
-/// Adaptive instance norm: images `[N, C, H, W]`, or feature maps, in the style of one `[1, C, H, W]`
-/// (Huang and Belongie, 2017, <https://arxiv.org/abs/1703.06868>).
+/// Adaptive instance norm: images `[N, C, H, W]`, or feature maps, in the style of one
+/// `[1, C, H, W]` (Huang and Belongie, 2017, <https://arxiv.org/abs/1703.06868>).
 ///
-/// It is an instance norm whose scale and shift are not learned: they are the deviation and the mean of the style.
+/// It is an instance norm whose scale and shift are not learned: they are the deviation and the
+/// mean of the style.
 fn adain(content: &Tensor, style_image: &Tensor) -> Result<Tensor> {
     let (mean, deviation) = style(style_image)?;
     let (moved, _) = ops::instance_norm(content, Some(&deviation), Some(&mean), EPS)?;

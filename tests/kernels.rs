@@ -1,9 +1,9 @@
 //! The fused kernels against loops in float64: the same suite for every instruction set and dtype,
 //! and for the CUDA kernels on the emulator.
 //!
-//! What this processor cannot run is reported as ignored, by name: `avx512::f32::layer_norm ...
-//! ignored`. The sizes are those at which a blocking has a remainder, whatever the blocking is:
-//! lanes, rows that go together, runs, blocks, jobs.
+//! Tests that this processor cannot run are reported as ignored, by name:
+//! `avx512::f32::layer_norm ... ignored`. The sizes are those at which a blocking has a remainder,
+//! whatever the blocking is: lanes, rows that go together, runs, blocks, jobs.
 
 // Its own tests are for the harness of the other programs.
 #[allow(unused_imports)]
@@ -28,7 +28,7 @@ use common::compare::tolerance;
 use common::data::Draw;
 use common::subjects::{DTypes, Kind, Numbers, Subject};
 
-/// What the kernels are compiled for and what they work on.
+/// Instruction set of the kernels, and the dtype that they work on.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stamp {
     kernels: Kernels,
@@ -146,10 +146,10 @@ macro_rules! suite {
 /// The checks of a dtype.
 fn suite(dtype: DType) -> Vec<Check> {
     let all = suite! {
-        layers: layer_norm, layer_norm_of_axes, layer_norm_channels_first, layer_norm_without_mean, rms_norm, rms_norm_channels_first,
-            rms_norm_cast_before_weight, scale_norm, scale_norm_of_short_rows, group_norm,
-            instance_norm, batch_norm, batch_norm_without_mean, batch_norm_inference,
-            batch_statistics, switch_norm;
+        layers: layer_norm, layer_norm_of_axes, layer_norm_channels_first, layer_norm_without_mean,
+            rms_norm, rms_norm_channels_first, rms_norm_cast_before_weight, scale_norm,
+            scale_norm_of_short_rows, group_norm, instance_norm, batch_norm,
+            batch_norm_without_mean, batch_norm_inference, batch_statistics, switch_norm;
         weight_norm: weight_norm, weight_norm_of_any_size;
         layouts: layouts_of_the_input, layouts_of_the_cotangent, layouts_of_a_direction;
         edges: large_means, what_is_not_finite_stays_in_its_row, constant_rows;

@@ -42,7 +42,12 @@ const REACHES: f32 = 450.;
 #[derive(Debug, Parser)]
 struct Options {
     /// Kinds, separated by commas: weight, none, layer, rms, batch
-    #[arg(long, value_delimiter = ',', value_parser = common::norm, default_value = "weight,none,layer")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_parser = common::norm,
+        default_value = "weight,none,layer"
+    )]
     norm: Vec<NormConfig>,
     /// Updates of the policy
     #[arg(long, default_value_t = UPDATES)]

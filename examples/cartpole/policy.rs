@@ -17,13 +17,14 @@ const GAMES: usize = 16;
 pub(crate) const STEPS: usize = 500;
 /// A mean of so many over the games of an update is good.
 pub(crate) const GOOD: usize = 400;
-/// What a reward is worth a step later.
+/// Worth of a reward a step later.
 const DISCOUNT: f32 = 0.99;
 
 /// Position and speed of the cart, angle and speed of the pole.
 type State = [f32; 4];
 
-/// Pushes the cart to the right or left for a fiftieth of a second: the cart-pole of Barto, Sutton and Anderson (1983).
+/// Pushes the cart to the right or left for a fiftieth of a second: the cart-pole of Barto, Sutton
+/// and Anderson (1983).
 fn push([x, v, angle, spin]: State, right: bool) -> State {
     const GRAVITY: f32 = 9.8;
     const POLE: f32 = 0.1;
@@ -72,7 +73,7 @@ impl Net {
     }
 }
 
-/// What was seen and done in all games, and what followed.
+/// States and actions of all games, and the returns that followed.
 #[derive(Default)]
 struct Played {
     states: Vec<State>,
@@ -118,7 +119,8 @@ fn play(policy: &Net, games: usize, greedy: bool, rng: &mut StdRng) -> Result<Pl
     Ok(played)
 }
 
-/// Trains a policy; how long the pole stands then, and after which update it first stood for [`GOOD`] steps while it learned.
+/// Trains a policy; how long the pole stands then, and after which update it first stood for
+/// [`GOOD`] steps while it learned.
 pub(crate) fn train(
     norm: NormConfig,
     training: &Training,

@@ -4,7 +4,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use plotters::coord::types::RangedCoordf64;
 use std::ops::Range;
 
-/// What an axis shows and how.
+/// An axis: its label, its range, and how its values are shown.
 #[derive(Clone, Debug)]
 pub(crate) struct Axis {
     pub(crate) label: &'static str,

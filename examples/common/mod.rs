@@ -16,7 +16,8 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, Normal};
 
-/// Images to train on, as many as `scripts/make_digits_cnn.py` does; the other 500, by other writers, are for testing.
+/// Images to train on, as many as `scripts/make_digits_cnn.py` does; the other 500, by other
+/// writers, are for testing.
 const TRAIN: usize = 1297;
 
 /// How the names of the two parameters of a weight norm end.
@@ -105,7 +106,7 @@ impl Digits {
     }
 }
 
-/// What a network answers to some digits.
+/// Answers of a network to some digits.
 pub(crate) struct Evaluation {
     pub(crate) logits: Tensor,
     /// In percent.
@@ -120,7 +121,8 @@ impl Display for Evaluation {
     }
 }
 
-/// How the models learn: AdamW, its learning rate rising for `warm_up` steps and falling to zero at the last.
+/// How the models learn: AdamW, its learning rate rising for `warm_up` steps and falling to zero at
+/// the last.
 pub(crate) struct Training {
     pub(crate) steps: usize,
     pub(crate) learning_rate: f64,
@@ -161,7 +163,8 @@ impl Training {
     }
 }
 
-/// AdamW for the weights, and one without decay for the rest: decay would pull the scales of norms to zero.
+/// AdamW for the weights, and one without decay for the rest: decay would pull the scales of norms
+/// to zero.
 fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
     let groups = param_groups(vars);
     let new = |vars, weight_decay| {
@@ -174,7 +177,8 @@ fn adamw(vars: &VarMap, weight_decay: f64) -> Result<[AdamW; 2]> {
     Ok([new(groups.decay, weight_decay)?, new(groups.no_decay, 0.)?])
 }
 
-/// The positions of `count` samples in batches of `size`, each epoch in another order; what is left over waits for another epoch.
+/// The positions of `count` samples in batches of `size`, each epoch in another order; what is left
+/// over waits for another epoch.
 pub(crate) fn batches(
     count: usize,
     size: usize,
@@ -195,9 +199,9 @@ pub(crate) fn norm(name: &str) -> Result<NormConfig> {
     if name == "group" { "group:8" } else { name }.parse()
 }
 
-/// Draws weights of two axes or more from a normal distribution, He-scaled, in the order of their names, and zeroes biases; the
-/// weights of norms stay the ones that they are, and a weight norm gets the length of what was drawn. candle's own generator
-/// cannot be seeded on the CPU.
+/// Draws weights of two axes or more from a normal distribution, He-scaled, in the order of their
+/// names, and zeroes biases; the weights of norms stay the ones that they are, and a weight norm
+/// gets the length of what was drawn. candle's own generator cannot be seeded on the CPU.
 pub(crate) fn initialize(vars: &VarMap, seed: u64) -> Result<()> {
     let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
     let vars = vars.data().lock().expect("no thread panicked");
@@ -235,7 +239,8 @@ pub(crate) fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f32> {
     Ok(differences.into_iter().map(or_infinite).fold(0., f32::max))
 }
 
-/// A bar of `steps` with the time that is left. It draws on the terminal, and nothing where standard error is none.
+/// A bar of `steps` with the time that is left. It draws on the terminal, and nothing where
+/// standard error is none.
 pub(crate) fn progress_bar(steps: usize) -> ProgressBar {
     let style = "{bar:40} {percent:>3}\u{a0}%  {pos}/{len} steps  {elapsed} so far, {eta} to go";
     let style = ProgressStyle::with_template(style).expect("a template that indicatif reads");
@@ -302,11 +307,13 @@ pub(crate) fn run<E: Display>(
     }
 }
 
-/// Runs this program again with candle's own threads switched off, unless that was done or decided before.
+/// Runs this program again with candle's own threads switched off, unless that was done or decided
+/// before.
 ///
-/// Networks this small train fastest on one thread each. Candle reads the number of its threads from the
-/// environment; with more than one they wait for each other by spinning, and every matrix product looks the number of
-/// cores up anew, which together multiplies the time of a step on a busy machine.
+/// Networks this small train fastest on one thread each. Candle reads the number of its threads
+/// from the environment; with more than one they wait for each other by spinning, and every matrix
+/// product looks the number of cores up anew, which together multiplies the time of a step on a
+/// busy machine.
 fn in_single_threaded_candle() -> Option<ExitCode> {
     let unset: Vec<_> = ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"]
         .into_iter()

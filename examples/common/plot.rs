@@ -174,7 +174,8 @@ impl Chart {
             }
         }
         drop(chart);
-        // Each line is named at its end; where ends crowd, names move apart and a short stroke leads to them.
+        // Each line is named at its end; where ends crowd, names move apart and a short stroke
+        // leads to them.
         ends.sort_by_key(|(_, (_, y))| *y);
         let heights: Vec<_> = ends.iter().map(|(_, (_, y))| *y).collect();
         let mut first = top + 2;
@@ -218,7 +219,8 @@ fn placeholder(class: usize) -> RGBColor {
     RGBColor(255, (class / 256) as u8, (class % 256) as u8)
 }
 
-/// Ascending positions moved as little as keeps them a gap apart and, where they all fit, within the limits.
+/// Ascending positions moved as little as keeps them a gap apart and, where they all fit, within
+/// the limits.
 fn apart(wanted: &[i32], gap: i32, limits: Range<i32>) -> Vec<i32> {
     let mut placed = wanted.to_vec();
     let mut floor = limits.start;

@@ -14,7 +14,7 @@ pub(crate) struct Series {
     pub(crate) values: Vec<f64>,
     /// How many rows train the network, the first ones.
     pub(crate) train: usize,
-    /// What a row is.
+    /// Name of a row, such as a day.
     pub(crate) row: &'static str,
 }
 

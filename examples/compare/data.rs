@@ -18,7 +18,8 @@ pub(crate) const TRAIN_SIZE: usize = 1797 - TEST_SIZE;
 
 const PIXELS: usize = SIDE * SIDE;
 const DIGITS: &[u8] = include_bytes!("../data/digits.csv.gz");
-/// The split is the same whatever is compared: which images are hard to tell apart is no part of the experiment.
+/// The split is the same whatever is compared: which images are hard to tell apart is no part of
+/// the experiment.
 const SPLIT_SEED: u64 = 20;
 
 /// Images (n, 1, 8, 8) and their classes (n).
@@ -39,7 +40,7 @@ impl Labeled {
     }
 }
 
-/// What is trained on and what is tested on.
+/// Images for training and images for testing.
 #[derive(Debug)]
 pub(crate) struct Digits {
     pub(crate) train: Labeled,
@@ -63,7 +64,8 @@ impl Digits {
         let order = shuffled(count, &mut StdRng::seed_from_u64(SPLIT_SEED));
         let (test, train) = order.split_at(TEST_SIZE);
         let (mut train, mut test) = (all.select(train)?, all.select(test)?);
-        // The test images are scaled with the statistics of the training images, as images yet unseen would be.
+        // The test images are scaled with the statistics of the training images, as images yet
+        // unseen would be.
         let (mean, deviation) = mean_and_deviation(&train.images)?;
         for set in [&mut train, &mut test] {
             set.images = ((&set.images - mean)? / deviation)?;
@@ -106,7 +108,8 @@ fn parse(source: impl Read) -> Result<(Vec<f32>, Vec<u32>)> {
         };
         if usize::from(label) >= CLASSES || image.iter().any(|&pixel| pixel > 16) {
             bail!(
-                "digits row {row}: expected pixels 0..=16 and a class 0..=9, got class {label}, pixels {image:?}"
+                "digits row {row}: expected pixels 0..=16 and a class 0..=9, got class {label}, \
+                pixels {image:?}"
             )
         }
         pixels.extend(image.iter().map(|&pixel| f32::from(pixel)));

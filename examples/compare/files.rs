@@ -18,7 +18,8 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    /// Makes the directory and sees that all files can be written: better to fail before the training than after it.
+    /// Makes the directory and sees that all files can be written: better to fail before the
+    /// training than after it.
     pub(crate) fn prepare(directory: &Path) -> Result<Self, String> {
         let files = Self {
             html: directory.join("report.html"),

@@ -175,7 +175,9 @@ mod tests {
             summary("layer", &[&[0.96, 0.97], &[0.96, 0.99]]),
         ];
         let text = findings(&rows).join(" ");
-        assert!(text.contains("First to 95\u{a0}% of the test digits: rms and layer, after 2 steps (median of 2 seeds). Last: none, after 4."), "{text}");
+        let first_and_last = "First to 95\u{a0}% of the test digits: rms and layer, after 2 steps \
+             (median of 2 seeds). Last: none, after 4.";
+        assert!(text.contains(first_and_last), "{text}");
         assert!(
             text.contains("lowest: none, 96.0\u{a0}%. Every seed of rms and layer did"),
             "{text}"

@@ -127,7 +127,8 @@ fn train_all(
     };
     thread::scope(|scope| -> Result<(), rayon::ThreadPoolBuildError> {
         for _ in 0..workers {
-            // Candle's convolutions use the pool that they are called in; without one, all workers would share one.
+            // Candle's convolutions use the pool that they are called in; without one, all workers
+            // would share one.
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
             scope.spawn(move || pool.install(work));
         }

@@ -8,13 +8,14 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
 
-/// Names of the layers, in the order of the forward pass; each is the prefix of its variables' names.
+/// Names of the layers, in the order of the forward pass; each is the prefix of its variables'
+/// names.
 pub(crate) const LAYERS: [&str; 4] = ["conv1", "conv2", "conv3", "head"];
 /// Channels that go into each convolution, and out of the last.
 pub(crate) const CHANNELS: [usize; 4] = [1, 16, 16, 32];
 /// Edge of a kernel.
 const KERNEL: usize = 3;
-/// What is left of an image after two rounds of pooling, times the channels.
+/// Number of features after two rounds of pooling: pixels times channels.
 const FEATURES: usize = CHANNELS[3] * (SIDE / 4) * (SIDE / 4);
 
 /// Only the value of `norm` differs between the networks that are compared.
@@ -45,7 +46,8 @@ impl ModuleT for Classifier {
     /// Images (n, 1, 8, 8) to logits (n, 10).
     fn forward_t(&self, images: &Tensor, train: bool) -> Result<Tensor> {
         let [conv1, conv2, conv3] = &self.convs;
-        // Average pooling: the gradient of candle's max_pool2d is too small by the number of pooled pixels.
+        // Average pooling: the gradient of candle's max_pool2d is too small by the number of pooled
+        // pixels.
         let xs = conv1.forward_t(images, train)?.relu()?.avg_pool2d(2)?;
         let xs = conv2.forward_t(&xs, train)?.relu()?;
         let xs = conv3.forward_t(&xs, train)?.relu()?.avg_pool2d(2)?;
@@ -55,8 +57,9 @@ impl ModuleT for Classifier {
 
 /// Gives every network of a seed the same start, whatever its norm: He-normal weights, zero biases.
 ///
-/// Candle's own initialization cannot be seeded on the CPU. Weight norm starts from the same weights too, split into
-/// their lengths and directions. Parameters of the other norms keep the ones and zeros they are made with.
+/// Candle's own initialization cannot be seeded on the CPU. Weight norm starts from the same
+/// weights too, split into their lengths and directions. Parameters of the other norms keep the
+/// ones and zeros they are made with.
 pub(crate) fn initialize(varmap: &VarMap, seed: u64) -> Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
     let variables = varmap

@@ -12,12 +12,13 @@ const DEFAULT_NORMS: [&str; 7] = [
 ];
 const DEFAULT_GROUPS: usize = 8;
 
-/// Trains the same small convolutional network on handwritten digits once per kind of normalization, and compares.
+/// Trains the same small convolutional network on handwritten digits once per kind of
+/// normalization, and compares.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "compare", version)]
 pub(crate) struct Options {
-    /// Kinds to compare, separated by commas or given repeatedly: none, batch, layer, group, group:N (N groups), instance,
-    /// rms, weight
+    /// Kinds to compare, separated by commas or given repeatedly: none, batch, layer, group,
+    /// group:N (N groups), instance, rms, weight
     #[arg(long = "norm", value_name = "KIND", value_delimiter = ',', value_parser = parse_norm,
           default_values = DEFAULT_NORMS, hide_default_value = true)]
     pub(crate) norms: Vec<NormConfig>,
@@ -27,14 +28,28 @@ pub(crate) struct Options {
     epochs: Option<usize>,
 
     /// Images in a step
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count(TRAIN_SIZE), default_value_t = 64)]
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = count(TRAIN_SIZE),
+        default_value_t = 64
+    )]
     batch_size: usize,
 
-    /// Learning rate of the first step of stochastic gradient descent, the same for all kinds; it falls to zero
-    #[arg(long, value_name = "RATE", allow_negative_numbers = true, value_parser = parse_rate, default_value_t = 0.3)]
+    /// Learning rate of the first step of stochastic gradient descent, the same for all kinds; it
+    /// falls to zero
+    #[arg(
+        long,
+        value_name = "RATE",
+        allow_negative_numbers = true,
+        value_parser = parse_rate,
+        default_value_t = 0.3
+    )]
     lr: f64,
 
-    /// Networks of each kind, each with its own initial weights and order of the images [default: 5, quick: 1]
+    /// Networks of each kind, each with its own initial weights and order of the images
+    /// [default: 5, quick: 1]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count(1_000))]
     seeds: Option<usize>,
 
@@ -58,7 +73,7 @@ impl Options {
         }
     }
 
-    /// What repeats this run; the directory that is written to does not matter to it.
+    /// The command that repeats this run, without the directory that is written to.
     pub(crate) fn command(&self) -> String {
         let Settings {
             epochs,
@@ -72,7 +87,8 @@ impl Options {
             .map(ToString::to_string)
             .collect();
         format!(
-            "cargo run --release --example compare -- --norm {} --epochs {epochs} --batch-size {batch_size} --lr {lr} --seeds {seeds}",
+            "cargo run --release --example compare -- --norm {} --epochs {epochs} --batch-size \
+            {batch_size} --lr {lr} --seeds {seeds}",
             norms.join(",")
         )
     }

@@ -11,7 +11,8 @@ use crate::train::Settings;
 use std::error::Error;
 
 const STYLE: &str = include_str!("report.css");
-/// Kinds that have a color of their own in the style sheet, with the dashes that tell them apart without it.
+/// Kinds that have a color of their own in the style sheet, with the dashes that tell them apart
+/// without it.
 const DASHES: [(&str, &str); 7] = [
     ("none", "1 15"),
     ("batch", "none"),
@@ -24,7 +25,8 @@ const DASHES: [(&str, &str); 7] = [
 /// Dashes of a kind that is there for a second time, such as with another number of groups.
 const MORE_DASHES: [&str; 3] = ["60 14", "1 11", "24 14 1 14 1 14 1 14"];
 
-/// The whole page. `command` is what repeats the run, `workers` the number of networks that trained side by side.
+/// The whole page. `command` is what repeats the run, `workers` the number of networks that trained
+/// side by side.
 pub(crate) fn html(
     arms: &[Arm],
     rows: &[Summary],
@@ -60,7 +62,9 @@ pub(crate) fn html(
         format!("{count} {}", if count == 1 { one } else { many })
     };
     let subtitle = format!(
-        "The same small convolutional network, trained on {TRAIN_SIZE} handwritten digits with {} of normalization: {} each, {} of {} at a learning rate that falls from {lr} to zero. candle-norm {version}.",
+        "The same small convolutional network, trained on {TRAIN_SIZE} handwritten digits with {} \
+        of normalization: {} each, {} of {} at a learning rate that falls from {lr} to zero. \
+        candle-norm {version}.",
         plural(kinds, "kind", "kinds"),
         plural(seeds, "seed", "seeds"),
         plural(steps, "step", "steps"),
@@ -161,7 +165,9 @@ fn rules(arms: &[Arm]) -> String {
 
 fn swatch(class: usize) -> String {
     format!(
-        r#"<svg class="swatch" viewBox="0 0 160 48" aria-hidden="true"><line class="line s{class}" x1="0" y1="24" x2="160" y2="24" stroke-width="12"/></svg>"#
+        "<svg class=\"swatch\" viewBox=\"0 0 160 48\" aria-hidden=\"true\">\
+         <line class=\"line s{class}\" x1=\"0\" y1=\"24\" x2=\"160\" y2=\"24\" \
+         stroke-width=\"12\"/></svg>"
     )
 }
 
@@ -187,9 +193,12 @@ fn table(rows: &[Summary]) -> String {
         format!("<td{class}>{text}</td>")
     };
     let mut html = format!(
-        "<table>\n<caption>Median over the seeds, with the lowest and the highest in brackets. Bold: the best of a column. Never: not within the run.</caption>\n\
-         <thead><tr><th scope=\"col\">Norm</th><th scope=\"col\">Steps to {:.0}\u{a0}% test accuracy</th><th scope=\"col\">Final test accuracy</th>\
-         <th scope=\"col\">Largest gradient norm</th><th scope=\"col\">Time a step (ms)</th></tr></thead>\n<tbody>\n",
+        "<table>\n<caption>Median over the seeds, with the lowest and the highest in brackets. \
+         Bold: the best of a column. Never: not within the run.</caption>\n\
+         <thead><tr><th scope=\"col\">Norm</th><th scope=\"col\">Steps to {:.0}\u{a0}% test \
+         accuracy</th><th scope=\"col\">Final test accuracy</th>\
+         <th scope=\"col\">Largest gradient norm</th><th scope=\"col\">Time a step \
+         (ms)</th></tr></thead>\n<tbody>\n",
         100. * TARGET
     );
     for (class, row) in rows.iter().enumerate() {

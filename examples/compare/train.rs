@@ -10,7 +10,7 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::time::Instant;
 
-/// What all runs have in common.
+/// Settings that all runs have in common.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) epochs: usize,
@@ -25,13 +25,15 @@ impl Settings {
         self.epochs * (TRAIN_SIZE / self.batch_size)
     }
 
-    /// The learning rate after so many steps. It falls to zero, so that the last steps do not throw the weights about
-    /// and the accuracy at the end is that of the kind of norm, not of the last batches.
+    /// The learning rate after so many steps. It falls to zero, so that the last steps do not throw
+    /// the weights about and the accuracy at the end is that of the kind of norm, not of the last
+    /// batches.
     fn rate_at(&self, steps: usize) -> f64 {
         self.lr * (1. - steps as f64 / self.steps() as f64)
     }
 
-    /// The test digits are classified after these steps: often while the accuracy climbs, rarely once it is level.
+    /// The test digits are classified after these steps: often while the accuracy climbs, rarely
+    /// once it is level.
     pub(crate) fn measures_accuracy_after(&self, step: usize) -> bool {
         let every = if step <= 150 { 5 } else { 25 };
         step.is_multiple_of(every) || step == self.steps()
@@ -48,7 +50,8 @@ pub(crate) struct Step {
     pub(crate) layer_gradients: [f64; LAYERS.len()],
     /// Forward, backward and update.
     pub(crate) milliseconds: f64,
-    /// Share of the test digits that are classified rightly after the update, where it was measured.
+    /// Share of the test digits that are classified rightly after the update, where it was
+    /// measured.
     pub(crate) accuracy: Option<f64>,
 }
 
@@ -161,7 +164,8 @@ fn vars_of_layers(varmap: &VarMap) -> [Vec<(String, Var)>; LAYERS.len()] {
     })
 }
 
-/// The gradient's norm in each layer. A parameter that got no gradient is an error: it would not train.
+/// The gradient's norm in each layer. A parameter that got no gradient is an error: it would not
+/// train.
 fn gradient_norms(
     layers: &[Vec<(String, Var)>; LAYERS.len()],
     gradients: &GradStore,

@@ -193,7 +193,7 @@ fn draw(
     names(area, ends)
 }
 
-/// What the upright lines are, below the axis to its left and right.
+/// Names of the upright lines, below the axis to its left and right.
 fn legend(area: &Area, alarms: bool) -> Result<(), Box<dyn Error>> {
     let (columns, rows) = area.dim_in_pixel();
     let (right, height) = (columns as i32 - 330, rows as i32 - 20);

@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     common::run(options.quick, || run(&options))
 }
 
-/// What came of one data set.
+/// Results on one data set.
 struct Report {
     series: Series,
     outcomes: Vec<Outcome>,
@@ -159,7 +159,8 @@ fn alarms(report: &Report) -> String {
         found.map_or(f64::NAN, |o| o.median)
     };
     format!(
-        "The drift monitor fired at {} rows of the test{first}\nError without the refit {:.2}, with it {:.2}\n",
+        "The drift monitor fired at {} rows of the test{first}\nError without the refit {:.2}, \
+        with it {:.2}\n",
         steps.len(),
         error(Scaling::Static),
         error(Scaling::Adaptive)

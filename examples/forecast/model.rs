@@ -14,7 +14,7 @@ pub(crate) const WINDOW: usize = 30;
 pub(crate) const HORIZON: usize = 5;
 const HIDDEN: usize = 16;
 
-/// What the network is.
+/// Architecture of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
     /// A layer that weighs the rows of the window

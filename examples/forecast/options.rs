@@ -6,7 +6,8 @@ use clap::Parser;
 
 use crate::model::Kind;
 
-/// Forecasts stock closes and CO2 by the same small network under several normalizations, and compares.
+/// Forecasts stock closes and CO2 by the same small network under several normalizations, and
+/// compares.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "forecast", version)]
 pub(crate) struct Options {
@@ -18,7 +19,8 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: Option<u32>,
 
-    /// Networks of each normalization, each with its own initial weights and batches [default: 3, quick: 1]
+    /// Networks of each normalization, each with its own initial weights and batches
+    /// [default: 3, quick: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     seeds: Option<u32>,
 

@@ -28,7 +28,8 @@ pub(crate) enum Scaling {
     Reversible,
 }
 
-/// A center and a scale for each row and series, one row after the other, and the alarms on the way.
+/// A center and a scale for each row and series, one row after the other, and the alarms on the
+/// way.
 #[derive(Clone, Debug)]
 pub(crate) struct Scales {
     pub(crate) center: Vec<f64>,
@@ -90,7 +91,7 @@ impl Scaling {
     }
 }
 
-/// What a scaler subtracts and divides by.
+/// Center and scale of each feature, as a scaler subtracts and divides by them.
 fn now(scaler: &dyn Scaler, width: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let at = |value: f64| {
         let y = Tensor::full(value, (1, width), &Device::Cpu)?;

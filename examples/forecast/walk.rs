@@ -29,8 +29,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// `len` rows from `shift` rows after the first of a window on, for windows that end at `origins`: normalized by what was known at the end
-    /// of the window.
+    /// `len` rows from `shift` rows after the first of a window on, for windows that end at
+    /// `origins`: normalized by what was known at the end of the window.
     fn rows(&self, origins: &[usize], shift: usize, len: usize) -> Result<Tensor> {
         let width = self.series.width();
         let mut values = Vec::with_capacity(origins.len() * len * width);
@@ -100,8 +100,8 @@ impl<'a> Walk<'a> {
         Ok(restored.collect())
     }
 
-    /// The error of the forecast at each row of the test: the mean over horizon and series of the absolute error, in units of the
-    /// mean absolute error of repeating the last value.
+    /// The error of the forecast at each row of the test: the mean over horizon and series of the
+    /// absolute error, in units of the mean absolute error of repeating the last value.
     pub(crate) fn errors(&self, model: &Model) -> Result<Vec<f64>> {
         let (width, origins) = (self.series.width(), self.origins());
         let value = |row: usize, s: usize| self.series.values[row * width + s];
@@ -130,7 +130,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// What a normalization came to.
+/// Errors of a normalization.
 #[derive(Clone, Debug)]
 pub(crate) struct Outcome {
     pub(crate) scaling: Scaling,
@@ -165,7 +165,7 @@ impl Outcome {
 mod tests {
     use super::*;
 
-    /// What comes after a row changes neither the network nor any forecast made at it or before.
+    /// Rows after a row change neither the network nor any forecast made at it or before.
     #[test]
     fn no_forecast_looks_ahead() -> Result<()> {
         let mut series = Series::stocks()?;

@@ -32,7 +32,8 @@ impl Split {
         for row in table.deserialize() {
             rows.push(row.map_err(Error::wrap)?);
         }
-        // The file is sorted by make: without a shuffle the test would be on makes that training never saw.
+        // The file is sorted by make: without a shuffle the test would be on makes that training
+        // never saw.
         rows.shuffle(&mut StdRng::seed_from_u64(804));
         let (train, test) = rows.split_at(TRAIN);
         Ok(Self {

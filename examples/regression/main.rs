@@ -49,7 +49,8 @@ struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     steps: Option<u32>,
 
-    /// Networks of each way, each with its own initial weights and order of the cars [default: 3, quick: 1]
+    /// Networks of each way, each with its own initial weights and order of the cars
+    /// [default: 3, quick: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     seeds: Option<u32>,
 
@@ -65,7 +66,8 @@ struct Options {
     #[arg(long)]
     quick: bool,
 
-    /// Loads a pipeline and prints the bits of its predictions for the test cars: the second process
+    /// Loads a pipeline and prints the bits of its predictions for the test cars: the second
+    /// process
     #[arg(long, hide = true, value_name = "FILE")]
     predict: Option<PathBuf>,
 }
@@ -142,7 +144,8 @@ fn train_all(
     Ok(arms)
 }
 
-/// Saves the scalers and the network as one file, and asks a second process, which has nothing but the file, for the same prices.
+/// Saves the scalers and the network as one file, and asks a second process, which has nothing but
+/// the file, for the same prices.
 fn reload(trained: Trained, cars: &Split, file: &Path) -> Result<(), Box<dyn Error>> {
     let mut pipeline = Pipeline::new(trained.model, trained.vars);
     if let Some(inputs) = trained.inputs {
@@ -169,7 +172,8 @@ fn reload(trained: Trained, cars: &Split, file: &Path) -> Result<(), Box<dyn Err
     }
     let size = fs::metadata(file)?.len();
     println!(
-        "Pipeline: {} ({size} bytes). A second process loaded it and gave the same {} prices, to the bit.",
+        "Pipeline: {} ({size} bytes). A second process loaded it and gave the same {} prices, to \
+        the bit.",
         file.display(),
         mine.len()
     );

@@ -16,8 +16,9 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
     let mut found = vec![];
     if let Some(arm) = per_batch {
         found.push(format!(
-            "Scaled per batch: RMSE ${:.0} on the {} test cars at once, ${:.0} when asked one car at a time, with a spread of {:.3}: one car \
-             by itself is its own least and greatest, so that all cars look alike.",
+            "Scaled per batch: RMSE ${:.0} on the {} test cars at once, ${:.0} when asked one car \
+             at a time, with a spread of {:.3}: one car by itself is its own least and greatest, \
+             so that all cars look alike.",
             arm.median(|r| r.together.rmse),
             cars.test.count(),
             arm.median(|r| r.alone.rmse),
@@ -31,13 +32,15 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
         });
         let forgotten = median(forgotten.collect::<Result<_>>()?);
         found.push(format!(
-            "Forgotten inverse: RMSE ${:.0} instead of ${:.0}; the predictions are numbers around 0.",
+            "Forgotten inverse: RMSE ${:.0} instead of ${:.0}; the predictions are numbers \
+             around 0.",
             forgotten,
             arm.median(|r| r.together.rmse),
         ));
         debug_assert_eq!(leak.scheme, LEAK);
         found.push(format!(
-            "Fitted on all data: RMSE ${:.0} instead of ${:.0}, and it is not the error that new cars will have.",
+            "Fitted on all data: RMSE ${:.0} instead of ${:.0}, and it is not the error that new \
+             cars will have.",
             leak.median(|r| r.together.rmse),
             arm.median(|r| r.together.rmse),
         ));
@@ -46,7 +49,7 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
     Ok(found)
 }
 
-/// What `f16` makes of prices, as they are and scaled.
+/// Prices in `f16`, as they are and scaled.
 fn half(cars: &Split) -> Result<String> {
     let prices = &cars.train.prices;
     let as_they_are = StandardScaler::new(StandardScalerOptions {
@@ -75,6 +78,7 @@ fn half(cars: &Split) -> Result<String> {
         false => "comes back infinite".to_string(),
     };
     Ok(format!(
-        "Dollars in f16: {finding}. The worst price {raw}; scaled by the z-score, it is off by ${by_scaler:.2}, with {left} findings."
+        "Dollars in f16: {finding}. The worst price {raw}; scaled by the z-score, it is off by \
+         ${by_scaler:.2}, with {left} findings."
     ))
 }

@@ -113,7 +113,8 @@ pub(crate) fn chart(
     });
     let chart = Chart {
         description: format!(
-            "Root mean squared error of the test in dollars against training steps, for {} ways to scale",
+            "Root mean squared error of the test in dollars against training steps, for {} ways to \
+            scale",
             arms.len()
         ),
         size: (860, 440),
@@ -141,10 +142,11 @@ pub(crate) fn chart(
 
 const TOP: f64 = 40_000.;
 
-/// What the goal means in dollars.
+/// The goal in dollars.
 pub(crate) fn goal(price_std: f64) -> String {
     format!(
-        "R² {GOAL} of the test is an RMSE of ${:.0}; one price for all cars is R² 0 and ${price_std:.0}.",
+        "R² {GOAL} of the test is an RMSE of ${:.0}; one price for all cars is R² 0 and \
+        ${price_std:.0}.",
         price_std * (1. - GOAL).sqrt()
     )
 }

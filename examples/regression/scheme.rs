@@ -4,7 +4,7 @@ use crate::data::Split;
 use candle_core::{Result, Tensor};
 use candle_norm::scaling::{MinMaxScaler, Scaler, StandardScaler, TargetScaler};
 
-/// What becomes of the inputs.
+/// Scaling of the inputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Inputs {
     Raw,
@@ -16,7 +16,7 @@ pub(crate) enum Inputs {
     ZScoreOfAll,
 }
 
-/// What becomes of the prices.
+/// Scaling of the prices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Targets {
     Dollars,

@@ -40,7 +40,7 @@ pub(crate) struct Answer {
     pub(crate) spread: f64,
 }
 
-/// What came of a run.
+/// Results of a run.
 pub(crate) struct Run {
     /// Before the first update, in the unit of the loss.
     pub(crate) first_loss: f64,

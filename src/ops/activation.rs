@@ -23,9 +23,9 @@ pub(crate) fn fused(layer: &str, activation: Option<Named>) -> Result<Option<Act
         Some(Named::Sigmoid) => Activation::Sigmoid,
         Some(Named::Mish) => Activation::Mish,
         Some(other) => bail!(
-            "{layer}: expected an activation of Relu, Relu6, LeakyRelu, Silu, Swish, Gelu, NewGelu, \
-            GeluPytorchTanh, HardSwish, Sigmoid or Mish, got {other:?}; call other activations \
-            after the layer"
+            "{layer}: expected an activation of Relu, Relu6, LeakyRelu, Silu, Swish, Gelu, \
+            NewGelu, GeluPytorchTanh, HardSwish, Sigmoid or Mish, got {other:?}; call other \
+            activations after the layer"
         ),
     }))
 }

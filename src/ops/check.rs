@@ -11,8 +11,6 @@ mod statistics;
 pub(crate) use candle_norm_support::messages::{
     NO_BATCH_AXIS, at_least_one, dtype, finite, float, rank_at_least, same_device, shape,
 };
-pub(crate) use input::{
-    Param, axis, channels, channels_first, countable, features, input, param_dtype, trailing,
-};
+pub(crate) use input::{Param, channels, channels_first, countable, features, input, param_dtype};
 pub(crate) use options::{dim, eps, groups, momentum, normalized_shape, one_axis};
 pub(crate) use statistics::{counter, more_than_one_value, statistic};

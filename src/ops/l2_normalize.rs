@@ -1,7 +1,7 @@
 //! Vectors of length one.
 
 use candle_core::shape::Dim;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::check;
 pub use crate::computations::L2Form;
@@ -42,7 +42,7 @@ pub fn l2_normalize(x: &Tensor, dim: impl Dim, eps: f64, form: L2Form) -> Result
     check::eps(LAYER, eps)?;
     check::float(LAYER, "input", x)?;
     let Ok(dim) = dim.to_index(x.shape(), LAYER) else {
-        return check::axis(LAYER, x);
+        return no_such_axis(x);
     };
     if x.elem_count() == 0 {
         return graph::empty(LAYER, x, &[]);
@@ -62,4 +62,13 @@ pub fn l2_normalize(x: &Tensor, dim: impl Dim, eps: f64, form: L2Form) -> Result
     let turned = graph::transposed(&x.contiguous()?.reshape(((), len, inner))?)?;
     let y = graph::apply(rows, &turned, None, None)?;
     graph::transposed(&y)?.reshape(dims)
+}
+
+/// An axis that the input does not have.
+fn no_such_axis<T>(x: &Tensor) -> Result<T> {
+    bail!(
+        "{LAYER}: expected dim to be an axis of the input, got one that is not, for input size \
+        {:?}",
+        x.dims()
+    )
 }

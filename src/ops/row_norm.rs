@@ -1,6 +1,6 @@
 //! Normalization of each row by its own statistics: layer norm and RMS norm.
 
-use candle_core::{DType, Result, Shape, Tensor};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use candle_nn::Activation;
 
 use super::activation::fused;
@@ -177,11 +177,45 @@ pub(super) fn check_rows(
     channels_first: bool,
 ) -> Result<()> {
     if !channels_first {
-        return check::trailing(layer, x, normalized_shape);
+        return trailing(layer, x, normalized_shape);
     }
     let channels = check::one_axis(layer, normalized_shape)?;
     check::rank_at_least(layer, x, 2, "[N, C, ...]")?;
     check::channels_first(layer, x, channels)
+}
+
+/// Checks that the last axes of the input are the normalized ones.
+fn trailing(layer: &str, x: &Tensor, normalized_shape: &[usize]) -> Result<()> {
+    check::normalized_shape(layer, normalized_shape)?;
+    if !x.dims().ends_with(normalized_shape) {
+        bail!(
+            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got \
+            {:?}{}",
+            x.dims(),
+            rows_elsewhere(x.dims(), normalized_shape)
+        )
+    }
+    Ok(())
+}
+
+/// Where the one normalized axis of an input may be instead of the end.
+fn rows_elsewhere(dims: &[usize], normalized_shape: &[usize]) -> String {
+    let on =
+        |axis: usize| normalized_shape.len() == 1 && dims.get(axis) == normalized_shape.first();
+    let n = normalized_shape[0];
+    if on(1) {
+        return format!(
+            "; axis 1 has {n}: if channels come first, set channels_first in the options, or use \
+            NormConfig::channels"
+        );
+    }
+    if on(0) && dims.len() > 1 {
+        return format!(
+            "; axis 0 has {n}: if channels come first and the batch axis is missing, set \
+            channels_first in the options and add the axis with unsqueeze(0)"
+        );
+    }
+    String::new()
 }
 
 /// How the rows that are normalized lie in a tensor.

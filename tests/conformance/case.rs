@@ -24,7 +24,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
-/// What is wrong with a case, or with the layer that it tests.
+/// A result, or the fault of a case or of the layer that it tests.
 pub(crate) type Outcome<T> = Result<T, String>;
 
 /// A candle error in one line: the report has one line for each case.

@@ -1,6 +1,8 @@
 //! Comparing a tensor with what was expected.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
+
+use testkit::data;
 
 use crate::case::{Outcome, one_line};
 
@@ -47,10 +49,10 @@ pub(crate) fn compare(
     }))
 }
 
+/// The elements in row-major order, whatever the device.
 fn values(t: &Tensor) -> Outcome<Vec<f64>> {
-    t.to_device(&Device::Cpu)
-        .and_then(|t| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1())
-        .map_err(one_line)
+    let on_cpu = t.to_device(&Device::Cpu);
+    on_cpu.and_then(|t| data::values(&t)).map_err(one_line)
 }
 
 /// How many tolerances lie between the two. NaN passes only against NaN, an infinity only against
@@ -89,6 +91,8 @@ fn index(mut i: usize, dims: &[usize]) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
 
     fn worst(got: &[f64], want: &[f64], scale: Option<f64>) -> Worst {

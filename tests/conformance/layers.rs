@@ -44,7 +44,7 @@ pub(crate) type Inputs = HashMap<String, Tensor>;
 
 pub(crate) struct Outputs {
     pub(crate) y: Tensor,
-    /// What was normalized, of a layer that adds first.
+    /// The tensor that was normalized, of a layer that adds first.
     pub(crate) sum: Option<Tensor>,
     /// Running statistics by name, after the call.
     pub(crate) state: Vec<(&'static str, Tensor)>,
@@ -61,7 +61,7 @@ pub(crate) const STATE: [(&str, DType); 3] = [
 /// The one of them that is a whole number.
 pub(crate) const COUNT: &str = "num_batches_tracked";
 
-/// What is added to the input, and lies in memory as it does.
+/// The tensor that is added to the input, and lies in memory as it does.
 pub(crate) const RESIDUAL: &str = "residual";
 
 const AFFINE: &[&str] = &["weight", "bias"];

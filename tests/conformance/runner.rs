@@ -85,7 +85,7 @@ fn path_name(path: Path) -> &'static str {
     }
 }
 
-/// What one folder gave.
+/// Results of one folder.
 #[derive(Default)]
 pub(crate) struct Report {
     pub(crate) passed: usize,
@@ -236,7 +236,8 @@ fn run_case(case: &Case, report: &mut Report) -> Outcome<()> {
                 } = &worst;
                 if *error > 1. {
                     short.push(format!(
-                        "{place}: {name}{index:?} got {got:e}, want {want:e}, {error:.3e} tolerances"
+                        "{place}: {name}{index:?} got {got:e}, want {want:e}, {error:.3e} \
+                        tolerances"
                     ));
                 }
                 let key = (

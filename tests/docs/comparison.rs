@@ -6,17 +6,12 @@ use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::VarMap;
 use candle_norm::{BatchNormOptions, batch_norm, checkpoint, group_norm, layer_norm};
 
-use testkit::data::{self, values};
+use testkit::data::{noise, values};
 use testkit::faults;
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
 const HALF: [DType; 2] = [DType::F16, DType::BF16];
-
-/// Numbers that look random, of mean 0 and a variance near 1/2, the same on every run.
-fn noise(dims: &[usize]) -> Result<Tensor> {
-    data::noise(dims, DType::F32)
-}
 
 fn at_fault(still: bool, what: &str) {
     let then = "the README's comparison has a cell to change";
@@ -27,7 +22,7 @@ fn at_fault(still: bool, what: &str) {
 fn layer_norm_and_rms_norm_pass_gradients_on() -> Result<()> {
     let vars = VarMap::new();
     let vb = vb(&vars, DType::F32);
-    let x = Var::from_tensor(&noise(&[3, 8])?)?;
+    let x = Var::from_tensor(&noise(&[3, 8], DType::F32)?)?;
     let theirs: [Box<dyn Module>; 2] = [
         Box::new(candle_nn::layer_norm(8, 1e-5, vb.pp("layer"))?),
         Box::new(candle_nn::rms_norm(8, 1e-6, vb.pp("rms"))?),
@@ -53,7 +48,7 @@ fn layer_norm_and_rms_norm_pass_gradients_on() -> Result<()> {
 #[test]
 fn batch_norm_trains_and_evaluates_in_half_precision() -> Result<()> {
     for dtype in HALF {
-        let x = noise(&[4, 3, 2, 2])?.to_dtype(dtype)?;
+        let x = noise(&[4, 3, 2, 2], DType::F32)?.to_dtype(dtype)?;
         for (statistics, params) in [
             (dtype, dtype),
             (dtype, DType::F32),
@@ -104,7 +99,7 @@ fn batch_norm_trains_and_evaluates_in_half_precision() -> Result<()> {
 
 #[test]
 fn layer_norm_at_a_large_mean() -> Result<()> {
-    let x = (noise(&[16, 768])? + 1000.)?;
+    let x = (noise(&[16, 768], DType::F32)? + 1000.)?;
     let exact = x.to_dtype(DType::F64)?;
     let centered = exact.broadcast_sub(&exact.mean_keepdim(1)?)?;
     let std = (centered.sqr()?.mean_keepdim(1)? + 1e-5)?.sqrt()?;
@@ -144,7 +139,7 @@ fn dtypes_of_the_row_norms() -> Result<()> {
         (DType::F16, DType::F32),
         (DType::BF16, DType::F32),
     ] {
-        let x = noise(&[2, 4])?.to_dtype(input)?;
+        let x = noise(&[2, 4], DType::F32)?.to_dtype(input)?;
         let (weight, bias) = parameters(params)?;
         let theirs = candle_nn::LayerNorm::new(weight.clone(), bias.clone(), 1e-5);
         at_fault(theirs.forward(&x).is_err(), "the dtypes of LayerNorm");
@@ -183,7 +178,7 @@ fn files_go_from_one_crate_to_the_other() -> Result<()> {
     let file = directory.path().join("model.safetensors");
     let theirs = VarMap::new();
     let norm = candle_nn::batch_norm(3, 1e-5, vb(&theirs, DType::F32).pp("norm"))?;
-    norm.forward_t(&noise(&[8, 3])?, true)?;
+    norm.forward_t(&noise(&[8, 3], DType::F32)?, true)?;
     theirs.save(&file)?;
 
     let mut ours = VarMap::new();
@@ -194,7 +189,7 @@ fn files_go_from_one_crate_to_the_other() -> Result<()> {
     assert_eq!(report.counters_reset, ["norm.num_batches_tracked"]);
     assert_eq!(values(loaded.running_mean())?, values(norm.running_mean())?);
 
-    loaded.forward_t(&noise(&[8, 3])?, true)?;
+    loaded.forward_t(&noise(&[8, 3], DType::F32)?, true)?;
     ours.save(&file)?;
     let mut theirs = VarMap::new();
     let norm = candle_nn::batch_norm(3, 1e-5, vb(&theirs, DType::F32).pp("norm"))?;
@@ -209,15 +204,18 @@ fn what_only_this_crate_takes() -> Result<()> {
     let vb = vb(&vars, DType::F32);
     // More than one normalized axis.
     let maps = layer_norm((3, 4), 1e-5, vb.pp("maps"))?;
-    assert_eq!(maps.forward(&noise(&[2, 3, 4])?)?.dims(), [2, 3, 4]);
-    let (weight, bias) = (noise(&[3, 4])?, noise(&[3, 4])?);
+    assert_eq!(
+        maps.forward(&noise(&[2, 3, 4], DType::F32)?)?.dims(),
+        [2, 3, 4]
+    );
+    let (weight, bias) = (noise(&[3, 4], DType::F32)?, noise(&[3, 4], DType::F32)?);
     let theirs = candle_nn::LayerNorm::new(weight, bias, 1e-5);
     at_fault(
-        theirs.forward(&noise(&[2, 3, 4])?).is_err(),
+        theirs.forward(&noise(&[2, 3, 4], DType::F32)?).is_err(),
         "LayerNorm over two axes",
     );
     // Groups of channels without space.
-    let rows = noise(&[2, 4])?;
+    let rows = noise(&[2, 4], DType::F32)?;
     let theirs = candle_nn::group_norm(2, 4, 1e-5, vb.pp("theirs"))?;
     at_fault(theirs.forward(&rows).is_err(), "GroupNorm of rows");
     group_norm(2, 4, 1e-5, vb.pp("ours"))?.forward(&rows)?;
@@ -228,7 +226,7 @@ fn what_only_this_crate_takes() -> Result<()> {
     };
     let norm = batch_norm(4, options, vb.pp("plain"))?;
     let linear = candle_nn::linear(3, 4, vb.pp("linear"))?;
-    let x = noise(&[2, 3])?;
+    let x = noise(&[2, 3], DType::F32)?;
     let folded = norm.fold_into(&linear)?.forward(&x)?;
     let apart = norm.forward_t(&linear.forward(&x)?, false)?;
     for (folded, apart) in values(&folded)?.into_iter().zip(values(&apart)?) {

@@ -92,7 +92,8 @@ pub(crate) fn what_is_not_finite_stays_in_its_row(stamp: Stamp) {
     }
 }
 
-/// Other rows have the bits that they had, and so have gradients of parameters that the row has no part in.
+/// Other rows have the bits that they had, and so have gradients of parameters that the row has no
+/// part in.
 fn check_confined(stamp: Stamp, kind: Kind, dims: &[usize], bad: f64, at: usize) {
     let (subject, dtypes) = (Subject::new(kind, 1e-3), stamp.dtypes(at));
     let mut numbers = numbers(subject, dims, (true, true), 0.5);

@@ -273,8 +273,8 @@ fn check_inference(stamp: Stamp, case: usize, dims: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// What running statistics take: the mean, and the unbiased variance, of each channel, in the
-/// accumulator's precision.
+/// Statistics of a batch as running statistics take them: the mean, and the unbiased variance, of
+/// each channel, in the accumulator's precision.
 pub(crate) fn batch_statistics(stamp: Stamp) {
     for (_, dims) in batches(stamp.limit(30_000)) {
         check_statistics(stamp, &dims, false).expect("tensors that fit");

@@ -1,4 +1,5 @@
-//! Inputs and cotangents that lie in memory in other ways: channels-last, sliced, transposed, broadcast.
+//! Inputs and cotangents that lie in memory in other ways: channels-last, sliced, transposed,
+//! broadcast.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_norm::{internals, ops};
@@ -51,7 +52,7 @@ fn subjects() -> Vec<(Subject, Vec<usize>)> {
     all
 }
 
-/// What is the same of the numbers of a layer whatever the layout.
+/// Parameters of a layer, and its numbers, which are the same whatever the layout.
 struct Parameters {
     tensors: Params,
     numbers: Numbers,
@@ -72,7 +73,7 @@ impl Parameters {
         Ok(Self { tensors, numbers })
     }
 
-    /// What comes out of `x` and `dy`.
+    /// Results for `x` and `dy` by the oracle.
     fn want(&self, subject: Subject, dims: &[usize], x: &[f64], dy: &[f64]) -> Want {
         let (norm, n) = (subject.oracle(dims), &self.numbers);
         Want {

@@ -61,7 +61,8 @@ fn check(stamp: Stamp, case: usize, dims: &[usize], dim: Option<usize>, size: f6
     let v = draw.normal(rows.len()).into_iter().map(|z| size * z);
     let v = rounded(&v.collect::<Vec<_>>(), dtypes.input)?;
     let dw = rounded(&draw.normal(rows.len()), dtypes.input)?;
-    // The gradient of v is as many times larger as v is smaller, and has to stay in range: the magnitude makes up for it.
+    // The gradient of v is as many times larger as v is smaller, and has to stay in range: the
+    // magnitude makes up for it.
     let g = draw.weight(g_dims.iter().product()).into_iter();
     let g: Vec<f64> = g.map(|g| g * size.clamp(1e-30, 1e30)).collect();
     let g = rounded(&g, dtypes.params)?;

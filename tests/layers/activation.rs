@@ -10,9 +10,10 @@ use candle_norm::{
     Path, RmsNormOptions, with_path,
 };
 
-use testkit::compare::{assert_close, tolerance};
-use testkit::data::{noise_by, uniform, values};
+use testkit::compare::{assert_close, assert_digits, tolerance};
+use testkit::data::{noise_by, tensor, ties, uniform, values, variable};
 use testkit::errors::assert_message;
+use testkit::subjects::gradients;
 use testkit::vars::{set, var, vb};
 
 const CPU: Device = Device::Cpu;
@@ -29,44 +30,14 @@ const ALL: [Activation; 9] = [
     Activation::Mish,
 ];
 
-fn tensor(values: &[f64], dims: &[usize]) -> Result<Tensor> {
-    Tensor::from_slice(values, dims, &CPU)
-}
-
-fn variable(values: &[f64], dims: &[usize]) -> Result<Tensor> {
-    Ok(Var::from_tensor(&tensor(values, dims)?)?.into_inner())
-}
-
-fn gradients(y: &Tensor, dy: &Tensor, of: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
-    let grads = (y * dy)?.sum_all()?.backward()?;
-    let of = of.iter().map(|t| match grads.get(t) {
-        Some(grad) => values(grad),
-        None => candle_core::bail!("no gradient"),
-    });
-    of.collect()
-}
-
-/// Ten digits, as the examples are given.
-#[track_caller]
-fn assert_digits(what: &str, got: &[f64], want: &[f64]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let error = (got - want).abs();
-        assert!(
-            error <= 1e-9 * (1. + want.abs()),
-            "{what} {i}: {got} for {want}"
-        );
-    }
-}
-
 #[test]
 fn a_group_norm_with_silu() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
-            let x = variable(&[1., 3., 2., 0., 5., 5., -1., 1.], &[1, 4, 2])?;
-            let weight = variable(&[1., 2., -1., 0.5], &[4])?;
-            let bias = variable(&[0., 0.5, 0., -0.5], &[4])?;
-            let dy = tensor(&[1., -1., 0., 2., 1., 0.5, -1., 1.], &[1, 4, 2])?;
+            let x = variable(&[1., 3., 2., 0., 5., 5., -1., 1.], &[1, 4, 2], DType::F64)?;
+            let weight = variable(&[1., 2., -1., 0.5], &[4], DType::F64)?;
+            let bias = variable(&[0., 0.5, 0., -0.5], &[4], DType::F64)?;
+            let dy = tensor(&[1., -1., 0., 2., 1., 0.5, -1., 1.], &[1, 4, 2], DType::F64)?;
             let (w, b) = (Some(&weight), Some(&bias));
             let y = ops::group_norm_act(&x, 2, w, b, 1e-5, Activation::Silu)?;
             let want = [
@@ -112,10 +83,10 @@ fn a_batch_norm_with_relu() -> Result<()> {
                 ..Default::default()
             };
             let norm = candle_norm::batch_norm(1, options, vb(&vars, DType::F64))?;
-            set(&vars, "weight", &tensor(&[1.5], &[1])?)?;
-            set(&vars, "bias", &tensor(&[-0.25], &[1])?)?;
-            let x = variable(&[-1., 0., 2., 3., 1., 1., 0., -2.], &[2, 1, 4])?;
-            let dy = tensor(&[1., -1., 0.5, 2., 0., 1., 1., -1.], &[2, 1, 4])?;
+            set(&vars, "weight", &tensor(&[1.5], &[1], DType::F64)?)?;
+            set(&vars, "bias", &tensor(&[-0.25], &[1], DType::F64)?)?;
+            let x = variable(&[-1., 0., 2., 3., 1., 1., 0., -2.], &[2, 1, 4], DType::F64)?;
+            let dy = tensor(&[1., -1., 0.5, 2., 0., 1., 1., -1.], &[2, 1, 4], DType::F64)?;
             let y = norm.forward_t(&x, true)?;
             let want = [
                 0.,
@@ -156,11 +127,11 @@ fn a_batch_norm_with_relu() -> Result<()> {
 fn a_layer_norm_with_gelu() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
-            let x = variable(&[1., 2., 4.], &[1, 3])?;
+            let x = variable(&[1., 2., 4.], &[1, 3], DType::F64)?;
             let y = ops::layer_norm_act(&x, 3, None, None, 1e-6, Activation::Gelu)?;
             let want = [-0.152365351, -0.1054703514, 1.215069874];
             assert_digits("y", &values(&y)?, &want);
-            let dx = &gradients(&y, &tensor(&[1., 0., -2.], &[1, 3])?, &[&x])?[0];
+            let dx = &gradients(&y, &tensor(&[1., 0., -2.], &[1, 3], DType::F64)?, &[&x])?[0];
             assert_digits("dx", dx, &[-0.2808287928, 0.4212441241, -0.1404153313]);
             Ok::<_, candle_core::Error>(())
         })?;
@@ -172,7 +143,7 @@ fn a_layer_norm_with_gelu() -> Result<()> {
 fn values_and_slopes(activation: Activation, at: &[f64], dtype: DType) -> Result<[Vec<f64>; 2]> {
     let n = at.len();
     let x = Tensor::ones((1, n), dtype, &CPU)?;
-    let bias = Var::from_tensor(&tensor(at, &[n])?.to_dtype(dtype)?)?.into_inner();
+    let bias = variable(at, &[n], dtype)?;
     let y = ops::layer_norm_act(&x, n, None, Some(&bias), 1e-5, activation)?;
     let slopes = gradients(&y, &x, &[&bias])?.swap_remove(0);
     Ok([values(&y)?, slopes])
@@ -283,7 +254,7 @@ fn smooth_activations_are_those_of_their_formulas_over_a_wide_range() -> Result<
     ] {
         for path in PATHS {
             for (dtype, bound) in [(DType::F64, 2e-15), (DType::F32, 3e-7)] {
-                let at = values(&tensor(&at, &[at.len()])?.to_dtype(dtype)?)?;
+                let at = values(&tensor(&at, &[at.len()], dtype)?)?;
                 let got = with_path(path, || values_and_slopes(activation, &at, dtype))?;
                 for (i, u) in at.iter().enumerate() {
                     let want = formula(activation, *u);
@@ -495,12 +466,6 @@ fn gradients_agree_with_differences() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Numbers with zeros and equal ones among them.
-fn ties(dims: &[usize], step: usize) -> Result<Tensor> {
-    let x = noise_by(dims, |i| i * i + step * i)?;
-    (x * 4.)?.round()? / 4.
 }
 
 /// Values and gradients on every path and in every dtype are those of the plain norm in f64, and of

@@ -21,8 +21,8 @@ fn line(values: &[f64], dtype: DType) -> Result<Tensor> {
     Tensor::new(values, &CPU)?.to_dtype(dtype)
 }
 
-/// Numbers that look random and are the same on every run.
-fn noise(shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+/// Numbers about 0.1 that look random, the same on every run.
+fn shifted_noise(shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
     (noise_by(shape, |i| i * i + 5 * i)? + 0.1)?.to_dtype(dtype)
 }
 
@@ -174,7 +174,7 @@ fn instance(affine: Affine, track: bool, vb: VarBuilder) -> Result<Box<dyn Norm>
 }
 
 impl Kind {
-    /// What a checkpoint of this layer holds beside its affine parameters.
+    /// Tensors that a checkpoint of this layer holds beside its affine parameters.
     fn others(&self) -> Result<Vec<(&'static str, Tensor)>> {
         let dims = if self.shape.len() == 4 {
             &[1, 4, 1][..]
@@ -182,10 +182,13 @@ impl Kind {
             &[4]
         };
         let mut others = vec![
-            ("mean_weight", noise(3, DType::F64)?),
-            ("var_weight", noise(3, DType::F64)?),
-            ("running_mean", noise(dims, DType::F64)?),
-            ("running_var", (noise(dims, DType::F64)?.abs()? + 0.5)?),
+            ("mean_weight", shifted_noise(3, DType::F64)?),
+            ("var_weight", shifted_noise(3, DType::F64)?),
+            ("running_mean", shifted_noise(dims, DType::F64)?),
+            (
+                "running_var",
+                (shifted_noise(dims, DType::F64)?.abs()? + 0.5)?,
+            ),
         ];
         if self.name != "switch" {
             others.drain(..2);
@@ -264,16 +267,16 @@ fn every_layer_takes_a_bias_alone() -> Result<()> {
         for dtype in DTYPES {
             for path in PATHS {
                 let run = |affine: Affine| -> Result<Vec<Vec<f64>>> {
-                    let bias = Var::from_tensor(&noise(kind.shape, dtype)?)?;
+                    let bias = Var::from_tensor(&shifted_noise(kind.shape, dtype)?)?;
                     let mut tensors = kind.others()?;
                     tensors.push(("bias", bias.as_tensor().clone()));
                     if affine.has_weight() {
                         tensors.push(("weight", Tensor::ones(kind.shape, dtype, &CPU)?));
                     }
                     let norm = (kind.build)(affine, stored(&tensors, dtype))?;
-                    let x = Var::from_tensor(&noise(&INPUT, dtype)?)?;
+                    let x = Var::from_tensor(&shifted_noise(&INPUT, dtype)?)?;
                     let y = norm.forward_t(&x, kind.train)?;
-                    let dy = (noise(&INPUT, dtype)? * 0.5)?;
+                    let dy = (shifted_noise(&INPUT, dtype)? * 0.5)?;
                     let grads = (&y * dy)?.sum_all()?.backward()?;
                     let gradient = |t: &Tensor| values(grads.get(t).expect("a gradient"));
                     Ok(vec![values(&y)?, gradient(&x)?, gradient(&bias)?])
@@ -326,10 +329,13 @@ fn a_residual_is_added_before_a_bias_alone() -> Result<()> {
         affine: Affine::Bias,
         ..Default::default()
     };
-    let bias = Var::from_tensor(&noise(3, DType::F64)?)?;
+    let bias = Var::from_tensor(&shifted_noise(3, DType::F64)?)?;
     let tensors = [("bias", bias.as_tensor().clone())];
     let norm = layer_norm(3, options, stored(&tensors, DType::F64))?;
-    let (x, residual) = (noise((2, 3), DType::F64)?, noise((1, 2, 3), DType::F64)?);
+    let (x, residual) = (
+        shifted_noise((2, 3), DType::F64)?,
+        shifted_noise((1, 2, 3), DType::F64)?,
+    );
     let residual = (residual.squeeze(0)? * 2.)?;
     for path in PATHS {
         with_path(path, || {
@@ -347,8 +353,8 @@ fn a_residual_is_added_before_a_bias_alone() -> Result<()> {
     Ok(())
 }
 
-/// What a layer would leave out of a checkpoint changes what it computes: it says so, and its
-/// remedy is one.
+/// A parameter of a checkpoint that a layer would leave out changes what it computes: the error
+/// says so, and its remedy is one.
 #[test]
 fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
     let cases: [(Affine, &[&str], Affine); 8] = [
@@ -368,7 +374,7 @@ fn no_parameter_of_a_checkpoint_is_dropped_unseen() -> Result<()> {
                 tensors.insert(format!("net.norm.{name}"), value);
             }
             for name in names {
-                let value = noise(kind.shape, DType::F64)?;
+                let value = shifted_noise(kind.shape, DType::F64)?;
                 tensors.insert(format!("net.norm.{name}"), value);
             }
             let vb = VarBuilder::from_tensors(tensors, DType::F64, &CPU);
@@ -406,7 +412,7 @@ fn a_parameter_with_other_axes_of_size_1_is_not_dropped_either() -> Result<()> {
             shape.extend(kind.shape.iter().filter(|n| **n != 1));
             shape.extend([1, 1]);
             let mut tensors = kind.others()?;
-            tensors.push((name, noise(shape, DType::F64)?));
+            tensors.push((name, shifted_noise(shape, DType::F64)?));
             let text = message((kind.build)(Affine::None, stored(&tensors, DType::F64)));
             let parts = [&format!("\"{name}\""), "dropped unseen"];
             assert!(
@@ -417,8 +423,8 @@ fn a_parameter_with_other_axes_of_size_1_is_not_dropped_either() -> Result<()> {
         }
         // A weight of another layer does not hide one that is stored under another name.
         let mut tensors = kind.others()?;
-        tensors.push(("weight", noise((7, 4, 3, 3), DType::F64)?));
-        tensors.push(("gamma", noise(kind.shape, DType::F64)?));
+        tensors.push(("weight", shifted_noise((7, 4, 3, 3), DType::F64)?));
+        tensors.push(("gamma", shifted_noise(kind.shape, DType::F64)?));
         let text = message((kind.build)(Affine::None, stored(&tensors, DType::F64)));
         assert!(text.contains("\"gamma\""), "{}: {text}", kind.name);
     }
@@ -430,8 +436,8 @@ fn a_parameter_with_other_axes_of_size_1_is_not_dropped_either() -> Result<()> {
 fn two_layers_on_one_path_are_told_to_take_a_prefix_each() -> Result<()> {
     let remedy = "give each layer its own prefix (vb.pp)";
     let tensors = [
-        ("weight", noise(4, DType::F64)?),
-        ("bias", noise(4, DType::F64)?),
+        ("weight", shifted_noise(4, DType::F64)?),
+        ("bias", shifted_noise(4, DType::F64)?),
     ];
     let vb = stored(&tensors, DType::F64);
     layer_norm(4, 1e-5, vb.clone())?;
@@ -451,14 +457,14 @@ fn two_layers_on_one_path_are_told_to_take_a_prefix_each() -> Result<()> {
     Ok(())
 }
 
-/// What stands in the layer's path without being its own does not matter.
+/// Tensors in the layer's path that are not its own do not matter.
 #[test]
 fn tensors_of_others_are_left_alone() -> Result<()> {
     for kind in KINDS {
         // Of another shape.
         let mut tensors = kind.others()?;
-        tensors.push(("weight", noise((7, 4, 3, 3), DType::F64)?));
-        tensors.push(("bias", noise(7, DType::F64)?));
+        tensors.push(("weight", shifted_noise((7, 4, 3, 3), DType::F64)?));
+        tensors.push(("bias", shifted_noise(7, DType::F64)?));
         (kind.build)(Affine::None, stored(&tensors, DType::F64))?;
         // Variables that another layer made under the same path.
         let vars = VarMap::new();
@@ -479,7 +485,7 @@ fn half_an_affine_pair_names_the_affine_that_fits() -> Result<()> {
             ("gamma", "bias or beta", Affine::Weight),
         ] {
             let mut tensors = kind.others()?;
-            tensors.push((name, noise(kind.shape, DType::F64)?));
+            tensors.push((name, shifted_noise(kind.shape, DType::F64)?));
             let text = message((kind.build)(
                 Affine::WeightAndBias,
                 stored(&tensors, DType::F64),
@@ -504,7 +510,10 @@ fn half_an_affine_pair_names_the_affine_that_fits() -> Result<()> {
 /// Of the layers around and before norms too.
 #[test]
 fn no_bias_of_a_layer_is_dropped_unseen() -> Result<()> {
-    let (weight, bias) = (noise((4, 3), DType::F64)?, noise(4, DType::F64)?);
+    let (weight, bias) = (
+        shifted_noise((4, 3), DType::F64)?,
+        shifted_noise(4, DType::F64)?,
+    );
     let tensors = [("weight", weight.clone()), ("bias", bias.clone())];
     let vb = stored(&tensors, DType::F64);
     let text = message(weight_norm::linear_no_bias(
@@ -526,15 +535,18 @@ fn no_bias_of_a_layer_is_dropped_unseen() -> Result<()> {
     let tensors = [
         ("layer.weight", weight.clone()),
         ("layer.bias", bias.clone()),
-        ("norm.weight", noise(4, DType::F64)?),
-        ("norm.bias", noise(4, DType::F64)?),
-        ("norm.running_mean", noise(4, DType::F64)?),
-        ("norm.running_var", (noise(4, DType::F64)?.abs()? + 0.5)?),
+        ("norm.weight", shifted_noise(4, DType::F64)?),
+        ("norm.bias", shifted_noise(4, DType::F64)?),
+        ("norm.running_mean", shifted_noise(4, DType::F64)?),
+        (
+            "norm.running_var",
+            (shifted_noise(4, DType::F64)?.abs()? + 0.5)?,
+        ),
     ];
     let vb = stored(&tensors, DType::F64);
     let config: NormConfig = "batch".parse()?;
     let block = config.linear(3, 4, vb.clone())?;
-    let x = noise((5, 3), DType::F64)?;
+    let x = shifted_noise((5, 3), DType::F64)?;
     let y = Linear::new(weight, Some(bias)).forward(&x)?;
     let want = config.features(4, vb.pp("norm"))?.forward_t(&y, false)?;
     let got = block.forward_t(&x, false)?;

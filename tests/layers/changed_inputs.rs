@@ -1,5 +1,5 @@
-//! What is set between forward and backward: the gradient is that of the values that the forward
-//! saw, or the call fails.
+//! Variables that are set between forward and backward: the gradient is that of the values that the
+//! forward saw, or the call fails.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_norm::{Path, ops, with_path};

@@ -294,11 +294,13 @@ fn mistakes_name_the_layer() -> Result<()> {
         ),
         (
             &[4, 8],
-            "Conv1d: expected input of rank 3, got shape [4, 8]; if the batch axis is missing, add it with unsqueeze(0)",
+            "Conv1d: expected input of rank 3, got shape [4, 8]; if the batch axis is missing, add \
+            it with unsqueeze(0)",
         ),
         (
             &[2, 4, 2],
-            "Conv1d: expected an input that the kernel fits, got size [2, 4, 2] for weight shape [6, 4, 3], padding 0, dilation 1",
+            "Conv1d: expected an input that the kernel fits, got size [2, 4, 2] for weight shape \
+            [6, 4, 3], padding 0, dilation 1",
         ),
     ] {
         let refused = layer.forward(&ones(dims)?).err().and_then(text);
@@ -328,7 +330,8 @@ fn mistakes_name_the_layer() -> Result<()> {
             conv1d(0, 1 << 61, 1, Default::default(), vb().pp("b"))
                 .err()
                 .and_then(text),
-            "Conv1d: expected weight with at most 1152921504606846975 elements, got shape [2305843009213693952, 0, 1]",
+            "Conv1d: expected weight with at most 1152921504606846975 elements, got shape \
+            [2305843009213693952, 0, 1]",
         ),
     ] {
         assert_eq!(refused.as_deref(), Some(says));

@@ -281,7 +281,8 @@ fn channels_on_another_axis_are_pointed_at() -> Result<()> {
 
     let last = x(&[4, 5, 5, 8])?;
     let expected = "expected 8 channels on axis 1, got 5 in input size [4, 5, 5, 8]";
-    let remedy = "the last axis has 8: if channels are last, bring them to axis 1 with permute((0, 3, 1, 2))";
+    let remedy = "the last axis has 8: if channels are last, bring them to axis 1 with \
+        permute((0, 3, 1, 2))";
     for train in [true, false] {
         assert_message(
             batch.forward_t(&last, train),
@@ -396,7 +397,8 @@ fn one_position_is_not_helped_by_a_larger_batch() -> Result<()> {
         assert_message(
             instance.forward_t(&x, train),
             &[
-                "InstanceNorm: expected more than 1 value per channel when training, got input size [64, 8, 1, 1]",
+                "InstanceNorm: expected more than 1 value per channel when training, got input \
+                size [64, 8, 1, 1]",
                 "a larger batch does not help",
                 "larger maps",
                 "LayerNorm over the channels",

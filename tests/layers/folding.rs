@@ -24,8 +24,8 @@ const AFFINE: [Affine; 4] = [
     Affine::WeightAndBias,
 ];
 
-/// Numbers that look random and are the same for the same seed.
-fn noise(shape: impl Into<Shape>, seed: usize) -> Result<Tensor> {
+/// Numbers about 0.1 that look random, the same for the same seed.
+fn shifted_noise(shape: impl Into<Shape>, seed: usize) -> Result<Tensor> {
     noise_by(shape, |i| i * i + (2 * seed + 3) * i + seed)? + 0.1
 }
 
@@ -38,10 +38,10 @@ fn norm(channels: usize, affine: Affine, seed: usize) -> Result<BatchNorm> {
     };
     let norm = batch_norm(channels, options, vb(&vars, DType::F64))?;
     for (i, var) in trainable_vars(&vars).iter().enumerate() {
-        var.set(&noise(var.shape(), seed + i)?)?;
+        var.set(&shifted_noise(var.shape(), seed + i)?)?;
     }
     for i in 0..3 {
-        norm.forward_t(&(noise((9, channels), seed + 5 + i)? * 3.)?, true)?;
+        norm.forward_t(&(shifted_noise((9, channels), seed + 5 + i)? * 3.)?, true)?;
     }
     Ok(norm)
 }
@@ -76,14 +76,14 @@ fn check<L: Foldable + Module>(what: &str, layer: &L, channels: usize, x: &Tenso
 
 /// The bias of a layer, or none.
 fn bias(has: bool, channels: usize) -> Result<Option<Tensor>> {
-    has.then(|| noise(channels, 2)).transpose()
+    has.then(|| shifted_noise(channels, 2)).transpose()
 }
 
 #[test]
 fn a_norm_folds_into_every_layer_before_it() -> Result<()> {
     for own in [true, false] {
-        let layer = Linear::new(noise((6, 4), 0)?, bias(own, 6)?);
-        check("linear", &layer, 6, &noise((5, 4), 1)?)?;
+        let layer = Linear::new(shifted_noise((6, 4), 0)?, bias(own, 6)?);
+        check("linear", &layer, 6, &shifted_noise((5, 4), 1)?)?;
         for groups in [1, 2] {
             let config = Conv1dConfig {
                 padding: 1,
@@ -91,15 +91,19 @@ fn a_norm_folds_into_every_layer_before_it() -> Result<()> {
                 groups,
                 ..Default::default()
             };
-            let layer = Conv1d::new(noise((6, 4 / groups, 3), 0)?, bias(own, 6)?, config);
-            check("conv1d", &layer, 6, &noise((2, 4, 8), 1)?)?;
+            let layer = Conv1d::new(shifted_noise((6, 4 / groups, 3), 0)?, bias(own, 6)?, config);
+            check("conv1d", &layer, 6, &shifted_noise((2, 4, 8), 1)?)?;
             let config = Conv2dConfig {
                 padding: 1,
                 groups,
                 ..Default::default()
             };
-            let layer = Conv2d::new(noise((6, 4 / groups, 3, 3), 0)?, bias(own, 6)?, config);
-            check("conv2d", &layer, 6, &noise((2, 4, 5, 5), 1)?)?;
+            let layer = Conv2d::new(
+                shifted_noise((6, 4 / groups, 3, 3), 0)?,
+                bias(own, 6)?,
+                config,
+            );
+            check("conv2d", &layer, 6, &shifted_noise((2, 4, 5, 5), 1)?)?;
         }
         // The weight has the inputs first: 4 of them, in 1, 2 or 4 groups, to 8 outputs.
         for groups in [1, 2, 4] {
@@ -110,10 +114,10 @@ fn a_norm_folds_into_every_layer_before_it() -> Result<()> {
                 dilation: 1,
                 groups,
             };
-            let weight = noise((4, 8 / groups, 3), 0)?;
+            let weight = shifted_noise((4, 8 / groups, 3), 0)?;
             let layer = ConvTranspose1d::new(weight, bias(own, 8)?, config);
             let what = format!("conv_transpose1d of {groups} groups");
-            check(&what, &layer, 8, &noise((2, 4, 5), 1)?)?;
+            check(&what, &layer, 8, &shifted_noise((2, 4, 5), 1)?)?;
         }
         let config = ConvTranspose2dConfig {
             padding: 1,
@@ -121,8 +125,13 @@ fn a_norm_folds_into_every_layer_before_it() -> Result<()> {
             stride: 2,
             dilation: 1,
         };
-        let layer = ConvTranspose2d::new(noise((4, 6, 3, 3), 0)?, bias(own, 6)?, config);
-        check("conv_transpose2d", &layer, 6, &noise((2, 4, 3, 4), 1)?)?;
+        let layer = ConvTranspose2d::new(shifted_noise((4, 6, 3, 3), 0)?, bias(own, 6)?, config);
+        check(
+            "conv_transpose2d",
+            &layer,
+            6,
+            &shifted_noise((2, 4, 3, 4), 1)?,
+        )?;
     }
     Ok(())
 }
@@ -151,8 +160,12 @@ fn groups_of_a_transposed_convolution_have_their_own_channels() -> Result<()> {
 
 #[test]
 fn a_sequence_folds_at_once() -> Result<()> {
-    let layer = Conv2d::new(noise((6, 4, 3, 3), 0)?, None, Conv2dConfig::default());
-    let x = noise((2, 4, 5, 5), 1)?;
+    let layer = Conv2d::new(
+        shifted_noise((6, 4, 3, 3), 0)?,
+        None,
+        Conv2dConfig::default(),
+    );
+    let x = shifted_noise((2, 4, 5, 5), 1)?;
     let (first, second) = (
         norm(6, Affine::WeightAndBias, 3)?,
         norm(6, Affine::Bias, 7)?,
@@ -188,9 +201,9 @@ fn a_sequence_folds_at_once() -> Result<()> {
 
 #[test]
 fn an_activation_between_a_layer_and_its_norm_is_told() -> Result<()> {
-    let layer = Linear::new(noise((6, 4), 0)?, None);
+    let layer = Linear::new(shifted_noise((6, 4), 0)?, None);
     let norm = norm(6, Affine::WeightAndBias, 3)?;
-    let prelu = PReLU::new(noise(1, 0)?, true);
+    let prelu = PReLU::new(shifted_noise(1, 0)?, true);
     let between = [
         message(fold(&layer, &[&Activation::Relu, &norm])),
         message(fold(&layer, &[&norm, &Activation::Relu, &norm])),
@@ -210,7 +223,7 @@ fn an_activation_between_a_layer_and_its_norm_is_told() -> Result<()> {
     let parts = ["got Silu at the end", "leave it out", "apply it to"];
     assert!(parts.iter().all(|p| text.contains(p)), "{text}");
     // As the message says: the rest by itself.
-    let x = noise((3, 4), 1)?;
+    let x = shifted_noise((3, 4), 1)?;
     let whole = norm.forward_t(&layer.forward(&x)?, false)?;
     let y = Activation::Silu.forward(&fold(&layer, &[&norm])?.forward(&x)?)?;
     assert_close("activated", &y, &Activation::Silu.forward(&whole)?);
@@ -221,7 +234,7 @@ fn an_activation_between_a_layer_and_its_norm_is_told() -> Result<()> {
 fn norms_of_each_input_are_no_part_of_a_layer() -> Result<()> {
     let vars = VarMap::new();
     let vb = vb(&vars, DType::F64);
-    let layer = Linear::new(noise((6, 4), 0)?, None);
+    let layer = Linear::new(shifted_noise((6, 4), 0)?, None);
     let norms = [
         (
             "group",
@@ -267,7 +280,11 @@ fn weights_of_no_layer_are_refused() -> Result<()> {
     };
     let up = |weight: &[usize], groups: usize| -> Result<_> {
         let config = ConvTranspose1dConfig { groups, ..one };
-        norm.fold_into(&ConvTranspose1d::new(noise(weight, 0)?, None, config))
+        norm.fold_into(&ConvTranspose1d::new(
+            shifted_noise(weight, 0)?,
+            None,
+            config,
+        ))
     };
     for (text, parts) in [
         (
@@ -292,11 +309,11 @@ fn weights_of_no_layer_are_refused() -> Result<()> {
             ["the weight to fold into of rank 3", "[]"],
         ),
         (
-            message(norm.fold_into(&Linear::new(noise((5, 4), 0)?, None))),
+            message(norm.fold_into(&Linear::new(shifted_noise((5, 4), 0)?, None))),
             ["6 output channels", "got 5 of weight shape [5, 4]"],
         ),
         (
-            message(norm.fold_into(&Linear::new(noise((), 0)?, None))),
+            message(norm.fold_into(&Linear::new(shifted_noise((), 0)?, None))),
             ["the weight to fold into of rank 2", "[]"],
         ),
     ] {
@@ -362,12 +379,12 @@ fn blocks_fold_by_themselves() -> Result<()> {
             let vars = VarMap::new();
             let block = build(config, vb(&vars, DType::F64))?;
             for (i, var) in trainable_vars(&vars).iter().enumerate() {
-                var.set(&noise(var.shape(), i)?)?;
+                var.set(&shifted_noise(var.shape(), i)?)?;
             }
             for seed in 0..2 {
-                block.forward_t(&noise(input, seed)?, true)?;
+                block.forward_t(&shifted_noise(input, seed)?, true)?;
             }
-            let x = noise(input, 5)?;
+            let x = shifted_noise(input, 5)?;
             let want = block.forward_t(&x, false)?;
             let folded = block.fold()?;
             assert_eq!(folded.norm().kind(), "none");

@@ -7,39 +7,14 @@ use candle_norm::{
     Cast, Gate, GatedRmsNorm, GatedRmsNormOptions, Path, gated_rms_norm, ops, with_path,
 };
 
-use testkit::compare::{assert_close, tolerance};
-use testkit::data::{noise_by, uniform, values};
+use testkit::compare::{assert_close, assert_digits, tolerance};
+use testkit::data::{noise_by, uniform, values, variable};
 use testkit::errors::assert_message;
+use testkit::subjects::gradients;
 use testkit::vars::{names, vb};
 
 const CPU: Device = Device::Cpu;
 const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
-
-fn variable(values: &[f64], dims: &[usize]) -> Result<Tensor> {
-    Ok(Var::from_tensor(&Tensor::from_slice(values, dims, &CPU)?)?.into_inner())
-}
-
-fn gradients(y: &Tensor, dy: &Tensor, of: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
-    let grads = (y * dy)?.sum_all()?.backward()?;
-    let of = of.iter().map(|t| match grads.get(t) {
-        Some(grad) => values(grad),
-        None => candle_core::bail!("no gradient"),
-    });
-    of.collect()
-}
-
-/// Ten digits, as the examples are given.
-#[track_caller]
-fn assert_digits(what: &str, got: &[f64], want: &[f64]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let error = (got - want).abs();
-        assert!(
-            error <= 1e-9 * (1. + want.abs()),
-            "{what} {i}: {got} for {want}"
-        );
-    }
-}
 
 #[test]
 fn the_examples() -> Result<()> {
@@ -82,9 +57,9 @@ fn the_examples() -> Result<()> {
     for path in PATHS {
         for (options, y, dx, dz, dw) in cases {
             with_path(path, || {
-                let x = variable(&[1., -2., 3., 0.5], &[1, 4])?;
-                let z = variable(&[2., -1., 0., 1.], &[1, 4])?;
-                let w = variable(&[1., 0.5, 2., -1.], &[4])?;
+                let x = variable(&[1., -2., 3., 0.5], &[1, 4], DType::F64)?;
+                let z = variable(&[2., -1., 0., 1.], &[1, 4], DType::F64)?;
+                let w = variable(&[1., 0.5, 2., -1.], &[4], DType::F64)?;
                 let dy = Tensor::new(&[[1., -1., 0.5, 2.]], &CPU)?;
                 let norm = GatedRmsNorm::new(w.clone(), options)?;
                 let got = norm.forward(&x, Some(&z))?;

@@ -1,4 +1,4 @@
-//! What the gradient check accepts, and what it must not.
+//! Functions that the gradient check accepts, and functions that it must not accept.
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, bail};
 use candle_norm::gradcheck::{Direction, GradCheck, Report, Suspicion, gradcheck};
@@ -340,7 +340,8 @@ fn a_kink_is_named_and_the_remedy_with_it() -> Result<()> {
     let text = gradcheck(relu, &[line(&[0.0, 1.0])?])
         .unwrap_err()
         .to_string();
-    let sides = "analytic 1e0, numeric 5e-1, error 9.804e4 times the tolerance; 0e0 to the left, 1e0 to the right";
+    let sides = "analytic 1e0, numeric 5e-1, error 9.804e4 times the tolerance; 0e0 to the left, \
+        1e0 to the right";
     assert!(text.contains(sides), "{text}");
     // The larger of two equal values.
     let report = GradCheck::default().check(|v| v[0].max(0), &[line(&[2.0, 2.0, 1.0])?])?;

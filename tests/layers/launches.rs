@@ -4,17 +4,14 @@
 //! `tests/docs/architecture.rs` has what its sources must not say, so that nothing copies to the
 //! host or waits for the device.
 
-use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{Device, ModuleT, Result, Tensor, Var};
 use candle_norm::internals::launches;
 use candle_norm::{
     BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,
     with_path,
 };
 
-fn vb() -> VarBuilder<'static> {
-    VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu)
-}
+use testkit::vars::fresh_vb;
 
 fn var(dims: &[usize]) -> Result<Var> {
     Var::randn(0f32, 1., dims, &Device::Cpu)
@@ -42,7 +39,7 @@ fn assert_launches(
 
 #[test]
 fn a_small_forward_is_one_launch_and_its_backward_two() -> Result<()> {
-    let norm = layer_norm(256, 1e-5, vb())?;
+    let norm = layer_norm(256, 1e-5, fresh_vb())?;
     assert_launches(
         &var(&[64, 256])?,
         |x| norm.forward_t(x, true),
@@ -51,19 +48,19 @@ fn a_small_forward_is_one_launch_and_its_backward_two() -> Result<()> {
             &["layer_norm_backward", "rows_finish"],
         ],
     )?;
-    let norm = rms_norm(1001, 1e-5, vb())?;
+    let norm = rms_norm(1001, 1e-5, fresh_vb())?;
     assert_launches(
         &var(&[3, 1001])?,
         |x| norm.forward_t(x, true),
         [&["rms_norm_forward"], &["rms_norm_backward", "rows_finish"]],
     )?;
-    let norm = group_norm(4, 16, 1e-5, vb())?;
+    let norm = group_norm(4, 16, 1e-5, fresh_vb())?;
     assert_launches(
         &var(&[4, 16, 64])?,
         |x| norm.forward_t(x, true),
         [&["planes_fit"], &["groups_grad_fit", "groups_grad_merge"]],
     )?;
-    let norm = instance_norm(16, 1e-5, vb())?;
+    let norm = instance_norm(16, 1e-5, fresh_vb())?;
     assert_launches(
         &var(&[4, 16, 64])?,
         |x| norm.forward_t(x, true),
@@ -78,7 +75,7 @@ fn running_statistics_are_one_launch_more() -> Result<()> {
             momentum,
             ..Default::default()
         };
-        let norm = batch_norm(16, options, vb())?;
+        let norm = batch_norm(16, options, fresh_vb())?;
         assert_launches(
             &var(&[4, 16, 64])?,
             |x| norm.forward_t(x, true),
@@ -104,7 +101,7 @@ fn a_sum_is_formed_in_the_launch_that_normalizes_it() -> Result<()> {
 #[test]
 fn inference_keeps_no_statistics_and_is_one_launch() -> Result<()> {
     let x = var(&[64, 256])?.detach();
-    let norm = layer_norm(256, 1e-5, vb())?;
+    let norm = layer_norm(256, 1e-5, fresh_vb())?;
     let (y, of_forward) = with_path(Path::Emulated, || launches(|| norm.forward_t(&x, false)));
     assert_eq!(y?.dims(), [64, 256]);
     assert_eq!(of_forward.len(), 1, "{of_forward:?}");

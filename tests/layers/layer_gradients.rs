@@ -378,7 +378,7 @@ fn switch_norms() -> Result<()> {
     check_all(cases)
 }
 
-/// What builds a norm by its name, alone and together with the layer before it.
+/// Norms that are built by their name, alone and together with the layer before them.
 #[test]
 fn norms_by_name() -> Result<()> {
     let mut cases = vec![];

@@ -10,45 +10,14 @@ use candle_norm::{
     with_path,
 };
 
-use testkit::compare::{assert_close, tolerance};
-use testkit::data::{noise_by, uniform, values};
+use testkit::compare::{assert_close, assert_digits, tolerance};
+use testkit::data::{tensor, ties, uniform, values, variable};
 use testkit::errors::assert_message;
+use testkit::subjects::gradients;
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
 const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
-
-fn tensor(values: &[f64], dims: &[usize]) -> Result<Tensor> {
-    Tensor::from_slice(values, dims, &CPU)
-}
-
-/// `values`, tracked.
-fn variable(values: &[f64], dims: &[usize]) -> Result<Tensor> {
-    Ok(Var::from_tensor(&tensor(values, dims)?)?.into_inner())
-}
-
-/// The gradients of some tensors, the cotangent of `y` being `dy`.
-fn gradients(y: &Tensor, dy: &Tensor, of: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
-    let grads = (y * dy)?.sum_all()?.backward()?;
-    let of = of.iter().map(|t| match grads.get(t) {
-        Some(grad) => values(grad),
-        None => candle_core::bail!("no gradient"),
-    });
-    of.collect()
-}
-
-/// Ten digits, as the examples are given.
-#[track_caller]
-fn assert_digits(what: &str, got: &[f64], want: &[f64]) {
-    assert_eq!(got.len(), want.len(), "{what}");
-    for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let error = (got - want).abs();
-        assert!(
-            error <= 1e-9 * (1. + want.abs()),
-            "{what} {i}: {got} for {want}"
-        );
-    }
-}
 
 #[test]
 fn a_layer_norm_of_two_samples() -> Result<()> {
@@ -57,12 +26,14 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
             let x = variable(
                 &[1., 2., 4., 0., -1., 3., 2., 2., 5., 1., 0., -1.],
                 &[2, 2, 3],
+                DType::F64,
             )?;
-            let scale = variable(&[0.5, -1., 0., 1., 0., 2.], &[2, 3])?;
-            let shift = variable(&[0.1, 0.2, 0.3, 0., -0.1, 1.], &[2, 1, 3])?;
+            let scale = variable(&[0.5, -1., 0., 1., 0., 2.], &[2, 3], DType::F64)?;
+            let shift = variable(&[0.1, 0.2, 0.3, 0., -0.1, 1.], &[2, 1, 3], DType::F64)?;
             let dy = tensor(
                 &[1., 0., -2., 0.5, 1., 0., 0., 1., 1., -1., 2., 0.5],
                 &[2, 2, 3],
+                DType::F64,
             )?;
             let modulation = Modulation::new(Some(&scale), Some(&shift));
             let y = ops::modulated_layer_norm(&x, 3, None, None, 1e-6, &modulation)?;
@@ -109,8 +80,8 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
             assert_digits("dshift", &grads[2], &[1.5, 1., -2., -1., 3., 1.5]);
 
             let (w, b) = (
-                tensor(&[2., 1., 0.5], &[3])?,
-                tensor(&[0.1, 0., -0.1], &[3])?,
+                tensor(&[2., 1., 0.5], &[3], DType::F64)?,
+                tensor(&[0.1, 0., -0.1], &[3], DType::F64)?,
             );
             let y = ops::modulated_layer_norm(&x, 3, Some(&w), Some(&b), 1e-6, &modulation)?;
             let want = [
@@ -132,10 +103,10 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
 fn a_batch_norm_in_training() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
-            let x = variable(&[1., 3., 2., -2.], &[2, 1, 2])?;
-            let scale = variable(&[0.5, -0.5], &[2, 1])?;
-            let shift = variable(&[0., 1.], &[2, 1])?;
-            let dy = tensor(&[1., 0., -1., 2.], &[2, 1, 2])?;
+            let x = variable(&[1., 3., 2., -2.], &[2, 1, 2], DType::F64)?;
+            let scale = variable(&[0.5, -0.5], &[2, 1], DType::F64)?;
+            let shift = variable(&[0., 1.], &[2, 1], DType::F64)?;
+            let dy = tensor(&[1., 0., -1., 2.], &[2, 1, 2], DType::F64)?;
             let options = BatchNormOptions {
                 affine: Affine::None,
                 ..Default::default()
@@ -163,9 +134,9 @@ fn a_batch_norm_in_training() -> Result<()> {
 fn an_rms_norm_with_a_scale_alone() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
-            let x = variable(&[1., 2., 2.], &[1, 3])?;
-            let scale = variable(&[0.5, -1., 0.], &[3])?;
-            let dy = tensor(&[1., 1., -1.], &[1, 3])?;
+            let x = variable(&[1., 2., 2.], &[1, 3], DType::F64)?;
+            let scale = variable(&[0.5, -1., 0.], &[3], DType::F64)?;
+            let dy = tensor(&[1., 1., -1.], &[1, 3], DType::F64)?;
             let modulation = Modulation::new(Some(&scale), None);
             let y = ops::modulated_rms_norm(&x, 3, None, 1e-6, &modulation)?;
             assert_digits("y", &values(&y)?, &[0.8660252594, 0., 1.154700346]);
@@ -422,12 +393,6 @@ fn gradients_agree_with_differences() -> Result<()> {
     Ok(())
 }
 
-/// Numbers with zeros and equal ones among them, as activations have.
-fn ties(dims: &[usize], step: usize) -> Result<Tensor> {
-    let x = noise_by(dims, |i| i * i + step * i)?;
-    ((x * 4.)?.round()? / 4.)?.to_dtype(DType::F64)
-}
-
 /// Values and gradients on every path and in every dtype are those of the norm followed by candle's
 /// own product and sum in f64.
 fn agrees(kind: Kind, dims: &[usize], every: usize) -> Result<()> {
@@ -441,7 +406,7 @@ fn agrees(kind: Kind, dims: &[usize], every: usize) -> Result<()> {
             let x = rounded(ties(dims, 3)?)?;
             let outside = |dims: &Option<Vec<usize>>, step| {
                 dims.as_ref()
-                    .map(|dims| rounded(ties(dims, step)?))
+                    .map(|dims| rounded(ties(dims.as_slice(), step)?))
                     .transpose()
             };
             let (scale, shift) = (outside(&scale, 5)?, outside(&shift, 7)?);
@@ -570,7 +535,7 @@ fn a_scale_of_minus_the_offset_leaves_the_shift() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
             let x = Var::from_tensor(&uniform((2, 3, 4), 1))?.into_inner();
-            let (scale, shift) = (tensor(&[-1.; 8], &[2, 4])?, uniform((2, 4), 2));
+            let (scale, shift) = (tensor(&[-1.; 8], &[2, 4], DType::F64)?, uniform((2, 4), 2));
             let modulation = Modulation::new(Some(&scale), Some(&shift));
             let y = ops::modulated_layer_norm(&x, 4, None, None, 1e-5, &modulation)?;
             let want = shift.unsqueeze(1)?.broadcast_as((2, 3, 4))?;
@@ -590,7 +555,7 @@ fn nan_in_a_scale_stays_in_its_sample() -> Result<()> {
             let x = Var::from_tensor(&uniform((3, 4, 4), 1))?.into_inner();
             let mut scale = vec![0.5; 12];
             scale[5] = f64::NAN;
-            let scale = variable(&scale, &[3, 4])?;
+            let scale = variable(&scale, &[3, 4], DType::F64)?;
             let y = with_path(path, || {
                 kind.forward(&x, None, &Modulation::new(Some(&scale), None))
             })?;

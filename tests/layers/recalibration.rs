@@ -85,7 +85,7 @@ fn statistics_are_the_averages_over_the_batches() -> Result<()> {
     Ok(())
 }
 
-/// What the second layer sees depends on the mode of the first, which is training.
+/// The input of the second layer depends on the mode of the first, which is training.
 #[test]
 fn layers_of_a_model_are_recalibrated_together() -> Result<()> {
     let vars = VarMap::new();
@@ -207,7 +207,7 @@ fn a_recalibration_within_another_leaves_it_in_force() -> Result<()> {
     Ok(())
 }
 
-/// What a scope leaves alone, no recalibration can average.
+/// Statistics that a scope leaves alone cannot be averaged by a recalibration.
 #[test]
 fn scopes_around_a_recalibration() -> Result<()> {
     let vars = VarMap::new();

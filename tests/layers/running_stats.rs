@@ -32,7 +32,8 @@ fn state(norm: &dyn Norm) -> Result<(Vec<u64>, Vec<u64>, i64)> {
 
 const DIMS: [usize; 3] = [8, 3, 5];
 
-fn noise(seed: u64) -> Result<Tensor> {
+/// Normal values on a mean that rises with the position and with every second sample.
+fn rising_noise(seed: u64) -> Result<Tensor> {
     let x = Draw::new(seed).normal(DIMS.iter().product());
     let x: Vec<f64> = (x.iter().enumerate())
         .map(|(i, z)| 4. * (i / 30) as f64 + (i % 15) as f64 + z)
@@ -65,16 +66,16 @@ fn every_layer_leaves_its_statistics_alone_in_the_scope() -> Result<()> {
             let vars = VarMap::new();
             let norm = which.build(3, DEFAULTS, vb(&vars, DType::F64))?;
             let train = |x: &Tensor| with_path(path, || norm.forward_t(x, true));
-            train(&noise(1)?)?;
+            train(&rising_noise(1)?)?;
             let before = state(&*norm)?;
             let inside = without_updates(|| -> Result<Tensor> {
-                train(&noise(2)?)?;
+                train(&rising_noise(2)?)?;
                 // The scope within ends by itself.
-                without_updates(|| train(&noise(3)?))?;
-                train(&noise(4)?)
+                without_updates(|| train(&rising_noise(3)?))?;
+                train(&rising_noise(4)?)
             })?;
             assert_eq!(state(&*norm)?, before, "{which:?}");
-            assert_eq!(bits(&inside)?, bits(&train(&noise(4)?)?)?);
+            assert_eq!(bits(&inside)?, bits(&train(&rising_noise(4)?)?)?);
             assert_ne!(state(&*norm)?, before, "{which:?}");
         }
     }
@@ -85,7 +86,7 @@ fn every_layer_leaves_its_statistics_alone_in_the_scope() -> Result<()> {
 fn a_scope_ends_with_an_error_and_with_a_panic() -> Result<()> {
     let vars = VarMap::new();
     let norm = batch_norm(3, 1e-5, vb(&vars, DType::F64))?;
-    let x = noise(1)?;
+    let x = rising_noise(1)?;
     let failed = without_updates(|| norm.forward_train(&x.narrow(1, 0, 2)?));
     assert!(failed.is_err());
     norm.forward_train(&x)?;
@@ -117,7 +118,7 @@ fn a_scope_is_one_of_its_thread() -> Result<()> {
         ..DEFAULTS
     };
     let norm = tracked::BATCH.build(3, options, vb(&vars, DType::F64))?;
-    let x = noise(1)?;
+    let x = rising_noise(1)?;
     thread::scope(|scope| {
         for t in 0..8 {
             let (norm, x) = (&norm, &x);
@@ -152,7 +153,7 @@ fn threads_that_pool_lose_no_update() -> Result<()> {
         ..DEFAULTS
     };
     let norm = tracked::BATCH.build(3, options, vb(&vars, DType::F64))?;
-    let x = noise(1)?;
+    let x = rising_noise(1)?;
     thread::scope(|scope| {
         for _ in 0..8 {
             let (norm, x) = (&norm, &x);
@@ -234,8 +235,8 @@ fn any_pieces_of_a_batch_are_pooled_to_it() -> Result<()> {
                 };
                 let trained = |sizes: &[usize]| -> Result<Snapshot> {
                     let norm = which.build(3, settings, vb(&VarMap::new(), dtype))?;
-                    norm.forward_t(&noise(7)?.to_dtype(dtype)?, true)?;
-                    let x = noise(8)?.to_dtype(dtype)?;
+                    norm.forward_t(&rising_noise(7)?.to_dtype(dtype)?, true)?;
+                    let x = rising_noise(8)?.to_dtype(dtype)?;
                     let mut start = 0;
                     pool_updates(|| {
                         for size in sizes {
@@ -246,7 +247,7 @@ fn any_pieces_of_a_batch_are_pooled_to_it() -> Result<()> {
                         Ok(())
                     })?;
                     assert_eq!(start, 8);
-                    norm.forward_t(&noise(9)?.to_dtype(dtype)?, true)?;
+                    norm.forward_t(&rising_noise(9)?.to_dtype(dtype)?, true)?;
                     stats(&*norm).snapshot()
                 };
                 let whole = trained(&[8])?;
@@ -269,7 +270,7 @@ fn any_pieces_of_a_batch_are_pooled_to_it() -> Result<()> {
 /// A pooled mean far from zero costs no digits.
 #[test]
 fn pooling_about_a_large_mean() -> Result<()> {
-    let x = (noise(3)? + 3000.)?.to_dtype(DType::F32)?;
+    let x = (rising_noise(3)? + 3000.)?.to_dtype(DType::F32)?;
     let settings = Settings {
         momentum: Some(1.),
         ..DEFAULTS
@@ -297,7 +298,7 @@ fn pooling_about_a_large_mean() -> Result<()> {
 fn pooling_does_not_change_outputs() -> Result<()> {
     for which in table::tracked() {
         let norm = which.build(3, DEFAULTS, vb(&VarMap::new(), DType::F64))?;
-        let x = noise(5)?.narrow(0, 0, 2)?;
+        let x = rising_noise(5)?.narrow(0, 0, 2)?;
         let pooled = pool_updates(|| norm.forward_t(&x, true))?;
         assert_eq!(
             bits(&pooled)?,
@@ -319,11 +320,11 @@ fn what_fails_midway_pools_nothing() -> Result<()> {
         let norm = which.build(3, settings, vb(&vars, DType::F64).pp("a"))?;
         let other = which.build(3, settings, vb(&vars, DType::F64).pp("b"))?;
         for norm in [&norm, &other] {
-            norm.forward_t(&noise(1)?, true)?;
+            norm.forward_t(&rising_noise(1)?, true)?;
         }
         let states = || Ok::<_, candle_core::Error>((state(&*norm)?, state(&*other)?));
         let before = states()?;
-        let (good, poisoned) = (noise(2)?, (noise(2)? * f64::NAN)?);
+        let (good, poisoned) = (rising_noise(2)?, (rising_noise(2)? * f64::NAN)?);
         for bad in [&good.narrow(1, 0, 2)?, &poisoned] {
             let failed = pool_updates(|| {
                 norm.forward_t(&good, true)?;
@@ -362,7 +363,7 @@ fn what_fails_midway_pools_nothing() -> Result<()> {
 #[test]
 fn scopes_nest() -> Result<()> {
     let build = || batch_norm(3, 1e-5, vb(&VarMap::new(), DType::F64));
-    let (x, whole) = (noise(6)?, build()?);
+    let (x, whole) = (rising_noise(6)?, build()?);
     whole.forward_train(&x)?;
     let piece = |from, len| x.narrow(0, from, len);
     let norm = build()?;
@@ -395,14 +396,14 @@ fn a_snapshot_can_be_put_back() -> Result<()> {
     for which in table::tracked() {
         for dtype in [DType::F64, DType::F32, DType::F16] {
             let norm = which.build(3, DEFAULTS, vb(&VarMap::new(), dtype))?;
-            norm.forward_t(&noise(1)?.to_dtype(dtype)?, true)?;
+            norm.forward_t(&rising_noise(1)?.to_dtype(dtype)?, true)?;
             let (before, kept) = (state(&*norm)?, stats(&*norm).snapshot()?);
-            norm.forward_t(&noise(2)?.to_dtype(dtype)?, true)?;
+            norm.forward_t(&rising_noise(2)?.to_dtype(dtype)?, true)?;
             assert_ne!(state(&*norm)?, before);
             stats(&*norm).restore(&kept)?;
             assert_eq!(state(&*norm)?, before, "{which:?}");
             // The snapshot is a copy, and can be put back again.
-            norm.forward_t(&noise(2)?.to_dtype(dtype)?, true)?;
+            norm.forward_t(&rising_noise(2)?.to_dtype(dtype)?, true)?;
             stats(&*norm).restore(&kept)?;
             assert_eq!(state(&*norm)?, before, "{which:?}");
         }
@@ -458,22 +459,22 @@ fn what_no_layer_can_have_left_is_not_put_back() -> Result<()> {
 #[test]
 fn frozen_layers_keep_their_snapshot() -> Result<()> {
     let norm = batch_norm(3, 1e-5, vb(&VarMap::new(), DType::F64))?;
-    norm.forward_train(&noise(1)?)?;
+    norm.forward_train(&rising_noise(1)?)?;
     let (frozen, kept) = (
         norm.frozen()?,
         norm.running_stats().expect("statistics").snapshot()?,
     );
-    let before = bits(&frozen.forward(&noise(4)?)?)?;
+    let before = bits(&frozen.forward(&rising_noise(4)?)?)?;
     pool_updates(|| {
-        norm.forward_train(&noise(2)?)?;
-        norm.forward_train(&noise(3)?)
+        norm.forward_train(&rising_noise(2)?)?;
+        norm.forward_train(&rising_noise(3)?)
     })?;
     let moved = bits(norm.running_mean())?;
     stats(&norm).restore(&kept)?;
     stats(&norm).set_momentum(Some(1.))?;
     assert_ne!(moved, bits(norm.running_mean())?);
-    norm.forward_train(&noise(2)?)?;
-    assert_eq!(bits(&frozen.forward(&noise(4)?)?)?, before);
+    norm.forward_train(&rising_noise(2)?)?;
+    assert_eq!(bits(&frozen.forward(&rising_noise(4)?)?)?, before);
     Ok(())
 }
 
@@ -496,7 +497,7 @@ fn a_momentum_that_is_set_holds_for_all_layers_of_the_variables() -> Result<()> 
         let third = build(Some(0.5))?;
         for norm in [&first, &second, &third] {
             assert_eq!(stats(&**norm).momentum(), Some(1.));
-            norm.forward_t(&noise(1)?, true)?;
+            norm.forward_t(&rising_noise(1)?, true)?;
             let alone = which.build(
                 3,
                 Settings {
@@ -505,13 +506,13 @@ fn a_momentum_that_is_set_holds_for_all_layers_of_the_variables() -> Result<()> 
                 },
                 vb(&VarMap::new(), DType::F64),
             )?;
-            alone.forward_t(&noise(1)?, true)?;
+            alone.forward_t(&rising_noise(1)?, true)?;
             assert_eq!(state(&**norm)?.1, state(&*alone)?.1, "{which:?}");
         }
         // The cumulative average of four batches of which three were alike.
         stats(&*third).set_momentum(None)?;
         let before = values(&stats(&*third).snapshot()?.var)?;
-        first.forward_t(&(noise(1)? * 0.)?, true)?;
+        first.forward_t(&(rising_noise(1)? * 0.)?, true)?;
         let want: Vec<f64> = before.iter().map(|v| v * 0.75).collect();
         let got = values(&stats(&*first).snapshot()?.var)?;
         assert_near("cumulative", &got, &want, &[0.; 3], 1e-13);
@@ -547,7 +548,7 @@ fn refusal_of_what_is_not_finite_holds_for_all_layers_of_the_variables() -> Resu
             for layer in layers {
                 let layer = layer?;
                 let before = state(&*layer)?;
-                let error = layer.forward_t(&(noise(1)? * f64::NAN)?, true);
+                let error = layer.forward_t(&(rising_noise(1)? * f64::NAN)?, true);
                 let error = error.expect_err("a batch that is refused").to_string();
                 assert!(error.contains("refuse_non_finite"), "{error}");
                 assert_eq!(state(&*layer)?, before, "{which:?}");
@@ -568,8 +569,8 @@ fn layers_of_given_variables_share_a_counter() -> Result<()> {
         BatchNorm::new_no_bias(3, mean, var, 1e-5)
     };
     let (first, second) = (build()?, build()?);
-    first.forward_train(&noise(1)?)?;
-    second.forward_train(&noise(2)?)?;
+    first.forward_train(&rising_noise(1)?)?;
+    second.forward_train(&rising_noise(2)?)?;
     assert_eq!((state(&first)?, state(&first)?.2), (state(&second)?, 2));
 
     let vars = VarMap::new();
@@ -579,7 +580,7 @@ fn layers_of_given_variables_share_a_counter() -> Result<()> {
         data.insert("running_var".to_string(), var.clone());
     }
     let of_model = batch_norm(3, 1e-5, vb(&vars, DType::F64))?;
-    first.forward_train(&noise(3)?)?;
+    first.forward_train(&rising_noise(3)?)?;
     let counter = vars.data().lock().expect("no panic")["num_batches_tracked"].clone();
     assert_eq!(counter.to_scalar::<i64>()?, 1);
     assert_eq!(
@@ -596,7 +597,7 @@ fn layers_of_the_same_variables_pool_together() -> Result<()> {
         let vars = VarMap::new();
         let build = |vars: &VarMap| which.build(3, DEFAULTS, vb(vars, DType::F64));
         let (first, second) = (build(&vars)?, build(&vars)?);
-        let (x, whole) = (noise(6)?, build(&VarMap::new())?);
+        let (x, whole) = (rising_noise(6)?, build(&VarMap::new())?);
         pool_updates(|| {
             first.forward_t(&x.narrow(0, 0, 3)?, true)?;
             second.forward_t(&x.narrow(0, 3, 5)?, true)
@@ -625,12 +626,12 @@ fn a_counter_at_its_end_stays_there() -> Result<()> {
     full.num_batches_tracked = i64::MAX;
     stats(&norm).restore(&full)?;
     assert_eq!(norm.momentum(), 1. / i64::MAX as f64);
-    norm.forward_train(&noise(1)?)?;
+    norm.forward_train(&rising_noise(1)?)?;
     assert_eq!(state(&norm)?.2, i64::MAX);
     Ok(())
 }
 
-/// What pooling alone makes too large for the statistics is refused like what a batch has.
+/// A variance that only pooling makes too large for the statistics is refused like that of a batch.
 #[test]
 fn pooled_statistics_that_are_not_finite_are_refused() -> Result<()> {
     let settings = Settings {

@@ -13,8 +13,8 @@ use testkit::data::{self, values};
 use testkit::errors::assert_message;
 use testkit::vars::{set, vb};
 
-/// Numbers of mean 0.5 that look random and are the same on every run.
-fn noise(dims: &[usize]) -> Result<Tensor> {
+/// [`noise`](data::noise) of twice its range, about 0.5.
+fn wide_noise(dims: &[usize]) -> Result<Tensor> {
     data::noise(dims, DType::F64)?.affine(2., 0.5)
 }
 
@@ -35,7 +35,7 @@ fn assert_close(got: &Tensor, want: &Tensor, bound: f64) -> Result<()> {
 
 #[test]
 fn a_share_of_one_is_the_norm_that_it_is_of() -> Result<()> {
-    let x = noise(&[3, 4, 2, 5])?;
+    let x = wide_noise(&[3, 4, 2, 5])?;
     let alone = [
         ops::instance_norm(&x, None, None, 1e-5)?.0,
         ops::group_norm(&x, 1, None, None, 1e-5)?,
@@ -105,7 +105,7 @@ fn names_and_shapes_are_those_of_the_reference_implementation() -> Result<()> {
 
 #[test]
 fn inference_uses_what_training_left_and_reset_forgets_it() -> Result<()> {
-    let x = noise(&[3, 4, 2, 5])?;
+    let x = wide_noise(&[3, 4, 2, 5])?;
     let vars = VarMap::new();
     let options = SwitchNormOptions {
         momentum: Some(1.),
@@ -136,7 +136,7 @@ fn half_precision_is_rounded_once() -> Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         for path in PATHS {
             for train in [true, false] {
-                let x = (noise(&[3, 4, 5, 7])? * 3.)?.to_dtype(dtype)?;
+                let x = (wide_noise(&[3, 4, 5, 7])? * 3.)?.to_dtype(dtype)?;
                 // Output and gradients, that of the input last.
                 let run = |x: &Tensor, tracked: bool| -> Result<Vec<Tensor>> {
                     let vars = VarMap::new();
@@ -146,7 +146,7 @@ fn half_precision_is_rounded_once() -> Result<()> {
                         false => x.clone(),
                     };
                     let y = with_path(path, || norm.forward_t(&x, train))?;
-                    let cotangent = noise(x.dims())?.to_dtype(dtype)?.to_dtype(y.dtype())?;
+                    let cotangent = wide_noise(x.dims())?.to_dtype(dtype)?.to_dtype(y.dtype())?;
                     let grads = (&y * cotangent)?.sum_all()?.backward()?;
                     let mut all = vec![y];
                     all.extend(norm.parameters().into_iter().map(|(_, p)| p));
@@ -182,11 +182,11 @@ fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
         || -> Result<Vec<Vec<f64>>> { norm.buffers().iter().map(|(_, t)| values(t)).collect() };
     let before = state()?;
     assert_message(
-        norm.forward_t(&noise(&[2, 4])?, true),
+        norm.forward_t(&wide_noise(&[2, 4])?, true),
         &["SwitchNorm", "rank at least 3", "[2, 4]"],
     );
     assert_message(
-        norm.forward_t(&noise(&[2, 3, 5])?, true),
+        norm.forward_t(&wide_noise(&[2, 3, 5])?, true),
         &["SwitchNorm", "expected 4 channels"],
     );
     let one = [
@@ -195,7 +195,7 @@ fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
         "[2, 4, 1]",
         "set unbiased to false",
     ];
-    assert_message(norm.forward_t(&noise(&[2, 4, 1])?, true), &one);
+    assert_message(norm.forward_t(&wide_noise(&[2, 4, 1])?, true), &one);
     assert_eq!(state()?, before);
     for (options, expected) in [
         (SwitchNormOptions::from(0.), "expected eps > 0"),
@@ -225,10 +225,10 @@ fn what_does_not_fit_is_said_and_changes_nothing() -> Result<()> {
     };
     let norm = switch_norm(4, flat, vb(&VarMap::new(), DType::F64))?;
     assert_message(
-        norm.forward_t(&noise(&[1, 4])?, true),
+        norm.forward_t(&wide_noise(&[1, 4])?, true),
         &["SwitchNorm", "more than 1 value per channel"],
     );
-    assert_eq!(norm.forward_t(&noise(&[1, 4])?, false)?.dims(), [1, 4]);
+    assert_eq!(norm.forward_t(&wide_noise(&[1, 4])?, false)?.dims(), [1, 4]);
     Ok(())
 }
 
@@ -241,7 +241,7 @@ fn inference_before_training_is_by_neutral_statistics() -> Result<()> {
         for name in ["mean_weight", "var_weight"] {
             set(&vars, name, &Tensor::new(&[-400f64, -400., 400.], &CPU)?)?;
         }
-        let x = noise(&[3, 4, 2, 5])?;
+        let x = wide_noise(&[3, 4, 2, 5])?;
         let y = with_path(path, || norm.forward_t(&x, false))?;
         assert_close(&y, &(x / 1.00001f64.sqrt())?, 1e-12)?;
     }
@@ -264,11 +264,11 @@ fn what_is_not_finite_stays_in_its_sample_in_inference_and_without_batches() -> 
                     let x = Tensor::from_vec(data, &dims, &CPU)?.to_dtype(DType::F32)?;
                     let x = Var::from_tensor(&x)?;
                     let y = with_path(path, || norm.forward_t(&x, train))?;
-                    let dy = noise(&dims)?.to_dtype(DType::F32)?;
+                    let dy = wide_noise(&dims)?.to_dtype(DType::F32)?;
                     let grads = (&y * dy)?.sum_all()?.backward()?;
                     Ok([values(&y)?, values(grads.get(&x).expect("a gradient"))?])
                 };
-                let clean = values(&noise(&dims)?)?;
+                let clean = values(&wide_noise(&dims)?)?;
                 let mut poisoned = clean.clone();
                 poisoned[47] = bad;
                 for (got, clean) in run(poisoned)?.iter().zip(run(clean)?) {
@@ -320,13 +320,13 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
                     "var_weight",
                     &Tensor::new(&shares, &CPU)?.to_dtype(dtype)?,
                 )?;
-                let batch = far(noise(&dims)?, levels)?.to_dtype(dtype)?;
+                let batch = far(wide_noise(&dims)?, levels)?.to_dtype(dtype)?;
                 norm.forward_t(&batch, true)?;
-                let x = far((noise(&dims)? * -0.7)?, levels)?.to_dtype(dtype)?;
+                let x = far((wide_noise(&dims)? * -0.7)?, levels)?.to_dtype(dtype)?;
                 let x = Var::from_tensor(&x)?;
                 let y = with_path(path, || norm.forward_t(&x, train))?;
                 // Not a multiple of x, whose gradient would be that of a length that cannot change.
-                let dy = noise(&dims)?.sqr()?.to_dtype(dtype)?;
+                let dy = wide_noise(&dims)?.sqr()?.to_dtype(dtype)?;
                 let grads = (&y * dy)?.sum_all()?.backward()?;
                 let leaves = [("x", x.into_inner())].into_iter().chain(norm.parameters());
                 let grads = leaves.map(|(_, p)| grads.get(&p).expect("a gradient").clone());
@@ -347,7 +347,8 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
                     for (got, want) in got.iter().zip(want) {
                         assert!(
                             (got - want).abs() <= BOUND * (scale.sqrt() + want.abs()),
-                            "{levels:?} {shares:?} {path:?} training {train}, tensor {i}: {got:e} for {want:e}"
+                            "{levels:?} {shares:?} {path:?} training {train}, tensor {i}: {got:e} \
+                            for {want:e}"
                         );
                     }
                 }
@@ -359,7 +360,7 @@ fn inference_far_from_the_running_means_keeps_its_digits() -> Result<()> {
 
 #[test]
 fn frozen_statistics_of_the_batch_stay_and_parameters_stay_live() -> Result<()> {
-    let x = noise(&[3, 4, 2, 5])?;
+    let x = wide_noise(&[3, 4, 2, 5])?;
     for path in PATHS {
         let vars = VarMap::new();
         let norm = switch_norm(4, 1e-5, vb(&vars, DType::F64))?;
@@ -378,7 +379,9 @@ fn frozen_statistics_of_the_batch_stay_and_parameters_stay_live() -> Result<()> 
         // Every parameter is the layer's own, and gets its gradient.
         set(&vars, "bias", &Tensor::full(2f64, (1, 4, 1, 1), &CPU)?)?;
         assert_close(&run()?, &(&want + 2.)?, 1e-12)?;
-        let grads = (run()? * noise(&[3, 4, 2, 5])?)?.sum_all()?.backward()?;
+        let grads = (run()? * wide_noise(&[3, 4, 2, 5])?)?
+            .sum_all()?
+            .backward()?;
         for (name, parameter) in norm.parameters() {
             assert!(grads.get(&parameter).is_some(), "{name}");
         }
@@ -390,9 +393,9 @@ fn frozen_statistics_of_the_batch_stay_and_parameters_stay_live() -> Result<()> 
 fn gradients_of_a_frozen_layer_are_right() -> Result<()> {
     let names = ["weight", "bias", "mean_weight", "var_weight"];
     let dims: [&[usize]; 4] = [&[1, 3, 1, 1], &[1, 3, 1, 1], &[3], &[3]];
-    let mut inputs = vec![noise(&[2, 3, 2, 3])?];
+    let mut inputs = vec![wide_noise(&[2, 3, 2, 3])?];
     for dims in dims {
-        inputs.push((noise(dims)? + 0.1)?);
+        inputs.push((wide_noise(dims)? + 0.1)?);
     }
     let running = [("running_mean", 0.3), ("running_var", 1.7)];
     for path in PATHS {
@@ -414,7 +417,7 @@ fn gradients_of_a_frozen_layer_are_right() -> Result<()> {
 
 #[test]
 fn a_layer_without_the_batch_is_frozen_as_it_is() -> Result<()> {
-    let x = noise(&[3, 4, 2, 5])?;
+    let x = wide_noise(&[3, 4, 2, 5])?;
     let options = SwitchNormOptions {
         using_bn: false,
         ..Default::default()

@@ -593,7 +593,10 @@ fn a_schedule_converts_into_options() -> Result<()> {
 #[test]
 fn unknown_options_are_refused() {
     let read = serde_json::from_str::<AveragedModelOptions>;
-    let options = r#"{"average":{"exponential":{"decay":0.9,"warmup":{"gamma":2.0}}},"average_statistics":true}"#;
+    let options = concat!(
+        r#"{"average":{"exponential":{"decay":0.9,"warmup":{"gamma":2.0}}},"#,
+        r#""average_statistics":true}"#
+    );
     let options = read(options).expect("options");
     assert!(options.average_statistics);
     assert_eq!(read("{}").expect("options"), Default::default());

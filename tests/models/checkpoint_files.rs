@@ -154,7 +154,10 @@ fn what_is_no_such_file_is_refused() {
     let of = |dtype: &str, shape: &str, end: usize| {
         format!(r#"{{"weight":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,{end}]}}}}"#)
     };
-    let overlapping = r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"bias":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    let overlapping = concat!(
+        r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""bias":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#
+    );
     let twice = format!("[{},{}]", usize::MAX, usize::MAX);
     for (what, bytes) in [
         ("nothing", vec![]),
@@ -187,7 +190,10 @@ fn what_is_no_such_file_is_refused() {
 /// Two names of one tensor: the first of the names is taken, and the other one is reported.
 #[test]
 fn a_file_with_two_names_of_one_tensor() -> Result<()> {
-    let header = r#"{"scale":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"gamma":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#;
+    let header = concat!(
+        r#"{"scale":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""gamma":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#
+    );
     let data: Vec<u8> = [3f32, 3., 4., 4.]
         .iter()
         .flat_map(|v| v.to_le_bytes())

@@ -134,7 +134,8 @@ fn convolutions_along_one_axis() -> Result<()> {
     )
 }
 
-/// What the functions of `ops` are renamed for: those of candle have none of these gradients.
+/// The functions of `ops` have every gradient, and those of candle none: programs rename them for
+/// that.
 #[test]
 fn functions_of_ops_have_every_gradient() -> Result<()> {
     use candle_norm::nn::ops;
@@ -255,7 +256,8 @@ fn softmax_at_the_ends() -> Result<()> {
         ),
         (
             Tensor::new(&[1u32], &Device::Cpu)?,
-            "softmax_last_dim: expected input with dtype F16, BF16, F32 or F64, got U32; convert it with to_dtype",
+            "softmax_last_dim: expected input with dtype F16, BF16, F32 or F64, got U32; convert \
+            it with to_dtype",
         ),
     ] {
         let text = softmax_last_dim(&x).expect_err("a refusal").to_string();

@@ -13,7 +13,7 @@ use candle_norm::{
 };
 
 use testkit::table;
-use testkit::vars::{Stored, state, vb};
+use testkit::vars::{Stored, state, values_of, vb};
 
 const CPU: Device = Device::Cpu;
 
@@ -53,15 +53,11 @@ fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn values(vars: &VarMap, name: &str) -> Vec<f64> {
-    state(vars)[name].values.clone()
-}
-
 fn load(vars: &VarMap, path: &Path, options: &LoadOptions) -> Result<LoadReport> {
     checkpoint::load_with(vars, [path], options)
 }
 
-/// What loading says, which changes nothing.
+/// The error of a load, which changes nothing.
 #[track_caller]
 fn refused(vars: &VarMap, paths: &[&Path], options: &LoadOptions) -> String {
     let before = state(vars);
@@ -152,7 +148,7 @@ fn what_fits_is_loaded_and_another_head_is_left() -> Result<()> {
         ("bn.running_var", 8.),
         ("bn.num_batches_tracked", 10.),
     ] {
-        assert_eq!(values(&vars, name)[0], want, "{name}");
+        assert_eq!(values_of(&vars, name)[0], want, "{name}");
     }
     for name in ["head.weight", "head.bias"] {
         assert_eq!(state(&vars)[name], before[name], "{name}");
@@ -322,7 +318,7 @@ fn statistics_are_left_together_and_so_is_a_weight_norm() -> Result<()> {
 /// the last of which breaks them.
 type Halves<'a> = (&'a [(&'a str, Tensor)], &'a [&'a str], &'a [&'a str]);
 
-/// What the file lacks breaks what belongs to it as much as what does not fit.
+/// Tensors that the file lacks break those that belong to them, as tensors that do not fit do.
 #[test]
 fn what_lacks_its_other_half_is_left_too() -> Result<()> {
     let files = Files::new();
@@ -471,10 +467,10 @@ fn scale_norm_loads_the_number_of_its_authors() -> Result<()> {
     let path = files.save("scale.safetensors", &[("norm.scale", number.clone())]);
     let vars = VarMap::new();
     scale_norm(4, 1e-5, vb(&vars, DType::F32).pp("norm"))?;
-    assert_eq!(values(&vars, "norm.weight"), [2.]);
+    assert_eq!(values_of(&vars, "norm.weight"), [2.]);
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(report.reshaped.len(), 1);
-    assert_eq!(values(&vars, "norm.weight"), [7.]);
+    assert_eq!(values_of(&vars, "norm.weight"), [7.]);
     for stored in [number.clone(), number.reshape(1)?] {
         let tensors = HashMap::from([("scale".to_string(), stored)]);
         let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
@@ -528,8 +524,8 @@ fn nothing_that_matches_is_an_error_that_knows_the_prefix() -> Result<()> {
             assert_eq!(report.renamed.len(), 2);
         }
     }
-    assert_eq!(values(&plain, "weight"), [1., 2.]);
-    assert_eq!(values(&deep, "encoder.norm.bias"), [3., 4.]);
+    assert_eq!(values_of(&plain, "weight"), [1., 2.]);
+    assert_eq!(values_of(&deep, "encoder.norm.bias"), [3., 4.]);
 
     let other = build("other")?;
     let odd = files.save("odd.safetensors", &[("x", tensor(&[1.]))]);
@@ -597,7 +593,7 @@ fn rules_apply_in_their_order_and_a_function_may_leave_tensors_out() -> Result<(
     assert_eq!(report.renamed, renamed);
     assert_eq!(report.skipped, ["module.head.weight"]);
     assert!(report.unexpected.is_empty());
-    assert_eq!(values(&vars, "bn.weight"), [1., 2.]);
+    assert_eq!(values_of(&vars, "bn.weight"), [1., 2.]);
     assert_eq!(
         state(&vars)["head.weight"],
         before["head.weight"],
@@ -638,7 +634,8 @@ fn a_long_report_has_counts_and_the_first_names() -> Result<()> {
     let path = files.save("model.safetensors", &tensors);
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(report.unexpected.len(), 90);
-    let text = "1 variable loaded; missing in the file: bias; unexpected in the file (90): other.00, other.01, other.02, other.03, other.04 and 85 more";
+    let text = "1 variable loaded; missing in the file: bias; unexpected in the file (90): \
+        other.00, other.01, other.02, other.03, other.04 and 85 more";
     assert_eq!(report.to_string(), text);
     let strict = LoadOptions {
         strict: true,
@@ -713,8 +710,8 @@ fn shards_are_one_file_in_any_order() -> Result<()> {
             (2, 1),
             "{report}"
         );
-        assert_eq!(values(&vars, "bn.num_batches_tracked"), [5.]);
-        assert_eq!(values(&vars, "num_batches_tracked"), [7.]);
+        assert_eq!(values_of(&vars, "bn.num_batches_tracked"), [5.]);
+        assert_eq!(values_of(&vars, "num_batches_tracked"), [7.]);
         outcomes.push((report, state(&vars)));
     }
     assert!(outcomes.iter().all(|outcome| *outcome == outcomes[0]));
@@ -819,7 +816,7 @@ fn a_norm_never_takes_a_variable_of_the_users_own_in_either_order() -> Result<()
             let x = Tensor::new(&[1f32, 2., 3., 5., 7., 1., 2., 8.], &CPU)?.reshape(&DIMS)?;
             norm.forward_t(&x, true)?;
             for name in OTHERS {
-                assert_eq!(values(&vars, name), [5., 5.], "{layer}: {name}");
+                assert_eq!(values_of(&vars, name), [5., 5.], "{layer}: {name}");
             }
             maps.push(vars);
         }
@@ -877,7 +874,7 @@ fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
             ("running_mean", 0.),
             ("bias", 9.),
         ] {
-            assert_eq!(values(&vars, name), [want, want], "{name}");
+            assert_eq!(values_of(&vars, name), [want, want], "{name}");
         }
     }
     // Without owners, they stand for what is missing.
@@ -888,7 +885,7 @@ fn on_load_a_tensor_belongs_to_the_variable_of_its_name() -> Result<()> {
     let report = load(&vars, &path, &LoadOptions::default())?;
     let taken = ["running_mean", "running_var", "weight"];
     assert_eq!(names(&report.renamed), taken);
-    assert_eq!(values(&vars, "weight"), [7., 7.]);
+    assert_eq!(values_of(&vars, "weight"), [7., 7.]);
     Ok(())
 }
 
@@ -1006,7 +1003,7 @@ fn of_two_state_dicts_one_is_chosen_by_its_key() -> Result<()> {
                 .iter()
                 .map(|v| v * factor)
                 .collect();
-            assert_eq!(values(&vars, "running_mean"), doubled, "{name}, {key}");
+            assert_eq!(values_of(&vars, "running_mean"), doubled, "{name}, {key}");
         }
     }
     let options = LoadOptions {
@@ -1018,7 +1015,7 @@ fn of_two_state_dicts_one_is_chosen_by_its_key() -> Result<()> {
     Ok(())
 }
 
-/// What lies beside the state dict that was chosen is said to be left out.
+/// Tensors beside the state dict that was chosen are reported as left out.
 #[test]
 fn tensors_beside_a_state_dict_are_reported() -> Result<()> {
     let mut moments: Vec<String> = vec![];
@@ -1072,7 +1069,8 @@ fn tensors_beside_a_state_dict_are_reported() -> Result<()> {
 }
 
 /// A tensor of three elements of the storage "0".
-const TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00K\x03\x85K\x01\x85tR";
+const TENSOR: &[u8] = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage\
+    ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00K\x03\x85K\x01\x85tR";
 
 /// A file of the older format of `object` and the storage of [`TENSOR`].
 fn with_storage(object: &[u8]) -> Vec<u8> {
@@ -1131,7 +1129,8 @@ fn a_dict_without_tensors_says_what_it_has() -> Result<()> {
     let files = Files::new();
     // {"epoch": 3, "net": {"model": {"weight": ..}}}
     let nested = [
-        &b"}(X\x05\x00\x00\x00epochK\x03X\x03\x00\x00\x00net}X\x05\x00\x00\x00model}X\x06\x00\x00\x00weight"[..],
+        &b"}(X\x05\x00\x00\x00epochK\x03X\x03\x00\x00\x00net}X\x05\x00\x00\x00model}\
+            X\x06\x00\x00\x00weight"[..],
         TENSOR,
         b"ssu",
     ]
@@ -1201,14 +1200,14 @@ fn tensors_of_every_layout_and_dtype_are_read() -> Result<()> {
         }
         let counted: Vec<f64> = (0..24).map(f64::from).collect();
         let lower: Vec<f64> = counted.iter().map(|v| v - 12.).collect();
-        assert_eq!(values(&vars, "i16"), lower);
-        assert_eq!(values(&vars, "i32"), lower);
-        assert_eq!(values(&vars, "u8"), counted);
+        assert_eq!(values_of(&vars, "i16"), lower);
+        assert_eq!(values_of(&vars, "i32"), lower);
+        assert_eq!(values_of(&vars, "u8"), counted);
         let above: Vec<f64> = counted
             .iter()
             .map(|v| f64::from(u8::from(*v > 11.)))
             .collect();
-        assert_eq!(values(&vars, "bool"), above);
+        assert_eq!(values_of(&vars, "bool"), above);
 
         // What cannot be read matters to who wants it, and is named then.
         for (name, reason) in [
@@ -1228,7 +1227,10 @@ fn tensors_of_every_layout_and_dtype_are_read() -> Result<()> {
 #[test]
 fn an_unknown_dtype_of_safetensors_matters_to_its_variable_alone() -> Result<()> {
     let files = Files::new();
-    let header = r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"mask":{"dtype":"BOOL","shape":[2],"data_offsets":[8,10]}}"#;
+    let header = concat!(
+        r#"{"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"#,
+        r#""mask":{"dtype":"BOOL","shape":[2],"data_offsets":[8,10]}}"#
+    );
     let bytes = [
         &(header.len() as u64).to_le_bytes()[..],
         header.as_bytes(),
@@ -1242,7 +1244,7 @@ fn an_unknown_dtype_of_safetensors_matters_to_its_variable_alone() -> Result<()>
     vb(&vars, DType::F32).get(2, "weight")?;
     let report = load(&vars, &path, &LoadOptions::default())?;
     assert_eq!(
-        (report.unexpected, values(&vars, "weight")),
+        (report.unexpected, values_of(&vars, "weight")),
         (vec!["mask".to_string()], vec![1., 2.])
     );
     vb(&vars, DType::F32).get(2, "mask")?;
@@ -1347,7 +1349,9 @@ fn pickles_without_end_are_errors() -> Result<()> {
         (b"J\xff\xff\xff\xff", b"K\x01"),
     ];
     for (size, stride) in cases {
-        let start = b"}X\x04\x00\x00\x00biasctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQK\x00";
+        let start = b"}X\x04\x00\x00\x00biasctorch._utils\n_rebuild_tensor_v2\n((\
+            X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000\
+            X\x03\x00\x00\x00cpuK\x03tQK\x00";
         let mut object = [&start[..], size, b"\x85", stride].concat();
         object.extend(b"\x85tRs");
         let mut file = old(&object);
@@ -1370,7 +1374,11 @@ fn pickles_without_end_are_errors() -> Result<()> {
 fn what_is_no_checkpoint_is_named() -> Result<()> {
     let files = Files::new();
     let vars = fresh()?;
-    let index = br#"{"metadata":{},"weight_map":{"a":"model-2.safetensors","b":"model-1.safetensors","c":"model-2.safetensors"}}"#;
+    let index = concat!(
+        r#"{"metadata":{},"weight_map":{"a":"model-2.safetensors","b":"model-1.safetensors","#,
+        r#""c":"model-2.safetensors"}}"#
+    )
+    .as_bytes();
     let mut tar = vec![0; 512];
     tar[257..262].copy_from_slice(b"ustar");
     let npz = b"PK\x03\x04".to_vec();
@@ -1414,7 +1422,8 @@ fn what_is_no_checkpoint_is_named() -> Result<()> {
         (
             "model.safetensors.index.json",
             index,
-            "2 shards; pass them to checkpoint::load_with: model-1.safetensors, model-2.safetensors",
+            "2 shards; pass them to checkpoint::load_with: model-1.safetensors, \
+            model-2.safetensors",
         ),
         ("config.json", b"{\"eps\": 1}", "no tensors"),
         ("model.pth", &tar, "before 0.1.10"),

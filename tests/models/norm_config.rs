@@ -187,7 +187,7 @@ fn the_names_of_the_field_are_known() {
     }
 }
 
-/// What stands before the name that was given.
+/// Start of the message, before the name that was given.
 const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), \
     instance, rms, scale, switch or weight, got ";
 
@@ -278,7 +278,8 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
         assert_eq!(
             message(name.parse::<NormConfig>()).lines().next(),
             Some(format!(
-                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \"group:32\", got {name:?}"
+                "NormConfig: expected a number of groups of at least 1 after \"group:\", such as \
+                \"group:32\", got {name:?}"
             ).as_str())
         );
     }
@@ -289,7 +290,8 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
     ] {
         let text = message(name.parse::<NormConfig>());
         let says = format!(
-            "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, got {name:?}"
+            "NormConfig: expected nothing after {kind:?}, since only group norm takes a number, \
+            got {name:?}"
         );
         assert!(text.starts_with(&says), "{text}");
     }
@@ -506,7 +508,7 @@ fn features_of_switch_are_the_switch_norm_of_the_transposed_without_instances() 
     Ok(())
 }
 
-/// What came is said as it came, not transposed.
+/// The message has the shape that came, not the transposed one.
 #[test]
 fn features_of_another_number_are_refused_in_the_shape_that_came() -> Result<()> {
     for name in ["batch", "group:2", "instance", "switch"] {

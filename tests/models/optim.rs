@@ -1,4 +1,4 @@
-//! What an optimizer should have of a model, and what a checkpoint may put into it.
+//! Variables that an optimizer should have of a model, and that a checkpoint may put into it.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -271,7 +271,7 @@ fn tensor(values: &[f32]) -> Result<Tensor> {
     Tensor::new(values, &CPU)
 }
 
-/// What a batch norm of two channels saves.
+/// The tensors that a batch norm of two channels saves.
 fn saved() -> Result<Vec<(&'static str, Tensor)>> {
     Ok(vec![
         ("bn.bias", tensor(&[-1., 1.])?),
@@ -351,7 +351,9 @@ fn a_report_says_what_was_there_under_which_name() -> Result<()> {
     assert_eq!(report, want);
     assert_eq!(
         report.to_string(),
-        "4 variables loaded; renamed: bn.running_mean from bn.moving_mean, bn.running_var from bn.var, bn.weight from bn.gamma; counters set to 0: bn.num_batches_tracked; missing in the file: head.bias; unexpected in the file: head.b, step"
+        "4 variables loaded; renamed: bn.running_mean from bn.moving_mean, bn.running_var from \
+        bn.var, bn.weight from bn.gamma; counters set to 0: bn.num_batches_tracked; missing in the \
+        file: head.bias; unexpected in the file: head.b, step"
     );
     assert_eq!(values(&var(&vars, "bn.running_var"))?, [4., 9.]);
     assert_eq!(

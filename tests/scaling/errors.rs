@@ -1,4 +1,4 @@
-//! What a caller passes wrong: a message that names the feature, and nothing changed.
+//! Wrong arguments of a caller: a message that names the feature, and nothing changed.
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{

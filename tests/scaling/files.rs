@@ -540,8 +540,8 @@ fn file_of(dtype: &str, bytes: usize, elements: usize) -> Vec<u8> {
     file
 }
 
-/// What candle reads and cannot bring back out: the scales of quantized models, and floats of less
-/// than a byte.
+/// Dtypes that candle reads and cannot bring back out: the scales of quantized models, and floats
+/// of less than a byte.
 #[test]
 fn a_dtype_that_cannot_be_written_is_an_error() {
     let (_folder, file) = scratch();

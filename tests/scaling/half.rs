@@ -95,7 +95,8 @@ fn a_finding_names_the_feature_and_the_remedy() {
     );
 }
 
-/// What a division by the largest value leaves of data far from zero, a center brings back.
+/// A center brings back the resolution that a division by the largest value takes from data far
+/// from zero.
 #[test]
 fn a_center_brings_the_resolution_back() {
     let data = [1e5, 1e5 + 1., 1e5 + 2., 1e5 + 3.];

@@ -12,7 +12,7 @@ use testkit::data::{tensor, values};
 
 const MOST: u64 = 1 << 53;
 
-/// What a scaler has become is what a file may have, and an error leaves it as it was.
+/// Any state that a scaler reaches is one that a file may have, and an error leaves it as it was.
 #[track_caller]
 fn goes_on(what: &str, scaler: &dyn Scaler) {
     for more in [[1., 2.], [-3., 1e6], [1e145, -1e145], [1e300, -1e300]] {

@@ -159,7 +159,7 @@ fn what_is_no_pipeline_of_the_model_is_refused() {
     );
 }
 
-/// What was never fitted is said before there is a file, not where it is used.
+/// A part that was never fitted is reported before there is a file, not where it is used.
 #[test]
 fn a_pipeline_that_was_never_fitted_is_not_saved() {
     let folder = tempfile::tempdir().unwrap();

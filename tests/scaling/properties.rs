@@ -1,4 +1,4 @@
-//! What must hold of every data set, tried on random ones.
+//! Properties that must hold of every data set, tried on random ones.
 
 use candle_core::{DType, Tensor};
 use candle_norm::scaling::{Nan, Scaler, StandardScaler};
@@ -26,7 +26,7 @@ fn data(n: usize, width: usize, seed: u64) -> Vec<f64> {
     z.iter().enumerate().map(value).collect()
 }
 
-/// What a scaler makes of two points: its center and scale, in numbers that can be compared.
+/// The inverse of two points: center and scale of a scaler, in numbers that can be compared.
 fn answers(scaler: &dyn Scaler, width: usize) -> Vec<f64> {
     let zero = scaler
         .inverse_transform(&rows(&vec![0.; width], width))
@@ -145,7 +145,10 @@ proptest! {
             let back = scaler.inverse_transform(&scaler.transform(&x).unwrap()).unwrap();
             for (i, (got, want)) in values(&back).unwrap().iter().zip(&numbers).enumerate() {
                 let scale = largest[i % width];
-                assert!((got - want).abs() <= tolerance * 4. * scale, "{kind}: {got}, should be {want}");
+                assert!(
+                    (got - want).abs() <= tolerance * 4. * scale,
+                    "{kind}: {got}, should be {want}"
+                );
             }
         });
     }
@@ -155,11 +158,15 @@ proptest! {
         dims in prop::collection::vec(0usize..4, 0..4),
         other in prop::collection::vec(0usize..4, 0..4),
         numbers in prop::collection::vec(
-            prop::sample::select(vec![0., -0., 1., -1., 1e-320, 1e308, -1e308, f64::NAN, f64::INFINITY]),
+            prop::sample::select(vec![
+                0., -0., 1., -1., 1e-320, 1e308, -1e308, f64::NAN, f64::INFINITY,
+            ]),
             64,
         ),
         ignore in any::<bool>(),
-        dtype in prop::sample::select(vec![DType::F64, DType::F32, DType::F16, DType::BF16, DType::U8, DType::I64]),
+        dtype in prop::sample::select(vec![
+            DType::F64, DType::F32, DType::F16, DType::BF16, DType::U8, DType::I64,
+        ]),
     ) {
         let tensor = |dims: &[usize]| {
             let count = dims.iter().product::<usize>();

@@ -7,7 +7,7 @@ use candle_norm::ops;
 
 use testkit::data::noise;
 
-/// What `f` asks for on this thread, once it has run before.
+/// Allocations of `f` on this thread, once it has run before.
 fn asked(f: impl Fn() -> Result<Tensor>) -> Result<AllocationInfo> {
     f()?;
     let mut result = None;

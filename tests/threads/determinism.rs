@@ -213,7 +213,7 @@ fn shares_of_switch_norm() {
     }
 }
 
-/// What running statistics take.
+/// Statistics of a batch, as running statistics take them.
 #[test]
 fn batch_statistics() {
     for dims in [vec![4099, 17], vec![33, 7, 35], vec![2, 3, 10_007]] {

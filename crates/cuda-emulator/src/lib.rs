@@ -37,7 +37,7 @@ impl Order {
     }
 }
 
-/// What went wrong in a launch. On a device most of these are undefined.
+/// A fault of a launch. On a device most of these are undefined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// No kernel has this name.

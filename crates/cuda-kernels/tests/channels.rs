@@ -13,11 +13,12 @@ use rand::{Rng, SeedableRng};
 
 use Element::{Bf16, F16, F32, F64};
 
-/// What the tests need to know of a type.
+/// Properties of a type that the tests need.
 trait Numbers: Copy {
     /// Half the distance of 1 to the next number.
     fn rounding(self) -> f64;
-    /// What is allowed of the scale of a tensor that is computed in this type's accumulator.
+    /// The error, as a share of the scale, that is allowed in a tensor that is computed in this
+    /// type's accumulator.
     fn tolerance(self) -> f64;
     fn bytes(self, v: f64) -> Vec<u8>;
     fn value(self, b: &[u8]) -> f64;
@@ -242,7 +243,7 @@ impl Shape {
     }
 }
 
-/// What the statistics are over: `unit(i)` of `units` for element `i`.
+/// Results in f64, with statistics over one of `units` each: `unit(i)` for element `i`.
 struct Reference {
     mean: Vec<f64>,
     var: Vec<f64>,

@@ -14,8 +14,8 @@
 
 // Several arrays are indexed alike, in step.
 #![allow(clippy::needless_range_loop)]
-// The unit tests compile only the code that they call. Every kernel for every element type, once more,
-// would take minutes.
+// The unit tests compile only the code that they call. Every kernel for every element type, once
+// more, would take minutes.
 #![cfg_attr(test, allow(dead_code, unused_imports))]
 
 #[allow(unsafe_code)]

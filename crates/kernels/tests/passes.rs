@@ -56,7 +56,7 @@ number!(f16 in f32, 6e-4, f16::from_f64);
 number!(bf16 in f32, 4.5e-3, bf16::from_f64);
 
 /// Numbers about `mean`, within one of it.
-fn noise<T: Value>(len: usize, seed: u64, mean: f64) -> Vec<T> {
+fn uniform_about<T: Value>(len: usize, seed: u64, mean: f64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = || {
         state ^= state << 13;
@@ -286,15 +286,15 @@ const FORMS: [[bool; 2]; 4] = [[true, true], [true, false], [false, true], [fals
 fn every_spread<T: Number>() {
     for (case, shape) in shapes().chain(divided().take(3)).enumerate() {
         let n = shape.outer * shape.channels * shape.inner;
-        let (x, dy) = (noise::<T>(n, 1, 0.5), noise::<T>(n, 2, 0.));
+        let (x, dy) = (uniform_about::<T>(n, 1, 0.5), uniform_about::<T>(n, 2, 0.));
         let (x64, dy64) = (wide(&x), wide(&dy));
         for by in ways(shape) {
             let stats = stats_of(&x64, shape, by);
             for (i, spread) in SPREADS.into_iter().enumerate() {
                 let slots = spread.count(shape);
                 let [w, b] = FORMS[(case + i) % FORMS.len()];
-                let w = w.then(|| noise::<T::Acc>(slots, 3, 1.));
-                let b = b.then(|| noise::<T::Acc>(slots, 4, 0.));
+                let w = w.then(|| uniform_about::<T::Acc>(slots, 3, 1.));
+                let b = b.then(|| uniform_about::<T::Acc>(slots, 4, 0.));
                 let (w64, b64) = (w.as_deref().map(wide), b.as_deref().map(wide));
                 let params = [w64.as_deref(), b64.as_deref()];
                 let want = oracle([&x64, &dy64], shape, (by, &stats), spread, params);
@@ -339,12 +339,12 @@ fn every_spread_is_that_of_float64() {
 fn scale_and_shift<T: Number>() {
     for (case, shape) in shapes().chain(divided().take(3)).enumerate() {
         let n = shape.outer * shape.channels * shape.inner;
-        let (x, dy) = (noise::<T>(n, 1, 0.5), noise::<T>(n, 2, 0.));
+        let (x, dy) = (uniform_about::<T>(n, 1, 0.5), uniform_about::<T>(n, 2, 0.));
         for (i, spread) in SPREADS.into_iter().enumerate() {
             let slots = spread.count(shape);
             let [w, b] = FORMS[(case + i) % FORMS.len()];
-            let w = w.then(|| noise::<T::Acc>(slots, 3, 1.));
-            let b = b.then(|| noise::<T::Acc>(slots, 4, 0.));
+            let w = w.then(|| uniform_about::<T::Acc>(slots, 3, 1.));
+            let b = b.then(|| uniform_about::<T::Acc>(slots, 4, 0.));
             let what = format!("{spread:?} {shape:?}");
             let slots: Vec<_> = places(shape)
                 .map(|(_, at)| slot(spread, shape, at))
@@ -402,12 +402,12 @@ fn channel_passes<T: Number>() {
     };
     for shape in shapes().chain([large]).chain(divided()) {
         let n = shape.outer * shape.channels * shape.inner;
-        let dy = noise::<T>(n, 2, 0.);
-        let weight = noise::<T::Acc>(shape.channels, 3, 1.);
-        let bias = noise::<T::Acc>(shape.channels, 4, 0.);
+        let dy = uniform_about::<T>(n, 2, 0.);
+        let weight = uniform_about::<T::Acc>(shape.channels, 3, 1.);
+        let bias = uniform_about::<T::Acc>(shape.channels, 4, 0.);
         let (w, b) = (Some(&*weight), Some(&*bias));
         let affine = AffinePair { weight: w, bias: b };
-        let first = noise::<T>(n, 1, 30.);
+        let first = uniform_about::<T>(n, 1, 30.);
         for (order, x) in orders(&first, shape) {
             for center in [true, false] {
                 let what = format!("{shape:?} {order:?} {center}");
@@ -470,7 +470,10 @@ fn halves_of_a_batch_are_normalized_by_their_joint_moments() {
         };
         let half = Shape { outer: 3, ..whole };
         let n = 6 * 5 * inner;
-        let (x, dy) = (noise::<f64>(n, 1, 10.), noise::<f64>(n, 2, 0.));
+        let (x, dy) = (
+            uniform_about::<f64>(n, 1, 10.),
+            uniform_about::<f64>(n, 2, 0.),
+        );
         let order = Order::ChannelsFirst;
         let own = Statistics::Own {
             center: true,
@@ -515,12 +518,12 @@ fn halves_of_a_batch_are_normalized_by_their_joint_moments() {
 fn row_and_group_passes<T: Number>() {
     for shape in shapes().chain(divided()) {
         let n = shape.outer * shape.channels * shape.inner;
-        let (x, dy) = (noise::<T>(n, 1, 30.), noise::<T>(n, 2, 0.));
+        let (x, dy) = (uniform_about::<T>(n, 1, 30.), uniform_about::<T>(n, 2, 0.));
 
         for center in [true, false] {
             let len = shape.inner;
-            let weight = noise::<T::Acc>(len, 3, 1.);
-            let bias = noise::<T::Acc>(len, 4, 0.);
+            let weight = uniform_about::<T::Acc>(len, 3, 1.);
+            let bias = uniform_about::<T::Acc>(len, 4, 0.);
             let affine = AffinePair {
                 weight: Some(&*weight),
                 bias: Some(&*bias),
@@ -561,8 +564,8 @@ fn row_and_group_passes<T: Number>() {
             assert_eq!(dx, want.dx, "{what}");
         }
 
-        let weight = noise::<T::Acc>(shape.channels, 3, 1.);
-        let bias = noise::<T::Acc>(shape.channels, 4, 0.);
+        let weight = uniform_about::<T::Acc>(shape.channels, 3, 1.);
+        let bias = uniform_about::<T::Acc>(shape.channels, 4, 0.);
         let affine = AffinePair {
             weight: Some(&*weight),
             bias: Some(&*bias),
@@ -611,7 +614,7 @@ fn passes_over_rows_and_groups_are_the_single_job() {
 /// Everything that the passes give for a tensor, in `f64`.
 fn everything<T: Number>(shape: Shape) -> Vec<f64> {
     let n = shape.outer * shape.channels * shape.inner;
-    let (x, dy) = (noise::<T>(n, 1, 0.5), noise::<T>(n, 2, 0.));
+    let (x, dy) = (uniform_about::<T>(n, 1, 0.5), uniform_about::<T>(n, 2, 0.));
     let mut all = vec![];
     for by in [
         By::Nothing,
@@ -621,7 +624,7 @@ fn everything<T: Number>(shape: Shape) -> Vec<f64> {
     ] {
         let stats = stats_of(&wide(&x), shape, by);
         for spread in SPREADS {
-            let weight = noise::<T::Acc>(spread.count(shape), 3, 1.);
+            let weight = uniform_about::<T::Acc>(spread.count(shape), 3, 1.);
             let affine = AffinePair {
                 weight: Some(&*weight),
                 bias: Some(&*weight),

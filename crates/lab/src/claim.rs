@@ -23,7 +23,7 @@ pub(crate) struct Claim {
     pub(crate) judge: fn(&Data) -> Judgement,
 }
 
-/// What of the measurements is drawn.
+/// The part of the measurements that is drawn.
 pub(crate) struct Plot {
     pub(crate) metric: &'static str,
     pub(crate) y: &'static str,

@@ -138,7 +138,8 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
     let variants: Vec<&str> = shown.iter().map(|m| m.variant.as_str()).collect();
     let classes = palette::classes(&variants);
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" \
+         viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" \
          aria-label=\"{description}\" {FONT}><style>{}</style>\
          <text x=\"12\" y=\"22\" font-size=\"15\" fill=\"currentColor\">{}</text>",
         palette::style(FAMILY, &classes),
@@ -150,7 +151,8 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
         let _ = write!(
             svg,
             "<line class=\"soft\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"36\" y2=\"{}\"/>\
-             <text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"currentColor\" opacity=\"0.7\">{}</text>",
+             <text x=\"{at:.1}\" y=\"{bottom}\" text-anchor=\"middle\" fill=\"currentColor\" \
+             opacity=\"0.7\">{}</text>",
             bottom - 14.,
             place(tick)
         );
@@ -169,7 +171,8 @@ fn dots(claim: &Claim, shown: &[&Measure]) -> String {
             svg,
             "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"currentColor\">{variant}</text>\
              <line class=\"soft\" x1=\"{left}\" x2=\"{right}\" y1=\"{y}\" y2=\"{y}\"/>\
-             <line class=\"line {class}\" style=\"stroke-dasharray:none\" x1=\"{from:.1}\" x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke-width=\"3\"/>\
+             <line class=\"line {class}\" style=\"stroke-dasharray:none\" x1=\"{from:.1}\" \
+             x2=\"{to:.1}\" y1=\"{y}\" y2=\"{y}\" stroke-width=\"3\"/>\
              <circle class=\"area {class}\" cx=\"{at:.1}\" cy=\"{y}\" r=\"5\"/>\
              <text x=\"{}\" y=\"{}\" fill=\"currentColor\">{figure}</text>",
             left - 12.,

@@ -186,7 +186,7 @@ pub(crate) fn claims() -> Vec<Claim> {
 struct Windows {
     x: Tensor,
     y: Tensor,
-    /// What a unit of `y` is in the unit of the series.
+    /// Size of a unit of `y` in the unit of the series.
     unit: Tensor,
 }
 

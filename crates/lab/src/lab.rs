@@ -48,9 +48,9 @@ pub(crate) struct Measure {
 /// One value of a run: the name of the quantity, the place on the axis that is varied, the value.
 pub(crate) type Reading = (&'static str, f64, f64);
 
-/// What one run gave.
+/// Results of one run.
 pub(crate) struct Trial {
-    /// What learning rates are compared by: the lower, the better.
+    /// Score by which learning rates are compared: the lower, the better.
     pub(crate) score: f64,
     pub(crate) readings: Vec<Reading>,
 }

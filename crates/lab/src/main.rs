@@ -66,7 +66,7 @@ use serde_json::{Value, json};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// What all experiments rest on: where one of these changes, everything is measured anew.
+/// Sources of all experiments: where one of these changes, everything is measured anew.
 const SHARED: [&str; 6] = [
     include_str!("lab.rs"),
     include_str!("nets.rs"),
@@ -184,7 +184,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What the experiment measured, now or before.
+/// Measurements of the experiment, from this run or an earlier one.
 fn measured(claim: &Claim, lab: &Lab, cache: &Path, fresh: bool) -> Result<Data, Box<dyn Error>> {
     let name = if lab.quick { "quick" } else { "full" };
     let file = cache.join(format!("{name}-{:02}.json", claim.id));

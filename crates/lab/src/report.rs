@@ -24,15 +24,17 @@ const OF_TUTORIALS: u32 = 24;
 fn introduction(quick: bool, [seeds, tuning]: [u64; 2]) -> String {
     let rough = format!("**{ROUGH}**\n\n");
     format!(
-        "{}Articles and tutorials make many claims about normalization, and so does [the guide](guide.md) \
-         of this crate. Each row is one claim, with an experiment on real data and a verdict. The verdict \
-         is computed from the measurements, by the rule in the section of the claim.\n\n\
-         Figures are medians over {seeds} seeds; the tables have the range. Where a network is trained and \
-         its section neither names nor varies the learning rate, each variant is trained with the best of \
-         the same few rates, chosen by the median result of {tuning} further seeds on a part of the \
-         training data that is held out for it. Where variants are compared seed by seed, both have the \
-         same initial weights and see the same batches. The networks are small, and so are the data \
-         (`examples/data`): a verdict holds here, and not everywhere.\n",
+        "{}Articles and tutorials make many claims about normalization, and so does [the \
+         guide](guide.md) of this crate. Each row is one claim, with an experiment on real data \
+         and a verdict. The verdict is computed from the measurements, by the rule in the section \
+         of the claim.\n\n\
+         Figures are medians over {seeds} seeds; the tables have the range. Where a network is \
+         trained and its section neither names nor varies the learning rate, each variant is \
+         trained with the best of the same few rates, chosen by the median result of {tuning} \
+         further seeds on a part of the training data that is held out for it. Where variants are \
+         compared seed by seed, both have the same initial weights and see the same batches. The \
+         networks are small, and so are the data (`examples/data`): a verdict holds here, and not \
+         everywhere.\n",
         if quick { rough } else { String::new() }
     )
 }
@@ -162,7 +164,8 @@ fn html_section(
     let judged = (claim.judge)(data);
     let id = claim.id;
     let mut text = format!(
-        "<section id=\"claim-{id}\"><h2>{} (claim {id})</h2><blockquote>{}</blockquote><p><b class=\"{:?}\">{}</b>: {}.</p><ul><li>Varied: {}.\
+        "<section id=\"claim-{id}\"><h2>{} (claim {id})</h2><blockquote>{}</blockquote><p><b \
+         class=\"{:?}\">{}</b>: {}.</p><ul><li>Varied: {}.\
          <li>Held fixed: {}.<li>Rule: {}.</ul><figure>{svg}</figure><table><thead><tr>",
         escape(claim.title),
         escape(claim.text),
@@ -292,7 +295,7 @@ fn rows(claim: &Claim, data: &Data) -> Vec<Vec<String>> {
     rows
 }
 
-/// What stands between backticks, as code.
+/// The text with its parts between backticks as code.
 fn code(text: &str) -> String {
     let parts = text.split('`').enumerate();
     let marked = parts.map(|(i, part)| match i % 2 {
@@ -311,7 +314,8 @@ fn paragraphs(text: &str) -> String {
 
 fn page(body: &str) -> String {
     format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
+         content=\"width=device-width, initial-scale=1\">\
          <title>{TITLE}</title><style>{}</style></head><body>{body}</body></html>\n",
         include_str!("report.css")
     )

@@ -372,7 +372,7 @@ fn in_dollars(lab: &Lab) -> Result<Vec<Measure>> {
     })
 }
 
-/// What brings inputs or targets to the range from 0 to 1, and back.
+/// A scaler of inputs or targets to the range from 0 to 1, and back.
 fn min_max(x: &Tensor) -> Result<MinMaxScaler> {
     let scaler = MinMaxScaler::default();
     scaler.fit(x)?;

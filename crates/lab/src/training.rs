@@ -162,7 +162,7 @@ pub(crate) struct Course {
     pub(crate) seed: u64,
 }
 
-/// What training gave.
+/// Results of training.
 pub(crate) struct Learned {
     /// On the test images, in percent, at the end.
     pub(crate) accuracy: f64,
@@ -173,7 +173,7 @@ pub(crate) struct Learned {
 }
 
 impl Learned {
-    /// What is known of a network by its logits alone.
+    /// Results of a network of which only the logits are known.
     pub(crate) fn of(logits: &Tensor, test: &Digits) -> Result<Self> {
         let loss = scalar(&cross_entropy(logits, &test.labels)?)?;
         Ok(Self {

@@ -1,4 +1,5 @@
-//! Train steps under the system's allocator, which a program has that chooses none: `cargo bench --bench alloc_system`.
+//! Train steps under the system's allocator, which a program has that chooses none:
+//! `cargo bench --bench alloc_system`.
 
 #[path = "alloc/body.rs"]
 mod body;

@@ -74,7 +74,7 @@ struct Args {
     /// Compare our one thread with our two instead, where the tensors fit the cache
     #[arg(long)]
     scaling: bool,
-    /// What cargo says to every bench; `cargo test` does not say it
+    /// Argument that cargo gives to every bench; `cargo test` does not give it
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -137,7 +137,8 @@ fn main() -> Result<ExitCode> {
         None => String::new(),
     };
     println!(
-        "{threads} threads, {}, candle-nn 0.11{version}, mimalloc; times in milliseconds, in brackets as a multiple of ours\n",
+        "{threads} threads, {}, candle-nn 0.11{version}, mimalloc; times in milliseconds, in \
+        brackets as a multiple of ours\n",
         processor()
     );
     let mut bench = Bench {
@@ -168,7 +169,7 @@ struct Bench {
     args: Args,
     threads: Threads,
     torch: Option<RefCell<Torch>>,
-    /// What the table cannot say: who failed, and whose results are others.
+    /// Remarks below the table: which peers failed, and which have other results.
     notes: Vec<String>,
     /// A peer that should know computes something else than we do.
     wrong: bool,

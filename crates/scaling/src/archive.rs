@@ -1,12 +1,13 @@
 //! Files: states of scalers beside each other and beside the variables of a model.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::{Debug, Display};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
 use candle_core::safetensors::Load;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarMap;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
@@ -71,9 +72,9 @@ impl Archive {
         let taken = self.tensors.keys().any(inside)
             || self.parts().iter().any(inside)
             || belongs(&start, &self.starts());
-        check::free_name(LAYER, prefix, taken)?;
+        free_name(LAYER, prefix, taken)?;
         for (name, tensor) in state.tensors() {
-            check::writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
+            writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
         }
         let named = state.tensors().iter();
         self.tensors
@@ -114,8 +115,8 @@ impl Archive {
         let starts = self.starts();
         for (name, var) in vars.iter() {
             let taken = self.tensors.contains_key(name) || belongs(name, &starts);
-            check::free_name(LAYER, name, taken)?;
-            check::writable(LAYER, name, var.dtype())?;
+            free_name(LAYER, name, taken)?;
+            writable(LAYER, name, var.dtype())?;
         }
         let mut named = BTreeMap::new();
         for (name, var) in vars.iter() {
@@ -144,7 +145,7 @@ impl Archive {
             let mut others: Vec<String> = self.others().into_keys().collect();
             others.sort();
             let source = self.source.as_deref();
-            return check::no_part(LAYER, prefix, source, &parts, &others);
+            return no_part(LAYER, prefix, source, &parts, &others);
         }
         let text = self.metadata.get(&format!("{KEY}{prefix}"));
         let text = check::present(LAYER, prefix, text)?;
@@ -182,7 +183,7 @@ impl Archive {
         let mut tensors = BTreeMap::new();
         for (name, view) in whole.tensors() {
             let tensor = view.load(&Device::Cpu);
-            let tensor = check::loaded(LAYER, path, &name, view.dtype(), tensor)?;
+            let tensor = loaded(LAYER, path, &name, view.dtype(), tensor)?;
             tensors.insert(name, tensor);
         }
         Ok(Self {
@@ -201,7 +202,7 @@ impl Archive {
         let path = path.as_ref();
         let mut named = vec![];
         for (name, tensor) in &self.tensors {
-            check::writable(LAYER, name, tensor.dtype())?;
+            writable(LAYER, name, tensor.dtype())?;
             named.push((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
         }
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
@@ -219,7 +220,7 @@ impl Archive {
         let mine = self.starts();
         let lost = (names.into_iter()).find(|name| !belongs(name, &mine));
         let lost = lost.or(parts.into_iter().find(|part| !self.parts().contains(part)));
-        check::nothing_lost(LAYER, path, lost.as_deref())?;
+        nothing_lost(LAYER, path, lost.as_deref())?;
         self.write(path)
     }
 }
@@ -239,4 +240,97 @@ fn contents(path: &Path) -> Option<(Vec<String>, Vec<String>)> {
 /// Whether `name` is that of a tensor of a state.
 fn belongs(name: &str, starts: &[String]) -> bool {
     starts.iter().any(|start| name.starts_with(start))
+}
+
+/// A name that nothing in the file has yet.
+fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
+    if taken {
+        bail!(
+            "{layer}: expected names that are not in use and do not begin with the prefix of a \
+            state, got {name:?} twice; choose another prefix"
+        )
+    }
+    Ok(())
+}
+
+/// A dtype that safetensors files are written of: candle holds others, which it cannot bring back
+/// out.
+fn writable(layer: &str, name: &str, dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0 => bail!(
+            "{layer}: expected tensors of a dtype that can be written, got {name:?} of {dtype:?}, \
+            which candle can only read; leave it in a file of its own"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// A part that a file does not have. `others` are the names of its tensors that belong to no part.
+fn no_part<T>(
+    layer: &str,
+    prefix: &str,
+    file: Option<&Path>,
+    parts: &[String],
+    others: &[String],
+) -> Result<T> {
+    const SHOWN: usize = 4;
+    let file = file.map_or(String::new(), |file| format!(" {}", file.display()));
+    let tensors = match others {
+        [] => String::from("no other tensors"),
+        few if few.len() <= SHOWN => format!("the tensors {few:?}"),
+        all => {
+            let (first, more) = (&all[..SHOWN], all.len() - SHOWN);
+            format!("the tensors {first:?} and {more} more")
+        }
+    };
+    let has = |part: &str| parts.iter().any(|p| p == part);
+    let remedy = if parts.is_empty() {
+        String::from(
+            "its tensors are those of a model alone: add scalers by Archive::put, or save a \
+            Pipeline",
+        )
+    } else if has("pipeline") {
+        String::from("it is the file of a Pipeline: read it by Pipeline::load")
+    } else if has("scaler") {
+        String::from("it is the file of a scaler: read it by scaling::load")
+    } else {
+        format!(
+            "read one of its parts: Archive::read(file)?.state({:?})",
+            parts[0]
+        )
+    };
+    bail!(
+        "{layer}: expected a part {prefix:?} in the file{file}, got the parts {parts:?} and \
+        {tensors}; {remedy}"
+    )
+}
+
+/// A tensor of a file.
+fn loaded<T, E: Display>(
+    layer: &str,
+    path: &Path,
+    name: &str,
+    dtype: impl Debug,
+    loaded: std::result::Result<T, E>,
+) -> Result<T> {
+    match loaded {
+        Ok(loaded) => Ok(loaded),
+        Err(e) => bail!(
+            "{layer}: expected tensors of a dtype that candle holds in {}, got {name:?} of \
+            {dtype:?}: {e}",
+            path.display()
+        ),
+    }
+}
+
+/// A file that may be written over. `lost` is what it holds that would not be there any more.
+fn nothing_lost(layer: &str, path: &Path, lost: Option<&str>) -> Result<()> {
+    if let Some(lost) = lost {
+        bail!(
+            "{layer}: expected a file of this scaler alone at {}, or none, got one that also holds \
+            {lost:?}; add the scaler to it by Archive: read, replace, write",
+            path.display()
+        )
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::check;
 use super::moments::columns;
@@ -56,14 +56,14 @@ pub(super) fn moments_of(values: &[f64]) -> Moments {
 
 /// The weights of the samples of `x`.
 pub(super) fn sample_weights(layer: &str, x: &Tensor, weights: &Tensor) -> Result<Vec<f64>> {
-    check::weight_per_sample(layer, x.dims()[0], weights)?;
+    weight_per_sample(layer, x.dims()[0], weights)?;
     let weights = weights.detach().to_device(&Device::Cpu)?;
     let weights = weights.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     for (sample, weight) in weights.iter().enumerate() {
-        check::usable_weight(layer, sample, *weight)?;
+        usable_weight(layer, sample, *weight)?;
     }
     let sum = weights.iter().sum();
-    check::some_weight(layer, sum)?;
+    some_weight(layer, sum)?;
     Ok(weights)
 }
 
@@ -136,4 +136,34 @@ pub(super) fn each_feature(
         take(feature, values, weights)
     })?;
     Ok(seen)
+}
+
+/// One weight for each sample.
+fn weight_per_sample(layer: &str, samples: usize, weights: &Tensor) -> Result<()> {
+    if weights.dims() != [samples] {
+        bail!(
+            "{layer}: expected one weight for each of the {samples} samples, got sample_weight of \
+            shape {:?}",
+            weights.dims()
+        )
+    }
+    Ok(())
+}
+
+fn usable_weight(layer: &str, sample: usize, weight: f64) -> Result<()> {
+    if !(weight.is_finite() && weight >= 0.) {
+        bail!(
+            "{layer}: expected a sample_weight of 0 or more that is finite, got {weight} for \
+            sample {sample}"
+        )
+    }
+    Ok(())
+}
+
+/// Weights of which one at least counts.
+fn some_weight(layer: &str, sum: f64) -> Result<()> {
+    if !(sum > 0. && sum.is_finite()) {
+        bail!("{layer}: expected a sample_weight with a sum above 0 and finite, got {sum}")
+    }
+    Ok(())
 }

@@ -1,8 +1,9 @@
 //! Features of the data of a scaler: their axes and their names.
 
-use std::fmt;
+use std::collections::HashMap;
+use std::fmt::{self, Display};
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::check;
 use super::check::feature_count;
@@ -24,7 +25,7 @@ impl Features {
     /// # Errors
     /// Two equal names.
     pub fn named(layer: &str, names: Vec<String>) -> Result<Self> {
-        check::distinct_names(layer, &names)?;
+        distinct_names(layer, &names)?;
         Ok(Self {
             axes: None,
             names: Some(names),
@@ -43,7 +44,7 @@ impl Features {
         };
         match axes {
             Some(axes) => {
-                check::some_features(layer, &axes)?;
+                some_features(layer, &axes)?;
                 features.with_axes(layer, &axes)
             }
             None => Ok(features),
@@ -101,10 +102,10 @@ impl Features {
         let count = feature_count(axes);
         if let Some(expected) = &self.axes {
             let first = count.min(self.count());
-            check::feature_shape(layer, expected, axes, &self.label(first))?;
+            feature_shape(layer, expected, axes, &self.label(first))?;
         } else if let Some(names) = &self.names {
             let first = count.min(names.len());
-            check::name_count(layer, names.len(), count, &self.label(first))?;
+            name_count(layer, names.len(), count, &self.label(first))?;
         }
         self.axes = Some(axes.to_vec());
         Ok(self)
@@ -133,7 +134,7 @@ impl Features {
     /// Another number of names, or the first that differs.
     pub fn check_names<S: AsRef<str>>(&self, layer: &str, names: &[S]) -> Result<()> {
         for (index, (expected, got)) in self.names.iter().flatten().zip(names).enumerate() {
-            check::same_name(layer, index, expected, got.as_ref())?;
+            same_name(layer, index, expected, got.as_ref())?;
         }
         let known = self.axes.is_some() || self.names.is_some();
         if known {
@@ -146,7 +147,7 @@ impl Features {
                 true => self.label(first).to_string(),
                 false => named.label(first).to_string(),
             };
-            check::name_count(layer, names.len(), self.count(), &label)?;
+            name_count(layer, names.len(), self.count(), &label)?;
         }
         Ok(())
     }
@@ -175,4 +176,66 @@ impl fmt::Display for Label<'_> {
         }
         write!(f, "feature {position:?}")
     }
+}
+
+fn distinct_names(layer: &str, names: &[String]) -> Result<()> {
+    let mut seen = HashMap::new();
+    for (index, name) in names.iter().enumerate() {
+        if let Some(first) = seen.insert(name, index) {
+            bail!("{layer}: expected distinct names, got {name:?} for features {first} and {index}")
+        }
+    }
+    Ok(())
+}
+
+/// Saved axes of one feature at least.
+fn some_features(layer: &str, axes: &[usize]) -> Result<()> {
+    if feature_count(axes) == 0 {
+        bail!("{layer}: expected axes of at least one feature in the saved state, got {axes:?}")
+    }
+    Ok(())
+}
+
+/// The trailing axes of data against those of the features. `first` is the first feature that one
+/// of them lacks.
+fn feature_shape(
+    layer: &str,
+    expected: &[usize],
+    got: &[usize],
+    first: &dyn Display,
+) -> Result<()> {
+    if expected != got {
+        let (expected_count, count) = (feature_count(expected), feature_count(got));
+        let what = match count.cmp(&expected_count) {
+            std::cmp::Ordering::Less => format!("{count}: {first} is missing"),
+            std::cmp::Ordering::Greater => format!("{count}: {first} is too many"),
+            std::cmp::Ordering::Equal => {
+                format!("the axes {got:?}; reshape the data: {first} would be another")
+            }
+        };
+        bail!("{layer}: expected {expected_count} features of axes {expected:?}, got {what}")
+    }
+    Ok(())
+}
+
+/// As many names as features. `first` is the first feature that has no name, or the first name that
+/// has no feature.
+fn name_count(layer: &str, names: usize, features: usize, first: &dyn Display) -> Result<()> {
+    if names != features {
+        let what = match features < names {
+            true => "has no data",
+            false => "has no name",
+        };
+        bail!(
+            "{layer}: expected as many features as names, {names}, got {features}: {first} {what}"
+        )
+    }
+    Ok(())
+}
+
+fn same_name(layer: &str, index: usize, expected: &str, got: &str) -> Result<()> {
+    if expected != got {
+        bail!("{layer}: expected feature {index} to be {expected:?}, got {got:?}")
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::affine::{Map, Maps};
 use super::check;
@@ -157,7 +157,7 @@ impl<R: Rule> Fit<R> {
         }
         let mut maps = Vec::with_capacity(self.statistics.len());
         let values = self.seen.iter().map(|seen| seen.values).max();
-        check::has_values(R::KIND, values.unwrap_or_default())?;
+        has_values(R::KIND, values.unwrap_or_default())?;
         for (statistic, seen) in self.statistics.iter().zip(&self.seen) {
             maps.push(match seen.values {
                 0 => Map::UNKNOWN,
@@ -430,4 +430,12 @@ impl<O: Rule> Scaler for FittedScaler<O> {
     fn restore(&self, state: &State) -> Result<()> {
         self.fitted.restore(state)
     }
+}
+
+/// Data that have a value of any feature.
+fn has_values(layer: &str, values: u64) -> Result<()> {
+    if values == 0 {
+        bail!("{layer}: expected at least one value of any feature, got only NaN")
+    }
+    Ok(())
 }

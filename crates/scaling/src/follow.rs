@@ -1,10 +1,10 @@
 //! Scalers of series: a memory that every row changes, behind a lock, and the map that follows from
 //! it.
 
-use std::fmt;
+use std::fmt::{self, Display};
 use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::affine::{Map, Maps, scale_of};
 use super::optimistic::optimistic;
@@ -276,7 +276,7 @@ impl<M: Memory> Following<M> {
             let found = maps_of(&course.options, memory, course.seen.len());
             maps.extend(found.map(|map| map.unwrap_or(Map::UNKNOWN)));
             let known = maps.iter().any(Map::is_known);
-            check::known(M::KIND, &course.features.label(0), known)?;
+            some_value_known(M::KIND, &course.features.label(0), known)?;
             Ok((Maps { maps, clip: None }, course.features.clone()))
         })
     }
@@ -481,4 +481,15 @@ impl<O: SeriesOptions> Scaler for SeriesScaler<O> {
     fn restore(&self, state: &State) -> Result<()> {
         self.following.restore(state)
     }
+}
+
+/// A memory that has a value of any feature.
+fn some_value_known(layer: &str, feature: &dyn Display, known: bool) -> Result<()> {
+    if !known {
+        bail!(
+            "{layer}: expected at least one value of {feature} or another feature among the rows \
+            that it remembers, got only NaN"
+        )
+    }
+    Ok(())
 }

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use candle_core::Result;
+use candle_core::{Result, bail};
 
 use super::fitted::{FittedScaler, Rule};
 use super::follow::{Memory, SeriesOptions, SeriesScaler};
 use super::{
     AdaptiveScaler, Archive, EwmScalerOptions, MaxAbsScalerOptions, MinMaxScalerOptions, PREFIX,
-    RobustScalerOptions, Scaler, SlidingScalerOptions, StandardScalerOptions, State, check,
+    RobustScalerOptions, Scaler, SlidingScalerOptions, StandardScalerOptions, State,
 };
 
 /// A kind, and the constructor of its scaler.
@@ -47,7 +47,7 @@ pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
         Some((_, make)) => make(state),
         None => {
             let kinds: Vec<_> = KINDS.iter().map(|(kind, _)| *kind).collect();
-            check::known_kind(&kinds, state.kind())
+            known_kind(&kinds, state.kind())
         }
     }
 }
@@ -74,4 +74,15 @@ pub fn from_state(state: &State) -> Result<Box<dyn Scaler>> {
 /// ```
 pub fn load(path: impl AsRef<Path>) -> Result<Box<dyn Scaler>> {
     from_state(&Archive::read(path)?.state(PREFIX)?)
+}
+
+/// A kind that a state can be of.
+fn known_kind<T>(kinds: &[&str], got: &str) -> Result<T> {
+    let layer = "scaling";
+    let remedy = match got {
+        "DriftMonitor" | "LossBalancer" => format!("; call {got}::from_state"),
+        "Pipeline" => String::from("; call Pipeline::load"),
+        _ => String::new(),
+    };
+    bail!("{layer}: expected the state of one of {kinds:?}, got that of a {got:?}{remedy}")
 }

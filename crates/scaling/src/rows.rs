@@ -1,6 +1,8 @@
 //! Rows of series, and the range of their values.
 
-use candle_core::{DType, Device, Result, Tensor};
+use std::fmt::Display;
+
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::{Features, Moments, Nan, Seen, State, check};
 
@@ -48,7 +50,7 @@ impl SeriesRows {
                 check::usable(layer, &features.label(feature), row, value)?;
             }
             if value.abs() > LARGEST {
-                check::summable(layer, &features.label(feature), row, value, LARGEST)?;
+                summable(layer, &features.label(feature), row, value, LARGEST)?;
             }
             match value.is_nan() {
                 true => seen[feature].nan += 1,
@@ -63,4 +65,21 @@ impl SeriesRows {
         // There is a feature where there are values.
         self.values.chunks(self.seen.len().max(1))
     }
+}
+
+/// A value whose squares can be summed.
+fn summable(
+    layer: &str,
+    feature: &dyn Display,
+    row: usize,
+    value: f64,
+    largest: f64,
+) -> Result<()> {
+    if value.abs() > largest {
+        bail!(
+            "{layer}: expected values of at most {largest:.2e}, whose squares can be summed, got \
+            {value:e} in sample {row} of {feature}; take a larger unit"
+        )
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use serde_json::{Map, Value, json};
 
 use super::{Features, Moments, check};
@@ -141,8 +141,8 @@ impl State {
     /// # Errors
     /// Another kind or version.
     pub fn require(&self, kind: &str, version: u32) -> Result<()> {
-        check::kind(kind, &self.kind)?;
-        check::version(kind, version, self.version)
+        same_kind(kind, &self.kind)?;
+        same_version(kind, version, self.version)
     }
 
     /// An option.
@@ -273,4 +273,21 @@ impl State {
             kind,
         })
     }
+}
+
+fn same_kind(layer: &str, got: &str) -> Result<()> {
+    if layer != got {
+        bail!("{layer}: expected the state of a {layer}, got that of a {got}")
+    }
+    Ok(())
+}
+
+fn same_version(layer: &str, expected: u32, got: u32) -> Result<()> {
+    if expected != got {
+        bail!(
+            "{layer}: expected state of version {expected}, got version {got}; it was written by \
+            another version of candle-norm"
+        )
+    }
+    Ok(())
 }

@@ -1,6 +1,6 @@
 //! Moments of the last rows of a series, in constant time a row and without drift.
 
-use candle_core::Result;
+use candle_core::{Result, bail};
 
 use super::check;
 use super::rows::of_series;
@@ -153,7 +153,7 @@ impl Window {
         let text: String = state.option("stretches")?;
         let ends: std::result::Result<Vec<usize>, _> = text.split(' ').map(str::parse).collect();
         let ends = check::well_formed(layer, "stretches", ends)?;
-        check::stretches(layer, &text, stretches_hold(&ends, len))?;
+        stretches(layer, &text, stretches_hold(&ends, len))?;
         let [left, right, done, newer, end] = [0, 1, 2, 3, 4].map(|i| ends[i]);
         let moments = |name: &str, rows: usize| -> Result<Vec<Moments>> {
             // A product that is too large is the length of no tensor.
@@ -278,4 +278,15 @@ fn join(a: Moments, b: Moments) -> Moments {
 fn parts<'a>(moments: impl IntoIterator<Item = &'a Moments>) -> Vec<f64> {
     let parts = |m: &Moments| [m.count(), m.mean(), m.mean_error(), m.m2()];
     moments.into_iter().flat_map(parts).collect()
+}
+
+/// The stretches of a saved window.
+fn stretches(layer: &str, text: &str, hold: bool) -> Result<()> {
+    if !hold {
+        bail!(
+            "{layer}: expected five ascending ends of stretches as a window has them in the saved \
+            state, got {text:?}"
+        )
+    }
+    Ok(())
 }

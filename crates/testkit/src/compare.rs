@@ -121,11 +121,25 @@ pub fn assert_near(what: &str, got: &[f64], want: &[f64], terms: &[f64], toleran
     let (error, i, scale) = worst;
     assert!(
         error <= 1.,
-        "{what}: element {i} of {} is {:e}, should be {:e}: {error:.2} times the tolerance {tolerance:e} at scale {scale:e}",
+        "{what}: element {i} of {} is {:e}, should be {:e}: {error:.2} times the tolerance \
+        {tolerance:e} at scale {scale:e}",
         got.len(),
         got[i],
         want[i],
     );
+}
+
+/// Panics unless every element of `got` has the ten digits that a worked example gives of `want`.
+#[track_caller]
+pub fn assert_digits(what: &str, got: &[f64], want: &[f64]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let error = (got - want).abs();
+        assert!(
+            error <= 1e-9 * (1. + want.abs()),
+            "{what} {i}: {got} for {want}"
+        );
+    }
 }
 
 /// The largest distance between elements of two tensors of one shape.

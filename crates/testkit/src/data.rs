@@ -63,9 +63,27 @@ pub fn noise_by(shape: impl Into<Shape>, phase: impl Fn(usize) -> usize) -> Resu
     Tensor::from_vec(values, shape, &Device::Cpu)
 }
 
+/// [`noise_by`] with zeros and equal numbers among them: multiples of a quarter, by a phase that
+/// grows by `step` beside the square.
+pub fn ties(shape: impl Into<Shape>, step: usize) -> Result<Tensor> {
+    let x = noise_by(shape, |i| i * i + step * i)?;
+    (x * 4.)?.round()? / 4.
+}
+
+/// `n` independent normal values, the same for the same seed.
+pub fn normal(n: usize, seed: u64, mean: f64, std: f64) -> Vec<f64> {
+    let z = Draw::new(seed).normal(n);
+    z.iter().map(|z| mean + std * z).collect()
+}
+
 /// `values` in row-major order, rounded to `dtype`.
 pub fn tensor(values: &[f64], dims: &[usize], dtype: DType) -> Result<Tensor> {
     Tensor::from_slice(values, dims, &Device::Cpu)?.to_dtype(dtype)
+}
+
+/// `values` in f64, along one axis.
+pub fn column(values: &[f64]) -> Tensor {
+    tensor(values, &[values.len()], DType::F64).expect("as many values as the shape holds")
 }
 
 /// [`tensor`], as a variable.

@@ -377,6 +377,16 @@ pub fn backward(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
     (y * dy)?.sum_all()?.backward()
 }
 
+/// The gradients of `Σ dy · y` with respect to some variables, in row-major order.
+pub fn gradients(y: &Tensor, dy: &Tensor, of: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
+    let grads = backward(y, dy)?;
+    let of = of.iter().map(|t| match grads.get(t) {
+        Some(grad) => values(grad),
+        None => candle_core::bail!("no gradient"),
+    });
+    of.collect()
+}
+
 /// The gradient of a variable, which must have its shape and dtype.
 #[track_caller]
 pub fn gradient(grads: &GradStore, of: &Tensor) -> Tensor {

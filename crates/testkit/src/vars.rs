@@ -12,6 +12,11 @@ pub fn vb(vars: &VarMap, dtype: DType) -> VarBuilder<'static> {
     VarBuilder::from_varmap(vars, dtype, &Device::Cpu)
 }
 
+/// A builder in `f32` of variables that nothing else refers to.
+pub fn fresh_vb() -> VarBuilder<'static> {
+    vb(&VarMap::new(), DType::F32)
+}
+
 /// One variable, as it is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Stored {
@@ -50,6 +55,12 @@ pub fn var(vars: &VarMap, name: &str) -> Tensor {
     let vars = vars.data().lock().expect("no thread panicked");
     let found = vars.get(name).unwrap_or_else(|| panic!("no {name}"));
     found.as_tensor().clone()
+}
+
+/// The elements of the variable of a name, in row-major order.
+#[track_caller]
+pub fn values_of(vars: &VarMap, name: &str) -> Vec<f64> {
+    values(&var(vars, name)).expect("numbers")
 }
 
 /// Sets the variable of a name.

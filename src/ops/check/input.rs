@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{float, normalized_shape, same_device};
+use super::{float, same_device};
 
 /// A parameter as a layer declares it: its name, its value, and the shape it must have.
 pub(crate) struct Param<'a> {
@@ -114,15 +114,6 @@ fn channels_elsewhere(dims: &[usize], channels: usize, if_last: Option<&str>) ->
     hint
 }
 
-/// An axis that the input does not have.
-pub(crate) fn axis<T>(layer: &str, x: &Tensor) -> Result<T> {
-    bail!(
-        "{layer}: expected dim to be an axis of the input, got one that is not, for input size \
-        {:?}",
-        x.dims()
-    )
-}
-
 /// Features along the last axis.
 pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
     if x.dims().last() != Some(&expected) {
@@ -139,37 +130,4 @@ pub(crate) fn features(layer: &str, x: &Tensor, expected: usize) -> Result<()> {
         )
     }
     Ok(())
-}
-
-pub(crate) fn trailing(layer: &str, x: &Tensor, normalized_shape: &[usize]) -> Result<()> {
-    self::normalized_shape(layer, normalized_shape)?;
-    if !x.dims().ends_with(normalized_shape) {
-        bail!(
-            "{layer}: expected an input that ends in normalized_shape {normalized_shape:?}, got \
-            {:?}{}",
-            x.dims(),
-            rows_elsewhere(x.dims(), normalized_shape)
-        )
-    }
-    Ok(())
-}
-
-/// Where the one normalized axis of an input may be instead of the end.
-fn rows_elsewhere(dims: &[usize], normalized_shape: &[usize]) -> String {
-    let on =
-        |axis: usize| normalized_shape.len() == 1 && dims.get(axis) == normalized_shape.first();
-    let n = normalized_shape[0];
-    if on(1) {
-        return format!(
-            "; axis 1 has {n}: if channels come first, set channels_first in the options, or use \
-            NormConfig::channels"
-        );
-    }
-    if on(0) && dims.len() > 1 {
-        return format!(
-            "; axis 0 has {n}: if channels come first and the batch axis is missing, set \
-            channels_first in the options and add the axis with unsqueeze(0)"
-        );
-    }
-    String::new()
 }

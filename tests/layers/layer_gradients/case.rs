@@ -11,7 +11,7 @@ type Forward = Box<dyn Fn(VarBuilder, &Tensor) -> Result<Tensor>>;
 pub(crate) struct Case {
     name: String,
     input: Vec<usize>,
-    /// What `forward` finds in its `VarBuilder`, by name and shape.
+    /// Parameters that `forward` finds in its `VarBuilder`, by name and shape.
     params: Vec<(String, Vec<usize>)>,
     /// The shape of the running statistics that `forward` finds, for itself and for a norm that is
     /// part of it.
@@ -70,7 +70,7 @@ impl Case {
         self
     }
 
-    /// What stays the same on every path is checked on one.
+    /// The case on one path: it is the same on every path.
     pub(crate) fn on_one_path(mut self) -> Self {
         self.paths = &[Path::Auto];
         self
@@ -98,7 +98,7 @@ impl Case {
         Ok(inputs)
     }
 
-    /// What is wrong with the gradients, if anything is.
+    /// Faults of the gradients, if there are any.
     fn check(&self) -> Result<Vec<String>> {
         let params: Vec<Tensor> = (self.params.iter().zip(2..))
             .map(|((_, shape), seed)| uniform(shape.as_slice(), seed))

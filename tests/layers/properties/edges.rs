@@ -74,7 +74,7 @@ proptest! {
         assert_gradient("dx", &ran.dx, &back.dx, tolerance(dtypes.input));
     }
 
-    /// What is not a number reaches its own row and no other, forward and backward.
+    /// A value that is not finite reaches its own row and no other, forward and backward.
     #[test]
     fn what_is_not_finite_stays_in_its_row(
         case in cases(),
@@ -95,7 +95,8 @@ proptest! {
         let (dx, clean_dx) = (values(&ran.dx).unwrap(), values(&clean.dx).unwrap());
         for i in 0..y.len() {
             if oracle.row(i) == oracle.row(at) {
-                prop_assert_eq!(y[i].is_nan(), want[i].is_nan(), "y {} is {}, not {}", i, y[i], want[i]);
+                let (got, want) = (y[i], want[i]);
+                prop_assert_eq!(got.is_nan(), want.is_nan(), "y {} is {}, not {}", i, got, want);
             } else {
                 prop_assert_eq!(y[i], clean_y[i], "y {} is in another row", i);
                 prop_assert_eq!(dx[i], clean_dx[i], "dx {} is in another row", i);

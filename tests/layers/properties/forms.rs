@@ -203,13 +203,17 @@ proptest! {
         let (inputs, outputs, kernel) = (g.inputs(), g.outputs(), g.kernel);
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
             true => weight_norm::conv1d(inputs, outputs, kernel, g.conv1d(), dim.into(), vb),
-            false => weight_norm::conv1d_no_bias(inputs, outputs, kernel, g.conv1d(), dim.into(), vb),
+            false => {
+                weight_norm::conv1d_no_bias(inputs, outputs, kernel, g.conv1d(), dim.into(), vb)
+            }
         }).unwrap();
         check_baked(&layer, (Conv1d::weight, Conv1d::bias), &g.input(1, dtype, seed)).unwrap();
 
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
             true => weight_norm::conv2d(inputs, outputs, kernel, g.conv2d(), dim.into(), vb),
-            false => weight_norm::conv2d_no_bias(inputs, outputs, kernel, g.conv2d(), dim.into(), vb),
+            false => {
+                weight_norm::conv2d_no_bias(inputs, outputs, kernel, g.conv2d(), dim.into(), vb)
+            }
         }).unwrap();
         check_baked(&layer, (Conv2d::weight, Conv2d::bias), &g.input(2, dtype, seed)).unwrap();
     }
@@ -235,7 +239,9 @@ proptest! {
         let (inputs, outputs, kernel) = (g.inputs(), g.outputs(), g.kernel);
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
             true => weight_norm::conv_transpose1d(inputs, outputs, kernel, config, dim.into(), vb),
-            false => weight_norm::conv_transpose1d_no_bias(inputs, outputs, kernel, config, dim.into(), vb),
+            false => weight_norm::conv_transpose1d_no_bias(
+                inputs, outputs, kernel, config, dim.into(), vb,
+            ),
         }).unwrap();
         let parts = (ConvTranspose1d::weight as _, ConvTranspose1d::bias as _);
         check_baked(&layer, parts, &g.input(1, dtype, seed)).unwrap();
@@ -250,7 +256,9 @@ proptest! {
         let (inputs, outputs) = (g.inputs(), g.outputs());
         let (layer, _vars) = random(dtype, seed, |vb| match bias {
             true => weight_norm::conv_transpose2d(inputs, outputs, kernel, config, dim.into(), vb),
-            false => weight_norm::conv_transpose2d_no_bias(inputs, outputs, kernel, config, dim.into(), vb),
+            false => weight_norm::conv_transpose2d_no_bias(
+                inputs, outputs, kernel, config, dim.into(), vb,
+            ),
         }).unwrap();
         let parts = (ConvTranspose2d::weight as _, ConvTranspose2d::bias as _);
         check_baked(&layer, parts, &g.input(2, dtype, seed)).unwrap();
@@ -322,7 +330,8 @@ proptest! {
         // both.
         let x = tensor(&numbers, &dims, dtype).unwrap();
         layer.forward_t(&x, true).unwrap();
-        assert_same_bits("after training", &frozen.forward(&x).unwrap(), &originals[originals.len() - 1]);
+        let last = &originals[originals.len() - 1];
+        assert_same_bits("after training", &frozen.forward(&x).unwrap(), last);
         let moved = stats.unwrap().snapshot().unwrap();
         prop_assert_ne!(values(&moved.var).unwrap(), values(frozen.running_var()).unwrap());
         if affine.has_weight() {
@@ -443,7 +452,7 @@ proptest! {
     }
 }
 
-/// What cannot be frozen or folded is an error that says so.
+/// Layers that cannot be frozen or folded give an error that says so.
 #[test]
 fn what_cannot_be_folded_is_an_error() -> Result<()> {
     let vb = || VarBuilder::zeros(DType::F32, &Device::Cpu);

@@ -34,7 +34,7 @@ fn numbers(dims: &[usize], params: usize, affine: bool, seed: u64) -> Numbers {
     }
 }
 
-/// What a layer gave, and the terms of its gradients.
+/// Results of a layer, and the terms of its gradients.
 struct Side {
     ran: Ran,
     terms: [Vec<f64>; 3],

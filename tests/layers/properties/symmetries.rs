@@ -132,7 +132,7 @@ proptest! {
     }
 }
 
-/// What a permutation along one axis of the input does to a layer.
+/// Effect on a layer of a permutation along one axis of the input.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Moves {
     /// The output moves along; the parameters stay.

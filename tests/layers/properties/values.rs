@@ -454,7 +454,8 @@ proptest! {
                 .zip(&rounded_alike)
                 .map(|((got, want), off)| got - (got - want).clamp(-off, *off))
                 .collect();
-            assert_near("running_mean", &got, &running_mean, &vec![terms; channels], tolerance(stored));
+            let terms = vec![terms; channels];
+            assert_near("running_mean", &got, &running_mean, &terms, tolerance(stored));
             assert_close("running_var", &now.var, &running_var, tolerance(stored));
         }
 

@@ -68,8 +68,8 @@ proptest! {
         let mut draw = Draw::new(seed);
         let param_dims = subject.param_dims(&dims).to_vec();
         let param = |there: bool, draw: &mut Draw| {
-            there.then(|| variable(&draw.weight(param_dims.iter().product()), &param_dims, dtypes.params))
-                .transpose()
+            let count = param_dims.iter().product();
+            there.then(|| variable(&draw.weight(count), &param_dims, dtypes.params)).transpose()
         };
         let params = Params {
             weight: param(affine.0, &mut draw).unwrap(),
@@ -152,7 +152,8 @@ proptest! {
                 }
             };
             let what = format!("{dims:?} in {dtypes:?}, {view:?}");
-            check_views(&what, &[v, g], &mut draw, |t| ops::weight_norm(&t[0], &t[1], dim)).unwrap();
+            let norm = |t: &[Tensor]| ops::weight_norm(&t[0], &t[1], dim);
+            check_views(&what, &[v, g], &mut draw, norm).unwrap();
         }
     }
 
@@ -197,7 +198,8 @@ proptest! {
             assert_same_bits("mean", &s.mean, &want.mean);
             assert_same_bits("var", &s.var, &want.var);
             let what = format!("{view:?} in {dtypes:?}");
-            check_views(&what, std::slice::from_ref(&x), &mut draw, |x| a.forward_t(&x[0], false)).unwrap();
+            let inference = |x: &[Tensor]| a.forward_t(&x[0], false);
+            check_views(&what, std::slice::from_ref(&x), &mut draw, inference).unwrap();
             check_views(&what, &[x], &mut draw, |x| frozen.forward(&x[0])).unwrap();
         }
     }

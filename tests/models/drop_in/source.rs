@@ -1,5 +1,6 @@
-// Code as users of candle-nn's norms write it. It is compiled twice: with the names of candle-nn, and with those of this
-// crate. Everything candle-nn 0.11 makes public of its norms occurs here, in candle's order of arguments.
+// Code as users of candle-nn's norms write it. It is compiled twice: with the names of candle-nn,
+// and with those of this crate. Everything candle-nn 0.11 makes public of its norms occurs here, in
+// candle's order of arguments.
 
 /// The results of a run by name, for the other run to be compared with.
 pub(crate) type Results = Vec<(String, Tensor)>;
@@ -32,7 +33,8 @@ impl ModuleT for Block {
     }
 }
 
-// candle's fused layer norm and RMS norm drop gradients and know no f64. A strided input takes its other path.
+// candle's fused layer norm and RMS norm drop gradients and know no f64. A strided input takes its
+// other path.
 fn strided(xs: &Tensor) -> Result<Tensor> {
     let last = xs.rank() - 1;
     xs.transpose(last - 1, last)?

@@ -1,18 +1,14 @@
 //! When a drift monitor is silent, and when it is not: distributions that do not change, and series
 //! with values that are missing.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result};
 use candle_norm::scaling::{
     AdaptiveScaler, DriftMonitor, DriftOptions, Nan, OnDrift, Scaler, StandardScaler,
     StandardScalerOptions,
 };
 
-use testkit::data::{Draw, tensor, values};
+use testkit::data::{Draw, column, tensor, values};
 use testkit::errors::message;
-
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
 
 /// Independent values of a distribution.
 type Sample = fn(&mut Draw, usize) -> Vec<f64>;
@@ -70,8 +66,8 @@ fn what_does_not_change_gives_no_alarm() -> Result<()> {
     Ok(())
 }
 
-/// What a heavy tail is let off for, a change is not: each distribution at twice its size is
-/// another.
+/// A change is seen in spite of the allowance for heavy tails: each distribution at twice its size
+/// is another.
 #[test]
 fn every_distribution_at_another_size_is_seen() -> Result<()> {
     println!("rows to the first event once values are doubled, for each of three seeds:");

@@ -1,4 +1,4 @@
-//! What fails changes nothing, and what a file says is no reason to panic.
+//! Calls that fail change nothing, and no content of a file is a reason to panic.
 
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{
@@ -6,12 +6,8 @@ use candle_norm::scaling::{
     SlidingScaler, StandardScaler, StandardScalerOptions, State, from_state,
 };
 
-use testkit::data::{Draw, tensor, values};
+use testkit::data::{column, normal, tensor, values};
 use testkit::errors::message;
-
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
 
 fn text(state: &State) -> String {
     format!("{state:?}")
@@ -126,14 +122,6 @@ fn a_window_that_cannot_be_is_refused() -> Result<()> {
     Ok(())
 }
 
-fn noise(rows: usize, seed: u64, mean: f64) -> Vec<f64> {
-    Draw::new(seed)
-        .normal(rows)
-        .iter()
-        .map(|z| mean + z)
-        .collect()
-}
-
 fn two(a: &[f64], b: &[f64]) -> Tensor {
     let both: Vec<f64> = a.iter().zip(b).flat_map(|(a, b)| [*a, *b]).collect();
     tensor(&both, &[a.len(), 2], DType::F64).unwrap()
@@ -170,19 +158,19 @@ fn a_sensor_that_dies_does_not_stop_the_others() -> Result<()> {
         let mut left = vec![];
         for one_by_one in [false, true] {
             let scaler = adaptive(on_drift)?;
-            scaler.fit(&two(&noise(1000, 1, 0.), &noise(1000, 2, 7.)))?;
+            scaler.fit(&two(&normal(1000, 1, 0., 1.), &normal(1000, 2, 7., 1.)))?;
             let before = center_and_scale(&scaler)?;
             let probe = two(&[1.], &[1.]);
             let second = values(&scaler.transform(&probe)?)?[1];
             let mut steps = vec![];
             for (seed, level) in [(3, 5.), (4, -5.), (5, 20.)] {
                 let silent = vec![f64::NAN; 800];
-                let mut x = two(&noise(800, seed, level), &silent);
+                let mut x = two(&normal(800, seed, level, 1.), &silent);
                 if seed == 4 {
                     // A single value is no data to be fitted to, and is not lost either.
                     let mut spoke = silent;
                     spoke[9] = 7.5;
-                    x = two(&noise(800, seed, level), &spoke);
+                    x = two(&normal(800, seed, level, 1.), &spoke);
                 }
                 let found = match one_by_one {
                     false => scaler.observe(&x)?,
@@ -207,7 +195,7 @@ fn a_sensor_that_dies_does_not_stop_the_others() -> Result<()> {
             // What it said is the first of its recent values; a file has it, and the reference that
             // was kept.
             let restored = AdaptiveScaler::from_state(&scaler.state()?)?;
-            let back = two(&noise(600, 6, 20.), &noise(600, 7, 30.));
+            let back = two(&normal(600, 6, 20., 1.), &normal(600, 7, 30., 1.));
             let events = scaler.observe(&back)?;
             assert!(events.iter().any(|e| e.feature == 1), "{events:?}");
             assert_eq!(restored.observe(&back)?, events);
@@ -232,11 +220,11 @@ fn events_of_a_call_that_fails_are_not_lost() -> Result<()> {
         bins: 500,
         ..Default::default()
     };
-    let reaches = |level: f64, seed: u64| column(&noise(400, seed, level));
+    let reaches = |level: f64, seed: u64| column(&normal(400, seed, level, 1.));
     let inner = || AdaptiveScaler::new(StandardScaler::default(), wants, OnDrift::Refit);
     let scaler = AdaptiveScaler::new(inner()?, DriftOptions::default(), OnDrift::Refit)?;
     let monitor = DriftMonitor::new(DriftOptions::default())?;
-    let start = column(&noise(1000, 1, 0.));
+    let start = column(&normal(1000, 1, 0., 1.));
     scaler.fit(&start)?;
     monitor.fit(&start)?;
     let before = values(&scaler.transform(&start)?)?;
@@ -249,7 +237,7 @@ fn events_of_a_call_that_fails_are_not_lost() -> Result<()> {
         "{told}"
     );
     // Rows to which there is nothing to say.
-    let quiet = column(&noise(1, 3, 5.));
+    let quiet = column(&normal(1, 3, 5., 1.));
     want.extend(monitor.observe(&quiet)?);
     assert_eq!(scaler.observe(&quiet)?, want);
     assert_eq!(scaler.observe(&quiet)?, []);
@@ -257,7 +245,8 @@ fn events_of_a_call_that_fails_are_not_lost() -> Result<()> {
     Ok(())
 }
 
-/// What a monitor refuses as a reference, a scaler with a monitor refuses too, and stays as it was.
+/// Data that a monitor refuses as a reference are refused by a scaler with a monitor too, which
+/// stays as it was.
 #[test]
 fn a_reference_has_as_many_values_as_bins() -> Result<()> {
     let scaler = AdaptiveScaler::new(
@@ -270,7 +259,7 @@ fn a_reference_has_as_many_values_as_bins() -> Result<()> {
         assert!(message(told).contains("at least 10 values of feature 0, got 3"));
     }
     assert!(!scaler.is_fitted());
-    scaler.fit(&column(&noise(10, 1, 0.)))?;
+    scaler.fit(&column(&normal(10, 1, 0., 1.)))?;
     let before = text(&scaler.state()?);
     assert!(message(scaler.fit(&few)).contains("at least 10 values"));
     assert_eq!(text(&scaler.state()?), before);
@@ -288,7 +277,7 @@ fn scaler_and_monitor_agree() -> Result<()> {
 
     let fitted = |width: usize| -> Result<State> {
         let scaler = ignoring()?;
-        let data = tensor(&noise(40 * width, 1, 0.), &[40, width], DType::F64)?;
+        let data = tensor(&normal(40 * width, 1, 0., 1.), &[40, width], DType::F64)?;
         scaler.fit(&data)?;
         scaler.state()
     };
@@ -310,21 +299,21 @@ fn scaler_and_monitor_agree() -> Result<()> {
     Ok(())
 }
 
-/// What is handed out is a copy: fitting it does not reach the one that is watched.
+/// The scaler that is handed out is a copy: fitting it does not reach the one that is watched.
 #[test]
 fn what_is_wrapped_is_not_handed_out() -> Result<()> {
     let scaler = ignoring()?;
-    scaler.fit(&column(&noise(300, 1, 0.)))?;
+    scaler.fit(&column(&normal(300, 1, 0., 1.)))?;
     let before = text(&scaler.state()?);
-    scaler.scaler().fit(&column(&noise(10, 2, 1e3)))?;
+    scaler.scaler().fit(&column(&normal(10, 2, 1e3, 1.)))?;
     let copy = scaler.snapshot();
-    copy.fit(&column(&noise(10, 2, 1e3)))?;
+    copy.fit(&column(&normal(10, 2, 1e3, 1.)))?;
     assert_eq!(text(&scaler.state()?), before);
     // One that was fitted before it was wrapped has no reference yet: the first data are that.
     let fitted = StandardScaler::default();
     fitted.fit(&column(&[1., 2.]))?;
     let scaler = AdaptiveScaler::new(fitted, DriftOptions::default(), OnDrift::Refit)?;
-    scaler.partial_fit(&column(&noise(300, 1, 0.)))?;
+    scaler.partial_fit(&column(&normal(300, 1, 0., 1.)))?;
     assert_eq!(scaler.seen()[0].values, 300);
     Ok(())
 }
@@ -340,15 +329,19 @@ fn alarms_after_a_refit_and_of_several_features() -> Result<()> {
     )?;
     let mut after_refit = 0;
     for seed in 0..20 {
-        scaler.fit(&column(&noise(200, 1000 + seed, 0.)))?;
-        let events = scaler.observe(&column(&noise(5000, 2000 + seed, 0.)))?;
+        scaler.fit(&column(&normal(200, 1000 + seed, 0., 1.)))?;
+        let events = scaler.observe(&column(&normal(5000, 2000 + seed, 0., 1.)))?;
         let mut steps: Vec<u64> = events.iter().map(|e| e.step).collect();
         steps.dedup();
         after_refit += steps.len();
     }
     let monitor = DriftMonitor::new(DriftOptions::default())?;
-    monitor.fit(&tensor(&noise(20_000, 1, 0.), &[1000, 20], DType::F64)?)?;
-    let wide = tensor(&noise(400_000, 2, 0.), &[20_000, 20], DType::F64)?;
+    monitor.fit(&tensor(
+        &normal(20_000, 1, 0., 1.),
+        &[1000, 20],
+        DType::F64,
+    )?)?;
+    let wide = tensor(&normal(400_000, 2, 0., 1.), &[20_000, 20], DType::F64)?;
     let of_several = monitor.observe(&wide)?.len();
     println!("a reference of 200 rows: {after_refit} refits without cause in 100000 rows");
     println!("20 features: {of_several} events in 20000 rows");

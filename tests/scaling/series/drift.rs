@@ -12,17 +12,12 @@ use candle_norm::scaling::{
 
 use super::{End, Fixture};
 use testkit::compare::assert_same_bits;
-use testkit::data::{Draw, tensor, values};
+use testkit::data::{Draw, column, normal, values};
 use testkit::errors::message;
 
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
-
 /// Independent normal values.
-fn noise(rows: usize, seed: u64, mean: f64, std: f64) -> Tensor {
-    let z = Draw::new(seed).normal(rows);
-    column(&z.iter().map(|z| mean + std * z).collect::<Vec<_>>())
+fn normal_rows(rows: usize, seed: u64, mean: f64, std: f64) -> Tensor {
+    column(&normal(rows, seed, mean, std))
 }
 
 /// An autoregression of first order, of variance 1: each value remembers `memory` of the one
@@ -83,8 +78,8 @@ fn noise_gives_no_alarm() -> Result<()> {
     let mut alarms = vec![];
     for seed in 0..4 {
         let monitor = DriftMonitor::new(DriftOptions::default())?;
-        monitor.fit(&noise(1000, 100 + seed, 5., 2.))?;
-        alarms.extend(monitor.observe(&noise(25_000, 200 + seed, 5., 2.))?);
+        monitor.fit(&normal_rows(1000, 100 + seed, 5., 2.))?;
+        alarms.extend(monitor.observe(&normal_rows(25_000, 200 + seed, 5., 2.))?);
     }
     println!(
         "{} alarms in 100000 rows of independent noise: {alarms:?}",
@@ -126,9 +121,9 @@ fn delays(mean: f64, std: f64) -> Result<[u64; 3]> {
     let mut delays = vec![];
     for seed in 0..15 {
         let monitor = DriftMonitor::new(DriftOptions::default())?;
-        monitor.fit(&noise(1000, 300 + seed, 0., 1.))?;
-        assert_eq!(monitor.observe(&noise(1000, 400 + seed, 0., 1.))?, []);
-        let events = monitor.observe(&noise(600, 500 + seed, mean, std))?;
+        monitor.fit(&normal_rows(1000, 300 + seed, 0., 1.))?;
+        assert_eq!(monitor.observe(&normal_rows(1000, 400 + seed, 0., 1.))?, []);
+        let events = monitor.observe(&normal_rows(600, 500 + seed, mean, std))?;
         delays.push(events.first().map_or(u64::MAX, |e| e.step - 1000));
     }
     delays.sort_unstable();
@@ -164,9 +159,9 @@ fn each_metric_has_its_events() -> Result<()> {
         ..Default::default()
     };
     let all = DriftOptions::default();
-    let shifted = noise(300, 2, 1.5, 1.);
-    let wider = noise(300, 2, 0., 3.);
-    let narrower = noise(300, 2, 0., 0.3);
+    let shifted = normal_rows(300, 2, 1.5, 1.);
+    let wider = normal_rows(300, 2, 0., 3.);
+    let narrower = normal_rows(300, 2, 0., 0.3);
     for (metric, options, changed) in [
         (
             DriftMetric::MeanShift,
@@ -203,7 +198,7 @@ fn each_metric_has_its_events() -> Result<()> {
     ] {
         for x in changed {
             let monitor = DriftMonitor::new(options)?.with_names(["load"])?;
-            monitor.fit(&noise(1000, 1, 0., 1.))?;
+            monitor.fit(&normal_rows(1000, 1, 0., 1.))?;
             let events = monitor.observe(x)?;
             assert_eq!(
                 events.iter().map(|e| e.metric).collect::<Vec<_>>(),
@@ -248,8 +243,8 @@ fn an_event_is_followed_by_quiet() -> Result<()> {
         ..Default::default()
     };
     let monitor = DriftMonitor::new(options)?;
-    monitor.fit(&noise(500, 1, 0., 1.))?;
-    let events = monitor.observe(&noise(400, 2, 9., 1.))?;
+    monitor.fit(&normal_rows(500, 1, 0., 1.))?;
+    let events = monitor.observe(&normal_rows(400, 2, 9., 1.))?;
     let mut steps: Vec<u64> = events.iter().map(|e| e.step).collect();
     steps.dedup();
     // The first multiple of 7 from 30 on, and the first after each 105 rows of quiet, the last of
@@ -267,7 +262,7 @@ fn what_is_not_there_does_not_count() -> Result<()> {
         ..Default::default()
     };
     let monitor = DriftMonitor::new(options)?;
-    monitor.fit(&noise(500, 1, 0., 1.))?;
+    monitor.fit(&normal_rows(500, 1, 0., 1.))?;
     let far: Vec<f64> = (0..50)
         .map(|i| if i % 2 == 0 { 9. } else { f64::NAN })
         .collect();
@@ -291,8 +286,8 @@ fn calls_and_files_do_not_show() -> Result<()> {
     let two = |seed: u64, mean: f64| -> Result<Tensor> {
         Tensor::stack(
             &[
-                noise(330, seed, mean, 1.),
-                noise(330, seed + 1, 0., 1. + mean),
+                normal_rows(330, seed, mean, 1.),
+                normal_rows(330, seed + 1, 0., 1. + mean),
             ],
             1,
         )
@@ -324,15 +319,16 @@ fn calls_and_files_do_not_show() -> Result<()> {
 fn what_cannot_be_compared_is_said() -> Result<()> {
     let monitor = DriftMonitor::new(DriftOptions::default())?;
     assert!(
-        message(monitor.observe(&noise(3, 1, 0., 1.))).contains("DriftMonitor: expected a fitted")
+        message(monitor.observe(&normal_rows(3, 1, 0., 1.)))
+            .contains("DriftMonitor: expected a fitted")
     );
     assert!(message(monitor.fit(&column(&[1.]))).contains("at least 2 values of feature 0, got 1"));
     let short = message(monitor.fit(&column(&[1., 2., 3.])));
     assert!(short.contains("at least 10 values of feature 0, got 3"));
     assert!(message(monitor.fit(&column(&[1., f64::NAN]))).contains("without NaN"));
-    monitor.fit(&noise(100, 1, 0., 1.))?;
+    monitor.fit(&normal_rows(100, 1, 0., 1.))?;
     assert!(message(monitor.report()).contains("observe some rows first"));
-    monitor.observe(&noise(100, 2, 0., 1.))?;
+    monitor.observe(&normal_rows(100, 2, 0., 1.))?;
     let report = monitor.report()?;
     assert!(
         message(monitor.observe(&column(&[0., f64::INFINITY]))).contains("sample 1 of feature 0")
@@ -430,17 +426,18 @@ fn center(scaler: &dyn Scaler) -> f64 {
 
 #[test]
 fn a_scaler_is_fitted_to_the_rows_of_the_event() -> Result<()> {
-    let x = noise(2000, 2, 3., 1.);
-    let before = noise(1000, 1, 0., 1.);
+    let x = normal_rows(2000, 2, 3., 1.);
+    let before = normal_rows(1000, 1, 0., 1.);
     for on_drift in [OnDrift::Refit, OnDrift::Blend(0.5), OnDrift::Blend(0.01)] {
         let scaler = adaptive(on_drift)?;
         scaler.fit(&before)?;
-        assert_eq!(scaler.observe(&noise(400, 3, 0., 1.))?, []);
+        assert_eq!(scaler.observe(&normal_rows(400, 3, 0., 1.))?, []);
         let mut steps = vec![];
         for row in 0..600 {
             let events = scaler.observe(&x.narrow(0, row, 1)?)?;
             if let Some(event) = events.first() {
-                let recent = Tensor::cat(&[noise(400, 3, 0., 1.), x.narrow(0, 0, row + 1)?], 0)?;
+                let recent =
+                    Tensor::cat(&[normal_rows(400, 3, 0., 1.), x.narrow(0, 0, row + 1)?], 0)?;
                 let recent = recent.narrow(0, 401 + row - 200, 200)?;
                 if steps.is_empty() {
                     let want = match on_drift {
@@ -481,10 +478,10 @@ fn a_scaler_is_fitted_to_the_rows_of_the_event() -> Result<()> {
 #[test]
 fn a_scaler_without_drift_stays_as_it_is() -> Result<()> {
     let scaler = adaptive(OnDrift::Refit)?;
-    scaler.fit(&noise(1000, 1, 0., 1.))?;
-    let (probe, before) = (noise(9, 2, 0., 1.), center(&scaler));
+    scaler.fit(&normal_rows(1000, 1, 0., 1.))?;
+    let (probe, before) = (normal_rows(9, 2, 0., 1.), center(&scaler));
     let y = scaler.transform(&probe)?;
-    scaler.partial_fit(&noise(5000, 3, 0., 1.))?;
+    scaler.partial_fit(&normal_rows(5000, 3, 0., 1.))?;
     assert_eq!(center(&scaler), before);
     assert_same_bits("y", &scaler.transform(&probe)?, &y);
     Ok(())
@@ -497,8 +494,8 @@ fn an_adaptive_scaler_is_saved_with_what_it_wraps() -> Result<()> {
         DriftOptions::default(),
         OnDrift::Blend(0.25),
     )?;
-    scaler.fit(&noise(500, 1, 0., 1.))?;
-    scaler.observe(&noise(330, 2, 2., 1.))?;
+    scaler.fit(&normal_rows(500, 1, 0., 1.))?;
+    scaler.observe(&normal_rows(330, 2, 2., 1.))?;
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("scaler");
     scaler.save(&file)?;
@@ -508,7 +505,7 @@ fn an_adaptive_scaler_is_saved_with_what_it_wraps() -> Result<()> {
         (restored.kind(), typed.on_drift()),
         ("AdaptiveScaler", OnDrift::Blend(0.25))
     );
-    let next = noise(500, 3, 2., 4.);
+    let next = normal_rows(500, 3, 2., 4.);
     assert_eq!(typed.observe(&next)?, scaler.observe(&next)?);
     restored.partial_fit(&next)?;
     let y = scaler.transform(&next)?;
@@ -540,7 +537,7 @@ fn an_adaptive_scaler_is_saved_with_what_it_wraps() -> Result<()> {
 /// them, whole.
 #[test]
 fn a_scaler_that_adapts_is_the_old_or_the_new_one() -> Result<()> {
-    let rows = |seed: u64, level: f64| noise(500, seed, level, level);
+    let rows = |seed: u64, level: f64| normal_rows(500, seed, level, level);
     let fed: Vec<Tensor> = (0..12)
         .map(|i| rows(i, 1. + 50. * (i % 2) as f64))
         .collect();

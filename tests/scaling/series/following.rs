@@ -11,11 +11,7 @@ use proptest::prelude::*;
 
 use super::Fixture;
 use testkit::compare::{assert_near, assert_same_bits};
-use testkit::data::{Draw, tensor, values};
-
-pub(crate) fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
+use testkit::data::{Draw, column, tensor, values};
 
 /// Both scalers by one signature.
 #[derive(Debug, Clone, Copy)]
@@ -345,7 +341,10 @@ proptest! {
     /// However the rows of a series are cut into calls, and wherever the scaler is saved and
     /// restored, the same bits come out.
     #[test]
-    fn calls_and_files_do_not_show(cuts in prop::collection::vec(1usize..20, 1..8), seed in 0u64..1000) {
+    fn calls_and_files_do_not_show(
+        cuts in prop::collection::vec(1usize..20, 1..8),
+        seed in 0u64..1000,
+    ) {
         let rows: usize = cuts.iter().sum();
         let x = with_gaps(&series(rows, seed), seed + 1);
         for causal in [Causal::Before, Causal::Through] {
@@ -355,7 +354,8 @@ proptest! {
                 let mut parts = vec![];
                 let mut start = 0;
                 for cut in &cuts {
-                    parts.push(scaler.transform_series(&x.narrow(0, start, *cut).unwrap()).unwrap().0);
+                    let rows = x.narrow(0, start, *cut).unwrap();
+                    parts.push(scaler.transform_series(&rows).unwrap().0);
                     scaler = scaler.restored();
                     start += cut;
                 }
@@ -369,10 +369,12 @@ proptest! {
     fn nothing_looks_ahead(rows in 2usize..40, change in 0.0f64..1.0, seed in 0u64..1000) {
         let x = series(rows, seed);
         let kept = ((rows as f64 * change) as usize).max(1);
-        let other = Tensor::cat(&[x.narrow(0, 0, kept).unwrap(), (series(rows - kept, seed + 7) * 1e3).unwrap()], 0).unwrap();
+        let before = |x: &Tensor| x.narrow(0, 0, kept).unwrap();
+        let after = (series(rows - kept, seed + 7) * 1e3).unwrap();
+        let other = Tensor::cat(&[before(&x), after], 0).unwrap();
         for causal in [Causal::Before, Causal::Through] {
             for kind in Kind::both(causal, Nan::Refuse) {
-                let past = |x: &Tensor| kind.build().transform_series(x).unwrap().0.narrow(0, 0, kept).unwrap();
+                let past = |x: &Tensor| before(&kind.build().transform_series(x).unwrap().0);
                 assert_same_bits("the past", &past(&other), &past(&x));
             }
         }

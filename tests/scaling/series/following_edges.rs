@@ -9,9 +9,9 @@ use candle_norm::scaling::{
 };
 
 use super::End;
-use super::following::{Kind, column, series};
+use super::following::{Kind, series};
 use testkit::compare::assert_same_bits;
-use testkit::data::{tensor, values};
+use testkit::data::{column, tensor, values};
 use testkit::errors::message;
 
 #[test]

@@ -1,15 +1,11 @@
 //! Exponential weights over gaps of any length: what is relative stays so.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use candle_norm::scaling::{
     EwmScaler, EwmScalerOptions, Nan, Scaler, SlidingScaler, SlidingScalerOptions,
 };
 
-use testkit::data::{tensor, values};
-
-fn column(values: &[f64]) -> Tensor {
-    tensor(values, &[values.len()], DType::F64).unwrap()
-}
+use testkit::data::{column, values};
 
 fn with_gap(before: &[f64], gap: usize, after: &[f64]) -> Tensor {
     let gap = vec![f64::NAN; gap];
@@ -125,8 +121,8 @@ fn three_values_over_a_gap_are_those_of_their_weights() -> Result<()> {
     Ok(())
 }
 
-/// What no number is, no scaler divides by; too few values to vary are divided by 1, as one sample
-/// is.
+/// A variance that is no number is no divisor; too few values to vary are divided by 1, as one
+/// sample is.
 #[test]
 fn no_variance_is_no_scale_of_one() -> Result<()> {
     let one = fitted(EwmScalerOptions::alpha(0.5)?, &column(&[20.]))?;

@@ -170,7 +170,7 @@ pub struct Case<T: Elem, P: Elem> {
     pub samples: usize,
 }
 
-/// What varies beside the shape.
+/// Options that vary beside the shape.
 pub struct Options {
     pub mean: f64,
     pub weight: bool,

@@ -1,5 +1,5 @@
-//! What the allocator does to candle: the same steps as in the peers bench, under the allocator of the bench that
-//! includes this.
+//! Effect of the allocator on candle: the same steps as in the peers bench, under the allocator of
+//! the bench that includes this.
 
 #[allow(dead_code, reason = "a part of what the peers bench uses")]
 #[path = "../peers/bounds.rs"]
@@ -28,7 +28,8 @@ use timing::{Entrant, Plan, Threads, measure};
 /// A small, a middling and a large activation: under most allocators each is served in another way.
 const SHAPES: [[usize; 2]; 3] = [[128, 768], [4096, 768], [16384, 1024]];
 
-/// Prints the table of `allocator`, on all cores; `--quick` runs the smallest shape to see that it works.
+/// Prints the table of `allocator`, on all cores; `--quick` runs the smallest shape to see that it
+/// works.
 pub(crate) fn run(allocator: &str) -> Result<()> {
     let asked = |option: &str| std::env::args().any(|arg| arg == option);
     if !asked("--bench") {

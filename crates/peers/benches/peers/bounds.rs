@@ -1,4 +1,5 @@
-//! What no layer can beat: a copy of the tensor, and candle's engine around an op that only copies.
+//! Bounds that no layer can beat: a copy of the tensor, and candle's engine around an op that only
+//! copies.
 
 use std::mem::MaybeUninit;
 
@@ -8,8 +9,8 @@ use rayon::prelude::*;
 use super::case::{Case, Inputs};
 use super::step::Layer;
 
-/// A new buffer of the size of `x`, filled from it by all threads. It has no length, so that it need not be a tensor
-/// to be dropped like one.
+/// A new buffer of the size of `x`, filled from it by all threads. It has no length, so that it
+/// need not be a tensor to be dropped like one.
 pub(crate) fn threaded_copy(x: &Tensor) -> Result<Buffer> {
     fn fill<T: Copy + Send + Sync>(from: &[T]) -> Vec<T> {
         /// Elements: small enough to share out, large enough to be one `memcpy`.
@@ -40,7 +41,7 @@ pub(crate) fn threaded_copy(x: &Tensor) -> Result<Buffer> {
     })
 }
 
-/// What [`threaded_copy`] fills; only ever dropped.
+/// The buffer that [`threaded_copy`] fills; only ever dropped.
 #[derive(Debug)]
 #[expect(dead_code)]
 pub(crate) enum Buffer {

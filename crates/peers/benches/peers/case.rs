@@ -1,4 +1,4 @@
-//! What is measured: layers, passes, shapes and the values that all peers are given.
+//! Cases that are measured: layers, passes, shapes and the values that all peers are given.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use rand::rngs::StdRng;
@@ -78,8 +78,8 @@ impl Op {
         }
     }
 
-    /// The passes of the layer that can be timed: a graph of several nodes is only gone back through by
-    /// the engine.
+    /// The passes of the layer that can be timed: a graph of several nodes is only gone back through
+    /// by the engine.
     pub(crate) fn passes(self) -> &'static [Pass] {
         match self {
             Op::SwitchNorm | Op::MaskedBatchNorm | Op::GlobalResponseNorm | Op::L2Normalize => {
@@ -121,7 +121,7 @@ impl Op {
     }
 }
 
-/// What of a layer is timed.
+/// The pass of a layer that is timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pass {
     /// The output, of an input that tracks no gradients.

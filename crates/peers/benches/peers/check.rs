@@ -23,7 +23,8 @@ pub(crate) fn samples(results: &[Tensor]) -> Result<Vec<Vec<f64>>> {
     results.iter().map(of_one).collect()
 }
 
-/// Where `theirs` are not `ours`. The tolerance is loose: it tells another computation from another rounding.
+/// Where `theirs` are not `ours`. The tolerance is loose: it tells another computation from another
+/// rounding.
 pub(crate) fn disagreement(
     case: &Case,
     pass: Pass,
@@ -44,8 +45,8 @@ pub(crate) fn disagreement(
         if ours.len() != theirs.len() {
             return Some(format!("{name} of another size"));
         }
-        // An output gradient of ones makes many a gradient vanish; what is left of it is rounding, to be held
-        // against the terms that cancelled.
+        // An output gradient of ones makes many a gradient vanish; what is left of it is rounding,
+        // to be held against the terms that cancelled.
         let least_scale = match (*name, pass) {
             ("dweight" | "dbias", Pass::TrainStep) => summed,
             ("dweight" | "dbias", _) => summed.sqrt(),

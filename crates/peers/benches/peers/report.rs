@@ -28,7 +28,8 @@ pub(crate) struct Row {
     pub(crate) case: Case,
     pub(crate) pass: Pass,
     pub(crate) ours: f64,
-    /// In the order of [`PEERS`]; none where a peer does not have the pass, failed or was not asked.
+    /// In the order of [`PEERS`]; none where a peer does not have the pass, failed or was not
+    /// asked.
     pub(crate) peers: [Option<f64>; 7],
 }
 
@@ -67,8 +68,8 @@ pub(crate) fn print_head() {
     println!("{head}\n{rule}");
 }
 
-/// Prints one line of it: each peer's time, and how many times ours that is. The last column is our train step without
-/// what the engine takes around an op that only copies.
+/// Prints one line of it: each peer's time, and how many times ours that is. The last column is our
+/// train step without what the engine takes around an op that only copies.
 pub(crate) fn print_row(row: &Row) {
     let gigabytes_per_second = row.case.bytes(row.pass) as f64 / row.ours / 1e6;
     let mut line = format!(
@@ -128,7 +129,7 @@ pub(crate) fn write_json(rows: &[Row], path: &Path) -> Result<()> {
     }
 }
 
-/// What is asked of a set of ratios.
+/// The least that a set of ratios must reach.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Goal {
     /// Of the geometric mean.

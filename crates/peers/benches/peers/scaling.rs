@@ -1,4 +1,4 @@
-//! What a second thread is worth.
+//! Speedup by a second thread.
 
 use candle_core::Result;
 
@@ -10,8 +10,9 @@ use super::timing::{Entrant, Plan, Threads, measure};
 /// From here on a pass has enough to do for two.
 const LEAST_BYTES: usize = 4 << 20;
 
-/// Times our forward and backward on one thread and on two, in turn, for the large cases that fit the last cache: past it
-/// both wait for the same memory. The train step is not among them, since candle's engine is serial.
+/// Times our forward and backward on one thread and on two, in turn, for the large cases that fit
+/// the last cache: past it both wait for the same memory. The train step is not among them, since
+/// candle's engine is serial.
 pub(crate) fn run(work: &[(Case, Vec<Pass>)], plan: &Plan) -> Result<()> {
     let cache = last_cache();
     println!(

@@ -11,7 +11,7 @@ pub(crate) type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 /// A call, and its results in the order of [`quantities`].
 pub(crate) type Step = Box<dyn Fn() -> Result<Vec<Tensor>> + Send + Sync>;
 
-/// What a pass results in; layers without a bias end one earlier.
+/// Names of the results of a pass; layers without a bias end one earlier.
 pub(crate) fn quantities(pass: Pass) -> &'static [&'static str] {
     match pass {
         Pass::Forward => &["y"],
@@ -31,7 +31,8 @@ pub(crate) fn forward(
     Ok(Box::new(move || Ok(vec![layer(&x)?])))
 }
 
-/// The output of that layer, and the gradients of its input and parameters for an output gradient of ones.
+/// The output of that layer, and the gradients of its input and parameters for an output gradient
+/// of ones.
 pub(crate) fn train_step(
     case: &Case,
     inputs: &Inputs,
@@ -48,8 +49,8 @@ pub(crate) fn train_step(
     }))
 }
 
-/// The gradients of that layer for the output gradient of the inputs, by candle's engine: what a backward of its own must
-/// come to.
+/// The gradients of that layer for the output gradient of the inputs, by candle's engine: what a
+/// backward of its own must come to.
 pub(crate) fn gradients(
     case: &Case,
     inputs: &Inputs,

@@ -1,4 +1,5 @@
-//! Times that can be compared: all entrants take turns, so that a slow minute of the machine strikes each of them.
+//! Times that can be compared: all entrants take turns, so that a slow minute of the machine
+//! strikes each of them.
 
 use std::hint::black_box;
 use std::thread::sleep;
@@ -6,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Error, Result};
 
-/// How long PyTorch's threads are given to fall asleep. After a parallel region they spin for some milliseconds, on
-/// cores that the next entrant needs.
+/// How long PyTorch's threads are given to fall asleep. After a parallel region they spin for some
+/// milliseconds, on cores that the next entrant needs.
 const SPIN: Duration = Duration::from_millis(15);
 
 /// How much of everything.
@@ -48,7 +49,8 @@ impl Plan {
 pub(crate) enum Threads {
     /// A pool of its own, entered once a turn.
     Pool(rayon::ThreadPool),
-    /// The global pool, called from the main thread as an ordinary program does; waking it is part of each call.
+    /// The global pool, called from the main thread as an ordinary program does; waking it is part
+    /// of each call.
     Global,
 }
 
@@ -72,8 +74,8 @@ impl Threads {
     }
 }
 
-/// The time of `iterations` calls after `warm` others that do not count. A call allocates its results, and drops
-/// them when it is done.
+/// The time of `iterations` calls after `warm` others that do not count. A call allocates its
+/// results, and drops them when it is done.
 type Timer<'a> = Box<dyn FnMut(usize, usize) -> Result<Duration> + 'a>;
 
 /// One who takes turns.
@@ -127,8 +129,8 @@ impl<'a> Entrant<'a> {
         time
     }
 
-    /// Runs until two turns of full length agree, and says how many iterations such a turn has and how many should go
-    /// before it.
+    /// Runs until two turns of full length agree, and says how many iterations such a turn has and
+    /// how many should go before it.
     fn warm_up(&mut self, plan: &Plan) -> Result<(usize, usize)> {
         let start = Instant::now();
         let mut iterations = 1;
@@ -139,13 +141,14 @@ impl<'a> Entrant<'a> {
             let long_enough = time >= plan.turn;
             let steady = last.abs_diff(each) < each / 20;
             if long_enough && (steady || start.elapsed() > Plan::WARM_UP) {
-                // The entrant before will have filled the caches and the allocator with its own, which a call of more than a
-                // tenth of a second does not notice.
+                // The entrant before will have filled the caches and the allocator with its own,
+                // which a call of more than a tenth of a second does not notice.
                 let slow = each > Duration::from_millis(100);
                 return Ok((iterations, if slow { 0 } else { iterations.div_ceil(5) }));
             }
             if !long_enough {
-                // A little more than what is missing, and never more than ten times as much on the word of one call.
+                // A little more than what is missing, and never more than ten times as much on the
+                // word of one call.
                 let grow = plan.turn.as_secs_f64() / time.as_secs_f64().max(1e-9) * 1.1;
                 iterations = (iterations as f64 * grow.clamp(1.2, 10.)).ceil() as usize;
             }

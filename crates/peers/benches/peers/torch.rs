@@ -16,7 +16,7 @@ use super::check::SAMPLES;
 
 const WORKER: &str = include_str!("worker.py");
 
-/// What a peer computed, as [`samples`](super::check::samples), or why it did not.
+/// Results of a peer, as [`samples`](super::check::samples), or why there are none.
 pub(crate) type Outcome = std::result::Result<Vec<Vec<f64>>, String>;
 
 /// The process, and the directory through which it is given tensors.
