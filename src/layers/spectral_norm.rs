@@ -289,7 +289,7 @@ impl<L: Weighted> SpectralNorm<L> {
             ..
         } = self.options;
         let [u, v] = &before;
-        let after = ops::power_iteration(&self.weight, u, v, self.dim, n_power_iterations, eps)?;
+        let after = ops::power_iteration(&self.weight, [u, v], self.dim, n_power_iterations, eps)?;
         self.vectors.put(&guard, &after)?;
         Ok([before, after])
     }

@@ -56,15 +56,14 @@ pub fn group_norm(
 /// let x = Tensor::new(&[[[1f64, 3.], [10., 30.]]], &Device::Cpu)?;
 /// let scale = Tensor::new(&[[0f64, 2.]], &Device::Cpu)?;
 /// let modulation = Modulation::new(Some(&scale), None);
-/// let y = ops::modulated_group_norm(&x, 2, None, None, 1e-9, &modulation)?;
+/// let y = ops::modulated_group_norm(&x, 2, [None, None], 1e-9, &modulation)?;
 /// assert!((y.to_vec3::<f64>()?[0][1][1] - 3.).abs() < 1e-8);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn modulated_group_norm(
     x: &Tensor,
     num_groups: usize,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
     modulation: &Modulation,
 ) -> Result<Tensor> {
@@ -118,15 +117,14 @@ pub(crate) fn group_norm_by(
 /// use candle_nn::Activation;
 ///
 /// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
-/// let y = candle_norm::ops::group_norm_act(&x, 1, None, None, 1e-5, Activation::Relu)?;
+/// let y = candle_norm::ops::group_norm_act(&x, 1, [None, None], 1e-5, Activation::Relu)?;
 /// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn group_norm_act(
     x: &Tensor,
     num_groups: usize,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
     activation: Activation,
 ) -> Result<Tensor> {

@@ -340,15 +340,14 @@ pub fn rms_norm(
 /// let scale = x.zeros_like()?.get(0)?.get(0)?;
 /// let shift = Tensor::new(&[[1f64, 2.]], &Device::Cpu)?;
 /// let modulation = Modulation::new(Some(&scale), Some(&shift));
-/// let y = ops::modulated_layer_norm(&x, 2, None, None, 1e-12, &modulation)?;
+/// let y = ops::modulated_layer_norm(&x, 2, [None, None], 1e-12, &modulation)?;
 /// assert!((y.to_vec3::<f64>()?[0][1][0] - 2.).abs() < 1e-9);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn modulated_layer_norm(
     x: &Tensor,
     normalized_shape: impl Into<Shape>,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
     modulation: &Modulation,
 ) -> Result<Tensor> {
@@ -408,15 +407,14 @@ pub fn modulated_rms_norm(
 /// use candle_nn::Activation;
 ///
 /// let x = Tensor::new(&[[1f64, 3.]], &Device::Cpu)?;
-/// let y = candle_norm::ops::layer_norm_act(&x, 2, None, None, 1e-5, Activation::Relu)?;
+/// let y = candle_norm::ops::layer_norm_act(&x, 2, [None, None], 1e-5, Activation::Relu)?;
 /// assert_eq!(y.flatten_all()?.to_vec1::<f64>()?[0], 0.);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn layer_norm_act(
     x: &Tensor,
     normalized_shape: impl Into<Shape>,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
+    [weight, bias]: [Option<&Tensor>; 2],
     eps: f64,
     activation: Activation,
 ) -> Result<Tensor> {

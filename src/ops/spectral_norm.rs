@@ -67,14 +67,13 @@ pub fn spectral_norm(weight: &Tensor, u: &Tensor, v: &Tensor, dim: usize) -> Res
 /// let w = Tensor::new(&[[1f64, 2., 0.], [0., 1., -1.]], &Device::Cpu)?;
 /// let u = Tensor::new(&[0.6f64, 0.8], &Device::Cpu)?;
 /// let v = Tensor::new(&[0f64, 1., 0.], &Device::Cpu)?;
-/// let [u, _] = candle_norm::ops::power_iteration(&w, &u, &v, 0, 1, 1e-12)?;
+/// let [u, _] = candle_norm::ops::power_iteration(&w, [&u, &v], 0, 1, 1e-12)?;
 /// assert!((u.to_vec1::<f64>()?[0] - 0.894427191).abs() < 1e-9);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
 pub fn power_iteration(
     weight: &Tensor,
-    u: &Tensor,
-    v: &Tensor,
+    [u, v]: [&Tensor; 2],
     dim: usize,
     count: usize,
     eps: f64,
@@ -126,7 +125,7 @@ pub(crate) fn fresh_vectors(
         return Ok([draw(outputs)?, draw(rest)?]);
     }
     let (u, v) = (unit(&draw(outputs)?, eps)?, unit(&draw(rest)?, eps)?);
-    power_iteration(weight, &u, &v, dim, 15, eps)
+    power_iteration(weight, [&u, &v], dim, 15, eps)
 }
 
 /// The number of outputs, and of what each has.

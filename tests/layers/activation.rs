@@ -39,7 +39,7 @@ fn a_group_norm_with_silu() -> Result<()> {
             let bias = variable(&[0., 0.5, 0., -0.5], &[4], DType::F64)?;
             let dy = tensor(&[1., -1., 0., 2., 1., 0.5, -1., 1.], &[1, 4, 2], DType::F64)?;
             let (w, b) = (Some(&weight), Some(&bias));
-            let y = ops::group_norm_act(&x, 2, w, b, 1e-5, Activation::Silu)?;
+            let y = ops::group_norm_act(&x, 2, [w, b], 1e-5, Activation::Silu)?;
             let want = [
                 -0.1744232877,
                 1.063593228,
@@ -128,7 +128,7 @@ fn a_layer_norm_with_gelu() -> Result<()> {
     for path in PATHS {
         with_path(path, || {
             let x = variable(&[1., 2., 4.], &[1, 3], DType::F64)?;
-            let y = ops::layer_norm_act(&x, 3, None, None, 1e-6, Activation::Gelu)?;
+            let y = ops::layer_norm_act(&x, 3, [None, None], 1e-6, Activation::Gelu)?;
             let want = [-0.152365351, -0.1054703514, 1.215069874];
             assert_digits("y", &values(&y)?, &want);
             let dx = &gradients(&y, &tensor(&[1., 0., -2.], &[1, 3], DType::F64)?, &[&x])?[0];
@@ -144,7 +144,7 @@ fn values_and_slopes(activation: Activation, at: &[f64], dtype: DType) -> Result
     let n = at.len();
     let x = Tensor::ones((1, n), dtype, &CPU)?;
     let bias = variable(at, &[n], dtype)?;
-    let y = ops::layer_norm_act(&x, n, None, Some(&bias), 1e-5, activation)?;
+    let y = ops::layer_norm_act(&x, n, [None, Some(&bias)], 1e-5, activation)?;
     let slopes = gradients(&y, &x, &[&bias])?.swap_remove(0);
     Ok([values(&y)?, slopes])
 }
@@ -623,7 +623,7 @@ fn others_are_refused_by_name() -> Result<()> {
     }
     let x = uniform((2, 4), 1);
     assert_message(
-        ops::layer_norm_act(&x, 4, None, None, 1e-5, Activation::LeakyRelu(f64::NAN)),
+        ops::layer_norm_act(&x, 4, [None, None], 1e-5, Activation::LeakyRelu(f64::NAN)),
         &["LayerNorm", "slope", "NaN"],
     );
     Ok(())

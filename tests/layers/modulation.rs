@@ -36,7 +36,7 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
                 DType::F64,
             )?;
             let modulation = Modulation::new(Some(&scale), Some(&shift));
-            let y = ops::modulated_layer_norm(&x, 3, None, None, 1e-6, &modulation)?;
+            let y = ops::modulated_layer_norm(&x, 3, [None, None], 1e-6, &modulation)?;
             let want = [
                 -1.503566936,
                 0.2,
@@ -83,7 +83,7 @@ fn a_layer_norm_of_two_samples() -> Result<()> {
                 tensor(&[2., 1., 0.5], &[3], DType::F64)?,
                 tensor(&[0.1, 0., -0.1], &[3], DType::F64)?,
             );
-            let y = ops::modulated_layer_norm(&x, 3, Some(&w), Some(&b), 1e-6, &modulation)?;
+            let y = ops::modulated_layer_norm(&x, 3, [Some(&w), Some(&b)], 1e-6, &modulation)?;
             let want = [
                 -2.957133872,
                 0.2,
@@ -492,7 +492,7 @@ fn two_axes_at_once() -> Result<()> {
         let scale = uniform(dims, 2);
         let f = |v: &[Tensor]| {
             let modulation = Modulation::new(Some(&v[1]), Some(&v[1]));
-            ops::modulated_layer_norm(&v[0], (4, 5), None, None, 1e-5, &modulation)
+            ops::modulated_layer_norm(&v[0], (4, 5), [None, None], 1e-5, &modulation)
         };
         gradcheck(f, &[x.clone(), scale.clone()])?;
         let alone = ops::layer_norm(&x, (4, 5), None, None, 1e-5)?;
@@ -537,7 +537,7 @@ fn a_scale_of_minus_the_offset_leaves_the_shift() -> Result<()> {
             let x = Var::from_tensor(&uniform((2, 3, 4), 1))?.into_inner();
             let (scale, shift) = (tensor(&[-1.; 8], &[2, 4], DType::F64)?, uniform((2, 4), 2));
             let modulation = Modulation::new(Some(&scale), Some(&shift));
-            let y = ops::modulated_layer_norm(&x, 4, None, None, 1e-5, &modulation)?;
+            let y = ops::modulated_layer_norm(&x, 4, [None, None], 1e-5, &modulation)?;
             let want = shift.unsqueeze(1)?.broadcast_as((2, 3, 4))?;
             assert_eq!(values(&y)?, values(&want)?);
             let dx = &gradients(&y, &uniform((2, 3, 4), 3), &[&x])?[0];
@@ -656,7 +656,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() -> Result<()> {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F64, &CPU);
     let norm = |scale: &Tensor| {
         let modulation = Modulation::new(Some(scale), None);
-        ops::modulated_layer_norm(&x, 5, None, None, 1e-5, &modulation)
+        ops::modulated_layer_norm(&x, 5, [None, None], 1e-5, &modulation)
     };
     for dims in [
         &[4usize][..],
@@ -689,7 +689,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() -> Result<()> {
     );
     let scale = zeros(&[5])?;
     let infinite = Modulation::new(Some(&scale), None).with_offset(f64::INFINITY);
-    let y = ops::modulated_layer_norm(&x, 5, None, None, 1e-5, &infinite);
+    let y = ops::modulated_layer_norm(&x, 5, [None, None], 1e-5, &infinite);
     assert_message(y, &["LayerNorm", "offset", "inf"]);
 
     let vars = VarMap::new();

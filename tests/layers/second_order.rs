@@ -420,12 +420,12 @@ fn modulation() {
                 };
                 check(&what("rows"), &of_rows, |t| {
                     with(t, &|m| {
-                        ops::modulated_layer_norm(&t[0], 4, None, None, 1e-2, m)
+                        ops::modulated_layer_norm(&t[0], 4, [None, None], 1e-2, m)
                     })
                 })?;
                 check(&what("groups"), &of_channels, |t| {
                     with(t, &|m| {
-                        ops::modulated_group_norm(&t[0], 1, None, None, 1e-2, m)
+                        ops::modulated_group_norm(&t[0], 1, [None, None], 1e-2, m)
                     })
                 })?;
                 check(&what("channels"), &of_channels, |t| {
@@ -465,10 +465,10 @@ fn activations() {
                 let what = format!("{activation:?}, {path:?}");
                 with_path(path, || {
                     check(&format!("rows with {what}"), &rows, |t| {
-                        ops::layer_norm_act(&t[0], 4, Some(&t[1]), Some(&t[2]), 1e-2, activation)
+                        ops::layer_norm_act(&t[0], 4, [Some(&t[1]), Some(&t[2])], 1e-2, activation)
                     })?;
                     check(&format!("groups with {what}"), &channels, |t| {
-                        ops::group_norm_act(&t[0], 1, Some(&t[1]), Some(&t[2]), 1e-2, activation)
+                        ops::group_norm_act(&t[0], 1, [Some(&t[1]), Some(&t[2])], 1e-2, activation)
                     })?;
                     check(&format!("channels with {what}"), &channels, |t| {
                         let (w, b) = (Some(&t[1]), Some(&t[2]));

@@ -297,7 +297,7 @@ fn mistakes_with_spectral_norm_are_named() -> Result<()> {
     );
     assert_message(ops::spectral_norm(&w, &u, &v, 2), &["SpectralNorm", "dim"]);
     assert_message(
-        ops::power_iteration(&w, &u, &v, 0, 1, 0.),
+        ops::power_iteration(&w, [&u, &v], 0, 1, 0.),
         &["SpectralNorm", "eps"],
     );
     let build = |options| spectral_norm::linear(3, 2, options, vb(&VarMap::new(), DType::F32));

@@ -407,13 +407,13 @@ fn modulated_activated_and_gated() {
             assert_same(&format!("modulated rows of {what}"), || {
                 let (x, scale) = (leaf(&x, dims)?, leaf(&scale, &[samples, last])?);
                 let modulation = Modulation::new(Some(&scale), Some(&scale));
-                let y = ops::modulated_layer_norm(&x, last, None, None, 1e-5, &modulation)?;
+                let y = ops::modulated_layer_norm(&x, last, [None, None], 1e-5, &modulation)?;
                 finish(y, &[("dx", &x), ("dscale", &scale)])
             });
             assert_same(&format!("modulated groups of {what}"), || {
                 let (x, scale) = (leaf(&x, dims)?, leaf(&scale, &[samples, channels])?);
                 let modulation = Modulation::new(Some(&scale), Some(&scale));
-                let y = ops::modulated_group_norm(&x, 2, None, None, 1e-5, &modulation)?;
+                let y = ops::modulated_group_norm(&x, 2, [None, None], 1e-5, &modulation)?;
                 finish(y, &[("dx", &x), ("dscale", &scale)])
             });
             assert_same(&format!("modulated channels of {what}"), || {
@@ -429,12 +429,12 @@ fn modulated_activated_and_gated() {
             assert_same(&format!("{activation:?} behind rows of {what}"), || {
                 let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[last])?);
                 let (weight, bias) = (Some(&w), Some(&w));
-                let y = ops::layer_norm_act(&x, last, weight, bias, 1e-5, activation)?;
+                let y = ops::layer_norm_act(&x, last, [weight, bias], 1e-5, activation)?;
                 finish(y, &[("dx", &x), ("dw", &w)])
             });
             assert_same(&format!("{activation:?} behind groups of {what}"), || {
                 let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[channels])?);
-                let y = ops::group_norm_act(&x, 2, Some(&w), Some(&w), 1e-5, activation)?;
+                let y = ops::group_norm_act(&x, 2, [Some(&w), Some(&w)], 1e-5, activation)?;
                 finish(y, &[("dx", &x), ("dw", &w)])
             });
             assert_same(&format!("{activation:?} behind channels of {what}"), || {

@@ -83,10 +83,10 @@ fn extended(op: Op, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor
     match op {
         Op::ModulatedLayerNorm => {
             let modulation = Modulation::new(w, b);
-            ops::modulated_layer_norm(x, last, None, None, EPS, &modulation)
+            ops::modulated_layer_norm(x, last, [None, None], EPS, &modulation)
         }
-        Op::LayerNormGelu => ops::layer_norm_act(x, last, w, b, EPS, Activation::Gelu),
-        Op::GroupNormSilu => ops::group_norm_act(x, GROUPS, w, b, EPS, Activation::Silu),
+        Op::LayerNormGelu => ops::layer_norm_act(x, last, [w, b], EPS, Activation::Gelu),
+        Op::GroupNormSilu => ops::group_norm_act(x, GROUPS, [w, b], EPS, Activation::Silu),
         Op::BatchNormRelu => Ok(ops::batch_norm_act(x, w, b, EPS, Activation::Relu)?.0),
         Op::GatedRmsNorm => ops::gated_rms_norm(x, b, w, EPS),
         Op::GlobalResponseNorm => ops::global_response_norm(x, weight, bias, EPS, true),
