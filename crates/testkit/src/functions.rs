@@ -1,11 +1,13 @@
-//! The table of functions that normalize no rows, groups or channels, or not by their statistics.
+//! The table of functions beside the plain norms: modulated, with an activation, gated, masked, and
+//! those that normalize no rows, groups or channels.
 //!
 //! Gradients of first and second order, determinism and edges go over it, as they go over the
 //! [table of layers](crate::table).
 
 use candle_core::{D, Result, Tensor};
-use candle_norm::GroupNorm;
-use candle_norm::ops::{self, GateOptions, L2Form};
+use candle_nn::Activation;
+use candle_norm::ops::{self, GateOptions, L2Form, Modulation};
+use candle_norm::{Gate, GatedRmsNormOptions, GroupNorm};
 
 /// A function of an input and of parameters.
 pub struct Function {
@@ -36,6 +38,116 @@ const MAPS: &[&[usize]] = &[&[2, 5, 7], &[3, 33, 201], &[257, 6, 7], &[2, 3, 10_
 
 /// All of them.
 pub static FUNCTIONS: &[Function] = &[
+    Function {
+        name: "gated_rms_norm, gate after",
+        params: |dims| vec![dims.to_vec(), vec![last(dims)]],
+        call: |t| ops::gated_rms_norm(&t[0], Some(&t[1]), Some(&t[2]), 1e-2),
+        tiny: &[&[3, 5], &[2, 37], &[2, 3, 4]],
+        ragged: ROWS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "gated_rms_norm, gate before, in groups",
+        params: |dims| vec![dims.to_vec(), vec![last(dims)]],
+        call: |t| {
+            let size = last(t[0].dims());
+            let options = GatedRmsNormOptions {
+                gate: Gate::Before,
+                group_size: Some(if size % 3 == 0 { size / 3 } else { size }),
+                ..1e-2.into()
+            };
+            ops::gated_rms_norm(&t[0], Some(&t[1]), Some(&t[2]), options)
+        },
+        tiny: &[&[3, 6], &[2, 39], &[2, 3, 4]],
+        ragged: &[&[3, 51], &[1031, 48], &[5, 10_008]],
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "modulated_layer_norm, by sample",
+        params: |dims| vec![vec![dims[0], last(dims)]; 2],
+        call: |t| {
+            let modulation = Modulation::new(Some(&t[1]), Some(&t[2]));
+            let size = last(t[0].dims());
+            ops::modulated_layer_norm(&t[0], size, [None, None], 1e-2, &modulation)
+        },
+        tiny: &[&[2, 3, 4], &[2, 2, 2, 3]],
+        ragged: &[&[3, 5, 17], &[7, 150, 49], &[2, 3, 10_007]],
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "modulated_rms_norm, by token",
+        params: |dims| vec![dims.to_vec()],
+        call: |t| {
+            let (size, modulation) = (last(t[0].dims()), Modulation::new(Some(&t[1]), None));
+            ops::modulated_rms_norm(&t[0], size, None, 1e-2, &modulation)
+        },
+        tiny: &[&[2, 3, 4], &[2, 2, 2, 3]],
+        ragged: &[&[3, 5, 17], &[7, 150, 49]],
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "modulated_group_norm, by sample",
+        params: |dims| vec![vec![dims[0], dims[1]]; 2],
+        call: |t| {
+            let modulation = Modulation::new(Some(&t[1]), Some(&t[2]));
+            ops::modulated_group_norm(&t[0], 1, [None, None], 1e-2, &modulation)
+        },
+        tiny: &[&[2, 3, 4], &[2, 3, 2, 2]],
+        ragged: MAPS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "layer_norm_act, gelu",
+        params: |dims| vec![vec![last(dims)]; 2],
+        call: |t| {
+            let (size, params) = (last(t[0].dims()), [Some(&t[1]), Some(&t[2])]);
+            ops::layer_norm_act(&t[0], size, params, 1e-2, Activation::Gelu)
+        },
+        tiny: &[&[3, 5], &[2, 37], &[2, 3, 4]],
+        ragged: ROWS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "rms_norm_act, hardswish",
+        params: |dims| vec![vec![last(dims)]],
+        call: |t| {
+            let size = last(t[0].dims());
+            ops::rms_norm_act(&t[0], size, Some(&t[1]), 1e-2, Activation::HardSwish)
+        },
+        tiny: &[&[3, 5], &[2, 37], &[2, 3, 4]],
+        ragged: ROWS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "group_norm_act, silu",
+        params: |dims| vec![vec![dims[1]]; 2],
+        call: |t| {
+            let params = [Some(&t[1]), Some(&t[2])];
+            ops::group_norm_act(&t[0], 1, params, 1e-2, Activation::Silu)
+        },
+        tiny: &[&[2, 3, 4], &[2, 3, 2, 2]],
+        ragged: MAPS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "instance_norm_act, mish",
+        params: |dims| vec![vec![dims[1]]; 2],
+        call: |t| {
+            let (weight, bias) = (Some(&t[1]), Some(&t[2]));
+            Ok(ops::instance_norm_act(&t[0], weight, bias, 1e-2, Activation::Mish)?.0)
+        },
+        tiny: &[&[2, 3, 4], &[2, 3, 2, 2]],
+        ragged: MAPS,
+        smooth_at_zero: true,
+    },
+    Function {
+        name: "modulate",
+        params: |dims| vec![vec![dims[0], last(dims)]; 2],
+        call: |t| ops::modulate(&t[0], &Modulation::new(Some(&t[1]), Some(&t[2])), false),
+        tiny: &[&[2, 3, 4], &[2, 2, 2, 3]],
+        ragged: &[&[3, 5, 17], &[7, 150, 49], &[2, 3, 10_007]],
+        smooth_at_zero: true,
+    },
     Function {
         name: "l2_normalize, max",
         params: none,
