@@ -116,7 +116,7 @@ impl AdaptiveScaler {
                 &share,
             )?;
         }
-        same_nan(LAYER, &scaler.nan(), &watch.options.nan)?;
+        same_nan(&scaler.nan(), &watch.options.nan)?;
         if let Some(names) = scaler.features().names() {
             watch.set_names(names.to_vec())?;
         }
@@ -195,7 +195,7 @@ impl AdaptiveScaler {
                 match self.answer(watch) {
                     Ok(rows) => fitted = Some(rows),
                     Err(error) => {
-                        done = done.and(refitted(LAYER, event, Err(error)));
+                        done = done.and(refitted(event, Err(error)));
                     }
                 }
             }
@@ -357,11 +357,11 @@ impl Scaler for AdaptiveScaler {
 
     fn restore(&self, state: &State) -> Result<()> {
         let (scaler, watch, on_drift) = parts(state)?;
-        same_reaction(LAYER, &self.on_drift, &on_drift)?;
+        same_reaction(&self.on_drift, &on_drift)?;
         let mut current = self.lock();
         let rehearsal = self.scaler.snapshot();
         rehearsal.restore(&scaler)?;
-        same_nan(LAYER, &rehearsal.nan(), &watch.options.nan)?;
+        same_nan(&rehearsal.nan(), &watch.options.nan)?;
         self.scaler.restore(&scaler)?;
         *current = watch;
         Ok(())
@@ -394,11 +394,11 @@ fn parts(state: &State) -> Result<(State, Watch, OnDrift)> {
 }
 
 /// Two parts of one scaler that do the same with NaN.
-fn same_nan(layer: &str, scaler: &dyn Display, monitor: &dyn Display) -> Result<()> {
+fn same_nan(scaler: &dyn Display, monitor: &dyn Display) -> Result<()> {
     let (scaler, monitor) = (scaler.to_string(), monitor.to_string());
     if scaler != monitor {
         bail!(
-            "{layer}: expected the same nan for the scaler and the monitor, got {scaler} and \
+            "{LAYER}: expected the same nan for the scaler and the monitor, got {scaler} and \
             {monitor}; set one in the options of the other"
         )
     }
@@ -406,26 +406,22 @@ fn same_nan(layer: &str, scaler: &dyn Display, monitor: &dyn Display) -> Result<
 }
 
 /// A scaler that could be fitted again after an event.
-fn refitted<E: Display>(
-    layer: &str,
-    event: &dyn Display,
-    fitted: std::result::Result<(), E>,
-) -> Result<()> {
+fn refitted<E: Display>(event: &dyn Display, fitted: std::result::Result<(), E>) -> Result<()> {
     match fitted {
         Ok(()) => Ok(()),
         Err(e) => bail!(
-            "{layer}: expected rows that the scaler can be fitted to after {event}, got: {e}. The \
+            "{LAYER}: expected rows that the scaler can be fitted to after {event}, got: {e}. The \
             rows count; the scaler stays as it was until the next event"
         ),
     }
 }
 
 /// A saved scaler that does the same after an event.
-fn same_reaction(layer: &str, expected: &dyn Display, got: &dyn Display) -> Result<()> {
+fn same_reaction(expected: &dyn Display, got: &dyn Display) -> Result<()> {
     let (expected, got) = (expected.to_string(), got.to_string());
     if expected != got {
         bail!(
-            "{layer}: expected the state of a scaler that answers drift by {expected}, got {got}; \
+            "{LAYER}: expected the state of a scaler that answers drift by {expected}, got {got}; \
             use from_state"
         )
     }

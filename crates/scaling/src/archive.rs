@@ -72,9 +72,9 @@ impl Archive {
         let taken = self.tensors.keys().any(inside)
             || self.parts().iter().any(inside)
             || belongs(&start, &self.starts());
-        free_name(LAYER, prefix, taken)?;
+        free_name(prefix, taken)?;
         for (name, tensor) in state.tensors() {
-            writable(LAYER, &format!("{prefix}.{name}"), tensor.dtype())?;
+            writable(&format!("{prefix}.{name}"), tensor.dtype())?;
         }
         let named = state.tensors().iter();
         self.tensors
@@ -115,8 +115,8 @@ impl Archive {
         let starts = self.starts();
         for (name, var) in vars.iter() {
             let taken = self.tensors.contains_key(name) || belongs(name, &starts);
-            free_name(LAYER, name, taken)?;
-            writable(LAYER, name, var.dtype())?;
+            free_name(name, taken)?;
+            writable(name, var.dtype())?;
         }
         let mut named = BTreeMap::new();
         for (name, var) in vars.iter() {
@@ -145,7 +145,7 @@ impl Archive {
             let mut others: Vec<String> = self.others().into_keys().collect();
             others.sort();
             let source = self.source.as_deref();
-            return no_part(LAYER, prefix, source, &parts, &others);
+            return no_part(prefix, source, &parts, &others);
         }
         let text = self.metadata.get(&format!("{KEY}{prefix}"));
         let text = check::present(LAYER, prefix, text)?;
@@ -183,7 +183,7 @@ impl Archive {
         let mut tensors = BTreeMap::new();
         for (name, view) in whole.tensors() {
             let tensor = view.load(&Device::Cpu);
-            let tensor = loaded(LAYER, path, &name, view.dtype(), tensor)?;
+            let tensor = loaded(path, &name, view.dtype(), tensor)?;
             tensors.insert(name, tensor);
         }
         Ok(Self {
@@ -202,7 +202,7 @@ impl Archive {
         let path = path.as_ref();
         let mut named = vec![];
         for (name, tensor) in &self.tensors {
-            writable(LAYER, name, tensor.dtype())?;
+            writable(name, tensor.dtype())?;
             named.push((name, tensor.to_device(&Device::Cpu)?.contiguous()?));
         }
         let metadata = Some(self.metadata.clone()).filter(|m| !m.is_empty());
@@ -220,7 +220,7 @@ impl Archive {
         let mine = self.starts();
         let lost = (names.into_iter()).find(|name| !belongs(name, &mine));
         let lost = lost.or(parts.into_iter().find(|part| !self.parts().contains(part)));
-        nothing_lost(LAYER, path, lost.as_deref())?;
+        nothing_lost(path, lost.as_deref())?;
         self.write(path)
     }
 }
@@ -243,10 +243,10 @@ fn belongs(name: &str, starts: &[String]) -> bool {
 }
 
 /// A name that nothing in the file has yet.
-fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
+fn free_name(name: &str, taken: bool) -> Result<()> {
     if taken {
         bail!(
-            "{layer}: expected names that are not in use and do not begin with the prefix of a \
+            "{LAYER}: expected names that are not in use and do not begin with the prefix of a \
             state, got {name:?} twice; choose another prefix"
         )
     }
@@ -255,10 +255,10 @@ fn free_name(layer: &str, name: &str, taken: bool) -> Result<()> {
 
 /// A dtype that safetensors files are written of: candle holds others, which it cannot bring back
 /// out.
-fn writable(layer: &str, name: &str, dtype: DType) -> Result<()> {
+fn writable(name: &str, dtype: DType) -> Result<()> {
     match dtype {
         DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0 => bail!(
-            "{layer}: expected tensors of a dtype that can be written, got {name:?} of {dtype:?}, \
+            "{LAYER}: expected tensors of a dtype that can be written, got {name:?} of {dtype:?}, \
             which candle can only read; leave it in a file of its own"
         ),
         _ => Ok(()),
@@ -266,13 +266,7 @@ fn writable(layer: &str, name: &str, dtype: DType) -> Result<()> {
 }
 
 /// A part that a file does not have. `others` are the names of its tensors that belong to no part.
-fn no_part<T>(
-    layer: &str,
-    prefix: &str,
-    file: Option<&Path>,
-    parts: &[String],
-    others: &[String],
-) -> Result<T> {
+fn no_part<T>(prefix: &str, file: Option<&Path>, parts: &[String], others: &[String]) -> Result<T> {
     const SHOWN: usize = 4;
     let file = file.map_or(String::new(), |file| format!(" {}", file.display()));
     let tensors = match others {
@@ -300,14 +294,13 @@ fn no_part<T>(
         )
     };
     bail!(
-        "{layer}: expected a part {prefix:?} in the file{file}, got the parts {parts:?} and \
+        "{LAYER}: expected a part {prefix:?} in the file{file}, got the parts {parts:?} and \
         {tensors}; {remedy}"
     )
 }
 
 /// A tensor of a file.
 fn loaded<T, E: Display>(
-    layer: &str,
     path: &Path,
     name: &str,
     dtype: impl Debug,
@@ -316,7 +309,7 @@ fn loaded<T, E: Display>(
     match loaded {
         Ok(loaded) => Ok(loaded),
         Err(e) => bail!(
-            "{layer}: expected tensors of a dtype that candle holds in {}, got {name:?} of \
+            "{LAYER}: expected tensors of a dtype that candle holds in {}, got {name:?} of \
             {dtype:?}: {e}",
             path.display()
         ),
@@ -324,10 +317,10 @@ fn loaded<T, E: Display>(
 }
 
 /// A file that may be written over. `lost` is what it holds that would not be there any more.
-fn nothing_lost(layer: &str, path: &Path, lost: Option<&str>) -> Result<()> {
+fn nothing_lost(path: &Path, lost: Option<&str>) -> Result<()> {
     if let Some(lost) = lost {
         bail!(
-            "{layer}: expected a file of this scaler alone at {}, or none, got one that also holds \
+            "{LAYER}: expected a file of this scaler alone at {}, or none, got one that also holds \
             {lost:?}; add the scaler to it by Archive: read, replace, write",
             path.display()
         )

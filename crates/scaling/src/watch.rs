@@ -118,8 +118,8 @@ impl Watch {
         let rows = SeriesRows::of(LAYER, &features, self.options.nan, x)?;
         for (feature, seen) in rows.seen.iter().enumerate() {
             let (label, values) = (features.label(feature), seen.values as usize);
-            enough_values(LAYER, &label, values, least.min(LEAST_VALUES))?;
-            enough_values(LAYER, &label, values, least)?;
+            enough_values(&label, values, least.min(LEAST_VALUES))?;
+            enough_values(&label, values, least)?;
         }
         self.fit(x)
     }
@@ -143,7 +143,7 @@ impl Watch {
         for feature in 0..count {
             let numbers = ascending(&values, feature, count);
             let label = features.label(feature);
-            enough_values(LAYER, &label, numbers.len(), LEAST_VALUES)?;
+            enough_values(&label, numbers.len(), LEAST_VALUES)?;
             seen.push(Seen {
                 values: numbers.len() as u64,
                 nan: rows - numbers.len() as u64,
@@ -311,7 +311,7 @@ impl Watch {
         for (feature, column) in reference.columns.iter().enumerate() {
             let numbers = self.recent_of(feature);
             let label = self.features.label(feature);
-            recent_values(LAYER, &label, numbers.len())?;
+            recent_values(&label, numbers.len())?;
             reports.push(column.compare(&numbers, feature, label.to_string()));
         }
         Ok(reports)
@@ -434,19 +434,19 @@ fn each<T: FromStr<Err: Display>>(state: &State, name: &str, features: usize) ->
 }
 
 /// A reference that something can be compared with.
-fn enough_values(layer: &str, feature: &dyn Display, values: usize, least: usize) -> Result<()> {
+fn enough_values(feature: &dyn Display, values: usize, least: usize) -> Result<()> {
     if values < least {
         bail!(
-            "{layer}: expected a reference of at least {least} values of {feature}, got {values}; \
+            "{LAYER}: expected a reference of at least {least} values of {feature}, got {values}; \
             fit it to more rows"
         )
     }
     Ok(())
 }
 
-fn recent_values(layer: &str, feature: &dyn Display, values: usize) -> Result<()> {
+fn recent_values(feature: &dyn Display, values: usize) -> Result<()> {
     if values == 0 {
-        bail!("{layer}: expected recent values of {feature}, got none; observe some rows first")
+        bail!("{LAYER}: expected recent values of {feature}, got none; observe some rows first")
     }
     Ok(())
 }
