@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::channels::Channels;
 use super::{Args, Composed, Gradients, composed};
 use crate::collective::{Call, Collective, VOTE, agreed, vote};
+use candle_norm_support::host;
 
 /// A tensor of sums over the ranks of a group, `[n]` in `f64` on the CPU: the first argument is
 /// what this rank contributed, the second the sums. The gradient of the contribution is the sum
@@ -191,7 +192,7 @@ impl Synchronized {
         first: First,
     ) -> Result<JointTensors> {
         let Local { count, channels, x } = shape;
-        let host = |t: &Tensor| t.detach().to_vec1::<f64>();
+        let host = |t: &Tensor| host::vector::<f64>(&t.detach());
         let none = || {
             let zero = Tensor::zeros(channels, DType::F64, &Device::Cpu)?;
             composed::anchored(&zero, &[&wide(x)?])
@@ -312,7 +313,7 @@ impl Synchronized {
         };
         let local = wide(&Tensor::cat(&[&dweight, &dbias], 0)?)?;
         let sum = self.sum("norm.backward");
-        let sums = sum.of(local.detach().to_vec1()?)?;
+        let sums = sum.of(host::vector(&local.detach())?)?;
         let second = self.sum("norm.backward_backward");
         let means = ((self.node)(&local, sums, &second)? / self.count().max(1.))?;
         let means = means.to_dtype(acc)?.to_device(x.device())?;
@@ -416,5 +417,5 @@ fn corrected(mean: f64, away: f64, squares: f64, total: f64) -> JointMoments {
 
 /// In `f64` on the CPU.
 pub(crate) fn wide(t: &Tensor) -> Result<Tensor> {
-    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)
+    host::moved(t)?.to_dtype(DType::F64)
 }

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use crate::computations::RankSum;
+use candle_norm_support::host;
 
 /// A node of sums that were formed before.
 struct Summed {
@@ -31,7 +32,7 @@ impl CustomOp1 for Summed {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let sums = self.by.of(dy.detach().to_vec1()?)?;
+        let sums = self.by.of(host::vector(&dy.detach())?)?;
         Ok(Some(sums_over_ranks(dy, sums, &self.by)?))
     }
 }

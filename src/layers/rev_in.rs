@@ -5,6 +5,7 @@ use candle_nn::{Init, VarBuilder};
 
 use super::params::Affine;
 use crate::ops::{self, check};
+use candle_norm_support::host;
 
 const LAYER: &str = "RevIn";
 
@@ -355,7 +356,7 @@ impl RevIn {
         }
         if let Some(weight) = &self.weight {
             // Elsewhere the check would wait for the device at every step.
-            if weight.device().is_cpu() {
+            if host::has(weight) {
                 invertible(LAYER, WEIGHT, weight)?;
             }
             xs = xs.broadcast_div(&weight.to_dtype(xs.dtype())?)?;
@@ -379,7 +380,7 @@ impl RevIn {
 /// elsewhere.
 fn last_of(observed: &Tensor) -> Result<Tensor> {
     let (_, steps, series) = observed.dims3()?;
-    let mut flags = observed.flatten_all()?.to_vec1::<u8>()?;
+    let mut flags = host::vector::<u8>(&observed.flatten_all()?)?;
     for window in flags.chunks_mut(steps * series) {
         for one in 0..series {
             let mut found = false;
@@ -390,7 +391,7 @@ fn last_of(observed: &Tensor) -> Result<Tensor> {
             }
         }
     }
-    Tensor::from_vec(flags, observed.shape(), observed.device())
+    host::tensor(flags, observed.shape(), observed.device())
 }
 
 /// Windows of series, `[N, T, C]`.
@@ -441,7 +442,7 @@ fn same_windows(layer: &str, forecasts: usize, windows: usize) -> Result<()> {
 
 /// A weight that can be divided by.
 fn invertible(layer: &str, name: &str, weight: &Tensor) -> Result<()> {
-    let values = weight.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let values = host::vector::<f64>(&weight.to_dtype(DType::F64)?)?;
     match values.iter().position(|v| *v == 0.) {
         Some(series) => bail!(
             "{layer}: expected {name} that can be divided by, got 0 for series {series}; a series \

@@ -10,6 +10,7 @@ use super::params::{NUM_BATCHES_TRACKED, RUNNING_MEAN, RUNNING_VAR, name_in, pat
 use super::shared_state::{Shared, State};
 use crate::graph;
 use crate::ops::check;
+use candle_norm_support::host;
 
 /// The running mean and variance of each channel, and the number of batches that went into them.
 ///
@@ -82,16 +83,16 @@ impl Snapshot {
 
 impl State {
     fn counter(&self) -> Result<i64> {
-        self.num_batches_tracked.to_scalar::<i64>()
+        host::scalar(&self.num_batches_tracked)
     }
 
     /// The counter with one more batch. At the end of its range it stays there.
     fn next_counter(&self) -> Result<Tensor> {
         let count = &self.num_batches_tracked;
-        match count.device() {
-            Device::Cpu => Tensor::new(self.counter()?.saturating_add(1), &Device::Cpu),
+        match host::has(count) {
+            true => Tensor::new(self.counter()?.saturating_add(1), &Device::Cpu),
             // Nothing on the device's stream waits for the host.
-            _ => incremented(&count.as_detached_tensor()),
+            false => incremented(&count.as_detached_tensor()),
         }
     }
 }
@@ -110,7 +111,7 @@ impl Inner {
 
     /// A counter beside the statistics.
     fn counter(&self, count: i64) -> Result<Tensor> {
-        Tensor::new(count, self.mean.device())
+        host::tensor(vec![count], (), self.mean.device())
     }
 
     fn momentum(&self, state: &State) -> Option<f64> {
@@ -156,7 +157,7 @@ impl Inner {
 
     fn check_variance(&self, var: &Tensor) -> Result<()> {
         // Elsewhere the check would wait for the device at every inference.
-        match var.device().is_cpu() && var.elem_count() > 0 {
+        match host::has(var) && var.elem_count() > 0 {
             true => non_negative(self.layer, RUNNING_VAR[0], var),
             false => Ok(()),
         }
@@ -504,7 +505,7 @@ fn dtype_in(model: DType) -> DType {
 /// A statistic of a batch, when the layer refuses values that are not finite.
 fn finite_batch(layer: &str, statistic: &Tensor, of: &str) -> Result<()> {
     let statistic = statistic.flatten_all()?.to_dtype(DType::F64)?;
-    let values = statistic.to_vec1::<f64>()?;
+    let values = host::vector::<f64>(&statistic)?;
     if let Some(channel) = values.iter().position(|v| !v.is_finite()) {
         bail!(
             "{layer}: expected a finite batch, since refuse_non_finite is set, got {} as a \
@@ -517,7 +518,7 @@ fn finite_batch(layer: &str, statistic: &Tensor, of: &str) -> Result<()> {
 
 fn non_negative(layer: &str, name: &str, value: &Tensor) -> Result<()> {
     let lowest = value.flatten_all()?.min(0)?.to_dtype(DType::F64)?;
-    let lowest = lowest.to_scalar::<f64>()?;
+    let lowest = host::scalar::<f64>(&lowest)?;
     if lowest < 0. {
         bail!("{layer}: expected {name} to be at least 0, got {lowest}")
     }

@@ -16,6 +16,7 @@ use super::weighted::{Weighted, initial};
 use crate::ops;
 use crate::ops::check as rules;
 use crate::ops::linear_map::LinearMap;
+use candle_norm_support::host;
 
 const LAYER: &str = "SpectralNorm";
 
@@ -119,7 +120,7 @@ impl Vectors {
     fn take_back(&self, step: &[Tensor; 2], before: &[Tensor; 2]) -> Result<()> {
         let guard = self.guard();
         let [now, _] = self.copies(&guard)?;
-        let values = |t: &Tensor| t.to_dtype(DType::F64)?.to_vec1::<f64>();
+        let values = |t: &Tensor| host::vector::<f64>(&t.to_dtype(DType::F64)?);
         match values(&now)? == values(&step[0])? {
             true => self.put(&guard, before),
             false => Ok(()),

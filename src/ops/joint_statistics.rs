@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor};
 
 use super::batch_norm::BatchStatistics;
 use crate::collective::{Call, Collective, agreed, vote};
+use candle_norm_support::host;
 
 /// Statistics of all ranks, and the number of values of a channel, or of samples, that they were
 /// taken over.
@@ -30,7 +31,7 @@ pub(crate) fn averaged_over_ranks(
             values.push(samples as f64);
             for statistic in [mean, var] {
                 let statistic = crate::computations::wide(&statistic.flatten_all()?)?;
-                let weighted = statistic.to_vec1::<f64>()?.into_iter();
+                let weighted = host::vector::<f64>(&statistic)?.into_iter();
                 values.extend(weighted.map(|v| v * samples as f64));
             }
         }

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::{BatchStatistics, check};
 use crate::computations::composed;
 use crate::graph;
+use candle_norm_support::host;
 
 /// A mask of the valid positions of padded sequences: 1 up to each length, 0 after it.
 ///
@@ -32,7 +33,7 @@ pub fn mask_of_lengths(lengths: &Tensor, size: usize) -> Result<Tensor> {
         )
     }
     check::countable(layer, "a mask", &[lengths.elem_count(), size])?;
-    let found = lengths.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let found = host::vector::<i64>(&lengths.to_dtype(DType::I64)?)?;
     let mut mask = Vec::with_capacity(found.len() * size);
     for length in &found {
         let Some(length) = usize::try_from(*length).ok().filter(|l| *l <= size) else {
@@ -40,7 +41,7 @@ pub fn mask_of_lengths(lengths: &Tensor, size: usize) -> Result<Tensor> {
         };
         mask.extend((0..size).map(|at| u8::from(at < length)));
     }
-    Tensor::from_vec(mask, (found.len(), size), lengths.device())
+    host::tensor(mask, (found.len(), size), lengths.device())
 }
 
 /// The positions of an input `[N, C, *]` that are valid.
@@ -68,8 +69,8 @@ impl Mask {
         let valid = match mask.elem_count() {
             0 => vec![vec![]; dims[0]],
             _ => {
-                let mask = mask.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-                let values = mask.flatten_all()?.to_vec1::<f32>()?;
+                let mask = mask.flatten_all()?.to_dtype(DType::F32)?;
+                let values = host::vector::<f32>(&mask)?;
                 let samples = values.chunks(space).map(|sample| {
                     let places = (0u32..).zip(sample).filter(|(_, v)| **v != 0.);
                     places.map(|(place, _)| place).collect()
@@ -161,7 +162,8 @@ fn zeros(layer: &str, x: &Tensor, params: &[Option<&Tensor>]) -> Result<Tensor> 
 
 fn indices(places: impl Iterator<Item = usize>, device: &Device) -> Result<Tensor> {
     let places: Vec<i64> = places.map(|place| place as i64).collect();
-    Tensor::new(places, device)
+    let len = places.len();
+    host::tensor(places, len, device)
 }
 
 /// The elements at `places` of an axis.

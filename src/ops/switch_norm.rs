@@ -8,6 +8,7 @@ use crate::computations::{
     Batch, ChannelAxes, Mixture, PlaneMoments, Planes, ScaleShift, composed, finite, softmax,
 };
 use crate::graph::{self, Route, route};
+use candle_norm_support::host;
 
 pub(super) const LAYER: &str = "SwitchNorm";
 
@@ -291,7 +292,7 @@ pub(super) fn planes(x: &Tensor, mixture: &Mixture) -> Result<(Tensor, Planes)> 
 
 /// Factors that [`switch_norm`] mixes by, from one of its weights.
 pub(crate) fn mixing_weights(weight: &Tensor) -> Result<Vec<f64>> {
-    softmax(&weight.detach().to_dtype(DType::F64)?)?.to_vec1()
+    host::vector(&softmax(&weight.detach().to_dtype(DType::F64)?)?)
 }
 
 /// A variance that is divided by n − 1.

@@ -24,6 +24,8 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
+use crate::DEFAULT_DEVICE;
+
 /// A result, or the fault of a case or of the layer that it tests.
 pub(crate) type Outcome<T> = Result<T, String>;
 
@@ -33,17 +35,19 @@ pub(crate) fn one_line(error: impl Display) -> String {
     text.lines().next().unwrap_or_default().trim().to_string()
 }
 
-/// The device that layers run on: that of `CANDLE_NORM_DEVICE`
-/// (`cpu`, or `cuda` with the feature of that
-/// name), else the CPU.
+/// The device that layers run on: that of `CANDLE_NORM_DEVICE` (`cpu`, or `cuda` with the feature
+/// of that name), else [`DEFAULT_DEVICE`].
 pub(crate) fn device() -> Outcome<&'static Device> {
     static DEVICE: OnceLock<Outcome<Device>> = OnceLock::new();
-    let device = DEVICE.get_or_init(|| match std::env::var("CANDLE_NORM_DEVICE").as_deref() {
-        Err(_) | Ok("cpu") => Ok(Device::Cpu),
-        Ok("cuda") => Device::new_cuda(0).map_err(one_line),
-        Ok(other) => Err(format!(
-            "CANDLE_NORM_DEVICE is {other:?}, must be cpu or cuda"
-        )),
+    let device = DEVICE.get_or_init(|| {
+        let asked = std::env::var("CANDLE_NORM_DEVICE");
+        match asked.as_deref().unwrap_or(DEFAULT_DEVICE) {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Device::new_cuda(0).map_err(one_line),
+            other => Err(format!(
+                "CANDLE_NORM_DEVICE is {other:?}, must be cpu or cuda"
+            )),
+        }
     });
     device.as_ref().map_err(Clone::clone)
 }

@@ -25,6 +25,9 @@ use std::path::PathBuf;
 /// Linked for its emulator of the CUDA kernels.
 use testkit as _;
 
+/// Device of the cases where the environment names none.
+const DEFAULT_DEVICE: &str = "cpu";
+
 #[test]
 fn every_case_of_the_folder_passes() {
     let folder = match std::env::var_os("CANDLE_NORM_CONFORMANCE") {

@@ -271,6 +271,34 @@ fn kernels_of_gpus_are_launched_without_waiting() {
     assert_none(broken);
 }
 
+/// Words by which elements reach the host where nothing counts it.
+const UNCOUNTED: [&str; 7] = [
+    "to_cpu_storage",
+    "to_scalar",
+    "to_vec0",
+    "to_vec1",
+    "to_vec2",
+    "to_vec3",
+    "synchronize",
+];
+
+/// What a layer reads on the host goes through `candle_norm_support::host`, which tests record.
+#[test]
+fn copies_to_the_host_are_counted() {
+    let mut broken = vec![];
+    for source in sources() {
+        if !["computations", "graph", "layers", "ops"].contains(&source.room().0) {
+            continue;
+        }
+        for word in without_tests(&source.tokens) {
+            if UNCOUNTED.contains(&word.as_str()) {
+                broken.push(format!("{} says `{word}`", source.path));
+            }
+        }
+    }
+    assert_none(broken);
+}
+
 /// A wrong argument of a caller is an error, never a panic.
 #[test]
 fn nothing_panics() {

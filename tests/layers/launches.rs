@@ -1,15 +1,17 @@
-//! The launches of the CUDA kernels that a step takes.
+//! What the layers ask of a GPU: the launches of a step, and no copy to the host.
 //!
-//! A launch is all that the backend asks of a device, beside candle's own copies and casts on it:
-//! `tests/docs/architecture.rs` has what its sources must not say, so that nothing copies to the
-//! host or waits for the device.
+//! `asked` counts while the kernels run on the emulator, whose tensors it takes for those of a GPU.
+//! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
+//! where it is not counted.
 
 use candle_core::{Device, ModuleT, Result, Tensor, Var};
-use candle_norm::internals::launches;
+use candle_norm::internals::{Asked, asked, launches};
 use candle_norm::{
     BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,
     with_path,
 };
+use testkit::functions::FUNCTIONS;
+use testkit::table::forms;
 
 use testkit::vars::fresh_vb;
 
@@ -105,5 +107,112 @@ fn inference_keeps_no_statistics_and_is_one_launch() -> Result<()> {
     let (y, of_forward) = with_path(Path::Emulated, || launches(|| norm.forward_t(&x, false)));
     assert_eq!(y?.dims(), [64, 256]);
     assert_eq!(of_forward.len(), 1, "{of_forward:?}");
+    Ok(())
+}
+
+/// What a forward and the backward of all that it depends on ask for on the emulator.
+fn asked_by_step(x: &Tensor, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Asked> {
+    let (step, asked) = asked(|| {
+        with_path(Path::Emulated, || {
+            let y = forward(x)?;
+            (&y * y.detach())?.sum_all()?.backward()
+        })
+    });
+    step.map(|_| asked)
+}
+
+fn assert_no_wait(what: &str, of: &Asked) {
+    let waits = [of.to_host, of.synchronizations];
+    assert_eq!(waits, [0, 0], "{what}: {of:?}");
+}
+
+/// Layers whose computations are composed on a GPU.
+const COMPOSED: [&str; 1] = ["scale_norm"];
+
+#[test]
+fn no_layer_copies_to_the_host_or_waits_for_it() -> Result<()> {
+    let mut launched = 0;
+    for dtype in [DType::F32, DType::BF16] {
+        for (layer, form) in forms() {
+            let dims = [2, 4, 3, 5];
+            let vb = VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu);
+            let norm = (form.build)(&dims, vb)?;
+            let x = Var::from_tensor(&var(&dims)?.to_dtype(dtype)?)?;
+            for is_training in [true, false] {
+                let what = format!("{}, {dtype:?}, training: {is_training}", form.name);
+                let step = asked_by_step(&x, |x| norm.forward_t(x, is_training))?;
+                assert_no_wait(&what, &step);
+                let data = x.detach();
+                let run = || norm.forward_t(&data, is_training);
+                let (y, of_data) = asked(|| with_path(Path::Emulated, run));
+                assert_eq!(y?.dims(), dims);
+                assert_no_wait(&what, &of_data);
+                if !COMPOSED.contains(&layer.name) {
+                    let has_kernels = !step.launches.is_empty() && !of_data.launches.is_empty();
+                    assert!(has_kernels, "{what}: {step:?}, {of_data:?}");
+                    assert!(step.allocations > 0 && of_data.allocations > 0, "{what}");
+                    launched += step.launches.len();
+                }
+            }
+        }
+    }
+    assert!(launched > 100, "{launched} launches");
+    Ok(())
+}
+
+#[test]
+fn functions_copy_masks_alone_to_the_host() -> Result<()> {
+    for function in FUNCTIONS {
+        let dims = function.tiny[0];
+        let shapes = (function.params)(dims);
+        let mut arguments = vec![var(dims)?.into_inner()];
+        for shape in &shapes {
+            arguments.push(var(shape)?.into_inner());
+        }
+        let step = asked_by_step(&arguments[0], |_| (function.call)(&arguments))?;
+        // Which positions are valid decides about shapes.
+        let masks = usize::from(function.name.contains("masked"));
+        let waits = [step.to_host, step.synchronizations];
+        assert_eq!(waits, [masks; 2], "{}: {step:?}", function.name);
+    }
+    Ok(())
+}
+
+/// A strided input is copied where it lies, and parameters are cast there.
+#[test]
+fn copies_on_the_device_are_counted() -> Result<()> {
+    let x = Var::from_tensor(&var(&[8, 3])?.to_dtype(DType::BF16)?)?;
+    let weight = var(&[3])?;
+    // One element behind a multiple of 16 bytes.
+    let behind = |x: &Tensor| x.flatten_all()?.narrow(0, 1, 21)?.reshape((7, 3));
+    let step = asked_by_step(&x, |x| ops::rms_norm(&behind(x)?, 3, Some(&weight), 1e-5))?;
+    assert!(step.copies > 0, "{step:?}");
+    assert_no_wait("a part of a tensor", &step);
+    Ok(())
+}
+
+#[test]
+fn a_copy_to_the_host_is_seen() -> Result<()> {
+    let x = var(&[4, 16, 64])?;
+    let step = |refuse_non_finite, reads_counter: bool| {
+        let options = BatchNormOptions {
+            refuse_non_finite,
+            ..Default::default()
+        };
+        let norm = batch_norm(16, options, vb())?;
+        asked_by_step(&x, |x| {
+            let y = norm.forward_t(x, true)?;
+            if reads_counter && let Some(statistics) = norm.running_stats() {
+                statistics.snapshot()?;
+            }
+            Ok(y)
+        })
+    };
+    assert_no_wait("batch norm", &step(false, false)?);
+    let counted = step(false, true)?;
+    assert_eq!([counted.to_host, counted.synchronizations], [1, 1]);
+    // The mean and the variance.
+    let checked = step(true, false)?;
+    assert_eq!([checked.to_host, checked.synchronizations], [2, 2]);
     Ok(())
 }

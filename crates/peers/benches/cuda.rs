@@ -1,19 +1,21 @@
-//! Norms on a GPU: this crate beside candle-nn and a copy of the tensor, timed by CUDA events.
+//! Norms on a GPU: the kernels beside the composed path, candle-nn and a copy of the tensor on the
+//! device, timed by CUDA events.
 //!
 //! ```text
 //! cargo bench --features cuda --bench cuda                 # the table of docs/performance.md
 //! cargo bench --features cuda --bench cuda -- layer bf16   # rows that contain all of these words
+//! cargo bench --features cuda --bench cuda -- --json=FILE  # the numbers also as a file
 //! ```
 //!
 //! A step is forward, a product with a fixed cotangent, and candle's backward to input and
-//! parameters. candle-nn's fused
-//! LayerNorm and RmsNorm pass no gradients on, so that its steps go through its `layer_norm_slow`
-//! and `rms_norm_slow`.
+//! parameters. candle-nn's fused LayerNorm and RmsNorm pass no gradients on, so that its steps go
+//! through its `layer_norm_slow` and `rms_norm_slow`.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, Var};
 use candle_nn::{Module, ModuleT, VarBuilder, VarMap};
-use candle_norm::{batch_norm, group_norm, instance_norm, layer_norm, rms_norm};
+use candle_norm::{Path, batch_norm, group_norm, instance_norm, layer_norm, rms_norm, with_path};
+use serde_json::{Map, Value, json};
 
 /// The norms and the shapes that they are timed on.
 const CASES: [(&str, &[usize]); 9] = [
@@ -35,12 +37,24 @@ const ROUNDS: usize = 9;
 /// A norm in training mode.
 type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
+/// A time of a row, by its name in a file and at the head of the table.
+const COLUMNS: [(&str, &str); 7] = [
+    ("copy", "copy"),
+    ("forward", "forward"),
+    ("composed_forward", "composed"),
+    ("candle_nn_forward", "candle-nn"),
+    ("step", "step"),
+    ("composed_step", "composed"),
+    ("candle_nn_step", "candle-nn"),
+];
+
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let device = Device::new_cuda(0)?;
     println!("milliseconds; candle-nn has no instance norm, and no batch norm in half precision");
-    let columns = ["copy", "forward", "candle-nn", "step", "candle-nn"].map(|c| format!("{c:>9}"));
-    println!("{:>32} {}", "", columns.join(" "));
+    let heads = COLUMNS.map(|(_, head)| format!("{head:>9}"));
+    println!("{:>32} {}", "", heads.join(" "));
+    let mut rows = vec![];
     for (norm, dims) in CASES {
         for dtype in [DType::F32, DType::BF16] {
             let name = format!("{norm} {dims:?} {}", dtype.as_str());
@@ -49,14 +63,24 @@ fn main() -> Result<()> {
                 let times = row(norm, dims, dtype, &device)?;
                 let cell = |t: Option<f64>| t.map_or(format!("{:>9}", ""), |t| format!("{t:>9.3}"));
                 println!("{name:>32} {}", times.map(cell).join(" "));
+                let named = COLUMNS.iter().zip(times);
+                let times = named.map(|((name, _), time)| (name.to_string(), json!(time)));
+                let of =
+                    json!({"name": name, "norm": norm, "shape": dims, "dtype": dtype.as_str()});
+                let mut row: Map<String, Value> = times.collect();
+                row.extend(of.as_object().cloned().unwrap_or_default());
+                rows.push(row);
             }
         }
     }
-    Ok(())
+    match words.iter().find_map(|word| word.strip_prefix("--json=")) {
+        Some(file) => Ok(std::fs::write(file, json!(rows).to_string())?),
+        None => Ok(()),
+    }
 }
 
-/// Milliseconds of a copy, our forward, candle-nn's, our step and candle-nn's, where it has one.
-fn row(norm: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<[Option<f64>; 5]> {
+/// Milliseconds of each of [`COLUMNS`], where candle-nn has one.
+fn row(norm: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<[Option<f64>; 7]> {
     let random = || Tensor::randn(0f32, 1., dims, device)?.to_dtype(dtype);
     let (x, dy) = (Var::from_tensor(&random()?)?, random()?);
     let data = x.as_tensor().detach();
@@ -71,11 +95,14 @@ fn row(norm: &str, dims: &[usize], dtype: DType, device: &Device) -> Result<[Opt
         })
     };
     let (their_forward, their_step) = theirs.unzip();
+    let composed = |run: &dyn Fn() -> Result<f64>| with_path(Path::Composed, run);
     Ok([
         Some(median(device, || data.copy().map(drop))?),
         Some(forward(&ours)?),
+        Some(composed(&|| forward(&ours))?),
         their_forward.as_ref().map(forward).transpose()?,
         Some(step(&ours)?),
+        Some(composed(&|| step(&ours))?),
         their_step.as_ref().map(step).transpose()?,
     ])
 }

@@ -12,7 +12,7 @@ use super::launches::{
     Affine, By, Spread, Wanted, grads_of_columns, grads_of_planes, normalized_columns,
     normalized_planes, own_and_normalized_planes, own_of_columns,
 };
-use super::operands::{Pair, dtype};
+use super::operands::{Pair, cast, dtype};
 use super::statistics::Moments;
 use super::transpose::from_channels_last;
 use super::{Cuda, Device, Launcher, Operand, View};
@@ -44,7 +44,7 @@ pub(crate) enum Saved<L: Launcher> {
 fn in_dtype<S: DeviceStorage>(layer: &str, vector: &Tensor, dtype: DType) -> Result<S> {
     let (storage, layout) = vector.storage_and_layout();
     match S::of(&storage) {
-        Some(storage) => storage.to_dtype(layout, dtype),
+        Some(storage) => cast(storage, layout, dtype),
         None => messages::internal(layer, "statistics on the device of the input"),
     }
 }

@@ -1,6 +1,5 @@
 //! The kernels on the CPU, by the emulator that a test program installs.
 
-use std::cell::RefCell;
 use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, DType, Result};
@@ -37,17 +36,6 @@ static EMULATOR: OnceLock<Emulator> = OnceLock::new();
 /// The first one stays.
 pub fn install_emulator(emulator: Emulator) {
     let _ = EMULATOR.set(emulator);
-}
-
-thread_local! {
-    static LAUNCHES: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
-}
-
-/// Runs `f`, and returns the names of the kernels that it launched on this thread.
-pub fn launches<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
-    LAUNCHES.set(Some(vec![]));
-    let result = f();
-    (result, LAUNCHES.take().unwrap_or_default())
 }
 
 /// The emulator behind storages of the CPU.
@@ -137,11 +125,6 @@ impl Launcher for Emulated {
         let Some(emulator) = EMULATOR.get() else {
             return messages::launch(layer, &launch.kernel, "no emulator is installed");
         };
-        LAUNCHES.with_borrow_mut(|launches| {
-            if let Some(launches) = launches {
-                launches.push(launch.kernel.clone());
-            }
-        });
         let place = |arg: &Arg<CpuStorage>| match arg {
             Arg::Read(storage, at) => Memory::new(layer, storage, *at).map(Some),
             Arg::Write(storage) => Memory::new(layer, storage, 0).map(Some),

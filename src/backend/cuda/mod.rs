@@ -4,6 +4,8 @@
 //! the feature `cuda`; the emulator of the tests is another, under the feature `internals`. Nothing
 //! here copies to the host or waits for the device.
 
+#[cfg_attr(not(feature = "internals"), allow(unreachable_pub))]
+pub(crate) mod asked;
 mod channels;
 #[cfg(feature = "cuda")]
 pub(crate) mod driver;

@@ -7,6 +7,7 @@ use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::rows::ALIGNMENT;
 use candle_norm_cuda_kernels::{Element, Launch, Types};
 
+use super::asked::count;
 use super::{Arg, Launcher, View};
 use crate::computations::composed::accumulator;
 use candle_norm_support::messages;
@@ -94,6 +95,7 @@ impl<'a, L: Launcher> Device<'a, L> {
 
     /// `len` elements for a kernel to write.
     pub(super) fn alloc(self, dtype: DType, len: usize) -> Result<L::Storage> {
+        count(|asked| asked.allocations += 1);
         L::alloc(self.like, dtype, len.max(1))
     }
 
@@ -122,8 +124,7 @@ impl<'a, L: Launcher> Device<'a, L> {
             return Ok(operand);
         }
         let mut copy = self.alloc(operand.dtype(), operand.len)?;
-        x.storage
-            .copy_strided_src(&mut copy, 0, &operand.layout())?;
+        copied(x.storage, &operand.layout(), &mut copy, 0)?;
         Ok(Operand::whole(copy, operand.len))
     }
 
@@ -144,7 +145,7 @@ impl<'a, L: Launcher> Device<'a, L> {
                 len,
             });
         }
-        let converted = param.storage.to_dtype(param.layout, dtype)?;
+        let converted = cast(param.storage, param.layout, dtype)?;
         Ok(Operand::whole(converted, len))
     }
 
@@ -220,15 +221,32 @@ impl<S: BackendStorage> Pair<S> {
     /// Of `len` numbers in `f64`.
     pub(super) fn of(wide: &S, len: usize, dtype: DType) -> Result<Self> {
         let line = Layout::contiguous(len);
-        let high = wide.to_dtype(&line, dtype)?;
+        let high = cast(wide, &line, dtype)?;
         let low = || {
-            let rounded = high.to_dtype(&line, DType::F64)?;
+            let rounded = cast(&high, &line, DType::F64)?;
             let low = wide.binary_impl::<Sub>(&rounded, &line, &line)?;
-            low.to_dtype(&line, dtype)
+            cast(&low, &line, dtype)
         };
         let low = (dtype != DType::F64).then(low).transpose()?;
         Ok(Self { high, low })
     }
+}
+
+/// Elements in `dtype`, in storage of their own on the device.
+pub(super) fn cast<S: BackendStorage>(from: &S, layout: &Layout, dtype: DType) -> Result<S> {
+    count(|asked| asked.copies += 1);
+    from.to_dtype(layout, dtype)
+}
+
+/// Copies elements on the device to those of `to` from the one at `at` on.
+pub(super) fn copied<S: BackendStorage>(
+    from: &S,
+    layout: &Layout,
+    to: &mut S,
+    at: usize,
+) -> Result<()> {
+    count(|asked| asked.copies += 1);
+    from.copy_strided_src(to, at, layout)
 }
 
 /// The dtype of elements.
@@ -317,6 +335,7 @@ impl<'a, L: Launcher> Call<'a, L> {
 
     pub(super) fn run(mut self) -> Result<()> {
         let Device { layer, like } = self.device;
+        count(|asked| asked.launches.push(self.launch.kernel.clone()));
         L::launch(layer, like, self.launch, &mut self.args)
     }
 }

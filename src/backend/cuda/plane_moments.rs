@@ -6,6 +6,7 @@ use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::Planes;
 
 use super::launches::{Affine, By, Spread, normalized_planes, own_of_planes};
+use super::operands::{cast, copied};
 use super::statistics::Moments;
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On};
@@ -35,8 +36,8 @@ impl<L: Launcher> On<Cuda<L>> for PlaneMoments {
         let count = planes.channels as usize;
         let line = Layout::contiguous(count);
         let mut y = device.alloc(DType::F64, 2 * count)?;
-        saved.wide_mean()?.copy_strided_src(&mut y, 0, &line)?;
-        saved.wide_var()?.copy_strided_src(&mut y, count, &line)?;
+        copied(&saved.wide_mean()?, &line, &mut y, 0)?;
+        copied(&saved.wide_var()?, &line, &mut y, count)?;
         Ok(Forward { y, saved })
     }
 
@@ -53,7 +54,7 @@ impl<L: Launcher> On<Cuda<L>> for PlaneMoments {
                 .dy
                 .storage
                 .affine(&line, factor / self.len as f64, 0.)?;
-            let grad = grad.to_dtype(&Layout::contiguous(count), accumulator(x.dtype()))?;
+            let grad = cast(&grad, &Layout::contiguous(count), accumulator(x.dtype()))?;
             Ok::<_, candle_core::Error>(Some(Operand::whole(grad, count)))
         };
         let affine = Affine {

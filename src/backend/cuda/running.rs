@@ -6,6 +6,7 @@ use candle_core::scalar::Scalar;
 use candle_core::{Layout, Result};
 use candle_norm_cuda_kernels::geometry::channels::update_running;
 
+use super::operands::cast;
 use super::{Device, Launcher, View};
 use crate::backend::{Running, Updated};
 
@@ -25,7 +26,7 @@ pub(super) fn updated<L: Launcher>(
     );
     let rest = device.zeros(dtype, channels)?;
     // In storage of its own.
-    let copy = |of: View<L::Storage>| of.storage.to_dtype(of.layout, of.storage.dtype());
+    let copy = |of: View<L::Storage>| cast(of.storage, of.layout, of.storage.dtype());
     // The kernel adds one, and a counter at the end of its range stays there.
     let last = device.filled(Scalar::I64(i64::MAX - 1), 1)?;
     let (counter, layout) = (from.counter.storage, from.counter.layout);

@@ -8,7 +8,7 @@ use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
 use super::launches::{
     Affine, By, Spread, Wanted, column_sums, grads_of_planes, normalized_columns, normalized_planes,
 };
-use super::operands::Pair;
+use super::operands::{Pair, cast, copied};
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::composed::accumulator;
@@ -29,7 +29,7 @@ impl ScaleShift {
     fn row<S: BackendStorage>(&self, coefficients: View<S>, row: usize, to: DType) -> Result<S> {
         let start = coefficients.layout.start_offset() + row * self.planes();
         let line = Layout::contiguous_with_offset(self.planes(), start);
-        coefficients.storage.to_dtype(&line, to)
+        cast(coefficients.storage, &line, to)
     }
 
     /// A matrix with one row for each sample, and a column for each channel.
@@ -74,7 +74,7 @@ impl<L: Launcher> On<Cuda<L>> for ScaleShift {
         let coefficients = argument(self, args.weight)?;
         let acc = accumulator(x.dtype());
         let narrow = |wide: L::Storage| {
-            let narrow = wide.to_dtype(&Layout::contiguous(self.planes()), acc)?;
+            let narrow = cast(&wide, &Layout::contiguous(self.planes()), acc)?;
             Ok::<_, candle_core::Error>(Operand::whole(narrow, self.planes()))
         };
         let shift = match args.bias {
@@ -123,11 +123,11 @@ impl<L: Launcher> On<Cuda<L>> for ScaleShift {
         // Numbers near the means get no gradient.
         let line = Layout::contiguous(self.planes());
         let mut dweight = device.alloc(acc, 3 * self.planes())?;
-        dscale.copy_strided_src(&mut dweight, 0, &line)?;
-        dshift.copy_strided_src(&mut dweight, self.planes(), &line)?;
+        copied(&dscale, &line, &mut dweight, 0)?;
+        copied(&dshift, &line, &mut dweight, self.planes())?;
         let none = dshift.affine(&line, 0., 0.)?;
-        none.copy_strided_src(&mut dweight, 2 * self.planes(), &line)?;
-        let wide = Operand::whole(dshift.to_dtype(&line, DType::F64)?, self.planes());
+        copied(&none, &line, &mut dweight, 2 * self.planes())?;
+        let wide = Operand::whole(cast(&dshift, &line, DType::F64)?, self.planes());
         let dbias = column_sums(device, self.matrix(device, DType::F64)?, &wide)?;
         Ok(Gradients {
             dx: grads.dx,

@@ -6,6 +6,7 @@ use candle_core::{DType, Layout, Result, Tensor};
 use candle_norm_cuda_kernels::geometry::channels::Columns;
 
 use super::launches::column_sums;
+use super::operands::cast;
 use super::{Device, Launcher, Operand};
 use crate::backend::{DeviceStorage, Statistics};
 
@@ -37,7 +38,7 @@ impl<L: Launcher> Moments<L> {
     }
 
     fn wide(&self, values: &L::Storage) -> Result<L::Storage> {
-        values.to_dtype(&Layout::contiguous(self.len), DType::F64)
+        cast(values, &Layout::contiguous(self.len), DType::F64)
     }
 
     /// The means with all their digits, in `f64`.

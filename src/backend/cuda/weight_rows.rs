@@ -1,12 +1,11 @@
 //! Weight norm.
 
-use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::channels::Columns;
 use candle_norm_cuda_kernels::geometry::weight::Weight;
 
 use super::launches::{Affine, By, column_sums, normalized_columns};
-use super::operands::dtype;
+use super::operands::{cast, dtype};
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::composed::accumulator;
@@ -121,7 +120,7 @@ impl<L: Launcher> On<Cuda<L>> for WeightRows {
             && is_common
         {
             let rows = Layout::contiguous(g.len());
-            let of_rows = Operand::whole(of_rows.to_dtype(&rows, DType::F64)?, g.len());
+            let of_rows = Operand::whole(cast(of_rows, &rows, DType::F64)?, g.len());
             let columns = Columns::new(device.types(DType::F64, [])?, shape.rows, 1, 1);
             dg = Some(column_sums(device, columns, &of_rows)?);
         }

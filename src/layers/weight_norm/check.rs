@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
+use candle_norm_support::host;
+
 pub(in crate::layers) use crate::ops::check::{dim, float, same_device, shape};
 
 /// A checkpoint for a layer that is built without a bias.
@@ -72,7 +74,7 @@ pub(super) fn more_than_one_output(layer: &str, outputs: usize, x: &Tensor) -> R
 
 /// The variances of the outputs that a data-dependent initialization divides by.
 pub(super) fn varying(layer: &str, var: &Tensor) -> Result<()> {
-    let values = var.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let values = host::vector::<f64>(&var.to_dtype(DType::F64)?)?;
     match values.iter().position(|v| !(*v > 0. && v.is_finite())) {
         Some(channel) => bail!(
             "{layer}: expected outputs that vary over the batch, got a variance of {} in channel \
