@@ -4,7 +4,7 @@
 //! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
 //! where it is not counted.
 
-use candle_core::{Device, ModuleT, Result, Tensor, Var};
+use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_norm::internals::{Asked, asked, launches};
 use candle_norm::{
     BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,
@@ -199,7 +199,7 @@ fn a_copy_to_the_host_is_seen() -> Result<()> {
             refuse_non_finite,
             ..Default::default()
         };
-        let norm = batch_norm(16, options, vb())?;
+        let norm = batch_norm(16, options, fresh_vb())?;
         asked_by_step(&x, |x| {
             let y = norm.forward_t(x, true)?;
             if reads_counter && let Some(statistics) = norm.running_stats() {

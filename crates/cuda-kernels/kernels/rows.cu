@@ -410,6 +410,8 @@ __device__ __forceinline__ void write_row(const Held<T, PER, ADD> &held, const R
                                           const Stats<Acc<T>> &stats, Affine<T, P, PER, HOLD, EVEN> &affine, T *y,
                                           Acc<T> offset, int flags) {
   constexpr int V = Lanes<T>::count;
+  // Statistics alone are asked for.
+  if (!y) return;
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     const I g = g0 + k * lanes;

@@ -1,5 +1,6 @@
-// Weight norm: each row of v [rows, len] at its own length g. A row is a team's: a warp's, or a block's.
-#include "planes.cuh"
+// Weight norm, unit rows, and lengths: each row of v [rows, len] at a length g of its own, or at one. A row is a team's: a
+// warp's, or a block's.
+#include "slots.cuh"
 
 // The power of two by which a row's largest element comes near one.
 __device__ __forceinline__ float to_one(float largest) {
@@ -15,44 +16,6 @@ __device__ __forceinline__ double to_one(double largest) {
   return words_to_double(0, (unsigned)(1023 - e) << 20);
 }
 
-template <class A> __device__ __forceinline__ A larger(A a, A b) { return b > a || b != b ? b : a; }
-template <class A> __device__ __forceinline__ A warp_max(A v) {
-#pragma unroll
-  for (int m = 16; m > 0; m >>= 1) v = larger(v, __shfl_xor_sync(0xffffffffu, v, m));
-  return v;
-}
-// NaN is the largest. `part` has 32 places that nothing else uses.
-template <class A> __device__ __forceinline__ A team_max(A v, A *part) {
-  v = warp_max(v);
-  if (blockDim.x == 32) return v;
-  const unsigned lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  if (lane == 0) part[threadIdx.x >> 5] = v;
-  __syncthreads();
-  return warp_max(lane < warps ? part[lane] : A(0));
-}
-
-// f(values, place) for each slot of the row that the thread has, U of them in flight.
-template <class T, int U, class F>
-__device__ __forceinline__ void for_slots(const T *v, u64 start, u64 len, u64 limit, F f) {
-  const bool vectors = aligned(v);
-  const u64 slots = (len + 2 * Lanes<T>::count - 2) / Lanes<T>::count;
-  for (u64 s = threadIdx.x; s < slots; s += U * blockDim.x) {
-    Raw raw[U];
-    Place<T> place[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      place[u] = place_in<T>(start, len, s + u * blockDim.x);
-      raw[u] = load_slot(v, vectors, place[u], limit);
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      Acc<T> x[Lanes<T>::count];
-      unpack(raw[u], x, (const T *)0);
-      f(x, place[u]);
-    }
-  }
-}
-
 template <class T> __device__ __forceinline__ Acc<T> squares(const T *v, u64 start, u64 len, u64 limit, Acc<T> scale) {
   Acc<T> sum = 0;
   for_slots<T, 4>(v, start, len, limit, [&](const Acc<T> *x, Place<T>) {
@@ -64,10 +27,21 @@ template <class T> __device__ __forceinline__ Acc<T> squares(const T *v, u64 sta
   return sum;
 }
 
-// w = g · v / ‖v‖. Saved: ‖scale · v‖ and scale, a power of two that keeps the squares from over- and underflow.
+// What keeps the lengths of short rows from zero; the numbers are those of geometry::weight.
+enum {
+  // `least` in place of the length of a row that is shorter.
+  BELOW = 0,
+  // `least` in place of the length of a row that is not longer.
+  UP_TO = 1,
+  // `least` is added to the sum of the squares.
+  INSIDE = 2
+};
+
+// w = g · v / ‖v‖, if it is asked for. Saved: ‖scale · v‖ and scale, a power of two that keeps the squares from over- and
+// underflow; −1 where the length does not change with the row. `lengths`, if it is asked for, takes ‖v‖.
 template <class T, class P>
 __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *norm_out, Acc<T> *scale_out, u64 rows,
-                                        u64 len) {
+                                        u64 len, int floor, double least, Acc<T> *lengths) {
   typedef Acc<T> A;
   SHARED(A, buffer, 96);
   const u64 row = block_of_list() * blockDim.y + threadIdx.y;
@@ -90,12 +64,24 @@ __device__ __forceinline__ void forward(const T *v, const P *g, T *w, Acc<T> *no
       norm = sqrt_(team_sum(squares(v, start, len, limit, scale), buffer + 64));
     }
   }
+  const A length = norm / scale, bound = (A)least;
+  const bool fixed = floor == BELOW ? length < bound : floor == UP_TO && length <= bound;
+  if (fixed) {
+    norm = bound;
+    scale = 1;
+  } else if (floor == INSIDE) {
+    // Beside the number, what was scaled up is zero.
+    norm = scale > A(1) ? sqrt_(length * length + bound) : sqrt_(norm * norm + bound * scale * scale);
+    scale = scale > A(1) ? A(1) : scale;
+  }
   // A row of zeros has no direction.
-  const A factor = norm == A(0) ? A(0) : (A)load(g + row) / norm;
+  const A factor = norm == A(0) ? A(0) : (g ? (A)load(g + row) : A(1)) / norm;
   if (threadIdx.x == 0) {
     norm_out[row] = norm;
-    scale_out[row] = scale;
+    scale_out[row] = fixed ? A(-1) : scale;
+    if (lengths) lengths[row] = length;
   }
+  if (!w) return;
   for_slots<T, 4>(v, start, len, limit, [&](A *x, Place<T> place) {
 #pragma unroll
     for (int i = 0; i < Lanes<T>::count; ++i) x[i] = (x[i] * scale) * factor;
@@ -113,7 +99,8 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
   if (row >= rows) return;
   const u64 start = row * len, limit = rows * len;
   const bool dw_vectors = aligned(dw), to_vectors = aligned(dv);
-  const A norm = norms[row], scale = scales[row], unit = norm == A(0) ? A(0) : A(1) / norm;
+  const bool fixed = scales[row] < A(0);
+  const A norm = norms[row], scale = fixed ? A(1) : scales[row], unit = norm == A(0) ? A(0) : A(1) / norm;
   A along = 0;
   for_slots<T, 4>(v, start, len, limit, [&](const A *x, Place<T> place) {
     A d[Lanes<T>::count], part = 0;
@@ -124,7 +111,8 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
   });
   along = team_sum(along, buffer);
   if (threadIdx.x == 0 && dg) store(dg + row, along);
-  const A factor = (A)load(g + row) * unit;
+  if (fixed) along = 0;
+  const A factor = (g ? (A)load(g + row) : A(1)) * unit;
   for_slots<T, 4>(v, start, len, limit, [&](const A *x, Place<T> place) {
     A d[Lanes<T>::count];
     unpack(load_slot(dw, dw_vectors, place, limit), d, (const T *)0);
@@ -135,8 +123,9 @@ __device__ __forceinline__ void backward(const T *v, const T *dw, const P *g, co
 }
 
 #define OF_PAIR(T, P, t)                                                                                             \
-  KERNEL(256, 2, weight_norm_##t, const T *v, const P *g, T *w, Acc<T> *norm, Acc<T> *scale, i64 rows, i64 len) {    \
-    forward<T, P>(v, g, w, norm, scale, rows, len);                                                                  \
+  KERNEL(256, 2, weight_norm_##t, const T *v, const P *g, T *w, Acc<T> *norm, Acc<T> *scale, i64 rows, i64 len,      \
+         int floor, double least, Acc<T> *lengths) {                                                                 \
+    forward<T, P>(v, g, w, norm, scale, rows, len, floor, least, lengths);                                           \
   }                                                                                                                  \
   KERNEL(256, 2, weight_norm_grad_##t, const T *v, const T *dw, const P *g, const Acc<T> *norm, const Acc<T> *scale, \
          T *dv, P *dg, i64 rows, i64 len) {                                                                          \

@@ -1392,7 +1392,8 @@ fn weight_norm(types: Types, v: &[f64], dw: &[f64], g: &[f64], len: usize) -> [B
         let mut dg = Buffer::empty(p, g.len);
         let a = Args::new().read(&v).read(&g).write(&mut w);
         let a = a.write(&mut norm).write(&mut scale);
-        run(&l.forward(), a.i64(g.len as i64).i64(len as i64), order);
+        let a = a.i64(g.len as i64).i64(len as i64);
+        run(&l.forward(), a.i32(0).f64(0.).null(), order);
         let a = Args::new().read(&v).read(&dw).read(&g).read(&norm);
         let a = a.read(&scale).write(&mut dv).write(&mut dg);
         run(&l.backward(), a.i64(g.len as i64).i64(len as i64), order);

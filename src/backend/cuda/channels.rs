@@ -3,20 +3,23 @@
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{DType, Layout, Result, Tensor};
+use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+use candle_norm_cuda_kernels::geometry::pointwise::Pointwise;
 use candle_norm_support::messages;
 
 use super::launches::{
-    Affine, By, Spread, Wanted, grads_of_columns, grads_of_planes, normalized_columns,
-    normalized_planes, own_and_normalized_planes, own_of_columns,
+    Affine, By, Spread, Wanted, grads_by_sample, grads_of_columns, grads_of_planes,
+    normalized_columns, normalized_planes, own_and_normalized_planes, own_of_columns,
+    own_of_planes,
 };
-use super::operands::{Pair, cast, dtype};
+use super::operands::{Pair, dtype, in_dtype};
+use super::pointwise::{Behind, Elements, Through};
 use super::statistics::Moments;
 use super::transpose::from_channels_last;
 use super::{Cuda, Device, Launcher, Operand, View};
-use crate::backend::{Backward, DeviceStorage, Forward, On, Statistics, is_channels_last};
+use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
 use crate::computations::composed::accumulator;
 use crate::computations::{self, Args, Channels, FixedStatistics, Gradients, Source};
 
@@ -40,15 +43,6 @@ pub(crate) enum Saved<L: Launcher> {
     Given(Arc<Given<L>>),
 }
 
-/// A contiguous vector in `dtype`, in storage of its own.
-fn in_dtype<S: DeviceStorage>(layer: &str, vector: &Tensor, dtype: DType) -> Result<S> {
-    let (storage, layout) = vector.storage_and_layout();
-    match S::of(&storage) {
-        Some(storage) => cast(storage, layout, dtype),
-        None => messages::internal(layer, "statistics on the device of the input"),
-    }
-}
-
 impl<L: Launcher> Given<L> {
     fn new(layer: &str, fixed: &FixedStatistics, acc: DType) -> Result<Self> {
         let mean = match fixed.mean().dtype() == acc {
@@ -64,15 +58,23 @@ impl<L: Launcher> Given<L> {
 }
 
 impl Channels {
-    fn form(&self, types: Types) -> Form {
-        let [outer, channels, inner] =
-            [self.axes.outer, self.axes.channels, self.axes.inner].map(|n| n as u64);
-        let planes = Planes {
+    fn planes(&self, types: Types) -> Planes {
+        Planes {
             types,
+            outer: self.axes.outer as u64,
+            channels: self.axes.channels as u64,
+            inner: self.axes.inner as u64,
+        }
+    }
+
+    fn form(&self, types: Types) -> Form {
+        let planes = self.planes(types);
+        let Planes {
             outer,
             channels,
             inner,
-        };
+            ..
+        } = planes;
         match planes.are_long() {
             true => Form::Planes(planes),
             false => Form::Columns(Columns::new(types, outer, channels, inner)),
@@ -100,13 +102,68 @@ impl Channels {
         }
     }
 
+    /// Whether the kernels of channels do all of the forward.
+    fn is_plain(&self) -> bool {
+        self.spread == computations::Spread::Channel && self.activation.is_none()
+    }
+
+    /// The elements of normalized channels.
+    fn elements<'a, L: Launcher>(
+        &self,
+        types: Types,
+        affine: Affine<'a, L::Storage>,
+        saved: &'a Saved<L>,
+    ) -> Elements<'a, L::Storage> {
+        let axes = self.axes;
+        Elements {
+            shape: Pointwise {
+                types,
+                dims: [axes.outer, axes.channels, axes.inner].map(|n| n as u64),
+                weights: self.spread.places(axes),
+                stats: [0, 1, 1],
+            },
+            affine,
+            by: self.by(saved),
+            offset: 0.,
+            flags: 0,
+            activation: self.activation,
+        }
+    }
+
+    /// The gradients without an activation.
+    fn gradients<L: Launcher>(
+        &self,
+        device: Device<L>,
+        types: Types,
+        both: [&Operand<L::Storage>; 2],
+        weight: Option<&Operand<L::Storage>>,
+        saved: &Saved<L>,
+        params: bool,
+    ) -> Result<Gradients<L::Storage>> {
+        let by = self.by(saved);
+        let wanted = Wanted {
+            own: match self.source {
+                Source::Own { center } => Some(center),
+                Source::Given(_) | Source::Synchronized(_) => None,
+            },
+            params,
+        };
+        if self.spread == computations::Spread::SampleAndChannel {
+            return grads_by_sample(device, self.planes(types), both, weight, &by, wanted);
+        }
+        match self.form(types) {
+            Form::Planes(planes) => grads_of_planes(device, planes, both, weight, &by, wanted),
+            Form::Columns(columns) => grads_of_columns(device, columns, both, weight, &by, wanted),
+        }
+    }
+
     fn by<'a, L: Launcher>(&self, saved: &'a Saved<L>) -> By<'a, L::Storage> {
         match saved {
             Saved::Own(moments) => By::own(moments),
             Saved::Given(given) => By {
-                mean: Some(&given.mean.high),
-                rest: given.mean.low.as_ref(),
-                third: Some(&given.var),
+                mean: Some(Operand::from(&given.mean.high, 0)),
+                rest: given.mean.low.as_ref().map(|low| Operand::from(low, 0)),
+                third: Some(Operand::from(&given.var, 0)),
                 of_var: true,
                 eps: self.eps,
             },
@@ -118,9 +175,7 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
     type Saved = Saved<L>;
 
     fn is_carried_out(&self) -> bool {
-        let is_synchronized = matches!(self.source, Source::Synchronized(_));
-        let is_plain = self.spread == computations::Spread::Channel && self.activation.is_none();
-        is_plain && !is_synchronized
+        !matches!(self.source, Source::Synchronized(_))
     }
 
     fn takes(&self, x: &Layout) -> bool {
@@ -144,6 +199,9 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
         };
         let form = self.form(types);
         let saved = match (&self.source, &form) {
+            (Source::Own { center }, Form::Planes(planes)) if !self.is_plain() => {
+                Saved::Own(own_of_planes(device, *planes, &x, *center, self.eps)?)
+            }
             (Source::Own { center }, Form::Planes(planes)) => {
                 let spread = Spread::by_channel(*planes);
                 let (y, moments) = own_and_normalized_planes(
@@ -158,6 +216,11 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
             (Source::Given(fixed), _) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
             (Source::Synchronized(_), _) => messages::internal(self.layer, "its composed form")?,
         };
+        if !self.is_plain() {
+            let elements = self.elements(types, affine, &saved);
+            let y = elements.forward(device, &x, None)?;
+            return Ok(Forward { y, saved });
+        }
         let by = self.by(&saved);
         let y = match form {
             Form::Planes(planes) => {
@@ -172,19 +235,38 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
     fn backward(&self, from: Backward<L::Storage, Saved<L>>) -> Result<Gradients<L::Storage>> {
         let device = Device::<L>::of(self.layer, from.x.storage);
         let (x, dy) = (self.input(device, from.x)?, device.input(from.dy)?);
-        let types = device.types(x.dtype(), [from.weight])?;
+        let (saved, types) = (
+            from.saved,
+            device.types(x.dtype(), [from.weight, from.bias])?,
+        );
         let weight = device.maybe_param(from.weight, dtype(types.param()))?;
-        let (weight, both, by) = (weight.as_ref(), [&x, &dy], self.by(from.saved));
-        let wanted = Wanted {
-            own: match self.source {
-                Source::Own { center } => Some(center),
-                Source::Given(_) | Source::Synchronized(_) => None,
-            },
-            params: from.params,
-        };
-        match self.form(types) {
-            Form::Planes(planes) => grads_of_planes(device, planes, both, weight, &by, wanted),
-            Form::Columns(columns) => grads_of_columns(device, columns, both, weight, &by, wanted),
+        let by_element = self.spread == computations::Spread::Element;
+        if self.activation.is_none() && !by_element {
+            let both = [&x, &dy];
+            return self.gradients(device, types, both, weight.as_ref(), saved, from.params);
         }
+        let bias = device.maybe_param(from.bias, dtype(types.param()))?;
+        let affine = Affine { weight, bias };
+        let behind = match by_element {
+            true => Behind::Normalization,
+            false => Behind::Affine,
+        };
+        let Through { x, grad, params } = self.elements(types, affine, saved).through(
+            device,
+            [&x, &dy],
+            behind,
+            from.params && by_element,
+        )?;
+        let acc = device.types(x.dtype(), [])?;
+        let weight = from.weight.filter(|_| !by_element);
+        let weight = device.maybe_param(weight, x.dtype())?;
+        let (both, wanted) = ([&x, &grad], from.params && !by_element);
+        let grads = self.gradients(device, acc, both, weight.as_ref(), saved, wanted)?;
+        let [dweight, dbias] = params;
+        Ok(Gradients {
+            dx: grads.dx,
+            dweight: dweight.or(grads.dweight),
+            dbias: dbias.or(grads.dbias),
+        })
     }
 }

@@ -2,8 +2,11 @@
 //! and the gradients of both.
 
 use candle_core::Result;
+use candle_core::backend::BackendStorage;
+use candle_core::scalar::Scalar;
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+use candle_norm_cuda_kernels::geometry::rows::{Norm, Rows};
 
 use super::operands::dtype;
 use super::statistics::Moments;
@@ -19,21 +22,21 @@ pub(super) struct Affine<'a, S> {
 /// The statistics that channels are normalized by.
 pub(super) struct By<'a, S> {
     /// Zero where there is none.
-    pub(super) mean: Option<&'a S>,
-    pub(super) rest: Option<&'a S>,
+    pub(super) mean: Option<Operand<'a, S>>,
+    pub(super) rest: Option<Operand<'a, S>>,
     /// `1 / √(var + eps)`, or one where there is none.
-    pub(super) third: Option<&'a S>,
+    pub(super) third: Option<Operand<'a, S>>,
     /// The third is the variance.
     pub(super) of_var: bool,
     pub(super) eps: f64,
 }
 
-impl<'a, S> By<'a, S> {
+impl<'a, S: BackendStorage> By<'a, S> {
     pub(super) fn own<L: Launcher<Storage = S>>(moments: &'a Moments<L>) -> Self {
         Self {
-            mean: Some(&moments.mean),
-            rest: Some(&moments.rest),
-            third: Some(&moments.inv_std),
+            mean: Some(Operand::from(&moments.mean, 0)),
+            rest: Some(Operand::from(&moments.rest, 0)),
+            third: Some(Operand::from(&moments.inv_std, 0)),
             ..Self::none()
         }
     }
@@ -52,18 +55,18 @@ impl<'a, S> By<'a, S> {
     /// Values less `mean`.
     pub(super) fn about(mean: &'a S, rest: Option<&'a S>) -> Self {
         Self {
-            mean: Some(mean),
-            rest,
+            mean: Some(Operand::from(mean, 0)),
+            rest: rest.map(|rest| Operand::from(rest, 0)),
             ..Self::none()
         }
     }
 }
 
 impl<'a, L: Launcher> Call<'a, L> {
-    fn by(self, by: &By<'a, L::Storage>) -> Self {
-        self.maybe_read_all(by.mean)
-            .maybe_read_all(by.rest)
-            .maybe_read_all(by.third)
+    pub(super) fn by(self, by: &'a By<L::Storage>) -> Self {
+        self.maybe_read(by.mean.as_ref())
+            .maybe_read(by.rest.as_ref())
+            .maybe_read(by.third.as_ref())
     }
 
     fn planes(self, planes: Planes) -> Self {
@@ -306,7 +309,7 @@ pub(super) fn grad_sums_of_planes<L: Launcher>(
     device: Device<L>,
     planes: Planes,
     [x, dy]: [&Operand<L::Storage>; 2],
-    mean: Option<&L::Storage>,
+    mean: Option<&Operand<L::Storage>>,
     per_mean: u64,
 ) -> Result<L::Storage> {
     let mut partial = device.alloc(accumulator(planes.types), planes.grad_scratch() as usize)?;
@@ -314,7 +317,7 @@ pub(super) fn grad_sums_of_planes<L: Launcher>(
         .call(&planes.grad_sums())
         .read(x)
         .read(dy)
-        .maybe_read_all(mean)
+        .maybe_read(mean)
         .write(&mut partial)
         .planes(planes)
         .sizes([per_mean])
@@ -373,7 +376,7 @@ pub(super) fn grads_of_columns<L: Launcher>(
             .call(&columns.grad_sums())
             .read(x)
             .read(dy)
-            .maybe_read_all(by.mean)
+            .maybe_read(by.mean.as_ref())
             .write(&mut partial)
             .matrix(columns)
             .parts(columns.across)
@@ -444,7 +447,7 @@ pub(super) fn grads_of_planes<L: Launcher>(
     let backs = |_| alloc_backs(device, planes.types, planes.channels);
     let mut backs = wanted.own.map(backs).transpose()?;
     if wanted.params || wanted.own.is_some() {
-        let partial = grad_sums_of_planes(device, planes, [x, dy], by.mean, 1)?;
+        let partial = grad_sums_of_planes(device, planes, [x, dy], by.mean.as_ref(), 1)?;
         device
             .call(&planes.grad_merge())
             .read_all(&partial)
@@ -464,6 +467,102 @@ pub(super) fn grads_of_planes<L: Launcher>(
     let spread = Spread::by_channel(planes);
     let dx = grad_input_of_planes(device, planes, [x, dy], weight, spread, by, backs.as_ref())?;
     Ok(Gradients { dx, dweight, dbias })
+}
+
+/// [`grads_of_planes`] with one weight for each channel of each sample.
+pub(super) fn grads_by_sample<L: Launcher>(
+    device: Device<L>,
+    planes: Planes,
+    [x, dy]: [&Operand<L::Storage>; 2],
+    weight: Option<&Operand<L::Storage>>,
+    by: &By<L::Storage>,
+    wanted: Wanted,
+) -> Result<Gradients<L::Storage>> {
+    let all = planes.by_sample();
+    let len = all.channels as usize;
+    // The statistics of channels, beside each plane.
+    let mut beside = device.alloc(accumulator(planes.types), 3 * len)?;
+    device
+        .call(&planes.spread())
+        .by(by)
+        .write(&mut beside)
+        .sizes([planes.outer, planes.channels])
+        .run()?;
+    let part = |i: usize| Some(Operand::from(&beside, i * len));
+    let by_plane = By {
+        mean: part(0),
+        rest: part(1),
+        third: part(2),
+        ..*by
+    };
+    let [mut dweight, mut dbias] = alloc_params(device, planes.types, all.channels, wanted)?;
+    let backs = |_| alloc_backs(device, planes.types, all.channels);
+    let mut backs = wanted.own.map(backs).transpose()?;
+    if wanted.params || wanted.own.is_some() {
+        let mean = by_plane.mean.as_ref();
+        let partial = grad_sums_of_planes(device, all, [x, dy], mean, 1)?;
+        device
+            .call(&planes.grad_merge_by_sample())
+            .read_all(&partial)
+            .maybe_read(weight)
+            .by(by)
+            .maybe_write(dweight.as_mut())
+            .maybe_write(dbias.as_mut())
+            .write_backs(backs.as_mut())
+            .sizes([planes.outer, planes.channels])
+            .parts(all.parts())
+            .float((planes.outer * planes.inner) as f64)
+            .flag(by.of_var)
+            .float(by.eps)
+            .flag(wanted.own == Some(true))
+            .run()?;
+    }
+    let (both, spread) = ([x, dy], Spread::by_channel(all));
+    let dx = grad_input_of_planes(device, all, both, weight, spread, &by_plane, backs.as_ref())?;
+    Ok(Gradients { dx, dweight, dbias })
+}
+
+/// The sums over the rows of each sample, `[samples, rows, cols]`, of `dy · x` and of `dy`.
+pub(super) fn sums_by_sample<L: Launcher>(
+    device: Device<L>,
+    types: Types,
+    [x, dy]: [&Operand<L::Storage>; 2],
+    [samples, rows, cols]: [usize; 3],
+) -> Result<[L::Storage; 2]> {
+    let (acc, rows) = (accumulator(types), samples * rows);
+    let spec = Rows {
+        norm: Norm {
+            center: false,
+            add: false,
+        },
+        types,
+        rows,
+        cols,
+        aligned: true,
+    };
+    let plan = device.launch(spec.sums_by_sample(samples))?;
+    let ones = device.filled(Scalar::one(acc), rows)?;
+    let mut partial = device.alloc(acc, samples * plan.parts * 2 * cols)?;
+    device
+        .call(&plan.columns)
+        .read(x)
+        .null()
+        .read(dy)
+        .read_all(&ones)
+        .write(&mut partial)
+        .sizes([rows as u64, cols as u64])
+        .int(0)
+        .run()?;
+    let param = || device.alloc(dtype(types.param()), samples * cols);
+    let (mut of_products, mut of_dy) = (param()?, param()?);
+    device
+        .call(&plan.finish)
+        .read_all(&partial)
+        .write(&mut of_products)
+        .write(&mut of_dy)
+        .sizes([plan.parts as u64, cols as u64])
+        .run()?;
+    Ok([of_products, of_dy])
 }
 
 /// The sum of each column of a matrix with one column for each channel.

@@ -3,12 +3,13 @@
 use candle_core::backend::BackendStorage;
 use candle_core::op::Sub;
 use candle_core::scalar::Scalar;
-use candle_core::{DType, Layout, Result};
+use candle_core::{DType, Layout, Result, Tensor};
 use candle_norm_cuda_kernels::geometry::rows::ALIGNMENT;
 use candle_norm_cuda_kernels::{Element, Launch, Types};
 
 use super::asked::count;
 use super::{Arg, Launcher, View};
+use crate::backend::DeviceStorage;
 use crate::computations::composed::accumulator;
 use candle_norm_support::messages;
 
@@ -54,6 +55,24 @@ impl<'a, S: BackendStorage> Operand<'a, S> {
             storage: Held::Borrowed(storage),
             start: 0,
             len,
+        }
+    }
+
+    /// The elements of a storage from one of them on; the kernel knows how many.
+    pub(super) fn from(storage: &'a S, start: usize) -> Self {
+        Self {
+            storage: Held::Borrowed(storage),
+            start,
+            len: 0,
+        }
+    }
+
+    /// The same elements.
+    pub(super) fn borrowed(&self) -> Operand<'_, S> {
+        Operand {
+            storage: Held::Borrowed(self.storage()),
+            start: self.start,
+            len: self.len,
         }
     }
 
@@ -123,9 +142,7 @@ impl<'a, L: Launcher> Device<'a, L> {
         if operand.is_aligned() {
             return Ok(operand);
         }
-        let mut copy = self.alloc(operand.dtype(), operand.len)?;
-        copied(x.storage, &operand.layout(), &mut copy, 0)?;
-        Ok(Operand::whole(copy, operand.len))
+        Ok(Operand::whole(self.copied(&operand)?, operand.len))
     }
 
     /// The elements of a contiguous tensor in `dtype`.
@@ -182,6 +199,13 @@ impl<'a, L: Launcher> Device<'a, L> {
             DType::F64 => Element::F64,
             _ => messages::internal(self.layer, "a dtype that kernels know")?,
         })
+    }
+
+    /// A copy of an operand.
+    pub(super) fn copied(self, operand: &Operand<L::Storage>) -> Result<L::Storage> {
+        let mut copy = self.alloc(operand.dtype(), operand.len)?;
+        copied(operand.storage(), &operand.layout(), &mut copy, 0)?;
+        Ok(copy)
     }
 
     /// A launch of a shape that kernels know: inputs are not empty.
@@ -256,6 +280,15 @@ pub(super) fn dtype(element: Element) -> DType {
         Element::F16 => DType::F16,
         Element::Bf16 => DType::BF16,
         Element::F64 => DType::F64,
+    }
+}
+
+/// A contiguous vector in `dtype`, in storage of its own.
+pub(super) fn in_dtype<S: DeviceStorage>(layer: &str, vector: &Tensor, dtype: DType) -> Result<S> {
+    let (storage, layout) = vector.storage_and_layout();
+    match S::of(&storage) {
+        Some(storage) => cast(storage, layout, dtype),
+        None => messages::internal(layer, "statistics on the device of the input"),
     }
 }
 

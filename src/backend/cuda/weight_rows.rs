@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::channels::Columns;
-use candle_norm_cuda_kernels::geometry::weight::Weight;
+use candle_norm_cuda_kernels::geometry::weight::{Floor, Weight};
 
 use super::launches::{Affine, By, column_sums, normalized_columns};
 use super::operands::{cast, dtype};
@@ -61,10 +61,6 @@ impl WeightRows {
 impl<L: Launcher> On<Cuda<L>> for WeightRows {
     type Saved = Lengths<L::Storage>;
 
-    fn is_carried_out(&self) -> bool {
-        self.least == 0.
-    }
-
     fn forward(
         &self,
         args: Args<View<L::Storage>>,
@@ -88,6 +84,9 @@ impl<L: Launcher> On<Cuda<L>> for WeightRows {
             .write(&mut saved.norm)
             .write(&mut saved.scale)
             .sizes([shape.rows, shape.len])
+            .int(Floor::Below as i32)
+            .float(self.least)
+            .null()
             .run()?;
         Ok(Forward { y: w, saved })
     }

@@ -5,8 +5,7 @@ use candle_core::Result;
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{
-    Args, Computation, GatedRows, Gradients, Lengths, Mixture, Modulate, ScaleAdd, Softmax,
-    UnitRows,
+    Args, Computation, GatedRows, Gradients, Lengths, Mixture, Softmax, UnitRows,
 };
 use candle_norm_support::messages;
 
@@ -29,6 +28,4 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(
-    GatedRows, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows
-);
+without_kernels!(GatedRows, Lengths, Mixture, Softmax, UnitRows);

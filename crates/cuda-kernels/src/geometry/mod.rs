@@ -4,7 +4,10 @@
 //! is the same on all of them. No launch goes beyond compute capability 8.0.
 pub mod channels;
 pub mod groups;
+pub mod mixture;
+pub mod pointwise;
 pub mod rows;
+pub mod slots;
 pub mod transpose;
 pub mod weight;
 

@@ -98,6 +98,17 @@ pub struct Backward {
     pub parts: usize,
 }
 
+/// The launches of sums over rows, in their order.
+#[derive(Clone, Debug)]
+pub struct Sums {
+    /// As [`Backward::columns`].
+    pub columns: Launch,
+    /// As [`Backward::finish`].
+    pub finish: Launch,
+    /// As [`Backward::parts`].
+    pub parts: usize,
+}
+
 /// Threads of a block of many teams.
 const TEAMS: usize = 256;
 /// Blocks are launched for as many multiprocessors, as many as their registers leave room for: they
@@ -131,10 +142,10 @@ impl Rows {
 
     /// The forward's launch; none for an empty tensor.
     ///
-    /// Arguments: x, residual or null, weight or null, bias or null, y, sum or null (the rounded
-    /// sum of x and residual), stats or null, rows, cols (`long long`), eps, offset (`double`),
-    /// flags (`int`). Where a residual is added, one more: the unrounded sum, of the accumulator's
-    /// type, or null. LayerNorm ignores offset and flags.
+    /// Arguments: x, residual or null, weight or null, bias or null, y or null (statistics alone are
+    /// asked for), sum or null (the rounded sum of x and residual), stats or null, rows, cols
+    /// (`long long`), eps, offset (`double`), flags (`int`). Where a residual is added, one more:
+    /// the unrounded sum, of the accumulator's type, or null. LayerNorm ignores offset and flags.
     pub fn forward(&self) -> Option<Launch> {
         self.forward_by_sample(1)
     }
@@ -164,6 +175,18 @@ impl Rows {
             samples,
         };
         team.backward(self.norm.add)
+    }
+
+    /// The sums over the rows of each sample of `dy · x` and of `dy`, in two launches with the
+    /// arguments of [`Backward::columns`] and [`Backward::finish`]: `stats` are then ones, and
+    /// `flags` zero. None as for [`forward_by_sample`](Self::forward_by_sample).
+    pub fn sums_by_sample(&self, samples: usize) -> Option<Sums> {
+        let team = Team {
+            norm: "rms_norm",
+            shape: self.sample(samples)?,
+            samples,
+        };
+        team.sums()
     }
 
     /// The backward's launches where x is an unrounded sum: x and dx are of the accumulator's type,
@@ -333,18 +356,42 @@ impl Team {
             }
         }
         let dx = self.launch("backward", "long", [rows, 1], [512, 1])?;
-        let tiles = vectors.div_ceil(TEAMS);
+        let sums = self.sums()?;
+        self.with_finish(dx, Some(sums.columns), sums.parts)
+    }
+
+    /// Sums over rows by kernels of their own.
+    fn sums(&self) -> Option<Sums> {
+        let Rows {
+            rows, cols, types, ..
+        } = self.shape;
+        if rows == 0 || cols == 0 {
+            return None;
+        }
+        let tiles = self.shape.vectors().div_ceil(TEAMS);
         let wanted = (4 * PROCESSORS).div_ceil(tiles).div_ceil(self.samples);
         let parts = rows.min(wanted.next_multiple_of(8));
-        let columns = Launch {
-            kernel: format!("{}_columns_{}", self.norm, types.name()),
-            ..self.launch("", "long", [tiles, parts], [TEAMS, 1])?
-        };
-        self.with_finish(dx, Some(columns), parts)
+        Some(Sums {
+            columns: Launch {
+                kernel: format!("{}_columns_{}", self.norm, types.name()),
+                ..self.launch("", "long", [tiles, parts], [TEAMS, 1])?
+            },
+            finish: self.finish()?,
+            parts,
+        })
     }
 
     fn with_finish(&self, dx: Launch, columns: Option<Launch>, parts: usize) -> Option<Backward> {
-        let finish = Launch {
+        Some(Backward {
+            dx,
+            columns,
+            finish: self.finish()?,
+            parts,
+        })
+    }
+
+    fn finish(&self) -> Option<Launch> {
+        Some(Launch {
             kernel: format!("rows_finish_{}", self.shape.types.name()),
             ..self.launch(
                 "",
@@ -352,12 +399,6 @@ impl Team {
                 [(2 * self.shape.cols).div_ceil(32), 1],
                 [32, 16],
             )?
-        };
-        Some(Backward {
-            dx,
-            columns,
-            finish,
-            parts,
         })
     }
 }
@@ -412,6 +453,14 @@ mod tests {
                 check(launch)?;
                 prop_assert_eq!(launch.grid[2] as usize, samples);
             }
+            let sums = shape.sums_by_sample(samples).unwrap();
+            for launch in [&sums.columns, &sums.finish] {
+                check(launch)?;
+                prop_assert_eq!(launch.grid[2] as usize, samples);
+            }
+            let lines = sums.columns.grid[1] as usize;
+            prop_assert_eq!(lines, sums.parts);
+            prop_assert!(lines >= rows || lines.is_multiple_of(types.x().lanes()));
             // All rows of a team begin at the same place of a vector, or it has one row.
             let lanes = types.x().lanes();
             let summing = columns.as_ref().unwrap_or(dx);

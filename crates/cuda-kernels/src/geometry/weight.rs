@@ -1,7 +1,20 @@
-//! Weight norm over the rows of a weight. Kernels in `weight.cu`.
+//! Weight norm over the rows of a weight, rows over their lengths, and lengths. Kernels in
+//! `weight.cu`.
 
-use super::list;
+use super::slots::by_team;
 use crate::{Launch, Types};
+
+/// What keeps the lengths of short rows from zero, by the number that kernels know it by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Floor {
+    /// `least` in place of the length of a row that is shorter.
+    Below = 0,
+    /// `least` in place of the length of a row that is not longer.
+    UpTo = 1,
+    /// `least` is added to the sum of the squares.
+    Inside = 2,
+}
 
 /// A weight of `[rows, len]`, each row at a length of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,27 +28,19 @@ pub struct Weight {
 }
 
 impl Weight {
-    /// `weight_norm`. Arguments: `v, g, w, norm, scale` (each `[rows]`), `rows, len`.
+    /// `weight_norm`. Arguments: `v, g?, w?, norm, scale` (each `[rows]`), `rows, len, floor: i32,
+    /// least: f64, lengths?` (`[rows]`). Without `g` it is one.
     pub fn forward(self) -> Launch {
         self.launch(format!("weight_norm_{}", self.types.name()))
     }
 
-    /// `weight_norm_grad`. Arguments: `v, dw, g, norm, scale, dv, dg?, rows, len`.
+    /// `weight_norm_grad`. Arguments: `v, dw, g?, norm, scale, dv, dg?, rows, len`.
     pub fn backward(self) -> Launch {
         self.launch(format!("weight_norm_grad_{}", self.types.name()))
     }
 
-    /// A warp for a short row, 8 of them in a block; else a block of up to 256 threads.
     fn launch(self, kernel: String) -> Launch {
-        let slots = self.len.div_ceil(self.types.x().lanes() as u64) + 1;
-        let threads = slots.div_ceil(4).next_multiple_of(32).clamp(32, 256);
-        let teams = if threads == 32 { 8 } else { 1 };
-        Launch {
-            kernel,
-            grid: list(self.rows.div_ceil(teams)),
-            block: [threads as u32, teams as u32, 1],
-            shared: 0,
-        }
+        by_team(kernel, self.types, self.rows, self.len)
     }
 }
 
