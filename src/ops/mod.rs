@@ -10,6 +10,7 @@ pub(crate) mod linear_map;
 mod activation;
 mod add_norm;
 mod batch_norm;
+mod dynamic;
 mod gated_rms_norm;
 mod global_response_norm;
 mod group_norm;
@@ -30,7 +31,7 @@ mod sync_switch_norm;
 mod weight_norm;
 mod weight_standardization;
 
-pub use crate::computations::Cast;
+pub use crate::computations::{Cast, Squash};
 pub use crate::graph::{Path, with_path};
 pub(crate) use activation::fused as fused_activation;
 pub(crate) use add_norm::add_row_norm;
@@ -40,6 +41,7 @@ pub use batch_norm::{
     modulated_batch_norm,
 };
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
+pub use dynamic::{derf, dyt};
 pub use gated_rms_norm::{Gate, GatedRmsNormOptions, gated_rms_norm};
 pub use global_response_norm::global_response_norm;
 pub(crate) use group_norm::group_norm_by;

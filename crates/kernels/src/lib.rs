@@ -43,6 +43,7 @@ mod readers;
 mod spread;
 
 mod columns;
+mod dynamic;
 mod gated;
 mod groups;
 #[allow(unsafe_code)]
@@ -57,9 +58,10 @@ mod channels;
 
 mod float;
 
-pub use activation::Activation;
+pub use activation::{Activation, Squash};
 pub use affine::AffinePair;
 pub use channels::Following;
+pub use dynamic::{DynamicGradients, DynamicParams, DynamicSpec};
 pub use float::Float;
 pub use gated::{Gate, GatedGradients, GatedSpec};
 pub use grads::{Gradients, Wanted};

@@ -2,6 +2,7 @@
 
 mod activation;
 mod channels;
+mod dynamic;
 mod gated;
 mod groups;
 mod lengths;
