@@ -5,8 +5,8 @@ use candle_core::Result;
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{
-    Args, Computation, Dynamic, GatedRows, Gradients, Lengths, Mixture, Modulate, ScaleAdd,
-    Softmax, UnitRows,
+    Args, Computation, Cumulative, Dynamic, GatedRows, Gradients, Lengths, Mixture, Modulate,
+    ScaleAdd, Softmax, UnitRows,
 };
 use candle_norm_support::messages;
 
@@ -30,5 +30,5 @@ macro_rules! without_kernels {
     )+};
 }
 without_kernels!(
-    Dynamic, GatedRows, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows
+    Cumulative, Dynamic, GatedRows, Lengths, Mixture, Modulate, ScaleAdd, Softmax, UnitRows
 );

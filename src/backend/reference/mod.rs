@@ -5,6 +5,7 @@
 
 mod activation;
 mod channels;
+mod cumulative;
 mod dynamic;
 mod gated;
 mod groups;
