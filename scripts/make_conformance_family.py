@@ -15,6 +15,7 @@ A case draws from a generator seeded with its own name, so that adding one leave
 """
 
 import json
+import math
 import struct
 import sys
 import zlib
@@ -386,7 +387,240 @@ def masked_backward(t, c):
     return grads, sizes
 
 
+SLOPE_OF_ERF = 2 / np.sqrt(np.pi)
+
+
+def erf(z):
+    """Its value of real parts, and its slope for imaginary ones."""
+    real = np.vectorize(math.erf, otypes=[np.float64])(np.real(z))
+    return real + 1j * np.imag(z) * SLOPE_OF_ERF * np.exp(-np.real(z) ** 2) if np.iscomplexobj(z) else real
+
+
+def dynamic_parts(t, c):
+    """The argument, the weight and the bias with the axes of x."""
+    x = t["x"]
+    w, b = t.get("weight", np.ones(1)), t.get("bias", np.zeros(1))
+    if c["channels_first"]:
+        w, b = (p.reshape((-1,) + (1,) * (x.ndim - 2)) for p in (w, b))
+    return t["alpha"] * x + t.get("s", 0.0), w, b
+
+
+def dynamic(of):
+    def forward(t, c):
+        u, w, b = dynamic_parts(t, c)
+        return {"y": w * of(u) + b}
+
+    return forward
+
+
+def dynamic_backward(of, slope):
+    def backward(t, c):
+        x, dy = t["x"], t["dy"]
+        u, w, _ = dynamic_parts(t, c)
+        g = dy * w * slope(u)
+        grads, sizes = {"dx": g * t["alpha"], "dalpha": np.array([(g * x).sum()])}, {"dalpha": rms([np.sqrt(((g * x) ** 2).sum())])}
+        if "s" in t:
+            grads["ds"], sizes["ds"] = np.array([g.sum()]), rms([np.sqrt((g**2).sum())])
+        for name, of_param in (("weight", dy * of(u)), ("bias", dy)):
+            if name in t:
+                grads["d" + name] = unspread(of_param, t[name], x, c)
+                sizes["d" + name] = summed_size(of_param, t[name], x, c)
+        return grads, sizes
+
+    return backward
+
+
+def axes_of_channel(x):
+    return tuple(a for a in range(x.ndim) if a != 1)
+
+
+def on_channels(p, x):
+    return p.reshape((1, -1) + (1,) * (x.ndim - 2))
+
+
+def batch_moments(x):
+    """Mean, biased variance and count of each channel, about a first value."""
+    axes = axes_of_channel(x)
+    first = on_channels(x.real[(0, slice(None)) + (0,) * (x.ndim - 2)], x)
+    d = x - first
+    mean = d.mean(axes)
+    var = ((d - on_channels(mean, x)) ** 2).mean(axes)
+    return mean + first.reshape(-1), var, x.size // x.shape[1]
+
+
+def ghost_parts(x, size):
+    """The samples of each part, as torch.chunk has them; none is a single value."""
+    n = x.shape[0]
+    if n == 0:
+        return []
+    each = -(-n // -(-n // size))
+    starts = list(range(0, n, each))
+    if len(starts) > 1 and (n - starts[-1]) * (x.size // n // x.shape[1]) == 1:
+        starts.pop()
+    return [slice(a, b) for a, b in zip(starts, starts[1:] + [n])]
+
+
+def running_after(state, mean, var, n, momentum):
+    count = state["num_batches_tracked"] + 1
+    m = 1 / float(count) if momentum is None else momentum
+    return {
+        "running_mean": (1 - m) * state["running_mean"] + m * mean,
+        "running_var": (1 - m) * state["running_var"] + m * var * n / (n - 1),
+        "num_batches_tracked": count,
+    }
+
+
+def running_of(t):
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return {n: np.asarray(t[n], np.float64) for n in names}
+
+
+def standard(x, eps):
+    mean, var, _ = batch_moments(x)
+    return (x - on_channels(mean, x)) / np.sqrt(on_channels(var, x) + eps)
+
+
+def through_standard(x, g, eps):
+    """The gradient of x, and its terms."""
+    _, var, _ = batch_moments(x)
+    rstd = 1 / np.sqrt(on_channels(var, x) + eps)
+    xhat, axes = standard(x, eps), axes_of_channel(x)
+    return (g - g.mean(axes, keepdims=True) - xhat * (g * xhat).mean(axes, keepdims=True)) * rstd, g * rstd
+
+
+def pair(t, x):
+    return [on_channels(t[n], x) if n in t else default for n, default in (("weight", 1.0), ("bias", 0.0))]
+
+
+def inferred(t, c):
+    x, (w, b) = t["x"], pair(t, t["x"])
+    rstd = 1 / np.sqrt(on_channels(t["running_var"], x) + c["eps"])
+    return (x - on_channels(t["running_mean"], x)) * rstd, rstd, w, b
+
+
+def ghost_batch_norm(t, c):
+    x, (w, b) = t["x"], pair(t, t["x"])
+    state = running_of(t)
+    if not c["train"]:
+        xhat, _, w, b = inferred(t, c)
+        return {"y": xhat * w + b} | state
+    y = np.zeros(x.shape, np.result_type(*(t[n] for n in ("x", "weight", "bias") if n in t)))
+    for part in ghost_parts(x, c["virtual_batch_size"]):
+        y[part] = standard(x[part], c["eps"]) * w + b
+        mean, var, n = batch_moments(x[part].real)
+        state = running_after(state, mean, var, n, c["momentum"])
+    return {"y": y} | state
+
+
+def affine_grads(t, xhat, shift=0.0):
+    """Of weight and bias, where the weight multiplies xhat + shift."""
+    dy, grads, sizes = t["dy"], {}, {}
+    axes = axes_of_channel(dy)
+    for name, term in (("weight", dy * (xhat + shift)), ("bias", dy)):
+        if name in t:
+            grads["d" + name], sizes["d" + name] = term.sum(axes), rms(np.sqrt((term**2).sum(axes)))
+    return grads, sizes
+
+
+def ghost_batch_norm_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    w, _ = pair(t, x)
+    if not c["train"]:
+        xhat, rstd, w, _ = inferred(t, c)
+        grads, sizes = affine_grads(t, xhat)
+        return grads | {"dx": dy * w * rstd}, sizes
+    dx, terms, xhat = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    for part in ghost_parts(x, c["virtual_batch_size"]):
+        dx[part], terms[part] = through_standard(x[part], dy[part] * w, c["eps"])
+        xhat[part] = standard(x[part], c["eps"])
+    grads, sizes = affine_grads(t, xhat)
+    return grads | {"dx": dx}, sizes | {"dx": rms(terms)}
+
+
+def correction(t, c):
+    """r and d, constants; those of batch norm before the warm-up is over."""
+    x = t["x"]
+    mean, var, _ = batch_moments(x.real)
+    if float(t["num_batches_tracked"]) < c["warmup_steps"]:
+        return on_channels(np.ones_like(mean), x), on_channels(np.zeros_like(mean), x)
+    sigma = np.sqrt(t["running_var"] + c["eps"])
+    r = np.clip(np.sqrt(var + c["eps"]) / sigma, 1 / c["rmax"], c["rmax"])
+    d = np.clip((mean - t["running_mean"]) / sigma, -c["dmax"], c["dmax"])
+    return on_channels(r, x), on_channels(d, x)
+
+
+def batch_renorm(t, c):
+    x, (w, b) = t["x"], pair(t, t["x"])
+    state = running_of(t)
+    if not c["train"]:
+        xhat, _, w, b = inferred(t, c)
+        return {"y": xhat * w + b} | state
+    if x.size == 0:
+        return {"y": x} | state
+    r, d = correction(t, c)
+    mean, var, n = batch_moments(x.real)
+    y = (standard(x, c["eps"]) * r + d) * w + b
+    return {"y": y} | running_after(state, mean, var, n, c["momentum"])
+
+
+def batch_renorm_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    w, _ = pair(t, x)
+    if not c["train"] or x.size == 0:
+        return ghost_batch_norm_backward(t, c | {"virtual_batch_size": 1})
+    r, d = correction(t, c)
+    dx, terms = through_standard(x, dy * w * r, c["eps"])
+    grads, sizes = affine_grads(t, standard(x, c["eps"]) * r, d)
+    return grads | {"dx": dx}, sizes | {"dx": rms(terms)}
+
+
+def prefixes(x, eps):
+    """The positions of x normalized by those up to them, and for each of these one over the deviation and the count."""
+    if x.size == 0:
+        return x, np.ones((x.shape[0], 1, x.shape[2])), np.ones(x.shape[2])
+    origin = x.real[:, :1, :1]
+    d = x - origin
+    count = x.shape[1] * np.arange(1, x.shape[2] + 1)
+    mean = np.zeros((x.shape[0], 1, x.shape[2]), x.dtype)
+    var = np.zeros_like(mean)
+    for k in range(x.shape[2]):
+        prefix = d[:, :, : k + 1].reshape(x.shape[0], -1)
+        mean[:, 0, k] = prefix.mean(1)
+        var[:, 0, k] = ((prefix - mean[:, :, k]) ** 2).mean(1)
+    rstd = 1 / np.sqrt(var + eps)
+    return (d - mean) * rstd, rstd, count
+
+
+def cumulative_layer_norm(t, c):
+    xhat, _, _ = prefixes(t["x"], c["eps"])
+    w, b = pair(t, t["x"])
+    return {"y": xhat * w + b}
+
+
+def cumulative_layer_norm_backward(t, c):
+    x, dy = t["x"], t["dy"]
+    xhat, rstd, count = prefixes(x, c["eps"])
+    w, _ = pair(t, x)
+    g = dy * w
+    dx = g * rstd
+    for k in range(x.shape[2]):
+        # Of the mean and of the deviation of position k, at all positions up to it.
+        of_mean = (rstd[:, :, k] * g[:, :, k].sum(1, keepdims=True) / count[k])[:, :, None]
+        along = (rstd[:, :, k] * (g[:, :, k] * xhat[:, :, k]).sum(1, keepdims=True) / count[k])[:, :, None]
+        first, here = x[:, :, : k + 1], x[:, :, k : k + 1]
+        of_k = xhat[:, :, k : k + 1] + (first - here) * rstd[:, :, k : k + 1]
+        # Each channel has its own value at k, of which the differences are taken.
+        dx[:, :, : k + 1] -= of_mean + along * of_k
+    grads, sizes = affine_grads(t, xhat)
+    return grads | {"dx": dx}, sizes | {"dx": rms(g * rstd)}
+
+
 OPS = {
+    "dyt": (dynamic(np.tanh), dynamic_backward(np.tanh, lambda u: 1 / np.cosh(u) ** 2)),
+    "derf": (dynamic(erf), dynamic_backward(erf, lambda u: SLOPE_OF_ERF * np.exp(-(u**2)))),
+    "ghost_batch_norm": (ghost_batch_norm, ghost_batch_norm_backward),
+    "batch_renorm": (batch_renorm, batch_renorm_backward),
+    "cumulative_layer_norm": (cumulative_layer_norm, cumulative_layer_norm_backward),
     "weight_standardization": (weight_standardization, weight_standardization_backward),
     "spectral_norm": (spectral_norm, spectral_norm_backward),
     "masked": (masked, masked_backward),
@@ -834,6 +1068,216 @@ def masked_cases(w: Writer) -> None:
     assert np.allclose(got[0][:, :2].reshape(-1), first, rtol=2e-9), got[0]
 
 
+def dynamic_cases(w: Writer) -> None:
+    for op in ("dyt", "derf"):
+
+        def case(slug, dtype, shape, first=False, kind="wb", alpha=0.5, shift=0.2, change=None, sigma=2.0):
+            draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+            channels = shape[1] if first else shape[-1]
+            t = {"x": draw.normal(*shape, sigma=sigma), "dy": draw.normal(*shape)}
+            t["alpha"] = np.array([alpha])
+            if op == "derf":
+                t["s"] = np.array([shift])
+            if "w" in kind:
+                t["weight"] = draw.normal(channels, mean=1.0, sigma=0.5)
+            if "b" in kind:
+                t["bias"] = draw.normal(channels, sigma=0.7)
+            if change:
+                change(t)
+            w.case(slug, op, dtype, {"channels_first": first}, t)
+
+        def zeros(t):
+            t["x"][1] = 0.0
+            t["x"][:, 2] = 0.0
+            t["x"][2] = t["x"][0]
+
+        for dtype in DTYPES:
+            for width in (1, 2, 15, 16, 17, 33):
+                case(f"5x{width}", dtype, (5, width))
+            case("rank1", dtype, (19,))
+            case("rank4", dtype, (2, 3, 4, 7))
+            case("first_rank2", dtype, (5, 9), first=True)
+            case("first_rank3", dtype, (3, 5, 17), first=True)
+            case("first_short", dtype, (3, 5, 7), first=True)
+            case("first_rank4", dtype, (2, 3, 4, 5), first=True)
+            case("weight", dtype, (5, 9), kind="w")
+            case("bias_first", dtype, (3, 5, 17), first=True, kind="b")
+            case("plain", dtype, (5, 9), kind="")
+            case("zeros", dtype, (5, 9), change=zeros)
+            case("zeros_first", dtype, (4, 5, 7), first=True, change=zeros)
+            case("small", dtype, (5, 9), sigma=1e-3, shift=0.0)
+            case("large_alpha", dtype, (5, 9), alpha=4.0, sigma=0.5)
+            case("no_alpha", dtype, (5, 9), alpha=0.0)
+            case("negative_alpha", dtype, (5, 9), alpha=-1.0)
+            case("empty", dtype, (0, 5))
+        case("1031", "f32", (3, 1031))
+        case("columns_1031", "f32", (1031, 3))
+        case("first_1031", "f32", (2, 3, 1031), first=True)
+        case("tiny", "f32", (5, 9), sigma=1e-12, shift=0.0)
+
+        t = {"x": np.array([[-2.0, 0.0, 0.5]]), "alpha": [0.5], "weight": [1.0, 2.0, -1.0], "bias": [0.0, 0.1, 0.2], "dy": np.array([[1.0, -1.0, 2.0]])}
+        if op == "derf":
+            t["s"] = [0.1]
+            like = {"y": [-0.7969082124, 0.324925832, -0.1793820536], "dx": [0.2509842871, -1.117151607, -0.9982837121], "dalpha": [-2.002220861], "ds": [-3.728902064]}
+        else:
+            like = {"y": [-0.761594156, 0.1, -0.0449186624], "dx": [0.2099871708, -1, -0.9400148488], "dalpha": [-1.779963532], "dweight": [-0.761594156, 0, 0.4898373248]}
+        w.case("example", op, "f64", {"channels_first": False}, t, like)
+
+
+STATISTICS = {"running_mean": "f32", "running_var": "f32", "num_batches_tracked": "i64"}
+
+
+def tracked(draw, shape, kind, count, change=None):
+    t = {"x": draw.normal(*shape, mean=0.3, sigma=1.5), "dy": draw.normal(*shape)}
+    if change:
+        change(t["x"])
+    if "w" in kind:
+        t["weight"] = draw.normal(shape[1], mean=1.0, sigma=0.5)
+    if "b" in kind:
+        t["bias"] = draw.normal(shape[1], sigma=0.7)
+    t["running_mean"] = draw.rng.normal(0.3, 0.5, shape[1])
+    t["running_var"] = draw.rng.uniform(0.5, 4.0, shape[1])
+    t["num_batches_tracked"] = np.array(count)
+    return t
+
+
+def ghost_cases(w: Writer) -> None:
+    op = "ghost_batch_norm"
+
+    def case(slug, dtype, shape, size, train=True, kind="wb", count=3, momentum=0.1, eps=1e-5, change=None):
+        t = tracked(Draw(f"{op}-{slug}-{dtype}", dtype), shape, kind, count, change)
+        c = {"eps": eps, "momentum": momentum, "train": train, "virtual_batch_size": size}
+        w.case(slug, op, dtype, c, t, of=STATISTICS)
+
+    def dead(x):
+        x[:, 1] = 0.75
+        x[0] = x[1]
+
+    for dtype in DTYPES:
+        case("equal", dtype, (6, 5), 3)
+        case("rest", dtype, (10, 3, 2), 4)
+        case("single_joins", dtype, (5, 4), 2)
+        case("one_part", dtype, (5, 4), 8)
+        case("of_samples", dtype, (4, 3, 7), 1)
+        case("maps", dtype, (7, 3, 4, 5), 3)
+        case("plain", dtype, (7, 3, 5), 3, kind="")
+        case("weight", dtype, (7, 3, 5), 3, kind="w")
+        case("cumulative", dtype, (7, 3, 5), 2, momentum=None)
+        case("eval", dtype, (7, 3, 5), 2, train=False)
+        case("empty", dtype, (0, 3, 5), 2)
+        case("dead", dtype, (7, 3, 5), 3, eps=0.25, change=dead)
+    case("many", "f32", (257, 3), 4)
+    t = {
+        "x": np.array([1.0, 3, 6, -2, 0, 1]).reshape(6, 1),
+        "dy": np.array([1.0, 0, -1, 2, 1, 0.5]).reshape(6, 1),
+        "running_mean": [0.0],
+        "running_var": [1.0],
+        "num_batches_tracked": np.array(0),
+    }
+    like = {
+        "y": [-1.135548603, -0.162221229, 1.297769832, -1.336301914, 0.2672603829, 1.069041531],
+        "dx": [0.03842187903, -0.06403454401, 0.02561266498, 4.295228541e-6, -8.590457082e-7, -3.436182833e-6],
+        "running_mean": [0.2666666667],
+        "running_var": [1.613333333],
+        "num_batches_tracked": [2],
+    }
+    w.case("example", op, "f64", {"eps": 1e-5, "momentum": 0.1, "train": True, "virtual_batch_size": 3}, t, like, of=STATISTICS)
+
+
+def renorm_cases(w: Writer) -> None:
+    op = "batch_renorm"
+
+    def case(slug, dtype, shape, train=True, kind="wb", count=3, momentum=0.01, eps=1e-3, warmup=0, rmax=3.0, dmax=5.0, change=None):
+        t = tracked(Draw(f"{op}-{slug}-{dtype}", dtype), shape, kind, count, change)
+        c = {"eps": eps, "momentum": momentum, "train": train, "rmax": rmax, "dmax": dmax, "warmup_steps": warmup}
+        w.case(slug, op, dtype, c, t, of=STATISTICS)
+
+    def dead(x):
+        x[:, 1] = 0.75
+
+    for dtype in DTYPES:
+        case("rows", dtype, (9, 5))
+        case("two_rows", dtype, (2, 5))
+        case("sequences", dtype, (4, 3, 17))
+        case("maps", dtype, (3, 4, 3, 5))
+        case("one_sample", dtype, (1, 4, 7))
+        case("bounded", dtype, (9, 5), rmax=1.1, dmax=0.25)
+        case("batch_norm", dtype, (9, 5), rmax=1.0, dmax=0.0)
+        case("cold", dtype, (4, 3, 7), warmup=4)
+        case("just_warm", dtype, (4, 3, 7), warmup=3)
+        case("plain", dtype, (4, 3, 7), kind="")
+        case("bias", dtype, (4, 3, 7), kind="b")
+        case("cumulative", dtype, (4, 3, 7), momentum=None)
+        case("eval", dtype, (4, 3, 7), train=False)
+        case("empty", dtype, (0, 3, 7))
+        case("dead", dtype, (4, 3, 7), eps=0.25, change=dead)
+    case("1031", "f32", (1031, 3))
+    case("planes_1031", "f32", (2, 3, 1031))
+    t = {
+        "x": np.array([1.0, 2, 6, -1]).reshape(4, 1),
+        "dy": np.array([1.0, 0, -1, 2]).reshape(4, 1),
+        "weight": [2.0],
+        "bias": [0.5],
+        "running_mean": [0.5],
+        "running_var": [4.0],
+        "num_batches_tracked": np.array(0),
+    }
+    c = {"eps": 1e-3, "momentum": 0.01, "train": True, "rmax": 3.0, "dmax": 5.0, "warmup_steps": 0}
+    like = {
+        "y": [0.9999375117, 1.999812535, 5.999312629, -0.9998125351],
+        "dx": [0.07697853395, -0.4999375117, 0.1920233759, 0.2309356019],
+        "dweight": [-3.999500094],
+    }
+    w.case("example_free", op, "f64", c, t, like, of=STATISTICS)
+    like = {
+        "y": [0.6371553755, 1.5, 4.951378498, -1.088533873],
+        "dx": [0.06642881627, -0.4314223122, 0.1657070472, 0.1992864488],
+    }
+    w.case("example_bounded", op, "f64", c | {"rmax": 1.1, "dmax": 0.5}, t, like, of=STATISTICS)
+
+
+def cumulative_cases(w: Writer) -> None:
+    op = "cumulative_layer_norm"
+
+    def case(slug, dtype, shape, kind="wb", eps=1e-5, mean=0.3, sigma=1.5, change=None):
+        draw = Draw(f"{op}-{slug}-{dtype}", dtype)
+        t = {"x": draw.normal(*shape, mean=mean, sigma=sigma), "dy": draw.normal(*shape)}
+        if change:
+            change(t["x"])
+        if "w" in kind:
+            t["weight"] = draw.normal(shape[1], mean=1.0, sigma=0.5)
+        if "b" in kind:
+            t["bias"] = draw.normal(shape[1], sigma=0.7)
+        w.case(slug, op, dtype, {"eps": eps}, t)
+
+    def start(x):
+        x[0, :, :3] = 0.75
+        x[1, 1] = 0.0
+
+    for dtype in DTYPES:
+        for length in (1, 2, 5, 16, 17, 33):
+            case(f"2x3x{length}", dtype, (2, 3, length))
+        case("one_channel", dtype, (3, 1, 9), eps=0.1)
+        case("channels", dtype, (2, 33, 7))
+        case("plain", dtype, (2, 5, 9), kind="")
+        case("weight", dtype, (2, 5, 9), kind="w")
+        case("bias", dtype, (2, 5, 9), kind="b")
+        case("constant_start", dtype, (2, 5, 9), eps=0.25, change=start)
+        case("empty_batch", dtype, (0, 5, 9))
+        case("empty_sequence", dtype, (2, 5, 0))
+        if dtype != "f16":
+            case("large_mean", dtype, (2, 5, 9), mean=30.0, eps=1e-3)
+    case("mean300", "f32", (2, 5, 33), mean=450.0)
+    case("1031", "f32", (1, 3, 1031))
+    x = np.array([[[1.0, 3, 2], [2, 0, 5]]])
+    t = {"x": x, "weight": [1.0, 2.0], "bias": [0.0, 0.5], "dy": np.array([[[1.0, 0, -1], [0.5, 2, 1]]])}
+    like = {
+        "y": [-0.99999998, 1.341640781, -0.1059997878, 2.49999996, -2.183281562, 4.103992785],
+        "dx": [-1.245286116, 0.4011154011, -0.7003132049, -0.4220853574, 1.509221875, 0.4573474019],
+    }
+    w.case("example", op, "f64", {"eps": 1e-8}, t, like)
+
+
 def main() -> None:
     here = Path(__file__).resolve().parent
     default = here.parent / "tests" / "fixtures" / "conformance" / "family"
@@ -845,6 +1289,10 @@ def main() -> None:
     weight_standardization_cases(w)
     spectral_norm_cases(w)
     masked_cases(w)
+    dynamic_cases(w)
+    ghost_cases(w)
+    renorm_cases(w)
+    cumulative_cases(w)
     print(f"{w.count} cases, {w.size / 1e6:.2f} MB in {w.folder}")
 
 

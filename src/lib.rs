@@ -138,9 +138,14 @@ pub use candle_norm_gradcheck as gradcheck;
 #[doc(inline)]
 pub use candle_norm_scaling::{LossBalancer, LossBalancerOptions};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, batch_norm};
+pub use layers::batch_renorm::{BatchRenorm, BatchRenormOptions, batch_renorm};
 pub use layers::conv1d::{
     Conv1d, ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias, conv1d, conv1d_no_bias,
 };
+pub use layers::cumulative_layer_norm::{
+    CumulativeLayerNorm, CumulativeLayerNormOptions, cumulative_layer_norm,
+};
+pub use layers::dyt::{DyT, DyTOptions, dyt};
 pub use layers::global_response_norm::{
     GlobalResponseNorm, GlobalResponseNormOptions, global_response_norm,
 };
@@ -168,7 +173,9 @@ pub use models::{
     Average, AveragedModel, AveragedModelOptions, Decay, Follower, NormConfig, NormedLayer,
     ParamGroups, Pipeline, Warmup, checkpoint, fold, param_groups, recalibrate, trainable_vars,
 };
-pub use ops::{Cast, Gate, GatedRmsNormOptions, Modulation, Path, with_path};
+pub use ops::{
+    Cast, CumulativeState, Gate, GatedRmsNormOptions, Modulation, Path, Squash, with_path,
+};
 
 /// Layer and RMS normalization, in one module as in candle-nn.
 pub mod layer_norm {

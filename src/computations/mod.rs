@@ -7,6 +7,8 @@
 mod activation;
 mod channels;
 pub(crate) mod composed;
+mod cumulative;
+mod dynamic;
 mod gated;
 mod groups;
 mod lengths;
@@ -31,6 +33,9 @@ use candle_norm_support::messages;
 
 pub(crate) use activation::{Activation, activated};
 pub(crate) use channels::{Channels, FixedStatistics, Source};
+pub(crate) use cumulative::{Cumulative, Earlier};
+pub(crate) use dynamic::Dynamic;
+pub use dynamic::Squash;
 pub use gated::Gate;
 pub(crate) use gated::GatedRows;
 pub(crate) use groups::Groups;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::{Activation, ModuleT, VarBuilder};
 
 pub use candle_nn::BatchNormConfig;
@@ -49,6 +49,13 @@ pub struct BatchNormOptions {
     /// `Sigmoid`, `Mish`. Default: none.
     #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
     pub activation: Option<Activation>,
+    /// Ghost batch normalization (Hoffer et al., 2017, <https://arxiv.org/abs/1705.08741>): in
+    /// training, parts of the batch of about this many samples are normalized by statistics of
+    /// their own, and update the running ones one after the other. There are ⌈N / size⌉ parts of
+    /// one size, of which the last may have fewer samples; a last part of one value per channel
+    /// joins the one before it. TabNet has 128. Default: none, all samples together.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Option::is_none"))]
+    pub virtual_batch_size: Option<usize>,
 }
 
 impl Default for BatchNormOptions {
@@ -61,6 +68,7 @@ impl Default for BatchNormOptions {
             remove_mean: true,
             refuse_non_finite: false,
             activation: None,
+            virtual_batch_size: None,
         }
     }
 }
@@ -159,6 +167,9 @@ pub fn batch_norm<C: Into<BatchNormOptions>>(
     let options = options.into();
     check::eps(LAYER, options.eps)?;
     ops::fused_activation(LAYER, options.activation)?;
+    if let Some(size) = options.virtual_batch_size {
+        check::at_least_one(LAYER, "sample of virtual_batch_size", size)?;
+    }
     check::momentum(LAYER, options.momentum)?;
     let stats = RunningStats::new(
         LAYER,
@@ -406,6 +417,14 @@ impl BatchNorm {
             true => Taken::OverValues { correction: 1 },
             false => Taken::AboutZero,
         };
+        if let Some(size) = options.virtual_batch_size {
+            self.check_input(x)?;
+            self.refuse_ghosts_of_ranks()?;
+            let (y, parts) =
+                ops::ghost_batch_norm_with(x, size, scaling, options.eps, options.remove_mean)?;
+            self.stats.observe_parts(x, parts, taken)?;
+            return Ok(y);
+        }
         if let Some(group) = &self.group {
             let (y, statistics) = ops::sync_batch_norm_with(
                 group,
@@ -480,6 +499,18 @@ impl BatchNorm {
     /// several.
     pub fn group(&self) -> Option<&Arc<dyn Collective>> {
         self.group.as_ref()
+    }
+
+    /// Parts of the batches of several ranks would be other parts on each.
+    fn refuse_ghosts_of_ranks(&self) -> Result<()> {
+        if self.group.is_some() {
+            bail!(
+                "{LAYER}: expected no virtual_batch_size in a synchronized layer, got {:?}; ghost \
+                batches have statistics of their own, so that there is nothing to synchronize",
+                self.options.virtual_batch_size
+            )
+        }
+        Ok(())
     }
 
     fn inferred(&self, x: &Tensor, scaling: Scaling) -> Result<Tensor> {

@@ -1,6 +1,6 @@
 //! Batch, instance and group normalization of padded batches.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::batch::Taken;
 use super::batch_norm::BatchNorm;
@@ -22,8 +22,8 @@ impl BatchNorm {
     /// ([`ops::mask_of_lengths`] makes one of lengths); the output as `xs`, contiguous.
     ///
     /// # Errors
-    /// A mask of another shape; in training, one valid position. A batch without any is as an empty
-    /// one.
+    /// A mask of another shape; in training, one valid position, or a `virtual_batch_size`. A batch
+    /// without any is as an empty one.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -41,6 +41,12 @@ impl BatchNorm {
     /// ```
     pub fn forward_masked_t(&self, xs: &Tensor, mask: &Tensor, train: bool) -> Result<Tensor> {
         const LAYER: &str = "BatchNorm";
+        if let (true, Some(size)) = (train, self.options().virtual_batch_size) {
+            bail!(
+                "{LAYER}: expected no virtual_batch_size with a mask, got {size}; parts of valid \
+                positions are no parts of samples"
+            )
+        }
         let mask = Mask::of(LAYER, xs, mask)?;
         check::channels(LAYER, xs, self.num_features())?;
         let params = [self.weight(), self.bias()];

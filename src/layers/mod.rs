@@ -3,8 +3,11 @@
 
 mod batch;
 pub mod batch_norm;
+pub(crate) mod batch_renorm;
 mod condition;
 pub(crate) mod conv1d;
+pub(crate) mod cumulative_layer_norm;
+pub(crate) mod dyt;
 mod foldable;
 mod frozen;
 mod gated_rms_norm;

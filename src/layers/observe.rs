@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 use super::batch::{Batch, Taken};
 use super::running_stats::RunningStats;
 use super::updates::{self, Scope};
-use crate::ops::{BatchStatistics, JointStatistics, check};
+use crate::ops::{BatchStatistics, GhostStatistics, JointStatistics, check};
 
 impl RunningStats {
     /// Takes in the mean and the unbiased variance of each channel of the training batch `x`, as
@@ -42,6 +42,31 @@ impl RunningStats {
         };
         let batch = Batch::new(x, statistics, taken);
         self.observe_batch(batch, || format!("input size {:?}", x.dims()))
+    }
+
+    /// Takes in the statistics of the parts of the training batch `x`, one after the other; none if
+    /// one of them is refused.
+    pub(super) fn observe_parts(
+        &self,
+        x: &Tensor,
+        parts: Vec<GhostStatistics>,
+        taken: Taken,
+    ) -> Result<()> {
+        if !self.are_tracked() {
+            return Ok(());
+        }
+        let mut all = vec![];
+        for GhostStatistics { count, statistics } in parts {
+            let batch = Batch::of(count as f64, statistics, taken);
+            let fitted = self.fitted(batch.clone(), || format!("input size {:?}", x.dims()))?;
+            all.push((batch, fitted));
+        }
+        for (batch, fitted) in all {
+            if updates::offer(self, batch)?.is_some() {
+                self.update(&fitted)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes in the statistics of the batches of all ranks, which are the same on each.

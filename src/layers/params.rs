@@ -82,6 +82,11 @@ pub(crate) const GAMMA: &[&str] = &["gamma", "lambda1", "layer_scale_parameter",
 /// Names of LayerScale's shift.
 pub(crate) const BETA: &[&str] = &["beta", "bias"];
 
+/// Names of the factor of dynamic tanh: the authors', and that of x-transformers.
+pub(crate) const ALPHA: &[&str] = &["alpha", "pre_tanh_scale"];
+/// Names of what dynamic erf adds to the product.
+pub(crate) const SHIFT: &[&str] = &["s", "shift"];
+
 /// Name of the gains of weight standardization.
 pub(crate) const GAIN: &[&str] = &["gain"];
 /// Names of spectral norm's weight: PyTorch's, its older one, and that of a plain layer.
@@ -92,7 +97,7 @@ pub(crate) const LEFT_VECTOR: &[&str] = &["parametrizations.weight.0._u", "weigh
 pub(crate) const RIGHT_VECTOR: &[&str] = &["parametrizations.weight.0._v", "weight_v"];
 
 /// All tensors that may have other names.
-pub(crate) const ALIASES: [&[&str]; 11] = [
+pub(crate) const ALIASES: [&[&str]; 13] = [
     WEIGHT,
     BIAS,
     RUNNING_MEAN,
@@ -104,6 +109,8 @@ pub(crate) const ALIASES: [&[&str]; 11] = [
     ORIGINAL,
     LEFT_VECTOR,
     RIGHT_VECTOR,
+    ALPHA,
+    SHIFT,
 ];
 
 /// The name of `names` under which the file of `vb` has a tensor, else the one that is written.

@@ -58,6 +58,13 @@ struct Inner {
     shared: Arc<Shared>,
 }
 
+/// Whether a number of batches was reached.
+pub(super) enum Reached {
+    Known(bool),
+    /// 1 or 0.
+    OnDevice(Tensor),
+}
+
 /// Running statistics as they were at one moment.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -395,6 +402,22 @@ impl RunningStats {
     /// The number of batches that went into the statistics.
     pub(crate) fn num_batches_tracked(&self) -> Result<i64> {
         self.0.shared.read().counter()
+    }
+
+    /// Whether `steps` batches went into the statistics, and they are not being recalibrated; where
+    /// they are on another device than the host's, a number there, 1 or 0.
+    pub(super) fn reached(&self, steps: u64) -> Result<Reached> {
+        let state = self.0.shared.read();
+        if state.recalibrations > 0 || steps == 0 {
+            return Ok(Reached::Known(state.recalibrations == 0));
+        }
+        let steps = i64::try_from(steps).unwrap_or(i64::MAX);
+        let count = &state.num_batches_tracked;
+        Ok(match count.device() {
+            Device::Cpu => Reached::Known(state.counter()? >= steps),
+            // Nothing on the device's stream waits for the host.
+            _ => Reached::OnDevice(count.as_detached_tensor().ge(steps)?),
+        })
     }
 
     /// The weight that the next batch gets.

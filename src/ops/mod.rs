@@ -10,7 +10,11 @@ pub(crate) mod linear_map;
 mod activation;
 mod add_norm;
 mod batch_norm;
+mod batch_renorm;
+mod cumulative_layer_norm;
+mod dynamic;
 mod gated_rms_norm;
+mod ghost_batch_norm;
 mod global_response_norm;
 mod group_norm;
 mod instance_norm;
@@ -30,7 +34,7 @@ mod sync_switch_norm;
 mod weight_norm;
 mod weight_standardization;
 
-pub use crate::computations::Cast;
+pub use crate::computations::{Cast, Squash};
 pub use crate::graph::{Path, with_path};
 pub(crate) use activation::fused as fused_activation;
 pub(crate) use add_norm::add_row_norm;
@@ -40,7 +44,14 @@ pub use batch_norm::{
     modulated_batch_norm,
 };
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
+pub(crate) use batch_renorm::batch_renorm_with;
+pub use batch_renorm::{RenormOptions, batch_renorm};
+pub(crate) use cumulative_layer_norm::cumulative_layer_norm_from;
+pub use cumulative_layer_norm::{CumulativeState, cumulative_layer_norm};
+pub use dynamic::{derf, dyt};
 pub use gated_rms_norm::{Gate, GatedRmsNormOptions, gated_rms_norm};
+pub use ghost_batch_norm::ghost_batch_norm;
+pub(crate) use ghost_batch_norm::{GhostStatistics, ghost_batch_norm_with};
 pub use global_response_norm::global_response_norm;
 pub(crate) use group_norm::group_norm_by;
 pub use group_norm::{group_norm, group_norm_act, modulated_group_norm};

@@ -4,8 +4,9 @@ use candle_core::{DType, ModuleT, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig};
 use candle_norm::ops::{self, GateOptions, L2Form};
 use candle_norm::{
-    BatchNormOptions, GlobalResponseNormOptions, GroupNormOptions, InstanceNormOptions,
-    L2Normalize, L2NormalizeOptions, LayerScale, LayerScaleOptions, SpectralNormOptions,
+    BatchNormOptions, BatchRenormOptions, CumulativeLayerNormOptions, DyTOptions,
+    GlobalResponseNormOptions, GroupNormOptions, InstanceNormOptions, L2Normalize,
+    L2NormalizeOptions, LayerScale, LayerScaleOptions, SpectralNormOptions, Squash,
     WeightStandardizationOptions, spectral_norm, weight_standardization,
 };
 
@@ -85,6 +86,56 @@ pub(crate) const OPS: &[Op] = &[
         adds: false,
         fused: true,
         plan: masked,
+    },
+    Op {
+        name: "dyt",
+        input: "x",
+        required: &["alpha"],
+        optional: &["weight", "bias"],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: dyt,
+    },
+    Op {
+        name: "derf",
+        input: "x",
+        required: &["alpha", "s"],
+        optional: &["weight", "bias"],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: derf,
+    },
+    Op {
+        name: "ghost_batch_norm",
+        input: "x",
+        required: &[],
+        optional: &["weight", "bias"],
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: ghost_batch_norm,
+    },
+    Op {
+        name: "batch_renorm",
+        input: "x",
+        required: &[],
+        optional: &["weight", "bias"],
+        stateful: true,
+        adds: false,
+        fused: true,
+        plan: batch_renorm,
+    },
+    Op {
+        name: "cumulative_layer_norm",
+        input: "x",
+        required: &[],
+        optional: &["weight", "bias"],
+        stateful: false,
+        adds: false,
+        fused: true,
+        plan: cumulative_layer_norm,
     },
 ];
 
@@ -278,6 +329,109 @@ fn spectral_norm_plan(case: &Case) -> Outcome<Plan> {
             state: vec![("u", u), ("v", v)],
             ..without_state(y)?
         })
+    }))
+}
+
+fn dyt(case: &Case) -> Outcome<Plan> {
+    dynamic(case, Squash::Tanh)
+}
+
+fn derf(case: &Case) -> Outcome<Plan> {
+    dynamic(case, Squash::Erf)
+}
+
+fn dynamic(case: &Case, function: Squash) -> Outcome<Plan> {
+    let mut c = case.config();
+    let channels_first = required("channels_first", c.flag("channels_first")?)?;
+    c.finish()?;
+    let options = DyTOptions {
+        function,
+        affine: affine(case),
+        channels_first,
+        ..Default::default()
+    };
+    let x = case.tensor("x")?;
+    let axis = if channels_first {
+        Some(1)
+    } else {
+        x.rank().checked_sub(1)
+    };
+    let Some(channels) = axis.and_then(|axis| x.dims().get(axis).copied()) else {
+        return Err(format!("`x` has no axis of channels: shape {:?}", x.dims()));
+    };
+    let dtype = case.dtype;
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let layer = candle_norm::dyt(channels, options, builder(inputs, dtype))?;
+        without_state(layer.forward_t(&x, true)?)
+    }))
+}
+
+fn ghost_batch_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let size = required("virtual_batch_size", c.size("virtual_batch_size")?)?;
+    let momentum = momentum(&mut c, train)?;
+    c.finish()?;
+    let state = stored_state(case, train, true)?;
+    let options = BatchNormOptions {
+        eps,
+        momentum,
+        affine: affine(case),
+        virtual_batch_size: Some(size),
+        ..Default::default()
+    };
+    let (features, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |mut inputs| {
+        let x = inputs["x"].clone();
+        inputs.extend(state.clone());
+        let norm = candle_norm::batch_norm(features, options, builder(inputs, dtype))?;
+        with_state(norm.forward_t(&x, train)?, norm.running_stats())
+    }))
+}
+
+fn batch_renorm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    let train = required("train", c.flag("train")?)?;
+    let rmax = required("rmax", c.number("rmax")?)?;
+    let dmax = required("dmax", c.number("dmax")?)?;
+    let warmup_steps = required("warmup_steps", c.size("warmup_steps")?)?;
+    let momentum = momentum(&mut c, train)?;
+    c.finish()?;
+    let state = stored_state(case, train, true)?;
+    let options = BatchRenormOptions {
+        eps,
+        momentum,
+        rmax,
+        dmax,
+        warmup_steps: warmup_steps as u64,
+        affine: affine(case),
+        ..Default::default()
+    };
+    let (features, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |mut inputs| {
+        let x = inputs["x"].clone();
+        inputs.extend(state.clone());
+        let norm = candle_norm::batch_renorm(features, options, builder(inputs, dtype))?;
+        with_state(norm.forward_t(&x, train)?, Some(norm.running_stats()))
+    }))
+}
+
+fn cumulative_layer_norm(case: &Case) -> Outcome<Plan> {
+    let mut c = case.config();
+    let eps = required("eps", c.number("eps")?)?;
+    c.finish()?;
+    let options = CumulativeLayerNormOptions {
+        eps,
+        affine: affine(case),
+    };
+    let (features, dtype) = (channels(case)?, case.dtype);
+    Ok(Box::new(move |inputs| {
+        let x = inputs["x"].clone();
+        let norm = candle_norm::cumulative_layer_norm(features, options, builder(inputs, dtype))?;
+        without_state(norm.forward_t(&x, true)?)
     }))
 }
 

@@ -18,6 +18,7 @@ mod modulation;
 mod properties;
 mod recalibration;
 mod running_stats;
+mod second_family;
 mod second_order;
 mod sizes;
 mod switch_norm;

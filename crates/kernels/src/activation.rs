@@ -1,4 +1,4 @@
-//! Activations behind a normalization: their values, and their slopes.
+//! Activations behind a normalization, and functions in place of one: values, and slopes.
 //!
 //! Exponentials are taken of numbers that are not positive, so that none overflows, and everything
 //! else follows from them by a division. A slope at a kink is the one that PyTorch takes.
@@ -10,7 +10,9 @@ use std::mem::MaybeUninit;
 
 use super::buffer::Scratch;
 use super::loops::{map, map2};
-use super::simd::{Approximate, ERFC, Elem, Isa, Kernel, Lanes, Real, Vector, splat, zero};
+use super::simd::{
+    Approximate, ERF, ERF_RANGE, ERFC, Elem, Isa, Kernel, Lanes, Real, Vector, splat, zero,
+};
 
 /// A function behind a normalization.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,9 +53,10 @@ impl<I: Isa> Math<I> {
         splat(self.isa, T::from_f64(v))
     }
 
-    /// `eˣ` for `x` that is not above zero by more than a rounding.
+    /// `eʳ − 1` and a power of two, of which `eˣ = eʳ · 2ⁿ` with `|r| ≤ ln 2 / 2`, for `x` that is
+    /// not above zero by more than a rounding; below the least exponent those of that.
     #[inline(always)]
-    fn exp<T: Approximate>(self, x: Lanes<I, T>) -> Lanes<I, T> {
+    fn exp_parts<T: Approximate>(self, x: Lanes<I, T>) -> [Lanes<I, T>; 2] {
         let least = self.number::<T>(T::LEAST_EXPONENT);
         // NaN stays NaN.
         let bounded = least.max(x);
@@ -68,9 +71,24 @@ impl<I: Isa> Math<I> {
         for c in &T::EXP[1..] {
             sum = sum * r + self.number::<T>(*c);
         }
-        let power = (sum * (r * r) + r) + self.number::<T>(1.);
         let two = (n + self.number::<T>(T::TO_INTEGER + T::BIAS)).integer_as_exponent();
-        let result = power * two;
+        [sum * (r * r) + r, two]
+    }
+
+    /// `eˣ` for `x` that is not above zero by more than a rounding.
+    #[inline(always)]
+    fn exp<T: Approximate>(self, x: Lanes<I, T>) -> Lanes<I, T> {
+        self.exp_of_parts::<T>(x, self.exp_parts::<T>(x))
+    }
+
+    #[inline(always)]
+    fn exp_of_parts<T: Approximate>(
+        self,
+        x: Lanes<I, T>,
+        [less_one, two]: [Lanes<I, T>; 2],
+    ) -> Lanes<I, T> {
+        let least = self.number::<T>(T::LEAST_EXPONENT);
+        let result = (less_one + self.number::<T>(1.)) * two;
         // Zero for what was raised to the least exponent; a comparison with NaN fails.
         least.if_above(x, zero::<I, T>(self.isa), result)
     }
@@ -103,12 +121,11 @@ impl<I: Isa> Math<I> {
         self.number::<T>(2. * TANH_SLOPE) * (u + cube)
     }
 
-    /// `Φ(u)`.
+    /// `1 − erf(z)` for `z` that is not negative.
     #[inline(always)]
-    fn normal_distribution<T: Approximate>(self, u: Lanes<I, T>) -> Lanes<I, T> {
+    fn erfc<T: Approximate>(self, z: Lanes<I, T>) -> Lanes<I, T> {
         let zero = zero::<I, T>(self.isa);
-        let (one, two) = (self.number::<T>(1.), self.number::<T>(2.));
-        let z = u.max(zero - u) * self.number::<T>(std::f64::consts::FRAC_1_SQRT_2);
+        let two = self.number::<T>(2.);
         let t = two / (two + z);
         let x2 = self.number::<T>(4.) * t - two;
         let (mut d, mut before) = (zero, zero);
@@ -118,8 +135,51 @@ impl<I: Isa> Math<I> {
         }
         let half = self.number::<T>(0.5);
         let series = half * (self.number::<T>(ERFC[0]) + x2 * d) - before;
-        let tail = half * (t * self.exp::<T>(series - z * z));
+        t * self.exp::<T>(series - z * z)
+    }
+
+    /// `Φ(u)`.
+    #[inline(always)]
+    fn normal_distribution<T: Approximate>(self, u: Lanes<I, T>) -> Lanes<I, T> {
+        let zero = zero::<I, T>(self.isa);
+        let (one, half) = (self.number::<T>(1.), self.number::<T>(0.5));
+        let z = u.max(zero - u) * self.number::<T>(std::f64::consts::FRAC_1_SQRT_2);
+        let tail = half * self.erfc::<T>(z);
         u.if_above(zero, one - tail, tail)
+    }
+
+    /// `tanh(u)` and its slope `4e / (1 + e)²` with `e = e^−2|u|`: `1 − e` is small near zero, and
+    /// `1 − tanh²` far from it, so that neither is a difference of close numbers.
+    #[inline(always)]
+    fn tanh<T: Approximate>(self, u: Lanes<I, T>) -> [Lanes<I, T>; 2] {
+        let zero = zero::<I, T>(self.isa);
+        let (one, two) = (self.number::<T>(1.), self.number::<T>(2.));
+        let size = u.max(zero - u);
+        let x = zero - two * size;
+        let [less_one, power] = self.exp_parts::<T>(x);
+        let e = self.exp_of_parts::<T>(x, [less_one, power]);
+        let short = zero - (less_one * power + (power - one));
+        let inverse = one / (two - short);
+        let above = short * inverse;
+        let slope = self.number::<T>(4.) * e * (inverse * inverse);
+        [u.if_above(zero, above, zero - above), slope]
+    }
+
+    /// `erf(u)` and its slope.
+    #[inline(always)]
+    fn erf<T: Approximate>(self, u: Lanes<I, T>) -> [Lanes<I, T>; 2] {
+        let zero = zero::<I, T>(self.isa);
+        let size = u.max(zero - u);
+        let square = size * size;
+        let mut sum = self.number::<T>(ERF[T::ERF_TERMS - 1]);
+        for c in ERF[..T::ERF_TERMS - 1].iter().rev() {
+            sum = sum * square + self.number::<T>(*c);
+        }
+        let far = self.number::<T>(1.) - self.erfc::<T>(size);
+        let above = size.if_above(self.number::<T>(ERF_RANGE), far, size * sum);
+        let slope = self.number::<T>(std::f64::consts::FRAC_2_SQRT_PI);
+        let slope = slope * self.exp::<T>(zero - square);
+        [u.if_above(zero, above, zero - above), slope]
     }
 
     /// `tanh(ln(1 + eᵘ))` as a fraction, and `e^−|u|`.
@@ -134,6 +194,29 @@ impl<I: Isa> Math<I> {
         let below = [square + twice, (square + twice) + two];
         let pick = |i: usize| u.if_above(zero, above[i], below[i]);
         ([pick(0), pick(1)], e)
+    }
+}
+
+/// Odd function of bounded values, in place of a normalization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Squash {
+    /// The hyperbolic tangent.
+    Tanh,
+    /// The error function.
+    Erf,
+}
+
+/// The value at `u` and the slope there.
+#[inline(always)]
+pub(crate) fn squashed<T: Approximate, I: Isa>(
+    isa: I,
+    squash: Squash,
+    u: Lanes<I, T>,
+) -> [Lanes<I, T>; 2] {
+    let math = Math { isa };
+    match squash {
+        Squash::Tanh => math.tanh::<T>(u),
+        Squash::Erf => math.erf::<T>(u),
     }
 }
 

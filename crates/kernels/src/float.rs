@@ -7,6 +7,7 @@ use half::{bf16, f16};
 
 use super::affine::AffinePair;
 use super::channels::Following;
+use super::dynamic::{DynamicGradients, DynamicParams, DynamicSpec};
 use super::gated::{GatedGradients, GatedSpec};
 use super::grads::{Gradients, Wanted};
 use super::groups::GroupSpec;
@@ -19,7 +20,8 @@ use super::spread::{Frame, GradSums, Spread};
 use super::stats::{Statistics, Stats};
 use super::weight::{Floor, Length};
 use super::{
-    channels, gated, groups, rows, scale_add, slice_moments, softmax, spread, transpose, weight,
+    channels, dynamic, gated, groups, rows, scale_add, slice_moments, softmax, spread, transpose,
+    weight,
 };
 
 mod sealed {
@@ -258,6 +260,23 @@ kernels! {
         weight: &[Self::Acc],
         spread: Spread,
     ) -> Vec<Self> = scale_add::forward::<Self>;
+
+    /// Dynamic tanh or erf: `y = weight · f(alpha · x + shift) + bias`.
+    fn dynamic_forward(
+        x: &[Self],
+        params: DynamicParams<Self::Acc>,
+        spec: DynamicSpec,
+    ) -> Vec<Self> = dynamic::forward::<Self>;
+
+    /// The gradients of [`dynamic_forward`](Self::dynamic_forward); those of the parameters only
+    /// where they are `wanted`.
+    fn dynamic_backward(
+        x: &[Self],
+        dy: &[Self],
+        params: DynamicParams<Self::Acc>,
+        spec: DynamicSpec,
+        wanted: bool,
+    ) -> DynamicGradients<Self> = dynamic::backward::<Self>;
 
     /// Gated RMS norm: `y`, and what each group of each row was normalized by.
     fn gated_forward(

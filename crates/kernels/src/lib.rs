@@ -46,6 +46,7 @@ mod readers;
 mod spread;
 
 mod columns;
+mod dynamic;
 mod gated;
 mod groups;
 #[allow(unsafe_code)]
@@ -61,9 +62,10 @@ mod channels;
 #[cfg(not(test))]
 mod float;
 
-pub use activation::Activation;
+pub use activation::{Activation, Squash};
 pub use affine::AffinePair;
 pub use channels::Following;
+pub use dynamic::{DynamicGradients, DynamicParams, DynamicSpec};
 #[cfg(not(test))]
 pub use float::Float;
 pub use gated::{Gate, GatedGradients, GatedSpec};

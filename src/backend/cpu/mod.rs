@@ -2,6 +2,8 @@
 
 mod activation;
 mod channels;
+mod cumulative;
+mod dynamic;
 mod gated;
 mod groups;
 mod lengths;

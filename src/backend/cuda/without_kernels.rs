@@ -5,7 +5,8 @@ use candle_core::Result;
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
 use crate::computations::{
-    Args, Computation, GatedRows, Gradients, Lengths, Mixture, Softmax, UnitRows,
+    Args, Computation, Cumulative, Dynamic, GatedRows, Gradients, Lengths, Mixture, Softmax,
+    UnitRows,
 };
 use candle_norm_support::messages;
 
@@ -28,4 +29,6 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(GatedRows, Lengths, Mixture, Softmax, UnitRows);
+without_kernels!(
+    Cumulative, Dynamic, GatedRows, Lengths, Mixture, Softmax, UnitRows
+);

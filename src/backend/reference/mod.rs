@@ -5,6 +5,8 @@
 
 mod activation;
 mod channels;
+mod cumulative;
+mod dynamic;
 mod gated;
 mod groups;
 mod lengths;

@@ -16,6 +16,8 @@ pub(crate) trait Approximate: Real {
     const EXP: &'static [f64];
     /// How many of [`ERFC`] matter.
     const ERFC_TERMS: usize;
+    /// How many of [`ERF`] matter.
+    const ERF_TERMS: usize;
 }
 
 impl Approximate for f32 {
@@ -32,6 +34,7 @@ impl Approximate for f32 {
         5.000_000_120_1e-1,
     ];
     const ERFC_TERMS: usize = 12;
+    const ERF_TERMS: usize = 9;
 }
 
 impl Approximate for f64 {
@@ -55,6 +58,7 @@ impl Approximate for f64 {
         1. / 2.,
     ];
     const ERFC_TERMS: usize = ERFC.len();
+    const ERF_TERMS: usize = ERF.len();
 }
 
 /// Chebyshev coefficients of `ln(erfc(z) / t) + z²` in `2t − 1`, with `t = 2 / (2 + z)` and `z ≥ 0`
@@ -90,3 +94,21 @@ pub(crate) const ERFC: [f64; 28] = [
     1.21e-16,
     -2.8e-17,
 ];
+
+/// Up to this distance from zero, the power series of the error function serves; beyond, it is well
+/// below 1.
+pub(crate) const ERF_RANGE: f64 = 0.75;
+
+/// Coefficients of `erf(z) / z` in `z²`, `(−1)ⁿ · 2 / (√π · n! · (2n + 1))`. What follows them is
+/// below 1e-17 of it for `z` up to [`ERF_RANGE`].
+pub(crate) const ERF: [f64; 16] = {
+    let mut coefficients = [0.; 16];
+    let mut term = std::f64::consts::FRAC_2_SQRT_PI;
+    let mut n = 0;
+    while n < 16 {
+        coefficients[n] = term / (2 * n + 1) as f64;
+        n += 1;
+        term /= -(n as f64);
+    }
+    coefficients
+};

@@ -20,7 +20,7 @@ use std::mem::MaybeUninit;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 use std::sync::OnceLock;
 
-pub(crate) use approximate::{Approximate, ERFC};
+pub(crate) use approximate::{Approximate, ERF, ERF_RANGE, ERFC};
 use baseline::Baseline;
 use half::{bf16, f16};
 pub(crate) use transpose::{Place, Plain, prefetch, tile, transpose_tile};
