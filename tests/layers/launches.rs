@@ -5,6 +5,7 @@
 //! where it is not counted.
 
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
 use candle_norm::internals::{Asked, asked, launches};
 use candle_norm::{
     BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,

@@ -704,7 +704,7 @@ fn files_have_other_names_and_axes() -> Result<()> {
     candle_core::safetensors::save(&named.collect::<HashMap<_, _>>(), &path)?;
     let report = checkpoint::load_into(&vars, &path)?;
     assert!(
-        report.missing.is_empty() && report.unused.is_empty(),
+        report.missing.is_empty() && report.unexpected.is_empty(),
         "{report:?}"
     );
     std::fs::remove_dir_all(&folder)?;
