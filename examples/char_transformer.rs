@@ -7,6 +7,7 @@
 //! ```text
 //! cargo run --release --example char_transformer
 //! cargo run --release --example char_transformer -- --norm rms --place post --qk-norm
+//! cargo run --release --features cuda --example char_transformer -- --device cuda
 //! ```
 //!
 //! It reaches 3.0 bits a character on the last sonnets, which are not in the training data. The
@@ -17,6 +18,8 @@
 //! and 2.86 with `--qk-norm`. After the sublayers it learned nothing, with 4.51.
 
 mod common;
+#[path = "common/device.rs"]
+mod device;
 
 use std::process::ExitCode;
 
@@ -59,6 +62,9 @@ struct Options {
     /// Learning rate after the warm-up
     #[arg(long, default_value_t = LEARNING_RATE)]
     lr: f64,
+    /// cpu, or cuda for the first NVIDIA GPU
+    #[arg(long, default_value = "cpu", value_parser = device::parse)]
+    device: Device,
     /// A few steps: a look within seconds
     #[arg(long)]
     quick: bool,
@@ -164,6 +170,10 @@ impl Transformer {
         })
     }
 
+    fn device(&self) -> &Device {
+        self.tokens.embeddings().device()
+    }
+
     /// Characters `[N, L]` to the logits of those that follow, `[N, L, VOCABULARY]`.
     fn forward(&self, characters: &Tensor) -> Result<Tensor> {
         let tokens = characters.apply(&self.tokens)?;
@@ -193,7 +203,7 @@ fn loss(model: &Transformer, text: &[u8], starts: &[usize]) -> Result<Tensor> {
     let windows = |shift| {
         let window = |start: &usize| &text[start + shift..][..CONTEXT];
         let codes = starts.iter().flat_map(window).map(|&code| u32::from(code));
-        Tensor::from_iter(codes, &Device::Cpu)?.reshape((starts.len(), CONTEXT))
+        Tensor::from_iter(codes, model.device())?.reshape((starts.len(), CONTEXT))
     };
     let logits = model.forward(&windows(0)?)?.flatten_to(1)?;
     cross_entropy(&logits, &windows(1)?.flatten_all()?)
@@ -205,7 +215,7 @@ fn write(model: &Transformer, length: usize) -> Result<String> {
     let mut codes = vec![u32::from(b'\n')];
     for _ in 0..length {
         let seen = &codes[codes.len().saturating_sub(CONTEXT)..];
-        let logits = model.forward(&Tensor::new(seen, &Device::Cpu)?.unsqueeze(0)?)?;
+        let logits = model.forward(&Tensor::new(seen, model.device())?.unsqueeze(0)?)?;
         let odds = softmax(&logits.i((0, seen.len() - 1))?, 0)?.to_vec1::<f32>()?;
         let drawn = WeightedIndex::new(odds).map_err(Error::wrap)?;
         codes.push(rng.sample(drawn) as u32);
@@ -216,9 +226,19 @@ fn write(model: &Transformer, length: usize) -> Result<String> {
 fn run(options: &Options) -> Result<()> {
     let (seen, unseen) = TEXT.split_at(TEXT.len() * 9 / 10);
     let vars = VarMap::new();
-    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    let model = Transformer::new(options, vb)?;
-    initialize(&vars, 1)?;
+    device::print(&options.device);
+    let new = |vars: &VarMap, device: &Device| {
+        Transformer::new(options, VarBuilder::from_varmap(vars, DType::F32, device))
+    };
+    let model = new(&vars, &options.device)?;
+    // The same start on every device.
+    let drawn = VarMap::new();
+    new(&drawn, &Device::Cpu)?;
+    initialize(&drawn, 1)?;
+    for (name, var) in vars.data().lock().expect("no thread panicked").iter() {
+        let start = drawn.data().lock().expect("no thread panicked")[name].as_detached_tensor();
+        var.set(&start.to_device(&options.device)?)?;
+    }
     let mut rng = StdRng::seed_from_u64(1);
     let training = Training {
         steps: if options.quick { 10 } else { 800 },

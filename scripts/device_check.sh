@@ -4,80 +4,89 @@
 #   scripts/device_check.sh build    # anywhere: needs a C++ compiler and Python with pip, no GPU
 #   scripts/device_check.sh run      # on a machine with a GPU, PyTorch and CuPy, in under eight minutes
 #
-# `build` fills the folder .device, which git ignores: kernels, programs. `run` needs that folder and the sources of this
-# repository, nothing else. DEVICE_ARCH is the compute capability (90). Results go to .device/out; where OUT is set, the
-# report and an archive of the logs are copied there.
+# `build` fills the folder .device, which git ignores: two programs, kernels, conformance cases. `run` needs that folder
+# and the sources of this repository, nothing else. DEVICE_ARCH is the compute capability (90). Results go to
+# .device/out; where OUT is set, the report and an archive of the logs are copied there.
 #
 # It ends with a table, with lines of what falls short, and with `N passed, N failed`; report.json has all numbers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=$PWD/.device
 arch=${DEVICE_ARCH:-90}
+# The most that the folder may hold, in KiB.
+limit=65536
 
-# The path of a test or bench program that cargo has built: program NAME COMMAND...
-program() {
-    local name=$1
-    shift
-    "$@" --no-run --message-format json | grep '"reason":"compiler-artifact"' | grep "\"name\":\"$name\"" |
-        grep -o '"executable":"[^"]*"' | cut -d '"' -f 4 | tail -n 1
+die() {
+    printf 'device_check.sh: %s\n' "$1" >&2
+    exit 1
 }
 
-take() {
-    local path
-    path=$(program "$@")
-    [ -n "$path" ] || { printf 'no program %s\n' "$1" >&2; return 1; }
-    strip -o "$pack/$1" "$path"
+# `"KEY":"VALUE"` of the messages of cargo that have all of the given texts.
+field() {
+    local key=$1 text
+    shift
+    local lines
+    lines=$(cat "$messages")
+    for text in "$@"; do
+        lines=$(grep -F "$text" <<< "$lines")
+    done
+    grep -o "\"$key\":\"[^\"]*\"" <<< "$lines" | cut -d '"' -f 4 | tail -n 1
 }
 
 build() {
-    local toolkit=${CANDLE_NORM_CUDA_TOOLKIT:-${CARGO_TARGET_DIR:-target}/cuda-toolkit} out ptx
+    local toolkit=${CANDLE_NORM_CUDA_TOOLKIT:-${CARGO_TARGET_DIR:-target}/cuda-toolkit} name path out size
     scripts/cuda_toolkit.sh "$toolkit"
     source "$toolkit/env"
     # candle's own kernels.
     export CUDA_COMPUTE_CAP=$arch
     rm -rf "$pack"
     mkdir -p "$pack/kernels"
+    messages=$(mktemp)
+    trap 'rm -f "$messages"' EXIT
 
-    out=$(cargo build --package candle-norm-cuda-kernels --features ptx --message-format json |
-        grep '"reason":"build-script-executed"' | grep 'cuda-kernels' | grep -o '"out_dir":"[^"]*"' | cut -d '"' -f 4)
-    for ptx in "$out"/*.ptx; do
-        printf '%s\0' "$ptx"
+    # One command, so that both programs have the same features and nothing is built twice.
+    cargo test --release --no-run --message-format json --package candle-norm-tests --package candle-norm-peers \
+        --features candle-norm-tests/cuda,candle-norm-peers/cuda --test device --bench cuda > "$messages"
+    for name in device cuda; do
+        path=$(field executable '"reason":"compiler-artifact"' "\"name\":\"$name\"")
+        [ -n "$path" ] || die "cargo has built no program $name"
+        strip -o "$pack/$name" "$path"
+        # They have the kernels as text in them.
+        gzip -9 "$pack/$name"
+    done
+
+    out=$(field out_dir '"reason":"build-script-executed"' 'crates/cuda-kernels')
+    for path in "$out"/*.ptx; do
+        printf '%s\0' "$path"
     done | xargs -0 -P "$(nproc)" -I {} bash -c '"$0/bin/ptxas" -arch "sm_$1" -o "$2/$(basename "$3" .ptx).cubin" "$3"' \
         "$CUDA_HOME" "$arch" "$pack/kernels" {}
+    cp -r tests/fixtures/conformance "$pack/cases"
 
-    # Tests that run each launch on the emulator and on the GPU.
-    take rows cargo test --package candle-norm-cuda-kernels --test rows
-    take channels cargo test --package candle-norm-cuda-kernels --test channels
-    if [ -z "${KERNELS_ONLY:-}" ]; then
-        take conformance cargo test --release --package candle-norm-tests --features cuda --test conformance
-        take cuda cargo bench --package candle-norm-peers --features cuda --bench cuda
-        # With the kernels bound to candle: a train step in a graph, and what else a device is needed for.
-        if [ -e tests/device ]; then
-            take device cargo test --release --package candle-norm-tests --features cuda --test device
-        fi
-    fi
-    printf '%s: %s\n' "$pack" "$(du -sh "$pack" | cut -f 1)"
+    size=$(du -sk "$pack" | cut -f 1)
+    printf '%s: %d KiB\n' "$pack" "$size"
+    [ "$size" -le "$limit" ] || die "the folder must have at most $limit KiB"
 }
 
 start=$SECONDS
 # What is left of so many seconds in all. Under eight minutes: a step that would end later is cut off.
-limit() {
+seconds() {
     local left=$((450 - (SECONDS - start)))
     printf '%s' $(($1 < left ? $1 : left > 5 ? left : 5))
 }
 
 # A step that may fail: step NAME SECONDS COMMAND... Its output is NAME.log, its status a line of steps.tsv.
 step() {
-    local name=$1 seconds from=$SECONDS code=0
-    seconds=$(limit "$2")
+    local name=$1 most from=$SECONDS code=0
+    most=$(seconds "$2")
     shift 2
-    timeout "$seconds" "$@" > "$results/$name.log" 2>&1 || code=$?
+    timeout "$most" "$@" > "$results/$name.log" 2>&1 || code=$?
     printf '%s\t%d\t%d\n' "$name" "$code" $((SECONDS - from)) >> "$results/steps.tsv"
     printf '%-24s %3d s, status %d\n' "$name" $((SECONDS - from)) "$code"
 }
 
 results=$pack/out
 hand_out() {
+    rm -rf "$results/bin"
     if [ -n "${OUT:-}" ]; then
         mkdir -p "$OUT"
         cp "$results"/report.* "$OUT/" || true
@@ -86,47 +95,58 @@ hand_out() {
 }
 
 run() {
-    local python=${PYTHON:-python3} device=crates/cuda-kernels/device folder tool
+    local python=${PYTHON:-python3} scripts=crates/cuda-kernels/device folder gpu name tool
+    local device=$results/bin/device
+    for name in device.gz cuda.gz kernels cases; do
+        [ -e "$pack/$name" ] || die "there is no $pack/$name: run \`scripts/device_check.sh build\` first, and bring the folder here"
+    done
+    gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null) ||
+        die "this machine has no NVIDIA GPU, or no driver for it: nvidia-smi does not run"
     rm -rf "$results"
-    mkdir -p "$results/bits"
+    mkdir -p "$results/bits" "$results/bin"
+    printf '%s\n' "$gpu" | tee "$results/device.txt"
     trap hand_out EXIT
+    for name in device cuda; do
+        gzip -dc "$pack/$name.gz" > "$results/bin/$name"
+        chmod +x "$results/bin/$name"
+    done
     # The libraries that candle links come with PyTorch.
     folder=$("$python" -c 'import os, nvidia; print(":".join(os.path.join(p, "cu13/lib") for p in nvidia.__path__))' || true)
-    export LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-} PYTHONUNBUFFERED=1 CANDLE_NORM_DEVICE=cuda
-    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+    export LD_LIBRARY_PATH=$folder:${LD_LIBRARY_PATH:-} PYTHONUNBUFFERED=1
+    # Tests without which the others say little: whether the program starts at all.
+    "$device" --list > "$results/list.log" 2>&1 || die "the tests do not start: $(tail -n 1 "$results/list.log")"
 
+    step conformance 120 env CANDLE_NORM_CONFORMANCE="$pack/cases" "$device" conformance:: --nocapture
+    step device 90 "$device" bits:: edges:: graph::
     for name in rows channels; do
-        step "bits-$name" 90 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results" "$pack/$name"
+        step "bits-$name" 60 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results" "$device" "$name::"
     done
-    if [ -e "$pack/conformance" ]; then
-        step conformance 90 env CANDLE_NORM_CONFORMANCE="$PWD/tests/fixtures/conformance" "$pack/conformance" every_case --nocapture
-    fi
-    if [ -e "$pack/device" ]; then
-        step device 60 "$pack/device" --nocapture
-    fi
+    step candle-nn 60 "$results/bin/cuda" --bench --json="$results/candle-nn.json"
     export SECONDS_OF_TIMING=45
-    step timings-rows 120 "$python" "$device/rows.py" "$pack/kernels" "$results"
-    step timings-channels 80 "$python" "$device/channels.py" "$pack/kernels" "$results"
+    step timings-rows 120 "$python" "$scripts/rows.py" "$pack/kernels" "$results"
+    step timings-channels 80 "$python" "$scripts/channels.py" "$pack/kernels" "$results"
+    # Small launches of every kernel's kind; buffers end where they end.
     for tool in memcheck racecheck; do
-        for name in rows channels; do
-            # Small launches of every kernel's kind; buffers end where they end.
-            step "$tool-$name" 40 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results/bits" CANDLE_NORM_GPU_EXACT=1 \
-                compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-                "$pack/$name" finite sample sum_that parameters batch_norm_along group columns weight elements
-        done
+        sanitized "$tool" rows what_is large weights a_sum parameters f16_with bf16_with
+        sanitized "$tool" channels batch_norm group weights rows_of every_element
     done
-    if [ -e "$pack/cuda" ]; then
-        step candle-nn 60 "$pack/cuda" --bench
-    fi
     "$python" scripts/device_report.py "$results" | tee "$results/report.txt"
     printf '%d s in all\n' $((SECONDS - start))
+}
+
+# Tests of a module whose names begin with the words, under a tool of compute-sanitizer.
+sanitized() {
+    local tool=$1 module=$2
+    shift 2
+    step "$tool-$module" 40 env CANDLE_NORM_GPU="$pack/kernels" CANDLE_NORM_GPU_LOG="$results/bits" CANDLE_NORM_GPU_EXACT=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$device" "${@/#/$module::}"
 }
 
 case ${1:-} in
     build) build ;;
     run) run ;;
     *)
-        sed -n '2,12s/^# \{0,1\}//p' "$0"
+        sed -n '2,11s/^# \{0,1\}//p' "$0"
         exit 2
         ;;
 esac

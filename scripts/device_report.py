@@ -166,20 +166,14 @@ def goals(rows, lines):
 
 
 def candle_nn():
-    """The table of benches/cuda.rs: a copy, our forward, candle-nn's, our step, candle-nn's."""
-    out = report["candle_nn"] = []
-    for line in text_of("candle-nn.log").splitlines():
-        name, cells = line[:32].strip(), [line[33 + 10 * i:42 + 10 * i].strip() for i in range(5)]
-        try:
-            copy, forward, nn_forward, step, nn_step = [float(c) if c else None for c in cells]
-        except ValueError:
-            continue
-        if not forward or not step:
-            continue
-        out.append({"name": name, "forward": forward, "nn_forward": nn_forward, "step": step, "nn_step": nn_step})
-        for what, ours, theirs, goal in (("forward", forward, nn_forward, 1.5), ("step", step, nn_step, 3.)):
+    """Milliseconds of benches/cuda.rs: ours beside a copy, the composed path and candle-nn, through candle."""
+    rows = report["candle_nn"] = json_of("candle-nn.json") or []
+    for r in rows:
+        for what, goal in (("forward", 1.5), ("step", 3.)):
+            theirs = r[f"candle_nn_{what}"]
             if theirs:
-                check(theirs / ours >= goal, f"candle-nn: {what} of {name}", f"{theirs / ours:.2f}, must be {goal}")
+                over = theirs / r[what]
+                check(over >= goal, f"candle-nn: {what} of {r['name']}", f"{over:.2f}, must be {goal}")
 
 
 def table(lines):
@@ -187,9 +181,12 @@ def table(lines):
     cell = lambda l, k, n: f"{l[k]:{n}.2f}" if k in l else f"{'':{n}}"
     for l in lines:
         print(f"{l['name']:62} {l['what']:8} {l['us']:8.1f} {l['of_copy']:8.2f} {cell(l, 'eager', 7)} {cell(l, 'compiled', 8)}")
+    if report["candle_nn"]:
+        print(f"\n{'through candle, microseconds; others over ours':44} {'copy':>8}  {'forward':>8} {'composed':>8} {'candle-nn':>9}  {'step':>8} {'composed':>8} {'candle-nn':>9}")
     for r in report["candle_nn"]:
-        over = lambda a, b: f"{r[a] / r[b]:.2f}" if r[a] else "-"
-        print(f"candle-nn {r['name']:52} forward {1e3 * r['forward']:9.1f} x {over('nn_forward', 'forward')}, step {1e3 * r['step']:9.1f} x {over('nn_step', 'step')}")
+        over = lambda who, what: f"{r[who + what] / r[what]:.2f}" if r[who + what] else "-"
+        cells = [f"{1e3 * r[what]:8.1f} {over('composed_', what):>8} {over('candle_nn_', what):>9}" for what in ("forward", "step")]
+        print(f"{r['name']:44} {1e3 * r['copy']:8.1f}  {'  '.join(cells)}")
 
 
 bits()
@@ -201,19 +198,19 @@ if "conformance" in steps:
 for name in steps:
     if name.startswith(("memcheck", "racecheck")):
         sanitizer(name)
-    elif name.startswith("timings") and steps[name][0]:
+    elif name.startswith(("timings", "candle-nn")) and steps[name][0]:
         check(False, name, (text_of(name + ".log").strip().splitlines() or ["no output"])[-1][:200])
 rows, lines = timings()
 goals(rows, lines)
 candle_nn()
 table(lines)
-report["device"] = rows.get("device")
+report["device"] = rows.get("device") or text_of("device.txt").strip() or "no device"
 print("\nWhat falls short:")
 for passed, what, text in checks:
     if not passed:
         print(f"  {what}: {text}")
 passed = sum(c[0] for c in checks)
-print(f"\n{rows.get('device', 'no device')}: {passed} passed, {len(checks) - passed} failed")
+print(f"\n{report['device']}: {passed} passed, {len(checks) - passed} failed")
 report["passed"], report["failed"] = passed, len(checks) - passed
 with open(os.path.join(OUT, "report.json"), "w") as f:
     json.dump(report, f, indent=1)

@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release --example compare
 //!     cargo run --release --example compare -- --norm none,batch,group:4 --lr 0.05
+//!     cargo run --release --features cuda --example compare -- --device cuda
 //!
 //! Every kind has the same initial weights and the same images in the same order, for several
 //! seeds. The example prints a table. It writes a report with the curves of accuracy, loss and
@@ -17,6 +18,8 @@ mod axis;
 mod common;
 mod curves;
 mod data;
+#[path = "../common/device.rs"]
+mod device;
 mod figures;
 mod files;
 mod findings;
@@ -58,10 +61,14 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
     let files = Files::prepare(&options.out)?;
     let settings = options.settings();
     let norms = options.distinct_norms();
-    let workers = thread::available_parallelism()
-        .map_or(1, |cores| cores.get())
-        .min(norms.len() * settings.seeds);
-    let arms = train_all(&norms, &settings, workers)?;
+    device::print(&options.device);
+    let cores = match options.device.is_cpu() {
+        true => thread::available_parallelism().map_or(1, |cores| cores.get()),
+        // A GPU takes one network after the other.
+        false => 1,
+    };
+    let workers = cores.min(norms.len() * settings.seeds);
+    let arms = train_all(&norms, &settings, workers, &options.device)?;
     let rows: Vec<_> = arms.iter().filter_map(Summary::of).collect();
 
     let page = report::html(
@@ -100,8 +107,9 @@ fn train_all(
     norms: &[candle_norm::NormConfig],
     settings: &Settings,
     workers: usize,
+    device: &candle_core::Device,
 ) -> Result<Vec<Arm>, Box<dyn Error>> {
-    let digits = Digits::load(&candle_core::Device::Cpu)?;
+    let digits = Digits::load(device)?;
     // Norm by norm within a seed, so that a busy spell of the machine slows all norms alike.
     let jobs: Vec<_> = (0..settings.seeds as u64)
         .flat_map(|seed| (0..norms.len()).map(move |norm| (norm, seed)))

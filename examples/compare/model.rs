@@ -60,7 +60,7 @@ impl ModuleT for Classifier {
 /// Candle's own initialization cannot be seeded on the CPU. Weight norm starts from the same
 /// weights too, split into their lengths and directions. Parameters of the other norms keep the
 /// ones and zeros they are made with.
-pub(crate) fn initialize(varmap: &VarMap, seed: u64) -> Result<()> {
+pub(crate) fn initialize(varmap: &VarMap, seed: u64, device: &Device) -> Result<()> {
     let mut rng = StdRng::seed_from_u64(seed);
     let variables = varmap
         .data()
@@ -77,7 +77,7 @@ pub(crate) fn initialize(varmap: &VarMap, seed: u64) -> Result<()> {
             .sample_iter(&mut rng)
             .take(shape.iter().product())
             .collect();
-        let weight = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        let weight = Tensor::from_vec(values, shape, device)?;
         for (variable, var) in variables.iter() {
             let Some(part) = variable
                 .strip_prefix(name)

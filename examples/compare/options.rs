@@ -1,8 +1,10 @@
 //! The command line.
 
 use crate::data::TRAIN_SIZE;
+use crate::device;
 use crate::model::CHANNELS;
 use crate::train::Settings;
+use candle_core::Device;
 use candle_norm::NormConfig;
 use clap::Parser;
 use std::path::PathBuf;
@@ -53,6 +55,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = count(1_000))]
     seeds: Option<usize>,
 
+    /// Where the networks are trained: cpu, or cuda for the first NVIDIA GPU
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device::parse)]
+    pub(crate) device: Device,
+
     /// Directory that the report is written to; it is created where it is missing
     #[arg(long, value_name = "DIR", default_value = "target/compare")]
     pub(crate) out: PathBuf,
@@ -86,9 +92,13 @@ impl Options {
             .iter()
             .map(ToString::to_string)
             .collect();
+        let (feature, device) = match self.device.is_cpu() {
+            true => ("", ""),
+            false => (" --features cuda", " --device cuda"),
+        };
         format!(
-            "cargo run --release --example compare -- --norm {} --epochs {epochs} --batch-size \
-            {batch_size} --lr {lr} --seeds {seeds}",
+            "cargo run --release{feature} --example compare -- --norm {} --epochs {epochs} \
+            --batch-size {batch_size} --lr {lr} --seeds {seeds}{device}",
             norms.join(",")
         )
     }
@@ -213,6 +223,7 @@ mod tests {
             ("--lr", "fast", "a finite number above 0"),
             ("--batch-size", "0", "a whole number from 1 to 1297"),
             ("--batch-size", "1298", "a whole number from 1 to 1297"),
+            ("--device", "tpu", "allowed: cpu, cuda"),
             ("--epochs", "0", "a whole number from 1 to 1000"),
             ("--seeds", "-1", "a whole number from 1 to 1000"),
             ("--seeds", "two", "a whole number from 1 to 1000"),

@@ -3,7 +3,7 @@
 use crate::data::{self, Digits, Labeled, TRAIN_SIZE};
 use crate::model::{Classifier, LAYERS, initialize};
 use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Device, Result, Var, bail};
+use candle_core::{D, DType, Result, Var, bail};
 use candle_nn::{ModuleT, Optimizer, SGD, VarBuilder, VarMap, loss};
 use candle_norm::{NormConfig, trainable_vars};
 use rand::SeedableRng;
@@ -83,12 +83,10 @@ pub(crate) fn train(
     settings: &Settings,
     advance: impl Fn(u64),
 ) -> Result<Run> {
+    let device = digits.train.images.device();
     let varmap = VarMap::new();
-    let model = Classifier::new(
-        norm,
-        VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu),
-    )?;
-    initialize(&varmap, seed)?;
+    let model = Classifier::new(norm, VarBuilder::from_varmap(&varmap, DType::F32, device))?;
+    initialize(&varmap, seed, device)?;
     let layers = vars_of_layers(&varmap);
     let mut optimizer = SGD::new(trainable_vars(&varmap), settings.lr)?;
     let mut order = StdRng::seed_from_u64(seed);
@@ -105,6 +103,7 @@ pub(crate) fn train(
             let gradients = loss.backward()?;
             optimizer.set_learning_rate(settings.rate_at(run.steps.len()));
             optimizer.step(&gradients)?;
+            device.synchronize()?;
             let milliseconds = start.elapsed().as_secs_f64() * 1e3;
 
             let step = run.steps.len() + 1;
@@ -186,6 +185,7 @@ fn gradient_norms(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Device;
 
     fn steps(norm: &str, seed: u64, lr: f64) -> Result<Run> {
         let settings = Settings {

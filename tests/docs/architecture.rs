@@ -287,7 +287,7 @@ const UNCOUNTED: [&str; 7] = [
 fn copies_to_the_host_are_counted() {
     let mut broken = vec![];
     for source in sources() {
-        if !["computations", "graph", "layers", "ops"].contains(&source.room().0) {
+        if !["computations", "graph", "layers", "ops"].contains(&source.module().0) {
             continue;
         }
         for word in without_tests(&source.tokens) {
