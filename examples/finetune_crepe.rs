@@ -35,7 +35,7 @@ use rand_distr::StandardNormal;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const FILES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/crepe_tiny");
-/// Before and behind each of the six convolutions.
+/// Before and after each of the six convolutions.
 const CHANNELS: [usize; 7] = [1, 128, 16, 16, 16, 32, 64];
 /// The first layers hear partials, which all tones have: they stay as they are. Their gradients
 /// would take most of the time.
@@ -128,7 +128,7 @@ impl<N: ModuleT> ModuleT for Crepe<N> {
     fn forward_t(&self, frames: &Tensor, train: bool) -> Result<Tensor> {
         let mut xs = frames.unsqueeze(1)?.unsqueeze(3)?;
         for (i, (conv, norm)) in self.layers.iter().enumerate() {
-            // The output is as long as the input, but for the stride; an odd rest goes behind.
+            // The output is as long as the input, but for the stride; an odd rest goes after it.
             let padding = conv.weight().dim(2)? - conv.config().stride;
             let padded = xs.pad_with_zeros(2, padding / 2, padding.div_ceil(2))?;
             xs = max_of_pairs(&norm.forward_t(&conv.forward(&padded)?.relu()?, train)?)?;

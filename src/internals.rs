@@ -1,4 +1,4 @@
-//! For the tests and benches of this crate only: the backward of an op without candle's engine
+//! For the tests and benches of this crate only: the backward of an op without candle's autograd
 //! around it, the instruction set of the kernels, and the emulator of the CUDA kernels.
 
 use candle_core::{Result, Tensor};

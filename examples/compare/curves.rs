@@ -1,7 +1,7 @@
 //! The lines of the charts, computed from the records of the runs.
 
 use crate::plot::Curve;
-use crate::summary::{Arm, Spread};
+use crate::summary::{Spread, Variant};
 use crate::train::Step;
 
 /// Points of a smoothed curve at most.
@@ -17,10 +17,10 @@ pub(crate) fn curve(class: usize, label: &str, points: Vec<(f64, f64)>) -> Curve
 }
 
 /// Median and range over the seeds wherever the accuracy was measured.
-pub(crate) fn accuracy(class: usize, arm: &Arm) -> Curve {
-    let mut curve = curve(class, &arm.norm, vec![]);
-    for index in 0..longest(arm) {
-        let steps = || arm.runs.iter().filter_map(|run| run.steps.get(index));
+pub(crate) fn accuracy(class: usize, variant: &Variant) -> Curve {
+    let mut curve = curve(class, &variant.norm, vec![]);
+    for index in 0..longest(variant) {
+        let steps = || variant.runs.iter().filter_map(|run| run.steps.get(index));
         if let Some(spread) = Spread::of(steps().filter_map(|step| step.accuracy)) {
             let x = (index + 1) as f64;
             curve.points.push((x, spread.median));
@@ -31,18 +31,18 @@ pub(crate) fn accuracy(class: usize, arm: &Arm) -> Curve {
 }
 
 /// Medians over the seeds and a few neighboring steps, where they are above zero and finite.
-pub(crate) fn smooth(arm: &Arm, of: impl Fn(&Step) -> f64) -> Vec<(f64, f64)> {
-    let window = window(std::slice::from_ref(arm));
+pub(crate) fn smooth(variant: &Variant, of: impl Fn(&Step) -> f64) -> Vec<(f64, f64)> {
+    let window = window(std::slice::from_ref(variant));
     let mut points = Vec::new();
-    for start in (0..longest(arm)).step_by(window) {
-        let steps = arm
+    for start in (0..longest(variant)).step_by(window) {
+        let steps = variant
             .runs
             .iter()
             .flat_map(|run| run.steps.iter().skip(start).take(window));
         let drawn = steps
             .map(&of)
             .filter(|value| value.is_finite() && *value > 0.);
-        let end = (start + window).min(longest(arm));
+        let end = (start + window).min(longest(variant));
         points
             .extend(Spread::of(drawn).map(|spread| ((start + 1 + end) as f64 / 2., spread.median)));
     }
@@ -50,8 +50,9 @@ pub(crate) fn smooth(arm: &Arm, of: impl Fn(&Step) -> f64) -> Vec<(f64, f64)> {
 }
 
 /// Steps that one point of a smoothed curve stands for.
-pub(crate) fn window(arms: &[Arm]) -> usize {
-    arms.iter()
+pub(crate) fn window(variants: &[Variant]) -> usize {
+    variants
+        .iter()
         .map(longest)
         .max()
         .unwrap_or(1)
@@ -59,8 +60,9 @@ pub(crate) fn window(arms: &[Arm]) -> usize {
         .max(1)
 }
 
-pub(crate) fn longest(arm: &Arm) -> usize {
-    arm.runs
+pub(crate) fn longest(variant: &Variant) -> usize {
+    variant
+        .runs
         .iter()
         .map(|run| run.steps.len())
         .max()
@@ -104,15 +106,15 @@ mod tests {
 
     #[test]
     fn seeds_are_joined_by_their_median() {
-        let arm = Arm {
+        let variant = Variant {
             norm: "batch".to_string(),
             runs: vec![run(&[1., 2., 3.]), run(&[5., 6., f64::NAN]), run(&[2., 9.])],
         };
         assert_eq!(
-            smooth(&arm, |step| step.loss),
+            smooth(&variant, |step| step.loss),
             [(1., 2.), (2., 6.), (3., 3.)]
         );
-        let accuracy = accuracy(4, &arm);
+        let accuracy = accuracy(4, &variant);
         assert_eq!(
             (accuracy.class, accuracy.points, accuracy.band),
             (4, vec![(2., 0.6)], vec![(2., 0.2, 0.9)])
@@ -121,11 +123,11 @@ mod tests {
 
     #[test]
     fn long_runs_are_thinned() {
-        let arm = Arm {
+        let variant = Variant {
             norm: "none".to_string(),
             runs: vec![run(&[1.; 101])],
         };
-        let points = smooth(&arm, Step::gradient);
+        let points = smooth(&variant, Step::gradient);
         assert_eq!(
             (points.len(), points[0], points[33]),
             (34, (2., 5.), (100.5, 5.))

@@ -5,7 +5,7 @@ use crate::curves::{above, accuracy, curve, longest, smooth, window};
 use crate::model::LAYERS;
 use crate::palette;
 use crate::plot::{Chart, Curve};
-use crate::summary::{Arm, Spread, TARGET};
+use crate::summary::{Spread, TARGET, Variant};
 use crate::train::Step;
 use std::error::Error;
 
@@ -20,24 +20,25 @@ pub(crate) struct Figure {
     pub(crate) chart: Chart,
 }
 
-/// Accuracy, its last percents, loss and gradient norm, one line an arm.
-pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
-    let accuracy: Vec<_> = arms
+/// Accuracy, its last percents, loss and gradient norm, one line a variant.
+pub(crate) fn overview(variants: &[Variant]) -> Vec<Figure> {
+    let accuracy: Vec<_> = variants
         .iter()
         .enumerate()
-        .map(|(class, arm)| accuracy(class, arm))
+        .map(|(class, variant)| accuracy(class, variant))
         .collect();
     let smoothed = |of: fn(&Step) -> f64| -> Vec<_> {
-        arms.iter()
+        variants
+            .iter()
             .enumerate()
-            .map(|(class, arm)| curve(class, &arm.norm, smooth(arm, of)))
+            .map(|(class, variant)| curve(class, &variant.norm, smooth(variant, of)))
             .collect()
     };
-    let window = match window(arms) {
+    let window = match window(variants) {
         1 => "median over the seeds".to_string(),
         steps => format!("each point is the median over the seeds and {steps} steps"),
     };
-    let x = steps_axis(arms);
+    let x = steps_axis(variants);
     let figure = |title: &str, note: String, y: Axis, mark, curves| Figure {
         title: title.to_string(),
         note,
@@ -110,18 +111,21 @@ pub(crate) fn overview(arms: &[Arm]) -> Vec<Figure> {
 }
 
 /// The curves of accuracy in a file of their own.
-pub(crate) fn accuracy_file(arms: &[Arm]) -> Result<String, Box<dyn Error>> {
-    let names: Vec<&str> = arms.iter().map(|arm| arm.norm.as_str()).collect();
+pub(crate) fn accuracy_file(variants: &[Variant]) -> Result<String, Box<dyn Error>> {
+    let names: Vec<&str> = variants
+        .iter()
+        .map(|variant| variant.norm.as_str())
+        .collect();
     let classes = palette::classes(&names);
-    let curves = arms.iter().zip(&classes);
-    let curves = curves.map(|(arm, class)| Curve {
+    let curves = variants.iter().zip(&classes);
+    let curves = curves.map(|(variant, class)| Curve {
         band: vec![],
-        ..accuracy(*class, arm)
+        ..accuracy(*class, variant)
     });
     let chart = Chart {
         description: "Test accuracy against training steps, one line a norm".to_string(),
         size: (760, 400),
-        x: steps_axis(arms),
+        x: steps_axis(variants),
         y: Axis {
             label: "test accuracy (%)",
             range: 0.0..1.,
@@ -139,27 +143,27 @@ pub(crate) fn accuracy_file(arms: &[Arm]) -> Result<String, Box<dyn Error>> {
     chart.standalone(&palette::style('s', &classes))
 }
 
-/// The gradient norm of each layer, one panel an arm, all on the same scale.
-pub(crate) fn layer_panels(arms: &[Arm]) -> Vec<Figure> {
-    let layers = |arm: &Arm| -> Vec<Curve> {
+/// The gradient norm of each layer, one panel a variant, all on the same scale.
+pub(crate) fn layer_panels(variants: &[Variant]) -> Vec<Figure> {
+    let layers = |variant: &Variant| -> Vec<Curve> {
         let of = |layer: usize| {
             curve(
                 layer,
                 LAYERS[layer],
-                smooth(arm, |step| step.layer_gradients[layer]),
+                smooth(variant, |step| step.layer_gradients[layer]),
             )
         };
         (0..LAYERS.len()).map(of).collect()
     };
-    let panels: Vec<_> = arms
+    let panels: Vec<_> = variants
         .iter()
-        .map(|arm| (arm.norm.clone(), layers(arm)))
+        .map(|variant| (variant.norm.clone(), layers(variant)))
         .collect();
     let all: Vec<_> = panels
         .iter()
         .flat_map(|(_, curves)| curves.clone())
         .collect();
-    let (x, y) = (steps_axis(arms), log_axis("norm of the gradient", &all));
+    let (x, y) = (steps_axis(variants), log_axis("norm of the gradient", &all));
     let figure = |(title, curves): (String, Vec<Curve>)| {
         let description =
             format!("Gradient norm of each layer with {title} against training steps");
@@ -184,8 +188,8 @@ pub(crate) fn layer_panels(arms: &[Arm]) -> Vec<Figure> {
     panels.into_iter().map(figure).collect()
 }
 
-fn steps_axis(arms: &[Arm]) -> Axis {
-    let steps = arms.iter().map(longest).max().unwrap_or(1).max(2);
+fn steps_axis(variants: &[Variant]) -> Axis {
+    let steps = variants.iter().map(longest).max().unwrap_or(1).max(2);
     Axis {
         label: "training steps",
         range: 0.0..steps as f64,

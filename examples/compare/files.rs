@@ -1,7 +1,7 @@
 //! The files of the report, and its numbers as CSV.
 
 use crate::model::LAYERS;
-use crate::summary::{Arm, Summary};
+use crate::summary::{Summary, Variant};
 use std::error::Error;
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -76,7 +76,7 @@ pub(crate) fn write_summary(path: &Path, rows: &[Summary]) -> Result<(), Box<dyn
 }
 
 /// One row a step. The accuracy is empty where it was not measured.
-pub(crate) fn write_steps(path: &Path, arms: &[Arm]) -> Result<(), Box<dyn Error>> {
+pub(crate) fn write_steps(path: &Path, variants: &[Variant]) -> Result<(), Box<dyn Error>> {
     let mut csv = csv::Writer::from_path(path)?;
     let layers = LAYERS.map(|layer| format!("gradient_norm_{layer}"));
     let head = [
@@ -89,13 +89,13 @@ pub(crate) fn write_steps(path: &Path, arms: &[Arm]) -> Result<(), Box<dyn Error
         "gradient_norm",
     ];
     csv.write_record(head.into_iter().chain(layers.iter().map(String::as_str)))?;
-    for (arm, run) in arms
+    for (variant, run) in variants
         .iter()
-        .flat_map(|arm| arm.runs.iter().map(move |run| (arm, run)))
+        .flat_map(|variant| variant.runs.iter().map(move |run| (variant, run)))
     {
         for step in &run.steps {
             let first = [
-                arm.norm.clone(),
+                variant.norm.clone(),
                 run.seed.to_string(),
                 step.step.to_string(),
                 step.loss.to_string(),

@@ -45,7 +45,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use summary::{Arm, Summary};
+use summary::{Summary, Variant};
 use train::{Run, Settings, train};
 
 /// Candle allocates the result of every operation: the allocator is a good part of a step's time.
@@ -68,11 +68,11 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         false => 1,
     };
     let workers = cores.min(norms.len() * settings.seeds);
-    let arms = train_all(&norms, &settings, workers, &options.device)?;
-    let rows: Vec<_> = arms.iter().filter_map(Summary::of).collect();
+    let variants = train_all(&norms, &settings, workers, &options.device)?;
+    let rows: Vec<_> = variants.iter().filter_map(Summary::of).collect();
 
     let page = report::html(
-        &arms,
+        &variants,
         &rows,
         &settings,
         &options.command(),
@@ -80,9 +80,9 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         workers,
     )?;
     fs::write(&files.html, page)?;
-    fs::write(&files.figure, figures::accuracy_file(&arms)?)?;
+    fs::write(&files.figure, figures::accuracy_file(&variants)?)?;
     write_summary(&files.summary, &rows)?;
-    write_steps(&files.steps, &arms)?;
+    write_steps(&files.steps, &variants)?;
 
     let mut text = table(&rows) + "\n";
     for sentence in findings(&rows) {
@@ -108,7 +108,7 @@ fn train_all(
     settings: &Settings,
     workers: usize,
     device: &candle_core::Device,
-) -> Result<Vec<Arm>, Box<dyn Error>> {
+) -> Result<Vec<Variant>, Box<dyn Error>> {
     let digits = Digits::load(device)?;
     // Norm by norm within a seed, so that a busy spell of the machine slows all norms alike.
     let jobs: Vec<_> = (0..settings.seeds as u64)
@@ -144,9 +144,9 @@ fn train_all(
     })?;
     bar.finish_and_clear();
 
-    let mut arms: Vec<_> = norms
+    let mut variants: Vec<_> = norms
         .iter()
-        .map(|norm| Arm {
+        .map(|norm| Variant {
             norm: norm.to_string(),
             runs: Vec::new(),
         })
@@ -156,8 +156,8 @@ fn train_all(
         .expect("no worker panics while it stores a result");
     for ((norm, _), result) in jobs.iter().zip(results) {
         if let Some(run) = result {
-            arms[*norm].runs.push(run?);
+            variants[*norm].runs.push(run?);
         }
     }
-    Ok(arms)
+    Ok(variants)
 }

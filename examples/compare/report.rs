@@ -6,7 +6,7 @@ use crate::figures::{Figure, layer_panels, overview};
 use crate::findings::findings;
 use crate::model::{CHANNELS, LAYERS};
 use crate::plot::escape;
-use crate::summary::{Arm, Summary, TARGET};
+use crate::summary::{Summary, TARGET, Variant};
 use crate::train::Settings;
 use std::error::Error;
 
@@ -28,7 +28,7 @@ const MORE_DASHES: [&str; 3] = ["60 14", "1 11", "24 14 1 14 1 14 1 14"];
 /// The whole page. `command` is what repeats the run, `workers` the number of networks that trained
 /// side by side.
 pub(crate) fn html(
-    arms: &[Arm],
+    variants: &[Variant],
     rows: &[Summary],
     settings: &Settings,
     command: &str,
@@ -39,11 +39,11 @@ pub(crate) fn html(
         .iter()
         .map(|sentence| format!("<li>{}</li>\n", escape(sentence)))
         .collect();
-    let figures = overview(arms)
+    let figures = overview(variants)
         .iter()
         .map(figure)
         .collect::<Result<String, _>>()?;
-    let panels = layer_panels(arms)
+    let panels = layer_panels(variants)
         .iter()
         .map(figure)
         .collect::<Result<String, _>>()?;
@@ -57,7 +57,7 @@ pub(crate) fn html(
         settings.batch_size,
         settings.lr,
     );
-    let (version, kinds) = (env!("CARGO_PKG_VERSION"), arms.len());
+    let (version, kinds) = (env!("CARGO_PKG_VERSION"), variants.len());
     let plural = |count: usize, one: &str, many: &str| {
         format!("{count} {}", if count == 1 { one } else { many })
     };
@@ -118,9 +118,9 @@ pub(crate) fn html(
 </html>
 "#,
         subtitle = escape(&subtitle),
-        rules = rules(arms),
+        rules = rules(variants),
         table = table(rows),
-        legend = legend(arms),
+        legend = legend(variants),
         first = LAYERS[0],
         last = LAYERS[LAYERS.len() - 1],
         channels = CHANNELS[1..]
@@ -133,26 +133,33 @@ pub(crate) fn html(
     ))
 }
 
-/// The color, the dashes and the switch of each arm, then the lines of the layers.
-fn rules(arms: &[Arm]) -> String {
-    let kind = |arm: &Arm| arm.norm.split(':').next().unwrap_or_default().to_string();
+/// The color, the dashes and the switch of each variant, then the lines of the layers.
+fn rules(variants: &[Variant]) -> String {
+    let kind = |variant: &Variant| {
+        variant
+            .norm
+            .split(':')
+            .next()
+            .unwrap_or_default()
+            .to_string()
+    };
     let mut css = String::new();
-    for (index, arm) in arms.iter().enumerate() {
-        let kind_of_arm = kind(arm);
-        let before = arms[..index]
+    for (index, variant) in variants.iter().enumerate() {
+        let kind_of_variant = kind(variant);
+        let before = variants[..index]
             .iter()
-            .filter(|other| kind(other) == kind_of_arm)
+            .filter(|other| kind(other) == kind_of_variant)
             .count();
         let own = DASHES
             .iter()
-            .find(|(name, _)| *name == kind_of_arm)
+            .find(|(name, _)| *name == kind_of_variant)
             .map_or("none", |(_, dash)| dash);
         let dash = if before == 0 {
             own
         } else {
             MORE_DASHES[(before - 1) % MORE_DASHES.len()]
         };
-        css += &format!(".s{index} {{ --color: var(--{kind_of_arm}); --dash: {dash}; }}\n");
+        css += &format!(".s{index} {{ --color: var(--{kind_of_variant}); --dash: {dash}; }}\n");
         css += &format!(
             "body:has(#show{index}:not(:checked)) figure .s{index} {{ visibility: hidden; }}\n"
         );
@@ -171,10 +178,10 @@ fn swatch(class: usize) -> String {
     )
 }
 
-fn legend(arms: &[Arm]) -> String {
+fn legend(variants: &[Variant]) -> String {
     let mut html = "<fieldset class=\"legend\" aria-label=\"Lines shown\">\n".to_string();
-    for (class, arm) in arms.iter().enumerate() {
-        let (swatch, norm) = (swatch(class), escape(&arm.norm));
+    for (class, variant) in variants.iter().enumerate() {
+        let (swatch, norm) = (swatch(class), escape(&variant.norm));
         html += &format!(
             "<label><input type=\"checkbox\" id=\"show{class}\" checked> {swatch}{norm}</label>\n"
         );

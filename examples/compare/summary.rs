@@ -7,7 +7,7 @@ pub(crate) const TARGET: f64 = 0.95;
 
 /// All runs of one kind of norm.
 #[derive(Clone, Debug)]
-pub(crate) struct Arm {
+pub(crate) struct Variant {
     pub(crate) norm: String,
     pub(crate) runs: Vec<Run>,
 }
@@ -56,26 +56,26 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// None for an arm without a step.
-    pub(crate) fn of(arm: &Arm) -> Option<Self> {
-        let steps = || arm.runs.iter().flat_map(|run| &run.steps);
-        let to_target: Vec<_> = arm
+    /// None for a variant without a step.
+    pub(crate) fn of(variant: &Variant) -> Option<Self> {
+        let steps = || variant.runs.iter().flat_map(|run| &run.steps);
+        let to_target: Vec<_> = variant
             .runs
             .iter()
             .map(|run| steps_to(TARGET, &run.steps))
             .collect();
         let last_accuracy = |run: &Run| run.steps.iter().rev().find_map(|step| step.accuracy);
         Some(Self {
-            norm: arm.norm.clone(),
-            seeds: arm.runs.len(),
+            norm: variant.norm.clone(),
+            seeds: variant.runs.len(),
             reached: to_target.iter().flatten().count(),
-            diverged: arm.runs.iter().filter(|run| run.diverged).count(),
+            diverged: variant.runs.iter().filter(|run| run.diverged).count(),
             steps: Spread::of(
                 to_target
                     .iter()
                     .map(|step| step.map_or(f64::INFINITY, |step| step as f64)),
             )?,
-            accuracy: Spread::of(arm.runs.iter().filter_map(last_accuracy))?,
+            accuracy: Spread::of(variant.runs.iter().filter_map(last_accuracy))?,
             largest_gradient: steps()
                 .map(Step::gradient)
                 .filter(|norm| norm.is_finite())
@@ -173,7 +173,7 @@ pub(crate) mod samples {
     }
 
     pub(crate) fn summary(norm: &str, runs: &[&[f64]]) -> Summary {
-        Summary::of(&Arm {
+        Summary::of(&Variant {
             norm: norm.to_string(),
             runs: runs
                 .iter()

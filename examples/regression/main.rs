@@ -28,7 +28,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_norm::scaling::Pipeline;
 use clap::Parser;
 use data::Split;
-use report::Arm;
+use report::Variant;
 use scheme::{BEST, LEAK, SCHEMES, Scheme};
 use std::env;
 use std::error::Error;
@@ -98,8 +98,8 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         .map_err(|e| format!("--out: cannot write to {}: {e}", options.out.display()))?;
     let cars = Split::load()?;
     let schemes: Vec<Scheme> = SCHEMES.into_iter().chain([LEAK]).collect();
-    let mut arms = train_all(&schemes, &cars, settings)?;
-    let leak = arms.pop().ok_or("no runs")?;
+    let mut variants = train_all(&schemes, &cars, settings)?;
+    let leak = variants.pop().ok_or("no runs")?;
 
     println!(
         "{} cars to train on, {} to test on; {} features. Medians over {} seeds.\n",
@@ -108,18 +108,20 @@ fn compare(options: &Options) -> Result<(), Box<dyn Error>> {
         cars.names.len(),
         settings.seeds
     );
-    print!("{}", report::table(&arms, settings));
+    print!("{}", report::table(&variants, settings));
     let std = f64::from(cars.test.prices.var(0)?.sqrt()?.to_vec1::<f32>()?[0]);
     println!("\n{}\n\nMistakes:", report::goal(std));
-    for mistake in mistakes::mistakes(&arms, &leak, &cars)? {
+    for mistake in mistakes::mistakes(&variants, &leak, &cars)? {
         println!("- {mistake}");
     }
 
     let figure = options.out.join("regression.svg");
-    fs::write(&figure, report::chart(&arms, settings, std)?)?;
+    fs::write(&figure, report::chart(&variants, settings, std)?)?;
     println!("\nFigure: {}", figure.display());
-    let best = arms.into_iter().find(|arm| arm.scheme == BEST);
-    let best = best.and_then(|mut arm| arm.runs.pop()).ok_or("no run")?;
+    let best = variants.into_iter().find(|variant| variant.scheme == BEST);
+    let best = best
+        .and_then(|mut variant| variant.runs.pop())
+        .ok_or("no run")?;
     reload(
         best.trained,
         &cars,
@@ -132,16 +134,16 @@ fn train_all(
     schemes: &[Scheme],
     cars: &Split,
     settings: Settings,
-) -> Result<Vec<Arm>, Box<dyn Error>> {
+) -> Result<Vec<Variant>, Box<dyn Error>> {
     let bar = common::progress_bar(schemes.len() * settings.seeds as usize * settings.steps);
-    let mut arms = vec![];
+    let mut variants = vec![];
     for &scheme in schemes {
         let run = |seed| train(scheme, cars, seed, settings, || bar.inc(1));
         let runs = (0..settings.seeds).map(run).collect::<Result<_, _>>()?;
-        arms.push(Arm { scheme, runs });
+        variants.push(Variant { scheme, runs });
     }
     bar.finish_and_clear();
-    Ok(arms)
+    Ok(variants)
 }
 
 /// Saves the scalers and the network as one file, and asks a second process, which has nothing but

@@ -1,32 +1,32 @@
 //! The usual mistakes, and what each of them costs in this example.
 
 use crate::data::Split;
-use crate::report::{Arm, median};
+use crate::report::{Variant, median};
 use crate::scheme::{BEST, Inputs, LEAK, Targets};
 use crate::train::answer;
 use candle_core::{DType, Result, Tensor};
 use candle_norm::scaling::{Scaler, StandardScaler, StandardScalerOptions, half_precision};
 
 /// Sentences with figures, from the runs of the table and one more of the leak.
-pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<String>> {
-    let best = arms.iter().find(|arm| arm.scheme == BEST);
-    let per_batch = arms.iter().find(|arm| {
-        arm.scheme.inputs == Inputs::MinMaxOfBatch && arm.scheme.targets == Targets::ZScore
+pub(crate) fn mistakes(variants: &[Variant], leak: &Variant, cars: &Split) -> Result<Vec<String>> {
+    let best = variants.iter().find(|variant| variant.scheme == BEST);
+    let per_batch = variants.iter().find(|variant| {
+        variant.scheme.inputs == Inputs::MinMaxOfBatch && variant.scheme.targets == Targets::ZScore
     });
     let mut found = vec![];
-    if let Some(arm) = per_batch {
+    if let Some(variant) = per_batch {
         found.push(format!(
             "Scaled per batch: RMSE ${:.0} on the {} test cars at once, ${:.0} when asked one car \
              at a time, with a spread of {:.3}: one car by itself is its own least and greatest, \
              so that all cars look alike.",
-            arm.median(|r| r.together.rmse),
+            variant.median(|r| r.together.rmse),
             cars.test.count(),
-            arm.median(|r| r.alone.rmse),
-            arm.median(|r| r.alone.spread),
+            variant.median(|r| r.alone.rmse),
+            variant.median(|r| r.alone.spread),
         ));
     }
-    if let Some(arm) = best {
-        let forgotten = arm.runs.iter().map(|run| {
+    if let Some(variant) = best {
+        let forgotten = variant.runs.iter().map(|run| {
             let scaled = run.trained.scaled(&cars.test.inputs)?;
             Ok(answer(&scaled, &cars.test)?.rmse)
         });
@@ -35,14 +35,14 @@ pub(crate) fn mistakes(arms: &[Arm], leak: &Arm, cars: &Split) -> Result<Vec<Str
             "Forgotten inverse: RMSE ${:.0} instead of ${:.0}; the predictions are numbers \
              around 0.",
             forgotten,
-            arm.median(|r| r.together.rmse),
+            variant.median(|r| r.together.rmse),
         ));
         debug_assert_eq!(leak.scheme, LEAK);
         found.push(format!(
             "Fitted on all data: RMSE ${:.0} instead of ${:.0}, and it is not the error that new \
              cars will have.",
             leak.median(|r| r.together.rmse),
-            arm.median(|r| r.together.rmse),
+            variant.median(|r| r.together.rmse),
         ));
     }
     found.push(half(cars)?);

@@ -8,12 +8,12 @@ use crate::train::{GOAL, Run, Settings};
 use std::error::Error;
 
 /// A way, and a run of it for each seed.
-pub(crate) struct Arm {
+pub(crate) struct Variant {
     pub(crate) scheme: Scheme,
     pub(crate) runs: Vec<Run>,
 }
 
-impl Arm {
+impl Variant {
     /// The median over the seeds.
     pub(crate) fn median(&self, of: impl Fn(&Run) -> f64) -> f64 {
         median(self.runs.iter().map(of).collect())
@@ -25,7 +25,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-pub(crate) fn table(arms: &[Arm], settings: Settings) -> String {
+pub(crate) fn table(variants: &[Variant], settings: Settings) -> String {
     let head = [
         "inputs",
         "targets",
@@ -39,23 +39,23 @@ pub(crate) fn table(arms: &[Arm], settings: Settings) -> String {
         "spread, one by one",
     ];
     let mut rows = vec![head.map(str::to_string).to_vec()];
-    for arm in arms {
-        let steps = arm.median(|r| r.reached.map_or(f64::INFINITY, |s| s as f64));
+    for variant in variants {
+        let steps = variant.median(|r| r.reached.map_or(f64::INFINITY, |s| s as f64));
         let dollars = |v: f64| format!("${v:.0}");
         rows.push(vec![
-            arm.scheme.inputs().to_string(),
-            arm.scheme.targets().to_string(),
-            format!("{:.3e}", arm.median(|r| r.first_loss)),
+            variant.scheme.inputs().to_string(),
+            variant.scheme.targets().to_string(),
+            format!("{:.3e}", variant.median(|r| r.first_loss)),
             match steps.is_finite() {
                 true => format!("{steps}"),
                 false => format!("not in {}", settings.steps),
             },
-            format!("{:.3}", arm.median(|r| r.together.r2)),
-            dollars(arm.median(|r| r.together.rmse)),
-            dollars(arm.median(|r| r.together.mae)),
-            format!("{:.3}", arm.median(|r| r.together.spread)),
-            dollars(arm.median(|r| r.alone.rmse)),
-            format!("{:.3}", arm.median(|r| r.alone.spread)),
+            format!("{:.3}", variant.median(|r| r.together.r2)),
+            dollars(variant.median(|r| r.together.rmse)),
+            dollars(variant.median(|r| r.together.mae)),
+            format!("{:.3}", variant.median(|r| r.together.spread)),
+            dollars(variant.median(|r| r.alone.rmse)),
+            format!("{:.3}", variant.median(|r| r.alone.spread)),
         ]);
     }
     aligned(&rows)
@@ -87,20 +87,20 @@ fn aligned(rows: &[Vec<String>]) -> String {
 ///
 /// The height of one price for all cars is marked.
 pub(crate) fn chart(
-    arms: &[Arm],
+    variants: &[Variant],
     settings: Settings,
     price_std: f64,
 ) -> Result<String, Box<dyn Error>> {
-    let names: Vec<String> = arms
+    let names: Vec<String> = variants
         .iter()
-        .map(|arm| format!("{} → {}", arm.scheme.inputs(), arm.scheme.targets()))
+        .map(|variant| format!("{} → {}", variant.scheme.inputs(), variant.scheme.targets()))
         .collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let classes = palette::classes(&names);
-    let curves = arms.iter().enumerate().map(|(i, arm)| {
-        let points = arm.runs[0].curve.iter().enumerate();
+    let curves = variants.iter().enumerate().map(|(i, variant)| {
+        let points = variant.runs[0].curve.iter().enumerate();
         let points = points.map(|(point, &(step, _))| {
-            let rmse = arm.median(|run| run.curve[point].1);
+            let rmse = variant.median(|run| run.curve[point].1);
             // The axis ends there; a line that begins above it comes in from its top.
             (step as f64, rmse.min(TOP))
         });
@@ -115,7 +115,7 @@ pub(crate) fn chart(
         description: format!(
             "Root mean squared error of the test in dollars against training steps, for {} ways to \
             scale",
-            arms.len()
+            variants.len()
         ),
         size: (860, 440),
         x: Axis {

@@ -54,7 +54,7 @@ pub(crate) fn agreed(layer: &str, votes: [f64; VOTE]) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// As said, and those of the engine.
+/// As said, and those of the group.
 pub fn agree<T>(group: &dyn Collective, name: &'static str, result: Result<T>) -> Result<T> {
     let mut votes = vote(group.rank(), result.is_err());
     let summed = group.all_reduce_sum(&Call::new(name), &mut votes);

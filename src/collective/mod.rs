@@ -1,4 +1,4 @@
-//! Sums over the ranks of a group: the trait of the engines, and the engine of threads.
+//! Sums over the ranks of a group: the trait, and its implementation for threads.
 
 mod agreement;
 mod call;
@@ -18,11 +18,11 @@ pub use threads::Threads;
 /// such value with a rank of its own.
 ///
 /// Every rank of the group makes the same calls in the same order; a call returns when all of them
-/// have made it. An engine compares what the ranks call ([`Call`], and the number and dtype of the
+/// have made it. An implementation compares what the ranks call ([`Call`], and the number and dtype of the
 /// values) and returns an error on every rank where they differ, and where one of them does not
-/// come. [`Threads`] is the engine of this crate; `candle-norm-mpi` has one over MPI.
+/// come. [`Threads`] is the implementation of this crate; `candle-norm-mpi` has one over MPI.
 ///
-/// # An engine of your own
+/// # An implementation of your own
 /// The result of a sum has the same bits on every rank: parameters and running statistics stay
 /// equal by that. Values that are not finite are summed like any others. The group can be used by
 /// several threads of a rank only if they take turns in an order that is the same on all ranks.
@@ -68,7 +68,7 @@ pub trait Collective: Send + Sync + Debug {
     /// Replaces `values` by their sums over all ranks, element by element.
     ///
     /// # Errors
-    /// Another call or length on another rank, a rank that does not come, faults of the engine.
+    /// Another call or length on another rank, a rank that does not come, faults of the implementation.
     fn all_reduce_sum(&self, call: &Call, values: &mut [f64]) -> Result<()>;
 
     /// [`all_reduce_sum`](Self::all_reduce_sum) in `f32`, for gradients.

@@ -1,4 +1,4 @@
-//! Activations behind a normalization, in candle's tensor operations, with slopes of our own.
+//! Activations after a normalization, in candle's tensor operations, with slopes of our own.
 //!
 //! candle's gradient of relu is 1 at 0, that of GELU has constants of six digits. So a kink is a
 //! choice between two smooth functions, by a mask that has no gradient, and the normal distribution
@@ -9,7 +9,7 @@ use std::f64::consts::FRAC_2_SQRT_PI;
 
 use candle_core::{Result, Tensor};
 
-/// A function behind a normalization.
+/// A function after a normalization.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Activation {
     Relu,

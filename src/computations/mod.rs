@@ -105,7 +105,7 @@ pub(crate) trait Computation: Clone + Debug + Send + Sync + 'static {
         true
     }
 
-    /// Whether the backward reads the bias, as it must behind an activation.
+    /// Whether the backward reads the bias, as it must before an activation.
     fn backward_reads_bias(&self) -> bool {
         false
     }

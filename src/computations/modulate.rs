@@ -1,4 +1,4 @@
-//! Scale and shift alone, of any spread, behind no normalization.
+//! Scale and shift alone, of any spread, without a normalization.
 
 use candle_core::{Result, Tensor};
 

@@ -52,9 +52,12 @@ impl ScaleAdd {
             Places::Channel => apply(x.reshape((outer, channels, inner))?)?,
             Places::SampleAndChannel => apply(x.reshape((1, outer * channels, inner))?)?,
             Places::SampleAndColumn => {
-                let turned = x.reshape((outer, channels, inner))?.transpose(1, 2)?;
-                let turned = turned.contiguous()?.reshape((1, outer * inner, channels))?;
-                let y = apply(turned)?.reshape((outer, inner, channels))?;
+                let transposed_x = x.reshape((outer, channels, inner))?.transpose(1, 2)?;
+                let transposed_x =
+                    transposed_x
+                        .contiguous()?
+                        .reshape((1, outer * inner, channels))?;
+                let y = apply(transposed_x)?.reshape((outer, inner, channels))?;
                 y.transpose(1, 2)?.contiguous()?
             }
         };

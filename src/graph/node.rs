@@ -149,15 +149,15 @@ struct Node<C: On<B>, B: Backend> {
     input: Option<OnceLock<Fingerprint>>,
 }
 
-/// `computation` of `args` as a node of the graph, which is `asked` for statistics or not.
+/// `computation` of `args` as a node of the graph, whose statistics are needed by the caller or not (`keeps_statistics`).
 pub(super) fn fused<C: Served>(
     computation: C,
     kernels: Kernels,
     args: Args<&Tensor>,
-    asked: bool,
+    keeps_statistics: bool,
 ) -> Result<(Tensor, Arc<dyn KeepsStatistics>)> {
     with_backend!(kernels, B => {
-        let (y, node) = connected::<C, B>(computation, args, asked, None)?;
+        let (y, node) = connected::<C, B>(computation, args, keeps_statistics, None)?;
         Ok((y, node as Arc<dyn KeepsStatistics>))
     })
 }
@@ -214,7 +214,7 @@ type Connected<C, B> = (Tensor, Arc<Node<C, B>>);
 fn connected<C: On<B>, B: Backend>(
     computation: C,
     args: Args<&Tensor>,
-    asked: bool,
+    keeps_statistics: bool,
     ran: Option<Forward<B::Storage, C::Saved>>,
 ) -> Result<Connected<C, B>> {
     let Args { x, weight, bias } = args;
@@ -245,7 +245,7 @@ fn connected<C: On<B>, B: Backend>(
             bias: bias.is_some(),
         },
         saved: saved.map(OnceLock::from).unwrap_or_default(),
-        is_followed: asked || is_tracked || recorded(),
+        is_followed: keeps_statistics || is_tracked || recorded(),
         ready: OneShot::new(ready),
         input: reads_input.then(OnceLock::new),
     });

@@ -13,9 +13,9 @@ const LAYER: &str = "ConditionProjection";
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Chunk {
-    /// Summand behind a norm.
+    /// Summand after a norm.
     Shift,
-    /// Factor behind a norm, less 1.
+    /// Factor after a norm, less 1.
     Scale,
     /// Factor of what a block adds to its residual.
     Gate,
@@ -85,7 +85,7 @@ impl ChunkOrder<'static> {
         ..Self::started(&[Scale, Shift], "fc")
     };
 
-    /// An order behind SiLU that starts from zero.
+    /// An order after SiLU that starts from zero.
     const fn of(chunks: &'static [Chunk], key: &'static str) -> Self {
         Self {
             chunks,
@@ -95,7 +95,7 @@ impl ChunkOrder<'static> {
         }
     }
 
-    /// An order behind SiLU that starts as any linear layer does.
+    /// An order after SiLU that starts as any linear layer does.
     const fn started(chunks: &'static [Chunk], key: &'static str) -> Self {
         Self {
             zero_start: false,

@@ -73,7 +73,7 @@ impl FrozenNorm {
         })
     }
 
-    /// The same with an activation behind it.
+    /// The same with an activation after it.
     pub(super) fn with_activation(self, activation: Option<Activation>) -> Self {
         Self { activation, ..self }
     }
@@ -111,7 +111,7 @@ impl FrozenNorm {
         self.eps
     }
 
-    /// The activation behind it, that of the layer.
+    /// The activation after it, that of the layer.
     pub fn activation(&self) -> Option<Activation> {
         self.activation
     }
@@ -233,14 +233,14 @@ impl FrozenNorm {
         check::features(self.layer, xs, self.running_mean().elem_count())?;
         let last = xs.rank() - 1;
         // Axes as those of the input, as far as there are so many.
-        let turned = |value: Option<&Tensor>| match value {
+        let spread_to_rows = |value: Option<&Tensor>| match value {
             Some(value) if value.rank() > last => value.transpose(1, last).map(Some),
             value => Ok(value.cloned()),
         };
         let modulation = modulation.as_ref();
         let [scale, shift] = [
-            turned(modulation.and_then(|m| m.scale))?,
-            turned(modulation.and_then(|m| m.shift))?,
+            spread_to_rows(modulation.and_then(|m| m.scale))?,
+            spread_to_rows(modulation.and_then(|m| m.shift))?,
         ];
         let modulation = modulation.map(|m| Modulation {
             scale: scale.as_ref(),

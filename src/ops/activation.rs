@@ -6,7 +6,7 @@ use candle_nn::Activation as Named;
 use super::check;
 use crate::computations::Activation;
 
-/// `activation` as it is computed behind a norm.
+/// `activation` as it is computed after a norm.
 pub(crate) fn fused(layer: &str, activation: Option<Named>) -> Result<Option<Activation>> {
     Ok(Some(match activation {
         None => return Ok(None),

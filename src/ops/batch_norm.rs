@@ -102,7 +102,7 @@ pub fn modulated_batch_norm(
     Ok((y, statistics))
 }
 
-/// [`batch_norm`] with an activation behind it, fused forward and backward:
+/// [`batch_norm`] with an activation after it, fused forward and backward:
 /// `y = act(batch_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
@@ -210,7 +210,7 @@ pub fn batch_norm_inference(
     normalize_with("BatchNorm", 2, x, &fixed, Scaling::new(weight, bias), eps)
 }
 
-/// [`batch_norm_inference`] with an activation behind it, fused forward and backward.
+/// [`batch_norm_inference`] with an activation after it, fused forward and backward.
 ///
 /// # Shapes
 /// As [`batch_norm_inference`].

@@ -99,7 +99,7 @@ pub(crate) fn group_norm_by(
     graph::apply(groups, x, weight, bias)
 }
 
-/// [`group_norm`] with an activation behind it, fused forward and backward:
+/// [`group_norm`] with an activation after it, fused forward and backward:
 /// `y = act(group_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of

@@ -73,7 +73,7 @@ pub fn modulated_instance_norm(
     instance_norm_with(x, scaling, eps)
 }
 
-/// [`instance_norm`] with an activation behind it, fused forward and backward:
+/// [`instance_norm`] with an activation after it, fused forward and backward:
 /// `y = act(instance_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of

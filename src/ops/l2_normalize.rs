@@ -59,8 +59,8 @@ pub fn l2_normalize(x: &Tensor, dim: impl Dim, eps: f64, form: L2Form) -> Result
         return graph::apply(rows, &x.contiguous()?, None, None);
     }
     // The vectors lie across memory.
-    let turned = graph::transposed(&x.contiguous()?.reshape(((), len, inner))?)?;
-    let y = graph::apply(rows, &turned, None, None)?;
+    let transposed_x = graph::transposed(&x.contiguous()?.reshape(((), len, inner))?)?;
+    let y = graph::apply(rows, &transposed_x, None, None)?;
     graph::transposed(&y)?.reshape(dims)
 }
 

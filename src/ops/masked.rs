@@ -112,8 +112,8 @@ impl Mask {
         let rows = match space {
             1 => x.contiguous()?.reshape((n, c))?,
             _ => {
-                let turned = graph::transposed(&x.contiguous()?.reshape((n, c, space))?)?;
-                turned.reshape((n * space, c))?
+                let transposed_x = graph::transposed(&x.contiguous()?.reshape((n, c, space))?)?;
+                transposed_x.reshape((n * space, c))?
             }
         };
         let y = f(&picked(&rows, &places, 0)?)?;

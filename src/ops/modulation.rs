@@ -1,4 +1,4 @@
-//! Scale and shift from outside, behind a norm or alone.
+//! Scale and shift from outside, after a norm or alone.
 
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Activation as Named;
@@ -90,7 +90,7 @@ impl<'a> Scaling<'a> {
         }
     }
 
-    /// The same with an activation of `layer` behind it.
+    /// The same with an activation of `layer` after it.
     pub(crate) fn activated(self, layer: &str, activation: Option<Named>) -> Result<Self> {
         Ok(Self {
             activation: fused(layer, activation)?,

@@ -389,7 +389,7 @@ pub fn modulated_rms_norm(
     row_norm(x, shape.dims(), scaling, &norm)
 }
 
-/// [`layer_norm`] with an activation behind it, fused forward and backward:
+/// [`layer_norm`] with an activation after it, fused forward and backward:
 /// `y = act(layer_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
@@ -426,7 +426,7 @@ pub fn layer_norm_act(
     row_norm(x, shape.dims(), Scaling::new(weight, bias), &norm)
 }
 
-/// [`rms_norm`] with an activation behind it, fused forward and backward: `y = act(rms_norm(x))`.
+/// [`rms_norm`] with an activation after it, fused forward and backward: `y = act(rms_norm(x))`.
 ///
 /// The pre-activation is not kept, half precision is rounded once, and the slopes are those of
 /// PyTorch: 0 for relu at 0.

@@ -157,12 +157,12 @@ fn matrix(weight: &Tensor, dim: usize) -> Result<Tensor> {
 
 /// The elements of a [`matrix`] as a weight of shape `dims`.
 fn restored(matrix: &Tensor, dims: &[usize], dim: usize) -> Result<Tensor> {
-    let mut turned = dims.to_vec();
-    let outputs = turned.remove(dim);
-    turned.insert(0, outputs);
+    let mut permuted = dims.to_vec();
+    let outputs = permuted.remove(dim);
+    permuted.insert(0, outputs);
     let mut axes: Vec<usize> = (1..dims.len()).collect();
     axes.insert(dim, 0);
-    matrix.reshape(turned)?.permute(axes)?.contiguous()
+    matrix.reshape(permuted)?.permute(axes)?.contiguous()
 }
 
 /// `u vᵀ`, outside of the graph.

@@ -60,7 +60,7 @@ fn second_derivatives_are_those_of_the_whole_batch() -> Result<()> {
         return Ok(());
     }
     for path in [Path::Fused, Path::Composed, Path::Reference] {
-        // candle's engine adds gradients without elements to nothing, and so cuts their graph: a
+        // candle's autograd adds gradients without elements to nothing, and so cuts their graph: a
         // rank needs samples.
         for counts in [&[3, 2][..], &[1, 4, 2]] {
             let shares = Shares::new(&[2, 3], counts, DType::F64, path);

@@ -269,7 +269,7 @@ fn words_around(text: &str, range: &Range<usize>) -> Vec<String> {
     pairs.cloned().collect()
 }
 
-/// The same names, with a number behind those that came before.
+/// The same names, with a number after those that came before.
 fn told_apart(names: Vec<String>) -> Vec<String> {
     let mut counts = HashMap::<String, usize>::new();
     let told = |name: String| {

@@ -88,13 +88,13 @@ fn a_weight_that_is_set_does_not_reach_into_a_pending_gradient() -> Result<()> {
 #[test]
 fn an_input_that_is_set_is_refused_by_the_fused_path() -> Result<()> {
     for (kind, dims) in inputs() {
-        // What is turned first is a copy.
-        let turned = kind.is_channels_first();
+        // The input that is transposed first is a copy.
+        let is_copied = kind.is_channels_first();
         for set in [Set::Input, Set::Both] {
             for dtype in [DType::F64, DType::F32] {
                 let want = gradients(kind, dims, dtype, Set::Nothing, Path::Fused)?;
                 match gradients(kind, dims, dtype, set, Path::Fused) {
-                    Ok(got) if turned => {
+                    Ok(got) if is_copied => {
                         for (got, want) in got.iter().zip(&want) {
                             assert_same_bits(&format!("{kind:?} {dtype:?}"), got, want);
                         }

@@ -151,8 +151,8 @@ fn functions_of_ops_have_every_gradient() -> Result<()> {
     of(|v| ops::rms_norm(&v[0], &v[1], 1e-5), &inputs[..2])?;
     of(|v| ops::rms_norm_slow(&v[0], &v[1], 1e-5), &inputs[..2])?;
     of(|v| ops::softmax_last_dim(&v[0]), &inputs[..1])?;
-    let turned = inputs[0].transpose(1, 2)?;
-    of(|v| ops::softmax_last_dim(&v[0]), &[turned])
+    let transposed = inputs[0].transpose(1, 2)?;
+    of(|v| ops::softmax_last_dim(&v[0]), &[transposed])
 }
 
 /// Rotary embeddings: candle's values, also where a gradient follows, and every gradient.
@@ -188,8 +188,8 @@ fn rotary_embeddings_have_every_gradient() -> Result<()> {
     let slow = rope_i_slow(&x, &cos, &sin)?;
     assert!(difference(&ours[1](&tracked, &cos, &sin)?, &slow)? < 1e-15);
     // Views, which candle's own refuses.
-    let turned = x.transpose(1, 2)?;
-    let got = ours[2](&turned, &cos, &sin)?;
+    let transposed = x.transpose(1, 2)?;
+    let got = ours[2](&transposed, &cos, &sin)?;
     let want = ours[0](&x, &cos, &sin)?.transpose(1, 2)?;
     assert_eq!(difference(&got, &want)?, 0.);
 

@@ -8,12 +8,12 @@ use candle_norm::ops;
 use testkit::data::noise;
 
 /// Allocations of `f` on this thread, once it has run before.
-fn asked(f: impl Fn() -> Result<Tensor>) -> Result<AllocationInfo> {
+fn allocated(f: impl Fn() -> Result<Tensor>) -> Result<AllocationInfo> {
     f()?;
     let mut result = None;
-    let asked = allocation_counter::measure(|| result = Some(f()));
+    let allocated = allocation_counter::measure(|| result = Some(f()));
     result.transpose()?;
-    Ok(asked)
+    Ok(allocated)
 }
 
 /// One row costs about what an addition of candle costs, in calls and in bytes.
@@ -21,10 +21,10 @@ fn asked(f: impl Fn() -> Result<Tensor>) -> Result<AllocationInfo> {
 fn one_row_takes_few_allocations() -> Result<()> {
     let x = noise(&[1, 768], DType::F32)?;
     let (weight, bias) = (noise(&[768], DType::F32)?, noise(&[768], DType::F32)?);
-    let add = asked(|| &x + &x)?;
+    let add = allocated(|| &x + &x)?;
     let (w, b) = (Some(&weight), Some(&bias));
-    let layer = asked(|| ops::layer_norm(&x, 768, w, b, 1e-5))?;
-    let rms = asked(|| ops::rms_norm(&x, 768, w, ops::RmsOptions::default()))?;
+    let layer = allocated(|| ops::layer_norm(&x, 768, w, b, 1e-5))?;
+    let rms = allocated(|| ops::rms_norm(&x, 768, w, ops::RmsOptions::default()))?;
     for (name, norm) in [("layer norm", layer), ("RMS norm", rms)] {
         assert!(
             norm.count_total <= add.count_total + 12,
@@ -50,12 +50,13 @@ fn channels_last_input_of_batch_norm_is_not_copied() -> Result<()> {
             noise(&[64], DType::F32)?,
             Tensor::ones(64, DType::F32, &Device::Cpu)?,
         );
-        let training = asked(|| Ok(ops::batch_norm(&x, None, None, 1e-5)?.0))?;
-        let inference = asked(|| ops::batch_norm_inference(&x, [&mean, &var], None, None, 1e-5))?;
-        for (name, asked) in [("training", training), ("inference", inference)] {
+        let training = allocated(|| Ok(ops::batch_norm(&x, None, None, 1e-5)?.0))?;
+        let inference =
+            allocated(|| ops::batch_norm_inference(&x, [&mean, &var], None, None, 1e-5))?;
+        for (name, allocated) in [("training", training), ("inference", inference)] {
             assert!(
-                asked.bytes_total < size * 3 / 2,
-                "{name}: {asked:?} for {size} bytes"
+                allocated.bytes_total < size * 3 / 2,
+                "{name}: {allocated:?} for {size} bytes"
             );
         }
         Ok(())
@@ -80,10 +81,10 @@ fn switch_norm_allocates_its_output_and_little_else() -> Result<()> {
             let x = noise(&[8, 16, 40, 40], dtype)?;
             let size = (x.elem_count() * dtype.size_in_bytes()) as u64;
             let norm = || ops::switch_norm(&x, None, None, [&shares, &shares], options);
-            let asked = asked(|| Ok(norm()?.0))?;
+            let allocated = allocated(|| Ok(norm()?.0))?;
             assert!(
-                asked.bytes_total < size * 3 / 2,
-                "{dtype:?}: {asked:?} for {size} bytes"
+                allocated.bytes_total < size * 3 / 2,
+                "{dtype:?}: {allocated:?} for {size} bytes"
             );
         }
         Ok(())
@@ -98,13 +99,13 @@ fn inference_keeps_no_statistics_of_rows() -> Result<()> {
     pool.install(|| {
         let x = noise(&[4096, 4], DType::F32)?;
         let size = (x.elem_count() * DType::F32.size_in_bytes()) as u64;
-        let inference = asked(|| ops::layer_norm(&x, 4, None, None, 1e-5))?;
+        let inference = allocated(|| ops::layer_norm(&x, 4, None, None, 1e-5))?;
         assert!(
             inference.bytes_total < size + 4096,
             "{inference:?} for {size} bytes"
         );
         let tracked = Var::from_tensor(&x)?;
-        let training = asked(|| ops::layer_norm(&tracked, 4, None, None, 1e-5))?;
+        let training = allocated(|| ops::layer_norm(&tracked, 4, None, None, 1e-5))?;
         assert!(training.bytes_total >= size + 4096 * 24, "{training:?}");
         Ok(())
     })

@@ -426,18 +426,18 @@ fn modulated_activated_and_gated() {
                 let (y, _) = ops::modulated_batch_norm(&x, None, None, 1e-5, &modulation)?;
                 finish(y, &[("dx", &x), ("dscale", &scale)])
             });
-            assert_same(&format!("{activation:?} behind rows of {what}"), || {
+            assert_same(&format!("{activation:?} after rows of {what}"), || {
                 let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[last])?);
                 let (weight, bias) = (Some(&w), Some(&w));
                 let y = ops::layer_norm_act(&x, last, [weight, bias], 1e-5, activation)?;
                 finish(y, &[("dx", &x), ("dw", &w)])
             });
-            assert_same(&format!("{activation:?} behind groups of {what}"), || {
+            assert_same(&format!("{activation:?} after groups of {what}"), || {
                 let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[channels])?);
                 let y = ops::group_norm_act(&x, 2, [Some(&w), Some(&w)], 1e-5, activation)?;
                 finish(y, &[("dx", &x), ("dw", &w)])
             });
-            assert_same(&format!("{activation:?} behind channels of {what}"), || {
+            assert_same(&format!("{activation:?} after channels of {what}"), || {
                 let (x, w) = (leaf(&x, dims)?, leaf(&scale, &[channels])?);
                 let (y, _) = ops::batch_norm_act(&x, Some(&w), Some(&w), 1e-5, activation)?;
                 finish(y, &[("dx", &x), ("dw", &w)])

@@ -1,4 +1,4 @@
-//! Activations behind a normalization, and functions in place of one: values, and slopes.
+//! Activations after a normalization, and functions in place of one: values, and slopes.
 //!
 //! Exponentials are taken of numbers that are not positive, so that none overflows, and everything
 //! else follows from them by a division. A slope at a kink is the one that PyTorch takes.
@@ -14,7 +14,7 @@ use super::simd::{
     Approximate, ERF, ERF_RANGE, ERFC, Elem, Isa, Kernel, Lanes, Real, Vector, splat, zero,
 };
 
-/// A function behind a normalization.
+/// A function after a normalization.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `max(u, 0)`, of slope 0 at 0.

@@ -77,7 +77,7 @@ pub(crate) fn forward<E: Elem>(
     activated_forward(x, order, shape, affine, statistics, None)
 }
 
-/// [`forward`] with an activation behind it.
+/// [`forward`] with an activation after it.
 fn activated_forward<E: Elem>(
     x: &[E],
     order: Order,

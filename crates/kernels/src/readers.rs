@@ -10,7 +10,7 @@ use super::simd::{LANES, Plain, prefetch, tile, transpose_tile};
 
 /// Gives the elements of some neighboring channels, run by run.
 pub(crate) trait Reader<E: 'static> {
-    /// How many channels it is best asked for together.
+    /// The number of channels that are best read together.
     const CHANNELS: usize;
 
     /// Makes a run of these channels ready, at most [`CHANNELS`](Self::CHANNELS).
@@ -23,7 +23,7 @@ pub(crate) trait Reader<E: 'static> {
 /// Prefetch distance, in positions: processors do not foresee the next row by themselves.
 const PREFETCH_DISTANCE: usize = 3 * LANES;
 
-/// The most channels that any reader is asked for together.
+/// The most channels that any reader reads together.
 pub(crate) const MOST_CHANNELS: usize = 2 * LANES;
 
 /// A contiguous tensor, whose channels are planes: nothing to be made ready.

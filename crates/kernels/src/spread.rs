@@ -1,5 +1,5 @@
-//! Weight and bias that are spread over a tensor in any way, behind a normalization by given
-//! statistics or behind none.
+//! Weight and bias that are spread over a tensor in any way, after a normalization by given
+//! statistics or without one.
 //!
 //! A tensor `[outer, channels, inner]` is taken plane by plane. All elements of a plane have the
 //! same statistics, and either the same weight and bias or one for each column.

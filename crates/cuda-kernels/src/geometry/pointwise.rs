@@ -9,7 +9,7 @@ pub const ROUND_FIRST: i32 = 1;
 /// The bit of `flags` by which `grad` is the gradient of the normalized value.
 pub const TIMES_WEIGHT: i32 = 2;
 
-/// A function behind a normalization, by the number that kernels know it by.
+/// A function after a normalization, by the number that kernels know it by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Function {

@@ -108,7 +108,7 @@ pub(super) fn read_old(bytes: &[u8], key: Option<&str>) -> Result<Pickled> {
     }
     let object = unpickle(&mut rest)?;
     let Object::List(keys) = unpickle(&mut rest)? else {
-        bail!("expected a list of storages behind the pickle")
+        bail!("expected a list of storages after the pickle")
     };
     let mut widths = HashMap::new();
     widths_in(&object, &mut widths);
