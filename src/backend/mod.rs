@@ -1,7 +1,8 @@
 //! Backends: computations carried out on the storage of one device.
 //!
 //! A backend implements [`On`] for every computation, one file each. A new device is a new backend
-//! and one more variant where [`graph`](crate::graph) picks between them; no layer and no op changes.
+//! and one more variant where [`graph`](crate::graph) picks between them; no layer and no op
+//! changes.
 
 pub(crate) mod cpu;
 #[cfg(any(feature = "cuda", feature = "internals"))]

@@ -18,8 +18,8 @@ pub use threads::Threads;
 /// such value with a rank of its own.
 ///
 /// Every rank of the group makes the same calls in the same order; a call returns when all of them
-/// have made it. An implementation compares what the ranks call ([`Call`], and the number and dtype of the
-/// values) and returns an error on every rank where they differ, and where one of them does not
+/// have made it. An implementation compares what the ranks call ([`Call`], and the number and dtype
+/// of the values) and returns an error on every rank where they differ, and where one of them does not
 /// come. [`Threads`] is the implementation of this crate; `candle-norm-mpi` has one over MPI.
 ///
 /// # An implementation of your own
@@ -68,7 +68,8 @@ pub trait Collective: Send + Sync + Debug {
     /// Replaces `values` by their sums over all ranks, element by element.
     ///
     /// # Errors
-    /// Another call or length on another rank, a rank that does not come, faults of the implementation.
+    /// Another call or length on another rank, a rank that does not come, faults of the
+    /// implementation.
     fn all_reduce_sum(&self, call: &Call, values: &mut [f64]) -> Result<()>;
 
     /// [`all_reduce_sum`](Self::all_reduce_sum) in `f32`, for gradients.

@@ -149,7 +149,8 @@ struct Node<C: On<B>, B: Backend> {
     input: Option<OnceLock<Fingerprint>>,
 }
 
-/// `computation` of `args` as a node of the graph, whose statistics are needed by the caller or not (`keeps_statistics`).
+/// `computation` of `args` as a node of the graph. The caller needs its statistics, or not
+/// (`keeps_statistics`).
 pub(super) fn fused<C: Served>(
     computation: C,
     kernels: Kernels,

@@ -137,7 +137,8 @@ impl Case<'_> {
             if let Some(at) = pairs().position(|pair| !same(pair)) {
                 let count = pairs().filter(|pair| !same(*pair)).count();
                 return Ok(Some(format!(
-                    "{name}[{at}] is {:e} on the device, {:e} on the emulator; {count} of {} differ",
+                    "{name}[{at}] is {:e} on the device, {:e} on the emulator; {count} of {} \
+                    differ",
                     got[at],
                     want[at],
                     want.len()

@@ -142,8 +142,8 @@ impl Rows {
 
     /// The forward's launch; none for an empty tensor.
     ///
-    /// Arguments: x, residual or null, weight or null, bias or null, y or null (statistics alone are
-    /// asked for), sum or null (the rounded sum of x and residual), stats or null, rows, cols
+    /// Arguments: x, residual or null, weight or null, bias or null, y or null (for the statistics
+    /// alone), sum or null (the rounded sum of x and residual), stats or null, rows, cols
     /// (`long long`), eps, offset (`double`), flags (`int`). Where a residual is added, one more:
     /// the unrounded sum, of the accumulator's type, or null. LayerNorm ignores offset and flags.
     pub fn forward(&self) -> Option<Launch> {

@@ -78,8 +78,8 @@ impl Op {
         }
     }
 
-    /// The passes of the layer that can be timed: a graph of several nodes is only gone back through
-    /// by the engine.
+    /// The passes of the layer that can be timed. Only the engine runs the backward of a graph of
+    /// several nodes.
     pub(crate) fn passes(self) -> &'static [Pass] {
         match self {
             Op::SwitchNorm | Op::MaskedBatchNorm | Op::GlobalResponseNorm | Op::L2Normalize => {
