@@ -1,6 +1,5 @@
 //! Recording of calls, for the tests and benches of this crate: a backward without candle's
-//! autograd
-//! around it.
+//! autograd around it.
 
 use std::cell::RefCell;
 
