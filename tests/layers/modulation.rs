@@ -16,7 +16,12 @@ use testkit::errors::assert_message;
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [
+    Path::Fused,
+    Path::Composed,
+    Path::Reference,
+    Path::Emulated,
+];
 
 fn tensor(values: &[f64], dims: &[usize]) -> Result<Tensor> {
     Tensor::from_slice(values, dims, &CPU)

@@ -84,7 +84,7 @@ impl<'a, L: Launcher> Call<'a, L> {
         }
     }
 
-    fn write_moments(self, moments: &'a mut Moments<L>) -> Self {
+    pub(super) fn write_moments(self, moments: &'a mut Moments<L>) -> Self {
         self.write(&mut moments.mean)
             .write(&mut moments.rest)
             .write(&mut moments.inv_std)

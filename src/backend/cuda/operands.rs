@@ -202,10 +202,19 @@ impl<'a, L: Launcher> Device<'a, L> {
     /// A copy of an operand.
     pub(super) fn copied(self, operand: &Operand<L::Storage>) -> Result<L::Storage> {
         let mut copy = self.alloc(operand.dtype(), operand.len)?;
-        operand
-            .storage()
-            .copy_strided_src(&mut copy, 0, &operand.layout())?;
+        self.copy_into(operand, &mut copy, 0)?;
         Ok(copy)
+    }
+
+    /// Copies an operand to elements from `at` on.
+    pub(super) fn copy_into(
+        self,
+        operand: &Operand<L::Storage>,
+        to: &mut L::Storage,
+        at: usize,
+    ) -> Result<()> {
+        let (storage, layout) = (operand.storage(), operand.layout());
+        storage.copy_strided_src(to, at, &layout)
     }
 
     /// A launch of a shape that kernels know: inputs are not empty.
