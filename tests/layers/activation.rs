@@ -16,12 +16,7 @@ use testkit::errors::assert_message;
 use testkit::vars::{set, var, vb};
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 4] = [
-    Path::Fused,
-    Path::Composed,
-    Path::Reference,
-    Path::Emulated,
-];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 const ALL: [Activation; 9] = [
     Activation::Relu,
     Activation::Relu6,

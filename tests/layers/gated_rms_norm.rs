@@ -13,12 +13,7 @@ use testkit::errors::assert_message;
 use testkit::vars::{names, vb};
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 4] = [
-    Path::Fused,
-    Path::Composed,
-    Path::Reference,
-    Path::Emulated,
-];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 
 fn variable(values: &[f64], dims: &[usize]) -> Result<Tensor> {
     Ok(Var::from_tensor(&Tensor::from_slice(values, dims, &CPU)?)?.into_inner())

@@ -194,7 +194,11 @@ fn functions_of_rows_are_one_launch_each_way() -> Result<()> {
         |x| scale.forward_add(x, &residual),
         [
             &["pointwise_forward"],
-            &["columns_grad_sums", "columns_grad_merge", "columns_grad_input"],
+            &[
+                "columns_grad_sums",
+                "columns_grad_merge",
+                "columns_grad_input",
+            ],
         ],
     )
 }

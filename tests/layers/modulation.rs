@@ -16,12 +16,7 @@ use testkit::errors::assert_message;
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 4] = [
-    Path::Fused,
-    Path::Composed,
-    Path::Reference,
-    Path::Emulated,
-];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 
 fn tensor(values: &[f64], dims: &[usize]) -> Result<Tensor> {
     Tensor::from_slice(values, dims, &CPU)

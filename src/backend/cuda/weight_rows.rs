@@ -5,7 +5,7 @@ use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::geometry::channels::Columns;
 use candle_norm_cuda_kernels::geometry::weight::{Floor, Weight};
 
-use super::launches::{Affine, By, column_sums, normalized_columns};
+use super::launches::{Affine, By, Form, column_sums, normalized};
 use super::operands::dtype;
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On};
@@ -126,7 +126,7 @@ impl WeightRows {
             bias: Some(g),
         };
         let columns = Columns::new(device.types(of_param, [])?, shape.rows, 1, 1);
-        let g = normalized_columns(device, columns, &zeros, &affine, &By::none())?;
+        let g = normalized(device, Form::Columns(columns), &zeros, &affine, &By::none())?;
         Ok(Operand::whole(g, rows))
     }
 }
