@@ -25,10 +25,9 @@ pub enum Path {
     #[default]
     Auto,
     /// The fused kernels of the CPU, and with the feature `cuda` those of NVIDIA GPUs, forward and
-    /// backward: `f16`, `bf16`, `f32`, `f64`. A few computations have no kernels on GPUs and are
-    /// composed there: the mixture of [`SwitchNorm`](crate::SwitchNorm),
-    /// [`ScaleNorm`](crate::ScaleNorm), and [`RmsNorm`](crate::RmsNorm) with
-    /// [`Cast::BeforeWeight`](crate::ops::Cast) of a half-precision sum.
+    /// backward: `f16`, `bf16`, `f32`, `f64`. Two computations have no kernels on GPUs and are
+    /// composed there: batch norm by the statistics of several ranks, and scales and shifts of each
+    /// feature of each of more than 65 535 samples.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,

@@ -17,7 +17,7 @@ use testkit::subjects::gradients;
 use testkit::vars::{set, var, vb};
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 const ALL: [Activation; 9] = [
     Activation::Relu,
     Activation::Relu6,

@@ -16,7 +16,7 @@ use testkit::errors::assert_message;
 use testkit::view::View;
 
 const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
-const PATHS: [Path; 2] = [Path::Fused, Path::Composed];
+const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Emulated];
 
 /// A norm of the last axis.
 #[derive(Debug, Clone, Copy)]

@@ -20,7 +20,7 @@ use testkit::subjects::{backward, gradient};
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 const HALF: [DType; 2] = [DType::F16, DType::BF16];
 
 /// Arguments of a function for an input of shape `dims`.

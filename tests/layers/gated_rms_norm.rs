@@ -14,7 +14,7 @@ use testkit::subjects::gradients;
 use testkit::vars::{names, vb};
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 
 #[test]
 fn the_examples() -> Result<()> {

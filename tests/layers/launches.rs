@@ -4,12 +4,13 @@
 //! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
 //! where it is not counted.
 
-use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{D, DType, Device, ModuleT, Result, Tensor, Var};
+use candle_nn::{Activation, VarBuilder, VarMap};
 use candle_norm::internals::{Asked, asked, launches};
+use candle_norm::ops::{self, L2Form, Modulation, RmsOptions};
 use candle_norm::{
-    BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,
-    with_path,
+    BatchNormOptions, Cast, LayerNormOptions, Path, batch_norm, gated_rms_norm, group_norm,
+    instance_norm, layer_norm, layer_scale, rms_norm, switch_norm, with_path,
 };
 use testkit::functions::FUNCTIONS;
 use testkit::table::forms;
@@ -98,6 +99,136 @@ fn a_sum_is_formed_in_the_launch_that_normalizes_it() -> Result<()> {
             y + sum
         },
         [&["add_layer_norm_forward"], &["layer_norm_backward"]],
+    )
+}
+
+/// Rounding before the weight and half precision change nothing of that.
+#[test]
+fn a_half_sum_that_is_rounded_before_the_weight_is_one_launch() -> Result<()> {
+    let of = |dims: &[usize]| Var::from_tensor(&var(dims)?.to_dtype(DType::BF16)?);
+    let (residual, weight) = (of(&[64, 256])?, of(&[256])?);
+    let options = RmsOptions {
+        eps: Some(1e-5),
+        cast: Cast::BeforeWeight,
+        ..Default::default()
+    };
+    assert_launches(
+        &of(&[64, 256])?,
+        |x| {
+            let (y, sum) = ops::add_rms_norm(x, &residual, 256, Some(&weight), options)?;
+            y + sum
+        },
+        [
+            &["add_rms_norm_forward"],
+            &["sum_rms_norm_backward", "rows_finish"],
+        ],
+    )
+}
+
+/// Weights of each sample are the kernels of the layout, with a grid of samples.
+#[test]
+fn weights_of_each_sample_are_no_launch_more() -> Result<()> {
+    let scale = var(&[4, 16])?;
+    let modulation = Modulation::new(Some(&scale), Some(&scale));
+    let norm = layer_norm(16, 1e-5, fresh_vb())?;
+    assert_launches(
+        &var(&[4, 8, 16])?,
+        |x| norm.forward_modulated_by(x, &modulation),
+        [
+            &["layer_norm_forward"],
+            &["layer_norm_backward", "rows_finish"],
+        ],
+    )?;
+    let norm = group_norm(4, 16, 1e-5, fresh_vb())?;
+    assert_launches(
+        &var(&[4, 16, 64])?,
+        |x| norm.forward_modulated_by(x, &modulation),
+        [&["planes_fit"], &["groups_grad_fit", "groups_grad_merge"]],
+    )
+}
+
+/// The statistics, and one pass over the elements; the backward has one pass more than without.
+#[test]
+fn an_activation_is_a_pass_of_its_own() -> Result<()> {
+    let options = LayerNormOptions {
+        activation: Some(Activation::Gelu),
+        ..1e-5.into()
+    };
+    let norm = layer_norm(256, options, fresh_vb())?;
+    assert_launches(
+        &var(&[64, 256])?,
+        |x| norm.forward_t(x, true),
+        [
+            &["layer_norm_forward", "pointwise_forward"],
+            &["pointwise_backward", "layer_norm_backward", "rows_finish"],
+        ],
+    )
+}
+
+#[test]
+fn functions_of_rows_are_one_launch_each_way() -> Result<()> {
+    assert_launches(
+        &var(&[64, 256])?,
+        ops::softmax_last_dim,
+        [&["softmax_f32"], &["softmax_grad_f32"]],
+    )?;
+    assert_launches(
+        &var(&[64, 256])?,
+        |x| ops::l2_normalize(x, D::Minus1, 1e-12, L2Form::Max),
+        [&["weight_norm_f32"], &["weight_norm_grad_f32"]],
+    )?;
+    let gate = var(&[64, 256])?;
+    let norm = gated_rms_norm(256, 1e-5, fresh_vb())?;
+    assert_launches(
+        &var(&[64, 256])?,
+        |x| norm.forward(x, Some(&gate)),
+        [
+            &["gated_f32_f32"],
+            &["gated_grad", "columns_grad_sums", "columns_grad_merge"],
+        ],
+    )?;
+    let scale = layer_scale(256, 1e-5, fresh_vb())?;
+    let residual = var(&[64, 256])?;
+    assert_launches(
+        &var(&[64, 256])?,
+        |x| scale.forward_add(x, &residual),
+        [
+            &["pointwise_forward"],
+            &[
+                "columns_grad_sums",
+                "columns_grad_merge",
+                "columns_grad_input",
+            ],
+        ],
+    )
+}
+
+/// The mixture is a few numbers for each plane, between the moments and the scaling.
+#[test]
+fn a_switch_norm_is_kernels_alone() -> Result<()> {
+    let norm = switch_norm(16, 1e-5, fresh_vb())?;
+    assert_launches(
+        &var(&[4, 16, 64])?,
+        |x| norm.forward_t(x, true),
+        [
+            &[
+                "planes_moments",
+                "planes_merge",
+                "mixture_unions",
+                "mixture_forward",
+                "columns_normalize",
+                "planes_normalize",
+                "update_running",
+            ],
+            &[
+                "planes_grad_fit",
+                "columns_grad_sums",
+                "columns_grad_merge",
+                "mixture_sums",
+                "mixture_backward",
+                "planes_normalize",
+            ],
+        ],
     )
 }
 

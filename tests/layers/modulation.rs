@@ -17,7 +17,7 @@ use testkit::subjects::gradients;
 use testkit::vars::vb;
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 
 #[test]
 fn a_layer_norm_of_two_samples() -> Result<()> {

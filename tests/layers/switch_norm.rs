@@ -19,7 +19,7 @@ fn wide_noise(dims: &[usize]) -> Result<Tensor> {
 }
 
 const CPU: Device = Device::Cpu;
-const PATHS: [Path; 2] = [Path::Fused, Path::Composed];
+const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Emulated];
 
 #[track_caller]
 fn assert_close(got: &Tensor, want: &Tensor, bound: f64) -> Result<()> {

@@ -5,14 +5,12 @@ use std::sync::Arc;
 use candle_core::backend::BackendStorage;
 use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::Types;
-use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+use candle_norm_cuda_kernels::geometry::channels::Planes;
 use candle_norm_cuda_kernels::geometry::pointwise::Pointwise;
 use candle_norm_support::messages;
 
 use super::launches::{
-    Affine, By, Spread, Wanted, grads_by_sample, grads_of_columns, grads_of_planes,
-    normalized_columns, normalized_planes, own_and_normalized_planes, own_of_columns,
-    own_of_planes,
+    Affine, By, Form, Wanted, grads, grads_by_sample, normalized, own, own_and_normalized,
 };
 use super::operands::{Pair, dtype, in_dtype};
 use super::pointwise::{Behind, Elements, Through};
@@ -22,14 +20,6 @@ use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
 use crate::computations::composed::accumulator;
 use crate::computations::{self, Args, Channels, FixedStatistics, Gradients, Source};
-
-/// How a tensor with channels is read.
-enum Form {
-    /// Along the neighbors of a channel in a sample.
-    Planes(Planes),
-    /// Down the rows of a matrix.
-    Columns(Columns),
-}
 
 /// Given statistics in the accumulator's dtype.
 pub(crate) struct Given<L: Launcher> {
@@ -64,20 +54,6 @@ impl Channels {
             outer: self.axes.outer as u64,
             channels: self.axes.channels as u64,
             inner: self.axes.inner as u64,
-        }
-    }
-
-    fn form(&self, types: Types) -> Form {
-        let planes = self.planes(types);
-        let Planes {
-            outer,
-            channels,
-            inner,
-            ..
-        } = planes;
-        match planes.are_long() {
-            true => Form::Planes(planes),
-            false => Form::Columns(Columns::new(types, outer, channels, inner)),
         }
     }
 
@@ -151,10 +127,8 @@ impl Channels {
         if self.spread == computations::Spread::SampleAndChannel {
             return grads_by_sample(device, self.planes(types), both, weight, &by, wanted);
         }
-        match self.form(types) {
-            Form::Planes(planes) => grads_of_planes(device, planes, both, weight, &by, wanted),
-            Form::Columns(columns) => grads_of_columns(device, columns, both, weight, &by, wanted),
-        }
+        let form = Form::of(self.planes(types));
+        grads(device, form, both, weight, &by, wanted)
     }
 
     fn by<'a, L: Launcher>(&self, saved: &'a Saved<L>) -> By<'a, L::Storage> {
@@ -197,37 +171,23 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
             weight: device.maybe_param(args.weight, dtype(types.param()))?,
             bias: device.maybe_param(args.bias, dtype(types.param()))?,
         };
-        let form = self.form(types);
-        let saved = match (&self.source, &form) {
-            (Source::Own { center }, Form::Planes(planes)) if !self.is_plain() => {
-                Saved::Own(own_of_planes(device, *planes, &x, *center, self.eps)?)
-            }
-            (Source::Own { center }, Form::Planes(planes)) => {
-                let spread = Spread::by_channel(*planes);
-                let (y, moments) = own_and_normalized_planes(
-                    device, *planes, &x, &affine, spread, *center, self.eps,
-                )?;
+        let form = Form::of(self.planes(types));
+        let saved = match &self.source {
+            Source::Own { center } if self.is_plain() => {
+                let (y, moments) =
+                    own_and_normalized(device, form, &x, &affine, *center, self.eps)?;
                 let saved = Saved::Own(moments);
                 return Ok(Forward { y, saved });
             }
-            (Source::Own { center }, Form::Columns(columns)) => {
-                Saved::Own(own_of_columns(device, *columns, &x, *center, self.eps)?)
-            }
-            (Source::Given(fixed), _) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
-            (Source::Synchronized(_), _) => messages::internal(self.layer, "its composed form")?,
+            Source::Own { center } => Saved::Own(own(device, form, &x, *center, self.eps)?),
+            Source::Given(fixed) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
+            Source::Synchronized(_) => messages::internal(self.layer, "its composed form")?,
         };
-        if !self.is_plain() {
-            let elements = self.elements(types, affine, &saved);
-            let y = elements.forward(device, &x, None)?;
-            return Ok(Forward { y, saved });
-        }
-        let by = self.by(&saved);
-        let y = match form {
-            Form::Planes(planes) => {
-                let spread = Spread::by_channel(planes);
-                normalized_planes(device, planes, &x, &affine, spread, &by)?
-            }
-            Form::Columns(columns) => normalized_columns(device, columns, &x, &affine, &by)?,
+        let y = match self.is_plain() {
+            true => normalized(device, form, &x, &affine, &self.by(&saved))?,
+            false => self
+                .elements(types, affine, &saved)
+                .forward(device, &x, None)?,
         };
         Ok(Forward { y, saved })
     }

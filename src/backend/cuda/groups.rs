@@ -6,8 +6,7 @@ use candle_norm_cuda_kernels::geometry::groups;
 use candle_norm_cuda_kernels::geometry::pointwise::Pointwise;
 
 use super::launches::{
-    Affine, By, Spread, alloc_backs, grad_input_of_planes, grad_sums_of_planes,
-    own_and_normalized_planes, own_of_planes,
+    Affine, By, Form, Spread, alloc_backs, grad_input, grad_sums, own, own_and_normalized,
 };
 use super::operands::dtype;
 use super::pointwise::{Behind, Elements, Through};
@@ -73,6 +72,7 @@ impl Groups {
     ) -> Result<Gradients<L::Storage>> {
         let shape = self.geometry(types);
         let (planes, channels) = (shape.as_planes(), shape.as_channels());
+        let form = form(shape);
         let by = By::own(saved);
         let param = || device.alloc(dtype(types.param()), shape.channels as usize);
         let mut dweight = params.then(param).transpose()?;
@@ -100,7 +100,8 @@ impl Groups {
             }
             None => {
                 let (mean, per_mean) = (by.mean.as_ref(), shape.per_group());
-                let partial = grad_sums_of_planes(device, channels, [x, dy], mean, per_mean)?;
+                let along = Form::along(channels);
+                let partial = grad_sums(device, along, [x, dy], mean, per_mean)?;
                 (None, Some(partial), channels.parts())
             }
         };
@@ -124,21 +125,19 @@ impl Groups {
         }
         let dx = match fitted.take() {
             Some(dx) => dx,
-            None => {
-                let (spread, backs) = (spread(shape), backs.as_ref());
-                grad_input_of_planes(device, planes, [x, dy], weight, spread, &by, backs)?
-            }
+            None => grad_input(device, form, [x, dy], weight, &by, backs.as_ref())?,
         };
         Ok(Gradients { dx, dweight, dbias })
     }
 }
 
 /// A group is a plane, in which each channel has a weight.
-fn spread(shape: groups::Groups) -> Spread {
-    Spread {
+fn form(shape: groups::Groups) -> Form {
+    let spread = Spread {
         span: shape.inner,
         period: shape.num_groups,
-    }
+    };
+    Form::Planes(shape.as_planes(), spread)
 }
 
 impl<L: Launcher> On<Cuda<L>> for Groups {
@@ -156,15 +155,12 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
             weight: device.maybe_param(args.weight, dtype(types.param()))?,
             bias: device.maybe_param(args.bias, dtype(types.param()))?,
         };
-        let shape = self.geometry(types);
-        let (planes, eps) = (shape.as_planes(), self.eps);
+        let (form, eps) = (form(self.geometry(types)), self.eps);
         if self.is_plain() {
-            let spread = spread(shape);
-            let (y, saved) =
-                own_and_normalized_planes(device, planes, &x, &affine, spread, true, eps)?;
+            let (y, saved) = own_and_normalized(device, form, &x, &affine, true, eps)?;
             return Ok(Forward { y, saved });
         }
-        let saved = own_of_planes(device, planes, &x, true, eps)?;
+        let saved = own(device, form, &x, true, eps)?;
         let y = self
             .elements(types, affine, &saved)
             .forward(device, &x, None)?;

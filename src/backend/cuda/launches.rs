@@ -1,9 +1,9 @@
 //! Passes over tensors with channels, which several computations share: moments, normalization,
 //! and the gradients of both.
 
-use candle_core::Result;
 use candle_core::backend::BackendStorage;
 use candle_core::scalar::Scalar;
+use candle_core::{DType, Result};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
 use candle_norm_cuda_kernels::geometry::rows::{Norm, Rows};
@@ -69,8 +69,23 @@ impl<'a, L: Launcher> Call<'a, L> {
             .maybe_read(by.third.as_ref())
     }
 
-    fn planes(self, planes: Planes) -> Self {
-        self.sizes([planes.outer, planes.channels, planes.inner])
+    /// What a kernel that reads a tensor is told of its form; `more` of planes alone.
+    fn pass<const N: usize>(self, form: Form, more: [u64; N]) -> Self {
+        match form {
+            Form::Planes(planes, _) => self
+                .sizes([planes.outer, planes.channels, planes.inner])
+                .sizes(more)
+                .parts(planes.parts()),
+            Form::Columns(columns) => self.matrix(columns).parts(columns.across),
+        }
+    }
+
+    /// What a kernel that merges parts is told of a form.
+    fn merge(self, form: Form) -> Self {
+        match form {
+            Form::Planes(planes, _) => self.sizes([planes.channels]).parts(planes.parts()),
+            Form::Columns(columns) => self.matrix(columns).parts(columns.parts),
+        }
     }
 
     fn matrix(self, m: Columns) -> Self {
@@ -84,7 +99,7 @@ impl<'a, L: Launcher> Call<'a, L> {
         }
     }
 
-    fn write_moments(self, moments: &'a mut Moments<L>) -> Self {
+    pub(super) fn write_moments(self, moments: &'a mut Moments<L>) -> Self {
         self.write(&mut moments.mean)
             .write(&mut moments.rest)
             .write(&mut moments.inv_std)
@@ -114,6 +129,80 @@ impl Spread {
     }
 }
 
+/// How a tensor with channels is read.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Form {
+    /// Along the neighbors of a channel in a sample.
+    Planes(Planes, Spread),
+    /// Down the rows of a matrix.
+    Columns(Columns),
+}
+
+/// The launch of this name of a form.
+macro_rules! of_form {
+    ($form:expr, $launch:ident) => {
+        match $form {
+            Form::Planes(planes, _) => planes.$launch(),
+            Form::Columns(columns) => columns.$launch(),
+        }
+    };
+}
+
+impl Form {
+    /// Of one weight for each channel.
+    pub(super) fn along(planes: Planes) -> Self {
+        Self::Planes(planes, Spread::by_channel(planes))
+    }
+
+    /// [`along`](Self::along) where planes are long, else down columns.
+    pub(super) fn of(planes: Planes) -> Self {
+        let Planes {
+            types,
+            outer,
+            channels,
+            inner,
+        } = planes;
+        match planes.are_long() {
+            true => Self::along(planes),
+            false => Self::Columns(Columns::new(types, outer, channels, inner)),
+        }
+    }
+
+    fn types(self) -> Types {
+        match self {
+            Self::Planes(planes, _) => planes.types,
+            Self::Columns(columns) => columns.types,
+        }
+    }
+
+    fn acc(self) -> DType {
+        accumulator(self.types())
+    }
+
+    fn channels(self) -> u64 {
+        match self {
+            Self::Planes(planes, _) => planes.channels,
+            Self::Columns(columns) => columns.period / columns.inner,
+        }
+    }
+
+    /// Values of a channel.
+    fn count(self) -> u64 {
+        match self {
+            Self::Planes(planes, _) => planes.outer * planes.inner,
+            Self::Columns(columns) => columns.elements / self.channels(),
+        }
+    }
+
+    /// The places of weights, of planes alone.
+    fn spread(self) -> [u64; 2] {
+        match self {
+            Self::Planes(_, spread) => spread.sizes(),
+            Self::Columns(_) => [0; 2],
+        }
+    }
+}
+
 /// The gradients that a backward is to compute.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted {
@@ -122,151 +211,79 @@ pub(super) struct Wanted {
     pub(super) params: bool,
 }
 
-/// Memory for the gradients of parameters.
-fn alloc_params<L: Launcher>(
-    device: Device<L>,
-    types: Types,
-    channels: u64,
-    wanted: Wanted,
-) -> Result<[Option<L::Storage>; 2]> {
-    let alloc = || device.alloc(dtype(types.param()), channels as usize);
-    let alloc = || wanted.params.then(alloc).transpose();
-    Ok([alloc()?, alloc()?])
-}
-
-fn accumulator(types: Types) -> candle_core::DType {
+fn accumulator(types: Types) -> DType {
     dtype(types.x().accumulator())
 }
 
-/// The moments of the channels of planes.
-pub(super) fn own_of_planes<L: Launcher>(
+/// The moments of the channels of a form.
+pub(super) fn own<L: Launcher>(
     device: Device<L>,
-    planes: Planes,
+    form: Form,
     x: &Operand<L::Storage>,
     center: bool,
     eps: f64,
 ) -> Result<Moments<L>> {
-    let acc = accumulator(planes.types);
-    let mut moments = Moments::alloc(device, acc, planes.channels as usize)?;
-    let mut partial = device.alloc(acc, planes.moments_scratch() as usize)?;
+    let mut moments = Moments::alloc(device, form.acc(), form.channels() as usize)?;
+    let mut partial = device.alloc(form.acc(), of_form!(form, moments_scratch) as usize)?;
     device
-        .call(&planes.moments())
+        .call(&of_form!(form, moments))
         .read(x)
         .write(&mut partial)
-        .planes(planes)
-        .parts(planes.parts())
+        .pass(form, [])
         .flag(center)
         .run()?;
     device
-        .call(&planes.merge())
+        .call(&of_form!(form, merge))
         .read_all(&partial)
         .write_moments(&mut moments)
-        .sizes([planes.channels])
-        .parts(planes.parts())
+        .merge(form)
         .float(eps)
         .run()?;
     Ok(moments)
 }
 
-/// The moments of the channels of columns.
-pub(super) fn own_of_columns<L: Launcher>(
+/// Channels normalized by given statistics.
+pub(super) fn normalized<L: Launcher>(
     device: Device<L>,
-    columns: Columns,
-    x: &Operand<L::Storage>,
-    center: bool,
-    eps: f64,
-) -> Result<Moments<L>> {
-    let acc = accumulator(columns.types);
-    let channels = columns.period / columns.inner;
-    let mut moments = Moments::alloc(device, acc, channels as usize)?;
-    let mut partial = device.alloc(acc, columns.moments_scratch() as usize)?;
-    device
-        .call(&columns.moments())
-        .read(x)
-        .write(&mut partial)
-        .matrix(columns)
-        .parts(columns.across)
-        .flag(center)
-        .run()?;
-    device
-        .call(&columns.merge())
-        .read_all(&partial)
-        .write_moments(&mut moments)
-        .matrix(columns)
-        .parts(columns.parts)
-        .float(eps)
-        .run()?;
-    Ok(moments)
-}
-
-/// Planes normalized by given statistics.
-pub(super) fn normalized_planes<L: Launcher>(
-    device: Device<L>,
-    planes: Planes,
+    form: Form,
     x: &Operand<L::Storage>,
     affine: &Affine<L::Storage>,
-    spread: Spread,
     by: &By<L::Storage>,
 ) -> Result<L::Storage> {
-    let mut y = device.alloc(dtype(planes.types.x()), x.len())?;
+    let mut y = device.alloc(dtype(form.types().x()), x.len())?;
     device
-        .call(&planes.normalize())
+        .call(&of_form!(form, normalize))
         .read(x)
         .maybe_read(affine.weight.as_ref())
         .maybe_read(affine.bias.as_ref())
         .by(by)
         .write(&mut y)
-        .planes(planes)
-        .sizes(spread.sizes())
-        .parts(planes.parts())
+        .pass(form, form.spread())
         .flag(by.of_var)
         .float(by.eps)
         .run()?;
     Ok(y)
 }
 
-/// Columns normalized by given statistics.
-pub(super) fn normalized_columns<L: Launcher>(
+/// Channels normalized by their own statistics, in one launch where those of planes fit.
+pub(super) fn own_and_normalized<L: Launcher>(
     device: Device<L>,
-    columns: Columns,
+    form: Form,
     x: &Operand<L::Storage>,
     affine: &Affine<L::Storage>,
-    by: &By<L::Storage>,
-) -> Result<L::Storage> {
-    let mut y = device.alloc(dtype(columns.types.x()), x.len())?;
-    device
-        .call(&columns.normalize())
-        .read(x)
-        .maybe_read(affine.weight.as_ref())
-        .maybe_read(affine.bias.as_ref())
-        .by(by)
-        .write(&mut y)
-        .matrix(columns)
-        .parts(columns.across)
-        .flag(by.of_var)
-        .float(by.eps)
-        .run()?;
-    Ok(y)
-}
-
-/// Planes normalized by their own statistics, in one launch where a channel fits.
-pub(super) fn own_and_normalized_planes<L: Launcher>(
-    device: Device<L>,
-    planes: Planes,
-    x: &Operand<L::Storage>,
-    affine: &Affine<L::Storage>,
-    spread: Spread,
     center: bool,
     eps: f64,
 ) -> Result<(L::Storage, Moments<L>)> {
-    let Some(launch) = planes.fit() else {
-        let moments = own_of_planes(device, planes, x, center, eps)?;
-        let by = By::own(&moments);
-        let y = normalized_planes(device, planes, x, affine, spread, &by)?;
+    let fit = match form {
+        Form::Planes(planes, spread) => planes.fit().map(|launch| (launch, planes, spread)),
+        Form::Columns(_) => None,
+    };
+    let Some((launch, planes, spread)) = fit else {
+        let moments = own(device, form, x, center, eps)?;
+        let y = normalized(device, form, x, affine, &By::own(&moments))?;
         return Ok((y, moments));
     };
-    let acc = accumulator(planes.types);
-    let mut moments = Moments::alloc(device, acc, planes.channels as usize)?;
+    let mut moments = Moments::alloc(device, form.acc(), planes.channels as usize)?;
     let mut y = device.alloc(dtype(planes.types.x()), x.len())?;
     device
         .call(&launch)
@@ -275,7 +292,7 @@ pub(super) fn own_and_normalized_planes<L: Launcher>(
         .maybe_read(affine.bias.as_ref())
         .write(&mut y)
         .write_moments(&mut moments)
-        .planes(planes)
+        .sizes([planes.outer, planes.channels, planes.inner])
         .sizes(spread.sizes())
         .float(eps)
         .flag(center)
@@ -304,41 +321,38 @@ pub(super) fn alloc_backs<L: Launcher>(
 }
 
 /// The sums of the gradient of the output, and of its products with x less a mean, over the parts
-/// of each channel; one mean for each `per_mean` channels.
-pub(super) fn grad_sums_of_planes<L: Launcher>(
+/// of each channel; of planes one mean for each `per_mean` channels.
+pub(super) fn grad_sums<L: Launcher>(
     device: Device<L>,
-    planes: Planes,
+    form: Form,
     [x, dy]: [&Operand<L::Storage>; 2],
     mean: Option<&Operand<L::Storage>>,
     per_mean: u64,
 ) -> Result<L::Storage> {
-    let mut partial = device.alloc(accumulator(planes.types), planes.grad_scratch() as usize)?;
+    let mut partial = device.alloc(form.acc(), of_form!(form, grad_scratch) as usize)?;
     device
-        .call(&planes.grad_sums())
+        .call(&of_form!(form, grad_sums))
         .read(x)
         .read(dy)
         .maybe_read(mean)
         .write(&mut partial)
-        .planes(planes)
-        .sizes([per_mean])
-        .parts(planes.parts())
+        .pass(form, [per_mean])
         .run()?;
     Ok(partial)
 }
 
-/// The gradient of planes; without `backs`, the statistics do not depend on them.
-pub(super) fn grad_input_of_planes<L: Launcher>(
+/// The gradient of channels; without `backs`, the statistics do not depend on them.
+pub(super) fn grad_input<L: Launcher>(
     device: Device<L>,
-    planes: Planes,
+    form: Form,
     [x, dy]: [&Operand<L::Storage>; 2],
     weight: Option<&Operand<L::Storage>>,
-    spread: Spread,
     by: &By<L::Storage>,
     backs: Option<&Backs<L::Storage>>,
 ) -> Result<L::Storage> {
-    let mut dx = device.alloc(dtype(planes.types.x()), x.len())?;
+    let mut dx = device.alloc(dtype(form.types().x()), x.len())?;
     device
-        .call(&planes.grad_input())
+        .call(&of_form!(form, grad_input))
         .read(x)
         .read(dy)
         .maybe_read(weight)
@@ -346,87 +360,88 @@ pub(super) fn grad_input_of_planes<L: Launcher>(
         .maybe_read_all(backs.map(|b| &b.mean))
         .maybe_read_all(backs.map(|b| &b.along))
         .write(&mut dx)
-        .planes(planes)
-        .sizes(spread.sizes())
-        .parts(planes.parts())
+        .pass(form, form.spread())
         .flag(by.of_var)
         .float(by.eps)
         .run()?;
     Ok(dx)
 }
 
-/// The gradients of columns: of x, and of weight and bias where `params`. The statistics are those
-/// of x, about the means of the channels or zero, or do not depend on it.
-pub(super) fn grads_of_columns<L: Launcher>(
+/// What a merge of sums gives, as far as it is wanted.
+pub(super) struct Merged<S> {
+    pub(super) dweight: Option<S>,
+    pub(super) dbias: Option<S>,
+    pub(super) backs: Option<Backs<S>>,
+}
+
+impl<S: BackendStorage> Merged<S> {
+    /// Memory for a kernel to write.
+    fn alloc<L: Launcher<Storage = S>>(
+        device: Device<L>,
+        types: Types,
+        channels: u64,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        let alloc = || device.alloc(dtype(types.param()), channels as usize);
+        let alloc = || wanted.params.then(alloc).transpose();
+        let backs = |_| alloc_backs(device, types, channels);
+        Ok(Self {
+            dweight: alloc()?,
+            dbias: alloc()?,
+            backs: wanted.own.map(backs).transpose()?,
+        })
+    }
+}
+
+/// The sums over channels that a backward takes.
+pub(super) fn merged_sums<L: Launcher>(
     device: Device<L>,
-    columns: Columns,
-    [x, dy]: [&Operand<L::Storage>; 2],
+    form: Form,
+    both: [&Operand<L::Storage>; 2],
     weight: Option<&Operand<L::Storage>>,
     by: &By<L::Storage>,
     wanted: Wanted,
-) -> Result<Gradients<L::Storage>> {
-    let channels = columns.period / columns.inner;
-    let [mut dweight, mut dbias] = alloc_params(device, columns.types, channels, wanted)?;
-    let backs = |_| alloc_backs(device, columns.types, channels);
-    let mut backs = wanted.own.map(backs).transpose()?;
+) -> Result<Merged<L::Storage>> {
+    let mut merged = Merged::alloc(device, form.types(), form.channels(), wanted)?;
     if wanted.params || wanted.own.is_some() {
-        let acc = accumulator(columns.types);
-        let mut partial = device.alloc(acc, columns.grad_scratch() as usize)?;
+        let partial = grad_sums(device, form, both, by.mean.as_ref(), 1)?;
         device
-            .call(&columns.grad_sums())
-            .read(x)
-            .read(dy)
-            .maybe_read(by.mean.as_ref())
-            .write(&mut partial)
-            .matrix(columns)
-            .parts(columns.across)
-            .run()?;
-        device
-            .call(&columns.grad_merge())
+            .call(&of_form!(form, grad_merge))
             .read_all(&partial)
             .maybe_read(weight)
             .by(by)
-            .maybe_write(dweight.as_mut())
-            .maybe_write(dbias.as_mut())
-            .write_backs(backs.as_mut())
-            .matrix(columns)
-            .parts(columns.parts)
-            .float((columns.elements / channels) as f64)
+            .maybe_write(merged.dweight.as_mut())
+            .maybe_write(merged.dbias.as_mut())
+            .write_backs(merged.backs.as_mut())
+            .merge(form)
+            .float(form.count() as f64)
             .flag(by.of_var)
             .float(by.eps)
             .flag(wanted.own == Some(true))
             .run()?;
     }
-    let mut dx = device.alloc(dtype(columns.types.x()), x.len())?;
-    device
-        .call(&columns.grad_input())
-        .read(x)
-        .read(dy)
-        .maybe_read(weight)
-        .by(by)
-        .maybe_read_all(backs.as_ref().map(|b| &b.mean))
-        .maybe_read_all(backs.as_ref().map(|b| &b.along))
-        .write(&mut dx)
-        .matrix(columns)
-        .parts(columns.across)
-        .flag(by.of_var)
-        .float(by.eps)
-        .run()?;
-    Ok(Gradients { dx, dweight, dbias })
+    Ok(merged)
 }
 
-/// [`grads_of_columns`] of planes with one weight for each channel, in one launch where a channel
-/// fits.
-pub(super) fn grads_of_planes<L: Launcher>(
+/// The gradients of channels: of x, and of weight and bias where `params`; in one launch where
+/// planes fit.
+pub(super) fn grads<L: Launcher>(
     device: Device<L>,
-    planes: Planes,
-    [x, dy]: [&Operand<L::Storage>; 2],
+    form: Form,
+    both: [&Operand<L::Storage>; 2],
     weight: Option<&Operand<L::Storage>>,
     by: &By<L::Storage>,
     wanted: Wanted,
 ) -> Result<Gradients<L::Storage>> {
-    let [mut dweight, mut dbias] = alloc_params(device, planes.types, planes.channels, wanted)?;
-    if let (Some(center), Some(launch)) = (wanted.own, planes.grad_fit()) {
+    let [x, dy] = both;
+    if let (Some(center), Form::Planes(planes, _)) = (wanted.own, form)
+        && let Some(launch) = planes.grad_fit()
+    {
+        let params = Wanted {
+            own: None,
+            ..wanted
+        };
+        let mut merged = Merged::alloc(device, planes.types, planes.channels, params)?;
         let mut dx = device.alloc(dtype(planes.types.x()), x.len())?;
         device
             .call(&launch)
@@ -435,53 +450,41 @@ pub(super) fn grads_of_planes<L: Launcher>(
             .maybe_read(weight)
             .by(by)
             .write(&mut dx)
-            .maybe_write(dweight.as_mut())
-            .maybe_write(dbias.as_mut())
+            .maybe_write(merged.dweight.as_mut())
+            .maybe_write(merged.dbias.as_mut())
             .null()
-            .planes(planes)
+            .sizes([planes.outer, planes.channels, planes.inner])
             .sizes([planes.channels])
             .flag(center)
             .run()?;
-        return Ok(Gradients { dx, dweight, dbias });
+        return Ok(Gradients {
+            dx,
+            dweight: merged.dweight,
+            dbias: merged.dbias,
+        });
     }
-    let backs = |_| alloc_backs(device, planes.types, planes.channels);
-    let mut backs = wanted.own.map(backs).transpose()?;
-    if wanted.params || wanted.own.is_some() {
-        let partial = grad_sums_of_planes(device, planes, [x, dy], by.mean.as_ref(), 1)?;
-        device
-            .call(&planes.grad_merge())
-            .read_all(&partial)
-            .maybe_read(weight)
-            .by(by)
-            .maybe_write(dweight.as_mut())
-            .maybe_write(dbias.as_mut())
-            .write_backs(backs.as_mut())
-            .sizes([planes.channels])
-            .parts(planes.parts())
-            .float((planes.outer * planes.inner) as f64)
-            .flag(by.of_var)
-            .float(by.eps)
-            .flag(wanted.own == Some(true))
-            .run()?;
-    }
-    let spread = Spread::by_channel(planes);
-    let dx = grad_input_of_planes(device, planes, [x, dy], weight, spread, by, backs.as_ref())?;
+    let Merged {
+        dweight,
+        dbias,
+        backs,
+    } = merged_sums(device, form, both, weight, by, wanted)?;
+    let dx = grad_input(device, form, both, weight, by, backs.as_ref())?;
     Ok(Gradients { dx, dweight, dbias })
 }
 
-/// [`grads_of_planes`] with one weight for each channel of each sample.
+/// [`grads`] of planes with one weight for each channel of each sample.
 pub(super) fn grads_by_sample<L: Launcher>(
     device: Device<L>,
     planes: Planes,
-    [x, dy]: [&Operand<L::Storage>; 2],
+    both: [&Operand<L::Storage>; 2],
     weight: Option<&Operand<L::Storage>>,
     by: &By<L::Storage>,
     wanted: Wanted,
 ) -> Result<Gradients<L::Storage>> {
     let all = planes.by_sample();
-    let len = all.channels as usize;
+    let (form, len) = (Form::along(all), all.channels as usize);
     // The statistics of channels, beside each plane.
-    let mut beside = device.alloc(accumulator(planes.types), 3 * len)?;
+    let mut beside = device.alloc(form.acc(), 3 * len)?;
     device
         .call(&planes.spread())
         .by(by)
@@ -495,20 +498,17 @@ pub(super) fn grads_by_sample<L: Launcher>(
         third: part(2),
         ..*by
     };
-    let [mut dweight, mut dbias] = alloc_params(device, planes.types, all.channels, wanted)?;
-    let backs = |_| alloc_backs(device, planes.types, all.channels);
-    let mut backs = wanted.own.map(backs).transpose()?;
+    let mut merged = Merged::alloc(device, planes.types, all.channels, wanted)?;
     if wanted.params || wanted.own.is_some() {
-        let mean = by_plane.mean.as_ref();
-        let partial = grad_sums_of_planes(device, all, [x, dy], mean, 1)?;
+        let partial = grad_sums(device, form, both, by_plane.mean.as_ref(), 1)?;
         device
             .call(&planes.grad_merge_by_sample())
             .read_all(&partial)
             .maybe_read(weight)
             .by(by)
-            .maybe_write(dweight.as_mut())
-            .maybe_write(dbias.as_mut())
-            .write_backs(backs.as_mut())
+            .maybe_write(merged.dweight.as_mut())
+            .maybe_write(merged.dbias.as_mut())
+            .write_backs(merged.backs.as_mut())
             .sizes([planes.outer, planes.channels])
             .parts(all.parts())
             .float((planes.outer * planes.inner) as f64)
@@ -517,9 +517,12 @@ pub(super) fn grads_by_sample<L: Launcher>(
             .flag(wanted.own == Some(true))
             .run()?;
     }
-    let (both, spread) = ([x, dy], Spread::by_channel(all));
-    let dx = grad_input_of_planes(device, all, both, weight, spread, &by_plane, backs.as_ref())?;
-    Ok(Gradients { dx, dweight, dbias })
+    let backs = merged.backs.as_ref();
+    Ok(Gradients {
+        dx: grad_input(device, form, both, weight, &by_plane, backs)?,
+        dweight: merged.dweight,
+        dbias: merged.dbias,
+    })
 }
 
 /// The sums over the rows of each sample, `[samples, rows, cols]`, of `dy · x` and of `dy`.
@@ -571,33 +574,12 @@ pub(super) fn column_sums<L: Launcher>(
     columns: Columns,
     values: &Operand<L::Storage>,
 ) -> Result<L::Storage> {
-    let acc = accumulator(columns.types);
-    let mut partial = device.alloc(acc, columns.grad_scratch() as usize)?;
-    let mut sums = device.alloc(dtype(columns.types.param()), columns.period as usize)?;
+    let wanted = Wanted {
+        own: None,
+        params: true,
+    };
     // The gradient of a bias is such a sum.
-    device
-        .call(&columns.grad_sums())
-        .read(values)
-        .read(values)
-        .null()
-        .write(&mut partial)
-        .matrix(columns)
-        .parts(columns.across)
-        .run()?;
-    device
-        .call(&columns.grad_merge())
-        .read_all(&partial)
-        .null()
-        .by(&By::none())
-        .null()
-        .write(&mut sums)
-        .write_backs(None)
-        .matrix(columns)
-        .parts(columns.parts)
-        .float(1.)
-        .flag(false)
-        .float(1.)
-        .flag(false)
-        .run()?;
-    Ok(sums)
+    let (form, by) = (Form::Columns(columns), By::none());
+    let merged = merged_sums(device, form, [values, values], None, &by, wanted)?;
+    device.launch(merged.dbias)
 }

@@ -11,8 +11,11 @@ mod channels;
 pub(crate) mod driver;
 #[cfg(feature = "internals")]
 pub(crate) mod emulated;
+mod gated;
 mod groups;
 mod launches;
+mod lengths;
+mod mixture;
 mod modulate;
 mod operands;
 mod plane_moments;
@@ -21,8 +24,10 @@ mod rows;
 mod running;
 mod scale_add;
 mod scale_shift;
+mod softmax;
 mod statistics;
 mod transpose;
+mod unit_rows;
 mod weight_rows;
 mod without_kernels;
 

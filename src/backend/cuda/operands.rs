@@ -204,8 +204,18 @@ impl<'a, L: Launcher> Device<'a, L> {
     /// A copy of an operand.
     pub(super) fn copied(self, operand: &Operand<L::Storage>) -> Result<L::Storage> {
         let mut copy = self.alloc(operand.dtype(), operand.len)?;
-        copied(operand.storage(), &operand.layout(), &mut copy, 0)?;
+        self.copy_into(operand, &mut copy, 0)?;
         Ok(copy)
+    }
+
+    /// Copies an operand to elements from `at` on.
+    pub(super) fn copy_into(
+        self,
+        operand: &Operand<L::Storage>,
+        to: &mut L::Storage,
+        at: usize,
+    ) -> Result<()> {
+        copied(operand.storage(), &operand.layout(), to, at)
     }
 
     /// A launch of a shape that kernels know: inputs are not empty.

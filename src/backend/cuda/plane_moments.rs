@@ -5,7 +5,7 @@ use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::Planes;
 
-use super::launches::{Affine, By, Spread, normalized_planes, own_of_planes};
+use super::launches::{Affine, By, Form, normalized, own};
 use super::operands::{cast, copied};
 use super::statistics::Moments;
 use super::{Cuda, Device, Launcher, Operand, View};
@@ -32,7 +32,7 @@ impl<L: Launcher> On<Cuda<L>> for PlaneMoments {
         let device = Device::<L>::of(self.layer, args.x.storage);
         let x = device.input(args.x)?;
         let planes = self.planes(device.types(x.dtype(), [])?, x.len());
-        let saved = own_of_planes(device, planes, &x, true, 1.)?;
+        let saved = own(device, Form::along(planes), &x, true, 1.)?;
         let count = planes.channels as usize;
         let line = Layout::contiguous(count);
         let mut y = device.alloc(DType::F64, 2 * count)?;
@@ -62,9 +62,9 @@ impl<L: Launcher> On<Cuda<L>> for PlaneMoments {
             bias: grad(0, 1.)?,
         };
         let by = By::about(&from.saved.mean, Some(&from.saved.rest));
-        let spread = Spread::by_channel(planes);
+        let form = Form::along(planes);
         Ok(Gradients {
-            dx: normalized_planes(device, planes, &x, &affine, spread, &by)?,
+            dx: normalized(device, form, &x, &affine, &by)?,
             dweight: None,
             dbias: None,
         })

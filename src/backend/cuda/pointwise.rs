@@ -3,12 +3,12 @@
 
 use candle_core::Result;
 use candle_core::backend::BackendStorage;
-use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
+use candle_norm_cuda_kernels::geometry::channels::Planes;
 use candle_norm_cuda_kernels::geometry::pointwise::{self, Function, TIMES_WEIGHT};
 use candle_norm_cuda_kernels::geometry::rows::MOST_SAMPLES;
 use candle_norm_cuda_kernels::{Launch, Types};
 
-use super::launches::{Affine, By, Wanted, grads_of_columns, grads_of_planes, sums_by_sample};
+use super::launches::{Affine, By, Form, Wanted, grads, sums_by_sample};
 use super::operands::dtype;
 use super::{Call, Device, Launcher, Operand};
 use crate::computations::composed::Along;
@@ -236,15 +236,9 @@ pub(super) fn grads_of_scaled<L: Launcher>(
             channels,
             inner,
         };
-        let (weight, by, own) = (weight.as_ref(), By::none(), None);
-        let wanted = Wanted { own, params };
-        return match planes.are_long() {
-            true => grads_of_planes(device, planes, both, weight, &by, wanted),
-            false => {
-                let columns = Columns::new(types, outer, channels, inner);
-                grads_of_columns(device, columns, both, weight, &by, wanted)
-            }
-        };
+        let wanted = Wanted { own: None, params };
+        let (form, by) = (Form::of(planes), By::none());
+        return grads(device, form, both, weight.as_ref(), &by, wanted);
     }
     let affine = Affine { weight, bias: None };
     let asked = Asked {

@@ -5,9 +5,7 @@ use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::{Columns, Planes};
 
-use super::launches::{
-    Affine, By, Spread, Wanted, column_sums, grads_of_planes, normalized_columns, normalized_planes,
-};
+use super::launches::{Affine, By, Form, Wanted, column_sums, grads, normalized};
 use super::operands::{Pair, cast, copied};
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On};
@@ -16,13 +14,13 @@ use crate::computations::{Args, Gradients, ScaleShift, argument};
 
 impl ScaleShift {
     /// A plane is a channel of one sample.
-    fn launches(&self, types: Types) -> Planes {
-        Planes {
+    fn form(&self, types: Types) -> Form {
+        Form::along(Planes {
             types,
             outer: 1,
             channels: self.planes() as u64,
             inner: self.axes.inner as u64,
-        }
+        })
     }
 
     /// One row of coefficients, in storage of its own.
@@ -51,13 +49,8 @@ impl ScaleShift {
             weight: None,
             bias: Some(device.param(bias, wide)?),
         };
-        normalized_columns(
-            device,
-            self.matrix(device, wide)?,
-            &shift,
-            &affine,
-            &By::none(),
-        )
+        let form = Form::Columns(self.matrix(device, wide)?);
+        normalized(device, form, &shift, &affine, &By::none())
     }
 }
 
@@ -90,10 +83,9 @@ impl<L: Launcher> On<Cuda<L>> for ScaleShift {
         };
         let wide = self.row(coefficients, 2, DType::F64)?;
         let saved = Pair::of(&wide, self.planes(), acc)?;
-        let planes = self.launches(device.types(x.dtype(), [])?);
-        let spread = Spread::by_channel(planes);
+        let form = self.form(device.types(x.dtype(), [])?);
         let by = By::about(&saved.high, saved.low.as_ref());
-        let y = normalized_planes(device, planes, &x, &affine, spread, &by)?;
+        let y = normalized(device, form, &x, &affine, &by)?;
         Ok(Forward { y, saved })
     }
 
@@ -106,13 +98,13 @@ impl<L: Launcher> On<Cuda<L>> for ScaleShift {
         let coefficients = argument(self, from.weight)?;
         let acc = accumulator(x.dtype());
         let scale = Operand::whole(self.row(coefficients, 0, acc)?, self.planes());
-        let planes = self.launches(device.types(x.dtype(), [])?);
+        let form = self.form(device.types(x.dtype(), [])?);
         let by = By::about(&from.saved.high, from.saved.low.as_ref());
         let wanted = Wanted {
             own: None,
             params: from.params,
         };
-        let grads = grads_of_planes(device, planes, [&x, &dy], Some(&scale), &by, wanted)?;
+        let grads = grads(device, form, [&x, &dy], Some(&scale), &by, wanted)?;
         let (Some(dscale), Some(dshift)) = (grads.dweight, grads.dbias) else {
             return Ok(Gradients {
                 dx: grads.dx,

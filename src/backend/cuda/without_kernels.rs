@@ -4,10 +4,7 @@ use candle_core::Result;
 
 use super::{Cuda, Launcher, View};
 use crate::backend::{Backward, Forward, On};
-use crate::computations::{
-    Args, Computation, Cumulative, Dynamic, GatedRows, Gradients, Lengths, Mixture, Softmax,
-    UnitRows,
-};
+use crate::computations::{Args, Computation, Cumulative, Dynamic, Gradients};
 use candle_norm_support::messages;
 
 macro_rules! without_kernels {
@@ -29,6 +26,4 @@ macro_rules! without_kernels {
         }
     )+};
 }
-without_kernels!(
-    Cumulative, Dynamic, GatedRows, Lengths, Mixture, Softmax, UnitRows
-);
+without_kernels!(Cumulative, Dynamic);
