@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DeviceLocation, Result, Tensor, bail};
 
 #[cfg(feature = "internals")]
 use candle_norm_support::messages;
@@ -111,14 +111,24 @@ pub(crate) fn route(layer: &str, x: &Tensor) -> Result<Route> {
     let forced = by_environment(PATH.get())?;
     #[cfg(not(feature = "internals"))]
     let forced = PATH.get();
-    match (forced, kernels_for(x)) {
+    routed(layer, forced, kernels_for(x), x.device().location())
+}
+
+/// The route of a path on a device at `location` with `kernels`.
+fn routed(
+    layer: &str,
+    path: Path,
+    kernels: Option<Kernels>,
+    location: DeviceLocation,
+) -> Result<Route> {
+    match (path, kernels) {
         (Path::Composed, _) | (Path::Auto, None) => Ok(Route::Composed),
         #[cfg(feature = "internals")]
         (Path::Reference, Some(Kernels::Cpu)) => Ok(Route::Fused(Kernels::Reference)),
         #[cfg(feature = "internals")]
         (Path::Emulated, Some(Kernels::Cpu)) => Ok(Route::Fused(Kernels::Emulated)),
         (Path::Auto | Path::Fused, Some(kernels)) => Ok(Route::Fused(kernels)),
-        _ => unserved(layer, x),
+        _ => unserved(layer, path, location),
     }
 }
 
@@ -143,10 +153,73 @@ fn by_environment(path: Path) -> Result<Path> {
 }
 
 /// The error of a path that was forced for a device that it does not serve.
-fn unserved(layer: &str, x: &Tensor) -> Result<Route> {
+fn unserved(layer: &str, path: Path, location: DeviceLocation) -> Result<Route> {
+    let served = match (path, cfg!(feature = "cuda")) {
+        (Path::Fused, true) => "the CPU or on an NVIDIA GPU",
+        _ => "the CPU",
+    };
+    let remedy = match (path, location) {
+        (Path::Fused, DeviceLocation::Cuda { .. }) => {
+            "use Path::Auto, or build candle-norm with its feature `cuda`"
+        }
+        _ => "use Path::Auto",
+    };
     bail!(
-        "{layer}: expected an input on the CPU, which the fused path serves, got one on {:?}; \
-        use Path::Auto",
-        x.device().location()
+        "{layer}: expected an input on {served}, which {path:?} serves, got one on {location:?}; \
+        {remedy}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GPUS: [DeviceLocation; 2] = [
+        DeviceLocation::Cuda { gpu_id: 0 },
+        DeviceLocation::Metal { gpu_id: 1 },
+    ];
+
+    #[test]
+    fn a_device_without_kernels_takes_the_composed_form() {
+        for location in GPUS {
+            for path in [Path::Auto, Path::Composed] {
+                let route = routed("LayerNorm", path, None, location);
+                assert_eq!(route.ok(), Some(Route::Composed), "{path:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_forced_on_a_device_without_kernels_is_an_error() {
+        for location in GPUS {
+            let error = match routed("LayerNorm", Path::Fused, None, location) {
+                Ok(route) => panic!("{route:?}"),
+                Err(error) => error.to_string(),
+            };
+            let device = format!("{location:?}");
+            for part in [
+                "LayerNorm: expected",
+                "the CPU",
+                "Fused",
+                &device,
+                "Path::Auto",
+            ] {
+                assert!(error.contains(part), "{error}");
+            }
+            let names_feature = error.contains("feature `cuda`");
+            assert_eq!(names_feature, device.contains("Cuda"), "{error}");
+        }
+    }
+
+    #[cfg(feature = "internals")]
+    #[test]
+    fn paths_of_tests_serve_the_cpu_alone() {
+        for path in [Path::Reference, Path::Emulated] {
+            for location in GPUS {
+                assert!(routed("LayerNorm", path, None, location).is_err());
+            }
+            let cpu = routed("LayerNorm", path, Some(Kernels::Cpu), DeviceLocation::Cpu);
+            assert!(matches!(cpu, Ok(Route::Fused(kernels)) if kernels != Kernels::Cpu));
+        }
+    }
 }

@@ -8,6 +8,9 @@
 //! bit by bit, and `graph` captures training steps as CUDA graphs. `rows` and `channels` are the
 //! tests of the kernels by themselves, which run each launch on the GPU too where
 //! `CANDLE_NORM_GPU` names a folder of modules; `scripts/device_check.sh` does so.
+//!
+//! `CANDLE_NORM_DEVICE=cpu` tries the program without a GPU: the emulator is then compared with
+//! itself in another order of threads, and no graph is captured.
 
 #[path = "../conformance/case.rs"]
 mod case;

@@ -1,9 +1,10 @@
 //! A training step and an inference of a layer on both sides, the emulator and the device.
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::{Path, with_path};
 use testkit::data::{Draw, values};
+use testkit::emulated::{Order, with_order};
 use testkit::table::{Form, Layer, forms};
 use testkit::view::View;
 
@@ -19,8 +20,13 @@ pub(crate) fn forms_with_kernels(
 }
 
 /// The device, which all tests share.
-pub(crate) fn gpu() -> Result<Device> {
-    Device::new_cuda(0)
+pub(crate) fn device() -> Result<Device> {
+    crate::case::device().cloned().map_err(Error::Msg)
+}
+
+/// Whether there is a GPU to test, or the emulator is compared with itself.
+pub(crate) fn is_gpu() -> Result<bool> {
+    Ok(device()?.is_cuda())
 }
 
 /// How an input lies in memory: as a view of a buffer, or contiguous.
@@ -127,7 +133,10 @@ impl Case<'_> {
     /// another.
     pub(crate) fn difference(&self, device: &Device) -> Result<Option<String>> {
         let emulated = self.on(&Device::Cpu, Path::Emulated)?;
-        let found = self.on(device, Path::Fused)?;
+        let found = match device {
+            Device::Cpu => with_order(Order::Descending, || self.on(device, Path::Emulated))?,
+            _ => self.on(device, Path::Fused)?,
+        };
         for ((name, want), (other, got)) in emulated.iter().zip(&found) {
             assert_eq!(name, other);
             assert_eq!(want.len(), got.len(), "{name}");
