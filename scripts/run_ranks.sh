@@ -5,7 +5,7 @@
 #
 # Installs Open MPI and a C compiler where they are missing (Debian, Ubuntu; needs root or sudo for that). With --hosts the ranks are
 # spread over so many network namespaces of this machine, which needs root, as over hosts. Exits with a status other than zero where
-# numbers differ.
+# numbers differ. CANDLE_NORM_RANKS_PROGRAM names a program that is built, in place of a release build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -43,8 +43,12 @@ install() {
 }
 
 install
-cargo build --release -p candle-norm-mpi --example train_distributed
-program=$(realpath "${CARGO_TARGET_DIR:-target}")/release/examples/train_distributed
+program=${CANDLE_NORM_RANKS_PROGRAM:-}
+if [ -z "$program" ]; then
+    cargo build --release -p candle-norm-mpi --example train_distributed
+    program=${CARGO_TARGET_DIR:-target}/release/examples/train_distributed
+fi
+program=$(realpath "$program")
 work=$(mktemp -d)
 
 # Hosts are network namespaces on a bridge without a way out, each with a name in its own /etc/hosts.
@@ -77,6 +81,8 @@ net_down() {
     for h in $(seq "$hosts"); do
         # Whatever a cut link has left there.
         ip netns pids "cn$h" 2> /dev/null | xargs -r kill -9 2> /dev/null || true
+        # A process that still ends keeps the namespace, and with it the link.
+        ip link del "cnv$h" 2> /dev/null || true
         ip netns del "cn$h" 2> /dev/null || true
         rm -rf "/etc/netns/cn$h"
     done

@@ -13,6 +13,10 @@ pub mod numerics {}
 #[doc = include_str!("../docs/links.html")]
 pub mod scaling {}
 
+#[doc = include_str!("../docs/distributed.md")]
+#[doc = include_str!("../docs/links.html")]
+pub mod distributed {}
+
 #[doc = include_str!("../docs/performance.md")]
 #[doc = include_str!("../docs/links.html")]
 pub mod performance {}

@@ -2,6 +2,9 @@
 
 mod agreement;
 mod call;
+mod device;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod threads;
 
 use std::fmt::Debug;
@@ -12,6 +15,9 @@ use candle_core::Result;
 pub use agreement::agree;
 pub(crate) use agreement::{VOTE, agreed, vote};
 pub use call::{Call, at_step};
+pub use device::DeviceSums;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use threads::Threads;
 
 /// A group of ranks that compute together: processes, hosts or threads, each of which holds one
@@ -92,4 +98,11 @@ pub trait Collective: Send + Sync + Debug {
     /// # Errors
     /// As [`all_reduce_sum`](Self::all_reduce_sum).
     fn split(&self, color: usize) -> Result<Arc<dyn Collective>>;
+
+    /// Sums in the memory of devices, if the engine has them: synchronized layers and
+    /// [`sum_gradients`](crate::distributed::sum_gradients) then copy nothing to the host. The
+    /// other calls carry what the host knows: counts, votes, and what the ranks compare.
+    fn device_sums(&self) -> Option<&dyn DeviceSums> {
+        None
+    }
 }

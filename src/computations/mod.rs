@@ -50,7 +50,7 @@ pub(crate) use scale_shift::ScaleShift;
 pub(crate) use softmax::Softmax;
 pub(crate) use spread::Spread;
 pub(crate) use synchronized::{
-    First, JointMoments, Local, LocalMoments, LocalTensors, RankSum, Synchronized, wide,
+    First, JointMoments, Local, LocalMoments, LocalTensors, RankSum, SumNodes, Synchronized, wide,
 };
 pub(crate) use transpose::Transpose;
 pub use unit_rows::L2Form;

@@ -14,6 +14,15 @@ use candle_norm_support::host;
 /// over all ranks of their gradients of the result.
 pub(crate) type SumNode = fn(&Tensor, Vec<f64>, &RankSum) -> Result<Tensor>;
 
+/// A sum over the ranks of a group, as a tensor of the graph.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SumNodes {
+    /// That the host has formed.
+    pub(crate) formed: SumNode,
+    /// That the node forms itself, in the memory of the device: `[n]` in `f64` there.
+    pub(crate) in_place: fn(&Tensor, &RankSum) -> Result<Tensor>,
+}
+
 /// A sum over the ranks of a group, by the name that its calls have.
 #[derive(Debug, Clone)]
 pub(crate) struct RankSum {
@@ -62,7 +71,7 @@ pub(crate) struct Synchronized {
     pub(crate) group: Arc<dyn Collective>,
     /// Subtract the mean.
     pub(crate) center: bool,
-    node: SumNode,
+    nodes: SumNodes,
     /// The number of values of a channel on all ranks, from the first sum on.
     count: OnceLock<f64>,
 }
@@ -72,13 +81,13 @@ impl Synchronized {
         layer: &'static str,
         group: Arc<dyn Collective>,
         center: bool,
-        node: SumNode,
+        nodes: SumNodes,
     ) -> Self {
         Self {
             layer,
             group,
             center,
-            node,
+            nodes,
             count: OnceLock::new(),
         }
     }
@@ -111,8 +120,18 @@ impl Synchronized {
         Ok(all[VOTE..].to_vec())
     }
 
-    /// Says to the other ranks, which are in their first sum, that this one failed.
-    pub(crate) fn fail(&self, channels: usize) -> Result<()> {
+    /// Says to the other ranks, which are in their first sum of the statistics of `x`, that this one
+    /// failed.
+    pub(crate) fn fail(&self, x: &Tensor, channels: usize) -> Result<()> {
+        match self.is_in_place(x) {
+            // The sums of the channels come after the votes.
+            true => self.fail_on_host(0),
+            false => self.fail_on_host(channels),
+        }
+    }
+
+    /// The same, where the host forms the sums.
+    pub(crate) fn fail_on_host(&self, channels: usize) -> Result<()> {
         self.first(true, 0., vec![0.; channels]).map(drop)
     }
 
@@ -159,6 +178,53 @@ impl Synchronized {
         Ok(means.map(|(a, s)| [a / total, mean(*s)]).collect())
     }
 
+    /// Whether sums are formed where the values of `x` are.
+    fn is_in_place(&self, x: &Tensor) -> bool {
+        let sums = self.group.device_sums();
+        sums.is_some_and(|sums| sums.serves(x.device().location()))
+    }
+
+    /// In `f64`, where the sums are formed.
+    fn wide(&self, t: &Tensor) -> Result<Tensor> {
+        match self.is_in_place(t) {
+            true => t.to_dtype(DType::F64),
+            false => wide(t),
+        }
+    }
+
+    /// The first sums of what this rank `contributed`: the host sums the votes and the counts.
+    fn first_in_place(&self, contributed: &Tensor, count: f64, first: &First) -> Result<Tensor> {
+        let name = match first {
+            First::Forward => {
+                self.first(false, count, vec![])?;
+                "norm.sums"
+            }
+            First::Again => "norm.sums_again",
+        };
+        (self.nodes.in_place)(contributed, &self.sum(name))
+    }
+
+    /// The sums of `off`, as constants, and those of `squares`.
+    fn second_in_place(&self, off: &Tensor, squares: &Tensor) -> Result<(Tensor, Tensor)> {
+        let both = Tensor::cat(&[&off.detach(), squares], 0)?;
+        let both = (self.nodes.in_place)(&both, &self.sum("norm.squares"))?;
+        let channels = off.elem_count();
+        let sums = both.narrow(0, 0, channels)?.detach();
+        Ok((sums, both.narrow(0, channels, channels)?))
+    }
+
+    /// The same, formed by the host.
+    fn second(&self, off: &Tensor, squares: &Tensor) -> Result<(Tensor, Tensor)> {
+        let host = |t: &Tensor| host::vector::<f64>(&t.detach());
+        let mut both = self
+            .sum("norm.squares")
+            .of([host(off)?, host(squares)?].concat())?;
+        let squares_of_all = both.split_off(off.elem_count());
+        let backward = self.sum("norm.squares_backward");
+        let squares = (self.nodes.formed)(squares, squares_of_all, &backward)?;
+        Ok((Tensor::new(both, &Device::Cpu)?, squares))
+    }
+
     /// The input by channel, and the statistics of all ranks, as tensors of the graph.
     fn normalized(&self, channels: &Channels, x: &Tensor, first: First) -> Result<Normalized> {
         let count = channels.values_per_channel();
@@ -167,10 +233,10 @@ impl Synchronized {
             let by_channel = channels.by_channel(x)?;
             let (centered, parts) = composed::centered(&by_channel, self.center)?;
             let mean = match parts.as_slice() {
-                [shift, rest] => Some([wide(shift)?, wide(rest)?]),
+                [shift, rest] => Some([self.wide(shift)?, self.wide(rest)?]),
                 _ => None,
             };
-            let m2 = (wide(&centered.sqr()?.mean()?)? * count)?;
+            let m2 = (self.wide(&centered.sqr()?.mean()?)? * count)?;
             local = Some(LocalTensors { mean, m2 });
             rows = Some(centered);
         }
@@ -178,6 +244,7 @@ impl Synchronized {
             count,
             channels: channels.axes.channels,
             x,
+            in_place: self.is_in_place(x),
         };
         let joint = self.over_ranks(shape, local, first)?;
         Ok(Normalized { x: rows, joint })
@@ -191,11 +258,19 @@ impl Synchronized {
         local: Option<LocalTensors>,
         first: First,
     ) -> Result<JointTensors> {
-        let Local { count, channels, x } = shape;
-        let host = |t: &Tensor| host::vector::<f64>(&t.detach());
+        let Local {
+            count,
+            channels,
+            x,
+            in_place,
+        } = shape;
         let none = || {
-            let zero = Tensor::zeros(channels, DType::F64, &Device::Cpu)?;
-            composed::anchored(&zero, &[&wide(x)?])
+            let x = match in_place {
+                true => x.to_dtype(DType::F64)?,
+                false => wide(x)?,
+            };
+            let zero = Tensor::zeros(channels, DType::F64, x.device())?;
+            composed::anchored(&zero, &[&x])
         };
         let contributed = match &local {
             Some(LocalTensors {
@@ -205,13 +280,18 @@ impl Synchronized {
             Some(LocalTensors { mean: None, m2 }) => m2.clone(),
             None => none()?,
         };
-        let sums = host(&contributed)?;
-        let sums = match first {
-            First::Forward => self.first(false, count, sums)?,
-            First::Again => self.sum("norm.sums_again").of(sums)?,
+        let sums = match in_place {
+            true => self.first_in_place(&contributed, count, &first)?,
+            false => {
+                let sums = host::vector::<f64>(&contributed.detach())?;
+                let sums = match first {
+                    First::Forward => self.first(false, count, sums)?,
+                    First::Again => self.sum("norm.sums_again").of(sums)?,
+                };
+                (self.nodes.formed)(&contributed, sums, &self.sum("norm.sums_backward"))?
+            }
         };
         let total = self.count();
-        let sums = (self.node)(&contributed, sums, &self.sum("norm.sums_backward"))?;
         if !self.center || total == 0. {
             let var = (sums / total.max(1.))?;
             return Ok(JointTensors {
@@ -229,24 +309,22 @@ impl Synchronized {
             }) => {
                 let distance = ((high - &first_mean)? + low)?;
                 let squares = (m2 + (distance.sqr()? * count)?)?;
-                let off = host(&(&distance * count)?)?;
+                let off = (&distance * count)?;
                 away = Some(distance);
                 (off, squares)
             }
             // Connected to the first sum, so that the backward of both comes in one order.
             _ => {
                 let none = composed::anchored(&none()?, &[&first_mean])?;
-                (host(&none)?, none)
+                (none.clone(), none)
             }
         };
-        let mut both = self
-            .sum("norm.squares")
-            .of([off, host(&squares)?].concat())?;
-        let squares_of_all = both.split_off(channels);
-        let backward = self.sum("norm.squares_backward");
-        let squares = (self.node)(&squares, squares_of_all, &backward)?;
+        let (off, squares) = match in_place {
+            true => self.second_in_place(&off, &squares)?,
+            false => self.second(&off, &squares)?,
+        };
         // What the first mean was rounded by, which is no function of anything.
-        let error = (Tensor::new(both, &Device::Cpu)? / total)?;
+        let error = (off / total)?;
         let var = ((squares - (error.sqr()? * total)?)? / total)?;
         Ok(JointTensors {
             away: away.map(|away| away - &error).transpose()?,
@@ -311,11 +389,16 @@ impl Synchronized {
                 (zero.clone(), zero)
             }
         };
-        let local = wide(&Tensor::cat(&[&dweight, &dbias], 0)?)?;
+        let local = self.wide(&Tensor::cat(&[&dweight, &dbias], 0)?)?;
         let sum = self.sum("norm.backward");
-        let sums = sum.of(host::vector(&local.detach())?)?;
-        let second = self.sum("norm.backward_backward");
-        let means = ((self.node)(&local, sums, &second)? / self.count().max(1.))?;
+        let sums = match self.is_in_place(x) {
+            true => (self.nodes.in_place)(&local, &sum)?,
+            false => {
+                let sums = sum.of(host::vector(&local.detach())?)?;
+                (self.nodes.formed)(&local, sums, &self.sum("norm.backward_backward"))?
+            }
+        };
+        let means = (sums / self.count().max(1.))?;
         let means = means.to_dtype(acc)?.to_device(x.device())?;
         let dx = match rows {
             Some(rows) => {
@@ -354,9 +437,11 @@ pub(crate) struct Local<'a> {
     pub(crate) channels: usize,
     /// To which the result is connected where it is empty.
     pub(crate) x: &'a Tensor,
+    /// Sums are formed where the values of `x` are, and so are the moments.
+    pub(crate) in_place: bool,
 }
 
-/// The moments of the channels on one rank, `[C]` each in `f64` on the CPU.
+/// The moments of the channels on one rank, `[C]` each in `f64`, where the sums are formed.
 pub(crate) struct LocalTensors {
     /// The mean, and what it was rounded by; none where it is not subtracted.
     pub(crate) mean: Option<[Tensor; 2]>,
@@ -364,7 +449,7 @@ pub(crate) struct LocalTensors {
     pub(crate) m2: Tensor,
 }
 
-/// The statistics of all ranks, `[C]` each in `f64` on the CPU.
+/// The statistics of all ranks, `[C]` each in `f64`, where the sums were formed.
 pub(crate) struct JointTensors {
     /// The means of this rank less those of all.
     pub(crate) away: Option<Tensor>,

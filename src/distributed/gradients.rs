@@ -6,6 +6,7 @@ use candle_core::{DType, Result, Tensor, Var, bail};
 use super::agree;
 use super::digest::{Digest, same_digest};
 use crate::collective::{Call, Collective};
+use crate::graph;
 use candle_norm_support::messages;
 
 const LAYER: &str = "sum_gradients";
@@ -66,13 +67,26 @@ pub fn sum_gradients(group: &dyn Collective, vars: &[Var], grads: &mut GradStore
         .collect();
     let (double, single): (Vec<&Var>, Vec<&Var>) =
         given.iter().partition(|var| var.dtype() == DType::F64);
+    let is_in_place = |var: &Var| {
+        let device_sums = group.device_sums();
+        device_sums.is_some_and(|sums| sums.serves(var.device().location()))
+    };
+    let in_place = given.iter().all(|var| is_in_place(var));
     let mut sums = vec![];
     for bucket in buckets(&single) {
+        if in_place {
+            sums.extend(summed_in_place(group, bucket, grads, DType::F32)?);
+            continue;
+        }
         let mut values = packed::<f32>(bucket, grads, DType::F32)?;
         group.all_reduce_sum_f32(&Call::new(LAYER), &mut values)?;
         sums.extend(unpacked(bucket, values)?);
     }
     for bucket in buckets(&double) {
+        if in_place {
+            sums.extend(summed_in_place(group, bucket, grads, DType::F64)?);
+            continue;
+        }
         let mut values = packed::<f64>(bucket, grads, DType::F64)?;
         group.all_reduce_sum(&Call::new(LAYER), &mut values)?;
         sums.extend(unpacked(bucket, values)?);
@@ -105,6 +119,30 @@ fn buckets<'a>(vars: &'a [&'a Var]) -> impl Iterator<Item = &'a [&'a Var]> {
         rest = after;
         (!bucket.is_empty()).then_some(bucket)
     })
+}
+
+/// The sums of the gradients of `bucket`, formed on its device, in the dtypes of the variables.
+fn summed_in_place<'a>(
+    group: &dyn Collective,
+    bucket: &[&'a Var],
+    grads: &GradStore,
+    dtype: DType,
+) -> Result<Vec<(&'a Var, Tensor)>> {
+    let flat = |var: &&Var| match grads.get(var) {
+        Some(grad) => grad.flatten_all()?.to_dtype(dtype),
+        None => Tensor::zeros(var.elem_count(), dtype, var.device()),
+    };
+    let flat: Vec<Tensor> = bucket.iter().map(flat).collect::<Result<_>>()?;
+    // In memory of its own, also where there is one.
+    let all = Tensor::cat(&flat, 0)?.copy()?;
+    graph::sum_in_place(group, LAYER, &all)?;
+    let mut start = 0;
+    let sums = bucket.iter().map(|var| {
+        let sum = all.narrow(0, start, var.elem_count())?;
+        start += var.elem_count();
+        Ok((*var, sum.to_dtype(var.dtype())?.reshape(var.dims())?))
+    });
+    sums.collect()
 }
 
 /// The gradients of `bucket`, one after the other.

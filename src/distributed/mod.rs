@@ -65,7 +65,9 @@ mod gradients;
 mod shard;
 mod vars;
 
-pub use crate::collective::{Call, Collective, Threads, agree, at_step};
+#[cfg(feature = "nccl")]
+pub use crate::collective::Nccl;
+pub use crate::collective::{Call, Collective, DeviceSums, Threads, agree, at_step};
 pub use gradients::{clip_gradients, sum_gradients};
 pub use shard::{batches, shard, shuffled};
 pub use vars::{assert_same, broadcast_vars};

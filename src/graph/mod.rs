@@ -20,7 +20,7 @@ pub(crate) use node::{Served, ServedAdded};
 pub(crate) use path::forced;
 pub use path::{Path, with_path};
 pub(crate) use path::{Route, route};
-pub(crate) use rank_sum::sums_over_ranks;
+pub(crate) use rank_sum::{SUMS_OVER_RANKS, sum_in_place};
 
 use crate::computations::{Args, Transpose, composed};
 use candle_norm_support::messages;

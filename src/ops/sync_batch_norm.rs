@@ -28,8 +28,8 @@ pub(crate) fn sync_batch_norm_with(
 ) -> Result<(Tensor, Option<JointStatistics>)> {
     let layer = "BatchNorm";
     let (weight, bias) = (scaling.weight, scaling.bias);
-    let node = graph::sums_over_ranks;
-    let by = Arc::new(Synchronized::new(layer, group.clone(), center, node));
+    let nodes = graph::SUMS_OVER_RANKS;
+    let by = Arc::new(Synchronized::new(layer, group.clone(), center, nodes));
     let checked = checked.and_then(|()| {
         check::eps(layer, eps)?;
         let shape = [num_features];
@@ -39,7 +39,7 @@ pub(crate) fn sync_batch_norm_with(
     });
     if let Err(e) = checked {
         // Its own error says more than that of the sum.
-        let _ = by.fail(num_features);
+        let _ = by.fail(x, num_features);
         return Err(e);
     }
     // What follows is computed in the accumulator's dtype, and all of it rounded once.

@@ -29,7 +29,7 @@ pub(crate) fn sync_switch_norm_with(
     options: SwitchOptions,
     num_features: usize,
 ) -> Result<(Tensor, Option<JointStatistics>)> {
-    let by = Synchronized::new(LAYER, group.clone(), true, graph::sums_over_ranks);
+    let by = Synchronized::new(LAYER, group.clone(), true, graph::SUMS_OVER_RANKS);
     let space = |x: &Tensor| x.dims()[2..].iter().product::<usize>();
     let checked = checked.and_then(|()| {
         check_arguments(x, weight, bias, [mean_weight, var_weight], &options)?;
@@ -42,7 +42,7 @@ pub(crate) fn sync_switch_norm_with(
         Ok(route) => route,
         Err(e) => {
             // Its own error says more than that of the sum.
-            let _ = by.fail(num_features);
+            let _ = by.fail_on_host(num_features);
             return Err(e);
         }
     };
@@ -51,6 +51,8 @@ pub(crate) fn sync_switch_norm_with(
         count: (n * space) as f64,
         channels: c,
         x,
+        // The mixture forms its statistics on the CPU.
+        in_place: false,
     };
     if x.elem_count() == 0 {
         let joint = by.over_ranks(shape, None, First::Forward)?;

@@ -21,7 +21,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Error, IndexOp, Module, ModuleT, Result, Tensor, Var, bail};
 use candle_nn::{Conv2d, Conv2dConfig, Linear, Optimizer, SGD, VarBuilder, VarMap, loss};
@@ -230,6 +230,12 @@ fn total(group: &dyn Collective, name: &'static str, value: f64) -> Result<f64> 
     Ok(values[0])
 }
 
+/// The median; of nothing, NaN.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 /// The bar of the run, on rank 0 alone.
 fn progress_bar(group: &dyn Collective, steps: u64) -> ProgressBar {
     if group.rank() > 0 {
@@ -261,6 +267,7 @@ fn train(options: &Options, group: Arc<dyn Collective>) -> Result<()> {
     let bar = progress_bar(&*group, steps);
     bar.set_position(start);
     let mut losses = vec![];
+    let mut times = vec![];
     let per_epoch = batches(&shuffled(TRAIN, 0, 0), options.batch, ranks)?.count() as u64;
     for step in start..steps {
         let order = shuffled(TRAIN, options.seed, step / per_epoch);
@@ -268,6 +275,7 @@ fn train(options: &Options, group: Arc<dyn Collective>) -> Result<()> {
         let Some(batch) = epoch.nth((step % per_epoch) as usize) else {
             bail!("no batch for step {step}")
         };
+        let begun = Instant::now();
         let loss = at_step(step, || -> Result<f64> {
             let mine = shard(batch, rank, ranks)?;
             let index: Vec<u32> = mine.iter().map(|i| *i as u32).collect();
@@ -287,6 +295,7 @@ fn train(options: &Options, group: Arc<dyn Collective>) -> Result<()> {
             total(&*group, "loss", f64::from(loss.to_scalar::<f32>()?))
         })?;
         losses.push((step, loss));
+        times.push(begun.elapsed().as_secs_f64());
         bar.set_message(format!("loss {loss:.4}"));
         bar.inc(1);
         if (step + 1) % options.every == 0 || step + 1 == steps {
@@ -314,8 +323,9 @@ fn train(options: &Options, group: Arc<dyn Collective>) -> Result<()> {
     };
     println!(
         "{ranks} ranks, {statistics} statistics: loss {last:.6} after {steps} steps, {:.1} % of \
-        the test digits, variables {:016x}",
+        the test digits, {:.3} ms a step, variables {:016x}",
         100. * right,
+        1e3 * median(times),
         digest(&vars)?
     );
     if let Some(file) = &options.losses {

@@ -25,6 +25,18 @@ pub(crate) struct Ranks {
     calls: AtomicU64,
     /// This rank among all of the job, and their number, for messages.
     of_world: (i32, i32),
+    /// How often a rank that waits looks again before it hands its processor to others.
+    spins: u32,
+}
+
+/// The processors of this host, also where this process is bound to one of them.
+fn processors() -> usize {
+    let file = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let listed = file.lines().filter(|line| line.starts_with("processor"));
+    match listed.count() {
+        0 => thread::available_parallelism().map_or(1, usize::from),
+        count => count,
+    }
 }
 
 impl Ranks {
@@ -41,6 +53,11 @@ impl Ranks {
             options,
             calls: AtomicU64::new(0),
             of_world,
+            // Where ranks share a processor, the one that is waited for may need this one.
+            spins: match of_world.1 as usize <= processors() {
+                true => 100,
+                false => 0,
+            },
         })
     }
 
@@ -83,7 +100,7 @@ impl Ranks {
             }
             // Other ranks may need this processor.
             match (tries, waited.as_millis()) {
-                (..100, _) => std::hint::spin_loop(),
+                (tries, _) if tries < self.spins => std::hint::spin_loop(),
                 (_, ..5) => thread::yield_now(),
                 _ => thread::sleep(Duration::from_micros(50)),
             }

@@ -4,6 +4,7 @@
 //! ```sh
 //! cargo test -p candle-norm-mpi --test mpirun            # all
 //! cargo test -p candle-norm-mpi --test mpirun -- killed  # those with this in their name
+//! CANDLE_NORM_MPI_STEPS=2000 cargo test -p candle-norm-mpi --test mpirun -- many_steps  # a soak
 //! ```
 
 use std::process::{Command, ExitCode, Stdio};
@@ -22,8 +23,18 @@ use candle_norm_mpi::{Checks, Options, run_with};
 /// The environment variable that makes a rank of this program.
 const SCENARIO: &str = "CANDLE_NORM_MPI_SCENARIO";
 
-/// Longest time of a job.
+/// The environment variable with the number of steps of `many_steps`, and that number without it.
+const STEPS: &str = "CANDLE_NORM_MPI_STEPS";
+const FEW_STEPS: usize = 500;
+
+/// Longest time of a job, for `FEW_STEPS`.
 const LIMIT: Duration = Duration::from_secs(90);
+
+/// Longest time until a job with a fault ends.
+const END: Duration = Duration::from_secs(30);
+
+/// The page with the messages of faults.
+const PAGE: &str = include_str!("../../../docs/distributed.md");
 
 /// A job: the program of the ranks, their number, and the expected end.
 struct Scenario {
@@ -340,8 +351,18 @@ fn training_is_that_of_one_rank(group: &Arc<dyn Collective>) -> Result<()> {
     Ok(())
 }
 
+fn steps() -> usize {
+    let given = std::env::var(STEPS).ok().and_then(|text| text.parse().ok());
+    given.unwrap_or(FEW_STEPS)
+}
+
 fn many_steps(group: &Arc<dyn Collective>) -> Result<()> {
-    losses(group, 500).map(drop)
+    let own = losses(group, steps())?;
+    let whole = Threads::run(1, |alone| losses(&alone, steps()))?.remove(0);
+    for (own, whole) in own.iter().zip(&whole) {
+        assert!((own - whole).abs() < 1e-9, "{own} {whole}");
+    }
+    Ok(())
 }
 
 /// The output of a job on `ranks` ranks, and whether it ended well.
@@ -362,12 +383,13 @@ fn job(scenario: &Scenario, ranks: usize) -> std::io::Result<(bool, String)> {
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()?;
+    let limit = LIMIT * steps().div_ceil(FEW_STEPS) as u32;
     let start = Instant::now();
     let status = loop {
         if let Some(status) = job.try_wait()? {
             break Some(status);
         }
-        if start.elapsed() > LIMIT {
+        if start.elapsed() > limit {
             job.kill()?;
             job.wait()?;
             break None;
@@ -377,14 +399,15 @@ fn job(scenario: &Scenario, ranks: usize) -> std::io::Result<(bool, String)> {
     let mut text = std::fs::read_to_string(&file)?;
     std::fs::remove_dir_all(&folder)?;
     if status.is_none() {
-        text += &format!("\nnot done after {LIMIT:?}");
+        text += &format!("\nnot done after {limit:?}");
     }
     Ok((status.is_some_and(|s| s.success()), text))
 }
 
 /// The difference between the end of a job and the expected one.
-fn wrong(scenario: &Scenario, ended_well: bool, text: &str) -> Option<String> {
+fn wrong(scenario: &Scenario, ended_well: bool, text: &str, time: Duration) -> Option<String> {
     match (&scenario.ends, ended_well) {
+        (Ends::Saying(_), _) if time > END => Some(format!("it took {time:.1?} to end")),
         (Ends::Well, true) => None,
         (Ends::Well, false) => Some("it failed".into()),
         (Ends::Saying(_), true) => Some("it ended well".into()),
@@ -407,16 +430,31 @@ fn main() -> ExitCode {
         .collect();
     let mut failures = 0;
     for scenario in SCENARIOS {
+        let Ends::Saying(parts) = scenario.ends else {
+            continue;
+        };
+        for part in parts.iter().filter(|part| !PAGE.contains(*part)) {
+            failures += 1;
+            println!(
+                "test {} ... FAILED: docs/distributed.md lacks {part:?}",
+                scenario.name
+            );
+        }
+    }
+    for scenario in SCENARIOS {
         if !filters.is_empty() && !filters.iter().any(|f| scenario.name.contains(f.as_str())) {
             continue;
         }
         for ranks in scenario.ranks {
             let start = Instant::now();
-            let fault = match job(scenario, *ranks) {
-                Ok((ended_well, text)) => wrong(scenario, ended_well, &text).map(|w| (w, text)),
+            let job = job(scenario, *ranks);
+            let time = start.elapsed();
+            let fault = match job {
+                Ok((ended_well, text)) => {
+                    wrong(scenario, ended_well, &text, time).map(|w| (w, text))
+                }
                 Err(e) => Some((format!("mpirun did not start ({e})"), String::new())),
             };
-            let time = start.elapsed();
             match fault {
                 None => println!(
                     "test {} on {ranks} ranks ... ok ({time:.1?})",
