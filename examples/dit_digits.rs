@@ -30,7 +30,7 @@ use candle_norm::{condition_projection, layer_norm};
 use clap::Parser;
 use common::{Digits, Training, batches, initialize};
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use rand_distr::StandardNormal;
+use samples::noise;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -165,9 +165,8 @@ impl Dit {
         let patches = (grid.transpose(2, 3)?.contiguous()?).reshape((n, TOKENS, PATCH * PATCH))?;
         let mut xs = patches.apply(&self.patches)?.broadcast_add(&self.places)?;
         let time = times.unsqueeze(1)?.apply(&self.time)?;
-        let condition = (time + classes.apply(&self.classes)?)?
-            .silu()?
-            .apply(&self.condition)?;
+        let condition = (time + classes.apply(&self.classes)?)?.silu()?;
+        let condition = condition.apply(&self.condition)?;
         for block in &self.blocks {
             xs = block.forward(&xs, &condition)?;
         }
@@ -185,9 +184,8 @@ impl Dit {
         let both = Tensor::cat(&[classes, &untold], 0)?;
         let velocity = |xs: &Tensor, time: f64| {
             let times = Tensor::full(time as f32, 2 * n, &Device::Cpu)?;
-            let both = self
-                .forward(&Tensor::cat(&[xs, xs], 0)?, &times, &both)?
-                .detach();
+            let twice = Tensor::cat(&[xs, xs], 0)?;
+            let both = self.forward(&twice, &times, &both)?.detach();
             let untold = both.narrow(0, n, n)?;
             &untold + ((both.narrow(0, 0, n)? - &untold)? * guidance)?
         };
@@ -197,11 +195,6 @@ impl Dit {
         }
         ((xs + 1.)? / 2.)?.clamp(0f32, 1f32)
     }
-}
-
-fn noise(n: usize, rng: &mut StdRng) -> Result<Tensor> {
-    let values: Vec<f32> = (0..n * 64).map(|_| rng.sample(StandardNormal)).collect();
-    Tensor::from_vec(values, (n, 1, 8, 8), &Device::Cpu)
 }
 
 fn train(net: &Dit, vars: &VarMap, digits: &Digits, quick: bool) -> Result<()> {

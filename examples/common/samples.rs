@@ -1,15 +1,25 @@
-//! Drawn digits: a grid of them as an SVG file, and how good they are.
+//! Drawn digits: the noise that they come from, a grid of them as an SVG file, and how good they
+//! are.
 
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor};
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand_distr::StandardNormal;
 
 use super::common::Digits;
 
 /// Pixels of the picture for one of an image.
 const SCALE: usize = 6;
+
+/// Images `[n, 1, 8, 8]` of noise of deviation 1.
+pub(crate) fn noise(n: usize, rng: &mut StdRng) -> Result<Tensor> {
+    let values: Vec<f32> = (0..n * 64).map(|_| rng.sample(StandardNormal)).collect();
+    Tensor::from_vec(values, (n, 1, 8, 8), &Device::Cpu)
+}
 
 /// Writes images `[N, 1, H, W]` of gray from 0 (paper) to 1 (ink), those of each class in a column,
 /// to `target/NAME.svg`.
