@@ -131,7 +131,7 @@ fn display_names_the_kind_whatever_its_options() {
 
 #[test]
 fn the_names_of_the_field_are_known() {
-    let known: [(&str, &[&str]); 9] = [
+    let known: [(&str, &[&str]); 11] = [
         ("none", &["None", "NONE", " none\n", "Identity", "identity"]),
         (
             "batch",

@@ -173,8 +173,10 @@ fn learned(
     sets: &DigitSets,
     (rate, seed): (f64, u64),
 ) -> Result<(Net<Mlp>, Learned)> {
-    let build = |vb| Mlp::with(norm, &[64, 64, 64], 10, Activation::Relu, vb);
-    let net = Net::new(seed, build)?;
+    let widths = [64, 64, 64];
+    let net = Net::new(seed, |vb| {
+        Mlp::with(norm, &widths, 10, Activation::Relu, vb)
+    })?;
     let course = Course {
         steps,
         batch,
