@@ -1264,7 +1264,6 @@ def cumulative_cases(w: Writer) -> None:
         case("bias", dtype, (2, 5, 9), kind="b")
         case("constant_start", dtype, (2, 5, 9), eps=0.25, change=start)
         case("empty_batch", dtype, (0, 5, 9))
-        case("empty_sequence", dtype, (2, 5, 0))
         if dtype != "f16":
             case("large_mean", dtype, (2, 5, 9), mean=30.0, eps=1e-3)
     case("mean300", "f32", (2, 5, 33), mean=450.0)

@@ -22,14 +22,17 @@
 //! | [`GlobalResponseNorm`] | [`global_response_norm()`] | none: channels by their shares | [`Module`] |
 //! | [`L2Normalize`] | [`L2Normalize::new`] | none: each vector at length one | [`Module`] |
 //! | [`LayerScale`] | [`layer_scale()`] | none: a factor for each channel | [`Module`] |
+//! | [`BatchRenorm`] | [`batch_renorm()`] | channel, corrected towards running ones | [`ModuleT`] |
+//! | [`CumulativeLayerNorm`] | [`cumulative_layer_norm()`] | position, over those up to it | [`Module`] |
+//! | [`DyT`] | [`dyt()`] | none: a bounded function of each element | [`Module`] |
 //! | [`GatedRmsNorm`] | [`gated_rms_norm()`] | row, or group of a row | its own, with a gate |
 //! | [`FrozenNorm`] | [`BatchNorm::frozen`] | channel, fixed | [`Module`] |
 //! | [`FrozenSwitchNorm`] | [`SwitchNorm::frozen`] | as SwitchNorm, batch fixed | [`Module`] |
 //!
 //! Every layer but GatedRmsNorm, which has a second input, is a [`ModuleT`], called by
 //! `forward_t(&xs, train)`. Those that compute the same in
-//! training and inference are a [`Module`] too; BatchNorm, InstanceNorm and SwitchNorm are not, so
-//! that no `forward` can pick a mode unasked.
+//! training and inference are a [`Module`] too; BatchNorm, BatchRenorm, InstanceNorm and SwitchNorm
+//! are not, so that no `forward` can pick a mode unasked.
 //!
 //! A configuration is a number, taken as `eps`, or a struct such as [`BatchNormOptions`] with
 //! PyTorch's defaults.
@@ -84,7 +87,7 @@
 //!   [`Box<dyn Norm>`](Norm), or a [`NormedLayer`]: a linear layer or convolution together with its
 //!   norm.
 //! - Training: [`trainable_vars`] and [`param_groups`] hand an optimizer what it should change;
-//!   [`RunningStats`] are the state of BatchNorm, InstanceNorm and SwitchNorm, and [`recalibrate`]
+//!   [`RunningStats`] are the state of BatchNorm and its kin, and [`recalibrate`]
 //!   recomputes them; [`without_updates`] and [`pool_updates`] say which forwards go into them.
 //! - Averaged weights: [`AveragedModel`], exponentially (EMA) or equally (SWA).
 //! - Files: [`checkpoint`] loads what `VarMap::load` cannot: files of PyTorch, other names, several

@@ -12,7 +12,7 @@ use super::options::NormOptions;
 use super::params::{Affine, AffineParams};
 use super::running_stats::{Reached, RunningStats};
 use crate::computations::FixedStatistics;
-use crate::ops::{self, Modulation, RenormOptions, Scaling, check};
+use crate::ops::{self, Modulation, RenormOptions, Scaling, Share, check};
 
 const LAYER: &str = "BatchRenorm";
 
@@ -243,15 +243,15 @@ impl BatchRenorm {
             let statistics = FixedStatistics::new(self.stats.mean_and_var()?).into();
             return ops::normalize_with(LAYER, 2, x, &statistics, scaling, eps);
         }
-        let renorm = |share: Option<&Tensor>| {
-            let [mean, var] = self.stats.mean_and_var()?;
-            ops::batch_renorm_with(x, [&mean, &var], share, scaling, self.options.renorm())
+        let reached = self.stats.reached(warmup_steps)?;
+        let share = match &reached {
+            Reached::Known(false) => Share::Nothing,
+            Reached::Known(true) => Share::Whole,
+            Reached::OnDevice(share) => Share::OnDevice(share),
         };
-        let (y, statistics) = match self.stats.reached(warmup_steps)? {
-            Reached::Known(false) => ops::batch_norm_with(x, scaling, eps, true)?,
-            Reached::Known(true) => renorm(None)?,
-            Reached::OnDevice(share) => renorm(Some(&share))?,
-        };
+        let [mean, var] = self.stats.mean_and_var()?;
+        let (running, options) = ([&mean, &var], self.options.renorm());
+        let (y, statistics) = ops::batch_renorm_with(x, running, share, scaling, options)?;
         let taken = Taken::OverValues { correction: 1 };
         self.stats.observe_as(x, statistics, taken)?;
         Ok(y)

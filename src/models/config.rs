@@ -8,6 +8,8 @@ use candle_nn::VarBuilder;
 
 use super::name;
 use crate::layers::batch_norm::BatchNormOptions;
+use crate::layers::batch_renorm::BatchRenormOptions;
+use crate::layers::dyt::DyTOptions;
 use crate::layers::group_norm::{GroupNormOptions, GroupNormSpec};
 use crate::layers::instance_norm::InstanceNormOptions;
 use crate::layers::layer_norm::LayerNormOptions;
@@ -130,8 +132,9 @@ norms! {
     /// configuration file.
     ///
     /// Written and read as `"none"`, `"batch"`, `"layer"`, `"group:8"` (the number of groups),
-    /// `"instance"`, `"rms"`, `"scale"`, `"switch"` or `"weight"`, with default options; with the
-    /// feature `serde` also as a map that gives options, such as `{"batch": {"momentum": null}}`.
+    /// `"instance"`, `"rms"`, `"scale"`, `"switch"`, `"weight"`, `"batch_renorm"` or `"dyt"`, with
+    /// default options; with the feature `serde` also as a map that gives options, such as
+    /// `{"batch": {"momentum": null}}` or `{"dyt": {"function": "erf"}}`.
     ///
     /// Read are also the names of the classes in PyTorch and of papers, in any case, with
     /// blanks, `-` or `_` in them: `"BatchNorm2d"`, `"LayerNorm"`, `"layer_norm"`, `"RMSNorm"`,
@@ -176,6 +179,10 @@ norms! {
         Switch(SwitchNormOptions): SwitchNormOptions,
         /// [`WeightNorm`](crate::WeightNorm), which goes around a layer instead of after it.
         Weight(WeightNormOptions): WeightNormOptions,
+        /// [`BatchRenorm`](crate::BatchRenorm).
+        BatchRenorm(BatchRenormOptions): BatchRenormOptions,
+        /// [`DyT`](crate::DyT).
+        Dyt(DyTOptions): DyTOptions,
     }
 }
 
@@ -210,7 +217,7 @@ impl NormConfig {
     /// The layer for channels on axis 1 of `[N, num_channels, *]`.
     ///
     /// `Layer`, `Rms` and `Scale` normalize the channels of each position, as ConvNeXt does; their
-    /// `channels_first` is set.
+    /// `channels_first` is set, and so is that of `Dyt`.
     ///
     /// # Errors
     /// Options out of range; `Weight`, which needs the layer that it goes around.
@@ -223,9 +230,9 @@ impl NormConfig {
 
     /// The layer for features on the last axis of `[*, num_features]`.
     ///
-    /// `Batch`, `Group` and `Instance` take the features as channels, and all axes between the
-    /// first and the last as space. So does `Switch`, without instances: its `spatial_dims` is set
-    /// to 0.
+    /// `Batch`, `BatchRenorm`, `Group` and `Instance` take the features as channels, and all axes
+    /// between the first and the last as space. So does `Switch`, without instances: its
+    /// `spatial_dims` is set to 0.
     ///
     /// # Errors
     /// Options out of range; `Weight`, which needs the layer that it goes around.

@@ -99,17 +99,27 @@ pub fn batch_renorm(
     options: RenormOptions,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
     let scaling = Scaling::new(weight, bias);
-    let (y, statistics) = batch_renorm_with(x, running, None, scaling, options)?;
+    let (y, statistics) = batch_renorm_with(x, running, Share::Whole, scaling, options)?;
     let acc = composed::accumulator(x.dtype());
     let statistics = statistics.map(|s| s.to_dtype(acc)).transpose()?;
     Ok((y, statistics))
 }
 
-/// [`batch_renorm`]; with `share`, a number on the device, as far from batch norm: 0 is batch norm.
+/// How much of the correction there is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Share<'a> {
+    Whole,
+    /// None: batch norm.
+    Nothing,
+    /// All or none, by a number on the device, 1 or 0.
+    OnDevice(&'a Tensor),
+}
+
+/// [`batch_renorm`] by a share of its correction.
 pub(crate) fn batch_renorm_with(
     x: &Tensor,
     running: [&Tensor; 2],
-    share: Option<&Tensor>,
+    share: Share,
     scaling: Scaling,
     options: RenormOptions,
 ) -> Result<(Tensor, Option<BatchStatistics>)> {
@@ -128,6 +138,11 @@ pub(crate) fn batch_renorm_with(
         return Ok((graph::empty(LAYER, x, &scaling.tensors())?, None));
     }
     check::more_than_one_value(LAYER, x.elem_count() / c, x)?;
+    let share = match share {
+        Share::Nothing => return batch_norm_with(x, scaling, options.eps, true),
+        Share::Whole => None,
+        Share::OnDevice(share) => Some(share),
+    };
     let [r, d] = correction(x, running, share, options)?;
     let acc = composed::accumulator(x.dtype());
     let (r, d) = (r.to_dtype(acc)?, d.to_dtype(acc)?);

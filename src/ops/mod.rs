@@ -44,8 +44,8 @@ pub use batch_norm::{
     modulated_batch_norm,
 };
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
-pub(crate) use batch_renorm::batch_renorm_with;
 pub use batch_renorm::{RenormOptions, batch_renorm};
+pub(crate) use batch_renorm::{Share, batch_renorm_with};
 pub(crate) use cumulative_layer_norm::cumulative_layer_norm_from;
 pub use cumulative_layer_norm::{CumulativeState, cumulative_layer_norm};
 pub use dynamic::{derf, dyt};

@@ -277,6 +277,24 @@ fn a_stream_is_its_parts() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn an_empty_sequence_gives_an_empty_sequence() -> Result<()> {
+    let norm = cumulative_layer_norm(5, 1e-5, vb(&VarMap::new(), DType::F32))?;
+    let x = Var::zeros((2, 5, 0), DType::F32, &CPU)?;
+    for path in PATHS {
+        let (y, grads) = with_path(path, || -> Result<_> {
+            let y = norm.forward(&x)?;
+            let grads = y.sum_all()?.backward()?;
+            Ok((y, grads))
+        })?;
+        assert_eq!(y.dims(), [2, 5, 0]);
+        for (name, param) in norm.parameters() {
+            assert_eq!(values(&gradient(&grads, &param))?, [0.; 5], "{name}");
+        }
+    }
+    Ok(())
+}
+
 /// No gradient leads into an earlier part; that of a part is right.
 #[test]
 fn gradients_of_a_part_of_a_stream() -> Result<()> {
@@ -549,7 +567,7 @@ fn mistakes_are_named_and_change_nothing() -> Result<()> {
     let norm = renorm(1e-3.into())?;
     assert_message(
         norm.forward_t(&one, true),
-        &["BatchNorm", "more than 1 value"],
+        &["BatchRenorm", "more than 1 value"],
     );
     assert_message(
         norm.forward_t(&noise((4, 3), DType::F64)?, true),

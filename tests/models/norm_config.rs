@@ -9,9 +9,9 @@ use candle_nn::{
     ConvTranspose2d, ConvTranspose2dConfig, Linear, ModuleT, VarBuilder, VarMap,
 };
 use candle_norm::{
-    Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    NormConfig, NormedLayer, RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
-    WeightNormOptions, batch_norm, trainable_vars,
+    Affine, BatchNormOptions, BatchRenormOptions, DyTOptions, GroupNormOptions,
+    InstanceNormOptions, LayerNormOptions, Norm, NormConfig, NormedLayer, RmsNormOptions,
+    ScaleNormOptions, SwitchNormOptions, WeightNormOptions, batch_norm, trainable_vars,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -21,12 +21,31 @@ use testkit::errors::message;
 use testkit::vars::{names, var, vb};
 
 const CPU: Device = Device::Cpu;
-const NAMES: [&str; 9] = [
-    "none", "batch", "layer", "group:2", "instance", "rms", "scale", "switch", "weight",
+const NAMES: [&str; 11] = [
+    "none",
+    "batch",
+    "layer",
+    "group:2",
+    "instance",
+    "rms",
+    "scale",
+    "switch",
+    "weight",
+    "batch_renorm",
+    "dyt",
 ];
 /// Those that follow a layer.
-const ALONE: [&str; 8] = [
-    "none", "batch", "layer", "group:2", "instance", "rms", "scale", "switch",
+const ALONE: [&str; 10] = [
+    "none",
+    "batch",
+    "layer",
+    "group:2",
+    "instance",
+    "rms",
+    "scale",
+    "switch",
+    "batch_renorm",
+    "dyt",
 ];
 
 type Build = fn(&NormConfig, usize, VarBuilder) -> Result<Box<dyn Norm>>;
@@ -79,6 +98,8 @@ fn names_round_trip_and_stand_for_the_default_options() {
         NormConfig::Scale(ScaleNormOptions::default()),
         NormConfig::Switch(SwitchNormOptions::default()),
         NormConfig::Weight(WeightNormOptions::default()),
+        NormConfig::BatchRenorm(BatchRenormOptions::default()),
+        NormConfig::Dyt(DyTOptions::default()),
     ];
     for (name, default) in NAMES.into_iter().zip(defaults) {
         assert_eq!(config(name), default);
@@ -110,7 +131,7 @@ fn display_names_the_kind_whatever_its_options() {
 
 #[test]
 fn the_names_of_the_field_are_known() {
-    let known: [(&str, &[&str]); 9] = [
+    let known: [(&str, &[&str]); 11] = [
         ("none", &["None", "NONE", " none\n", "Identity", "identity"]),
         (
             "batch",
@@ -175,6 +196,16 @@ fn the_names_of_the_field_are_known() {
             ],
         ),
         ("weight", &["WeightNorm", "weight_norm", "wn"]),
+        (
+            "batch_renorm",
+            &[
+                "BatchRenorm",
+                "BatchRenorm2d",
+                "batch renormalization",
+                "brn",
+            ],
+        ),
+        ("dyt", &["DyT", "DynamicTanh", "dynamic_tanh"]),
     ];
     for (name, others) in known {
         for other in others {
@@ -189,7 +220,7 @@ fn the_names_of_the_field_are_known() {
 
 /// Start of the message, before the name that was given.
 const EXPECTED: &str = "NormConfig: expected none, batch, layer, group:N (N groups, at least 1), \
-    instance, rms, scale, switch or weight, got ";
+    instance, rms, scale, switch, weight, batch_renorm or dyt, got ";
 
 #[test]
 fn a_bad_name_is_quoted_next_to_the_good_ones() {
@@ -301,7 +332,7 @@ fn a_number_is_asked_for_where_it_belongs_and_nowhere_else() {
 fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
     let batch = ["running_mean", "running_var", "num_batches_tracked"];
     let switch = ["weight", "bias", "mean_weight", "var_weight"];
-    let expected: [(&str, &[&str], &[&str]); 8] = [
+    let expected: [(&str, &[&str], &[&str]); 10] = [
         ("none", &[], &[]),
         ("batch", &["weight", "bias"], &batch),
         ("layer", &["weight", "bias"], &[]),
@@ -310,6 +341,8 @@ fn layers_say_their_kind_and_name_their_tensors() -> Result<()> {
         ("rms", &["weight"], &[]),
         ("scale", &["weight"], &[]),
         ("switch", &switch, &batch),
+        ("batch_renorm", &["weight", "bias"], &batch),
+        ("dyt", &["alpha", "weight", "bias"], &[]),
     ];
     for (name, (kind, parameters, buffers)) in ALONE.into_iter().zip(expected) {
         for build in AXES {
@@ -376,7 +409,7 @@ fn expected(name: &str, x: &Tensor, axis: usize, vars: &VarMap) -> Result<Tensor
     let together = |index: &Vec<usize>| -> Vec<usize> {
         let (sample, channel) = (index[0], index[axis]);
         match name {
-            "batch" => vec![channel],
+            "batch" | "batch_renorm" => vec![channel],
             "instance" => vec![sample, channel],
             "group:2" => vec![sample, channel / (dims[axis] / 2)],
             // All but the channel.
@@ -398,12 +431,20 @@ fn expected(name: &str, x: &Tensor, axis: usize, vars: &VarMap) -> Result<Tensor
         false => Ok(None),
     };
     let (weight, bias) = (parameter("weight")?, parameter("bias")?);
+    if let (Some(alpha), Some(w), Some(b)) = (parameter("alpha")?, &weight, &bias) {
+        let y = indices.iter().zip(&x).map(|(index, x)| {
+            let channel = index[axis];
+            (alpha[0] * x).tanh() * w[channel] + b[channel]
+        });
+        return Tensor::from_vec(y.collect(), dims, &CPU);
+    }
     let y = indices.iter().zip(&x).map(|(index, x)| {
         let group = &groups[&together(index)];
         let count = group.len() as f64;
         let (mean, eps) = match name {
             "rms" => (0., 1e-6),
             "scale" => (0., 0.),
+            "batch_renorm" => (group.iter().sum::<f64>() / count, 1e-3),
             _ => (group.iter().sum::<f64>() / count, 1e-5),
         };
         let var = group.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count;
@@ -450,7 +491,7 @@ fn channels_are_those_of_axis_1_and_features_those_of_the_last() -> Result<()> {
                 let what = format!("{name} of {:?}, axis {axis}", x.dims());
                 assert_close(&y, &expected(name, x, axis, &vars)?, &what)?;
                 assert!(y.is_contiguous(), "{what}");
-                if name != "batch" {
+                if !name.starts_with("batch") {
                     assert_eq!(values(&norm.forward_t(x, false)?)?, values(&y)?, "{what}");
                 }
                 if last > 1 && name != "none" {
@@ -732,7 +773,8 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
             match name {
                 "none" | "instance" => want.push("layer.bias"),
                 "rms" | "scale" => want.extend(["layer.bias", "norm.weight"]),
-                "batch" => want.extend([
+                "dyt" => want.extend(["norm.alpha", "norm.bias", "norm.weight"]),
+                "batch" | "batch_renorm" => want.extend([
                     "norm.bias",
                     "norm.num_batches_tracked",
                     "norm.running_mean",
@@ -772,6 +814,7 @@ fn a_block_has_the_names_and_shapes_that_a_checkpoint_has() -> Result<()> {
                     }
                     _ if kind == "switch" => assert!(dims.len() >= 2 && dims[..2] == [1, 6]),
                     "norm.weight" if kind == "scale" => assert_eq!(dims, [1]),
+                    "norm.alpha" => assert_eq!(dims, [1]),
                     _ => assert_eq!(dims, [6], "{what}: {name}"),
                 }
             }
@@ -1093,7 +1136,7 @@ mod json {
     }
 
     /// Every kind with options that are not the default.
-    fn unusual() -> [NormConfig; 8] {
+    fn unusual() -> [NormConfig; 11] {
         [
             NormConfig::Batch(BatchNormOptions {
                 momentum: None,
@@ -1126,6 +1169,15 @@ mod json {
                 ..Default::default()
             }),
             NormConfig::Weight(None.into()),
+            NormConfig::BatchRenorm(BatchRenormOptions {
+                warmup_steps: 0,
+                ..Default::default()
+            }),
+            NormConfig::Dyt(DyTOptions::derf()),
+            NormConfig::Batch(BatchNormOptions {
+                virtual_batch_size: Some(128),
+                ..Default::default()
+            }),
         ]
     }
 
@@ -1183,6 +1235,10 @@ mod json {
         assert_eq!(shifted.to_string(), "batch");
         let written = to_value(shifted).expect("a map");
         assert_eq!(written["batch"]["affine"], json!("bias"));
+        assert_eq!(
+            read(json!({"dyt": {"function": "erf"}})),
+            Ok(NormConfig::Dyt(DyTOptions::derf()))
+        );
         assert_eq!(
             read(json!({"weight": {"dim": null}})),
             Ok(NormConfig::Weight(None.into()))

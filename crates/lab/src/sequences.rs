@@ -214,7 +214,8 @@ impl ModuleT for Sequences {
 
 const RATES: [f64; 5] = [1e-3, 3e-3, 1e-2, 3e-2, 0.1];
 
-fn trained(lab: &Lab, net: &str, norm: &str, variant: &str) -> Result<Vec<Measure>> {
+/// Accuracy of one of [`NETS`] with a norm, at the best of the rates.
+pub(crate) fn trained(lab: &Lab, net: &str, norm: &str, variant: &str) -> Result<Vec<Measure>> {
     lab.tuned(variant, &RATES, &digits()?, |sets, rate, seed| {
         let net = Net::new(seed, |vb| Sequences::new(net, norm, vb))?;
         let course = Course {

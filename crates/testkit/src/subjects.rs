@@ -6,8 +6,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 use candle_norm::{
-    Affine, BatchNormOptions, GroupNormOptions, InstanceNormOptions, LayerNormOptions,
-    RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
+    Affine, BatchNormOptions, BatchRenormOptions, GroupNormOptions, InstanceNormOptions,
+    LayerNormOptions, RmsNormOptions, ScaleNormOptions, SwitchNormOptions,
 };
 
 use crate::compare::{assert_close_beside, assert_gradient, unit_roundoff};
@@ -50,6 +50,8 @@ pub enum Kind {
     Batch,
     /// Over the batch and space, by the root mean square.
     BatchNoMean,
+    /// Over the batch and space, up to the end of the warm-up.
+    BatchRenorm,
     /// Mixed by [`SHARES`]; variances biased, so that one position will do.
     Switch,
 }
@@ -204,7 +206,7 @@ impl Kind {
             Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => true,
             Kind::Rms { .. } | Kind::RmsChannelsFirst => true,
             Kind::Group { .. } | Kind::Instance | Kind::Switch => true,
-            Kind::Batch | Kind::BatchNoMean => true,
+            Kind::Batch | Kind::BatchNoMean | Kind::BatchRenorm => true,
             Kind::Scale | Kind::ScaleChannelsFirst => false,
         }
     }
@@ -227,7 +229,7 @@ impl Subject {
             Kind::Layer { .. } | Kind::LayerChannelsFirst | Kind::LayerNoMean => scale * scale,
             Kind::Rms { .. } | Kind::RmsChannelsFirst => scale * scale,
             Kind::Group { .. } | Kind::Instance | Kind::Switch => scale * scale,
-            Kind::Batch | Kind::BatchNoMean => scale * scale,
+            Kind::Batch | Kind::BatchNoMean | Kind::BatchRenorm => scale * scale,
             Kind::Scale | Kind::ScaleChannelsFirst => scale.abs(),
         };
         Self {
@@ -332,6 +334,13 @@ impl Subject {
                 };
                 Box::new(candle_norm::batch_norm(features, options, vb)?)
             }
+            Kind::BatchRenorm => {
+                let options = BatchRenormOptions {
+                    affine,
+                    ..eps.into()
+                };
+                Box::new(candle_norm::batch_renorm(features, options, vb)?)
+            }
             Kind::Switch => switch(x, features, eps, params)?,
         })
     }
@@ -353,6 +362,7 @@ impl Subject {
             Kind::Group { groups } => oracle::Norm::group(dims, groups, eps),
             Kind::Instance => oracle::Norm::instance(dims, eps),
             Kind::Batch => oracle::Norm::batch(dims, eps),
+            Kind::BatchRenorm => oracle::Norm::batch(dims, eps),
             Kind::BatchNoMean => oracle::Norm::batch(dims, eps).without_mean(),
             Kind::Switch => oracle::Norm::switch(dims, SHARES.each_ref().map(|s| &s[..]), eps),
         }

@@ -7,8 +7,8 @@
 use candle_core::Result;
 use candle_nn::VarBuilder;
 use candle_norm::{
-    Affine, BatchNormOptions, Cast, GroupNormOptions, InstanceNormOptions, LayerNormOptions, Norm,
-    RmsNormOptions, ScaleNormOptions,
+    Affine, BatchNormOptions, BatchRenormOptions, Cast, GroupNormOptions, InstanceNormOptions,
+    LayerNormOptions, Norm, RmsNormOptions, ScaleNormOptions,
 };
 
 use crate::subjects::Kind;
@@ -112,6 +112,7 @@ table! {
     instance_norm: INSTANCE_NORM,
     batch_norm: BATCH_NORM,
     switch_norm: SWITCH_NORM,
+    batch_renorm: BATCH_RENORM,
 }
 
 /// Rows and columns of less than 2^14 elements, of that many less and more one, and of several
@@ -641,6 +642,20 @@ pub static BATCH_NORM: Layer = Layer {
             affine: Affine::WeightAndBias,
             statistics: false,
         },
+        // One part of all samples.
+        Form {
+            name: "batch_norm, a ghost batch",
+            build: |dims, vb| {
+                let options = BatchNormOptions {
+                    virtual_batch_size: Some(1 << 20),
+                    ..EPS.into()
+                };
+                batch_form(dims, options, vb)
+            },
+            kind: |_| Kind::Batch,
+            affine: Affine::WeightAndBias,
+            statistics: true,
+        },
         Form {
             name: "batch_norm, not centered",
             build: |dims, vb| {
@@ -705,4 +720,41 @@ pub static SWITCH_NORM: Layer = Layer {
             &[1031, 49],
         ],
     )],
+};
+
+/// Batch renormalization, up to the end of its warm-up.
+pub static BATCH_RENORM: Layer = Layer {
+    name: "batch_renorm",
+    title: "BatchRenorm",
+    forms: &[
+        Form {
+            name: "batch_renorm",
+            build: |dims, vb| boxed(candle_norm::batch_renorm(dims[1], EPS, vb)),
+            kind: |_| Kind::BatchRenorm,
+            affine: Affine::WeightAndBias,
+            statistics: true,
+        },
+        Form {
+            name: "batch_renorm, no parameters",
+            build: |dims, vb| {
+                let options = BatchRenormOptions {
+                    affine: Affine::None,
+                    ..EPS.into()
+                };
+                boxed(candle_norm::batch_renorm(dims[1], options, vb))
+            },
+            kind: |_| Kind::BatchRenorm,
+            affine: Affine::None,
+            statistics: true,
+        },
+    ],
+    tracked: &[tracked::BATCH_RENORM],
+    kinds: |dims| match per_channel(dims) > 1 {
+        true => vec![Kind::BatchRenorm],
+        false => vec![],
+    },
+    tiny: &[(Kind::BatchRenorm, &[&[6, 3], &[2, 3, 4]])],
+    short: &[(Kind::BatchRenorm, &[&[4, 3, 17], &[9, 3]])],
+    long: &[(Kind::BatchRenorm, &[&[9, 6, 1031], &[1031, 33]])],
+    ragged: &[(Kind::BatchRenorm, &FEWER_PLANES)],
 };

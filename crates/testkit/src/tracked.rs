@@ -5,8 +5,8 @@ use std::fmt;
 use candle_core::Result;
 use candle_nn::VarBuilder;
 use candle_norm::{
-    Affine, BatchNorm, BatchNormOptions, InstanceNorm, InstanceNormOptions, Norm, SwitchNorm,
-    SwitchNormOptions,
+    Affine, BatchNorm, BatchNormOptions, BatchRenormOptions, InstanceNorm, InstanceNormOptions,
+    Norm, SwitchNorm, SwitchNormOptions,
 };
 
 /// Options that every layer with statistics has.
@@ -119,6 +119,22 @@ pub const BATCH_NO_MEAN: Tracked = Tracked {
     build: |features, s, vb| Ok(Box::new(batch(features, false, s, vb)?)),
     moments: false,
     centered: false,
+    freezes: true,
+};
+
+/// Batch renormalization, up to the end of its warm-up.
+pub const BATCH_RENORM: Tracked = Tracked {
+    name: "batch renorm",
+    build: |features, s, vb| {
+        let options = BatchRenormOptions {
+            momentum: s.momentum,
+            refuse_non_finite: s.refuse_non_finite,
+            ..s.eps.into()
+        };
+        Ok(Box::new(candle_norm::batch_renorm(features, options, vb)?))
+    },
+    moments: true,
+    centered: true,
     freezes: true,
 };
 
