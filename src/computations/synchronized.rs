@@ -178,6 +178,12 @@ impl Synchronized {
         Ok(means.map(|(a, s)| [a / total, mean(*s)]).collect())
     }
 
+    /// Whether the group forms sums in the memory of devices.
+    #[cfg_attr(not(any(feature = "cuda", feature = "internals")), allow(dead_code))]
+    pub(crate) fn sums_on_devices(&self) -> bool {
+        self.group.device_sums().is_some()
+    }
+
     /// Whether sums are formed where the values of `x` are.
     fn is_in_place(&self, x: &Tensor) -> bool {
         let sums = self.group.device_sums();
@@ -223,6 +229,50 @@ impl Synchronized {
         let backward = self.sum("norm.squares_backward");
         let squares = (self.nodes.formed)(squares, squares_of_all, &backward)?;
         Ok((Tensor::new(both, &Device::Cpu)?, squares))
+    }
+
+    /// [`joint`](Self::joint) of the mean, what it was rounded by, and the biased variance of each
+    /// channel here, as tensors of any device outside of the graph: the same of all ranks, and `1 /
+    /// √(var + eps)`, in `f64` on that device.
+    #[cfg_attr(not(any(feature = "cuda", feature = "internals")), allow(dead_code))]
+    pub(crate) fn joint_tensors(
+        &self,
+        count: f64,
+        local: [&Tensor; 3],
+        eps: f64,
+    ) -> Result<[Tensor; 4]> {
+        let device = local[0].device();
+        let [means, errors, vars] = local.map(|t| host::vector::<f64>(&wide(t)?));
+        let moments = means?.into_iter().zip(errors?).zip(vars?);
+        let moments = moments.map(|((mean, mean_error), var)| LocalMoments {
+            mean,
+            mean_error,
+            m2: var * count,
+        });
+        let joint = self.joint(count, &moments.collect::<Vec<_>>())?;
+        let column = |of: fn(&JointMoments, f64) -> f64| {
+            let values: Vec<f64> = joint.iter().map(|m| of(m, eps)).collect();
+            Tensor::new(values, device)
+        };
+        Ok([
+            column(|m, _| m.mean)?,
+            column(|m, _| m.mean_error)?,
+            column(|m, _| m.var)?,
+            column(|m, eps| 1. / (m.var + eps).sqrt())?,
+        ])
+    }
+
+    /// [`means`](Self::means) of tensors of any device outside of the graph, in `f64` on that
+    /// device.
+    #[cfg_attr(not(any(feature = "cuda", feature = "internals")), allow(dead_code))]
+    pub(crate) fn mean_tensors(&self, along: &Tensor, sum: &Tensor) -> Result<[Tensor; 2]> {
+        let [of_along, of_sum] = [along, sum].map(|t| host::vector::<f64>(&wide(t)?));
+        let means = self.means(&of_along?, &of_sum?)?;
+        let column = |i: usize| {
+            let values: Vec<f64> = means.iter().map(|m| m[i]).collect();
+            Tensor::new(values, along.device())
+        };
+        Ok([column(0)?, column(1)?])
     }
 
     /// The input by channel, and the statistics of all ranks, as tensors of the graph.

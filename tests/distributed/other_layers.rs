@@ -17,7 +17,7 @@ use testkit::vars::{set, vb};
 
 use crate::shares::{Model, Shares, joined, summed};
 
-const PATHS: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
+const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
 
 type Group = Option<Arc<dyn Collective>>;
 

@@ -7,7 +7,6 @@ use candle_core::{DType, Layout, Result};
 use candle_norm_cuda_kernels::Types;
 use candle_norm_cuda_kernels::geometry::channels::Planes;
 use candle_norm_cuda_kernels::geometry::pointwise::Pointwise;
-use candle_norm_support::messages;
 
 use super::launches::{
     Affine, By, Form, Wanted, grads, grads_by_sample, normalized, own, own_and_normalized,
@@ -15,6 +14,7 @@ use super::launches::{
 use super::operands::{Pair, dtype, in_dtype};
 use super::pointwise::{Behind, Elements, Through};
 use super::statistics::Moments;
+use super::synchronized;
 use super::transpose::from_channels_last;
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On, Statistics, is_channels_last};
@@ -63,7 +63,7 @@ impl Channels {
         device: Device<L>,
         x: View<'a, L::Storage>,
     ) -> Result<Operand<'a, L::Storage>> {
-        match is_channels_last(x.layout) {
+        match is_channels_last(x.layout) && x.layout.shape().elem_count() > 0 {
             true => from_channels_last(device, x, self.axes),
             false => device.input(x),
         }
@@ -148,8 +148,10 @@ impl Channels {
 impl<L: Launcher> On<Cuda<L>> for Channels {
     type Saved = Saved<L>;
 
+    /// Between the kernels, the host sends the sums. A group that sums on devices takes the composed
+    /// form, which copies nothing.
     fn is_carried_out(&self) -> bool {
-        !matches!(self.source, Source::Synchronized(_))
+        !matches!(&self.source, Source::Synchronized(by) if by.sums_on_devices())
     }
 
     fn takes(&self, x: &Layout) -> bool {
@@ -181,7 +183,14 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
             }
             Source::Own { center } => Saved::Own(own(device, form, &x, *center, self.eps)?),
             Source::Given(fixed) => Saved::Given(self.given(fixed, accumulator(x.dtype()))?),
-            Source::Synchronized(_) => messages::internal(self.layer, "its composed form")?,
+            Source::Synchronized(by) => {
+                let saved = Saved::Own(synchronized::moments(device, self, by, form, &x)?);
+                if x.is_empty() {
+                    let y = device.alloc(x.dtype(), 0)?;
+                    return Ok(Forward { y, saved });
+                }
+                saved
+            }
         };
         let y = match self.is_plain() {
             true => normalized(device, form, &x, &affine, &self.by(&saved))?,
@@ -195,10 +204,15 @@ impl<L: Launcher> On<Cuda<L>> for Channels {
     fn backward(&self, from: Backward<L::Storage, Saved<L>>) -> Result<Gradients<L::Storage>> {
         let device = Device::<L>::of(self.layer, from.x.storage);
         let (x, dy) = (self.input(device, from.x)?, device.input(from.dy)?);
-        let (saved, types) = (
-            from.saved,
-            device.types(x.dtype(), [from.weight, from.bias])?,
-        );
+        if let (Source::Synchronized(by), Saved::Own(moments)) = (&self.source, from.saved) {
+            let types = device.types(x.dtype(), [])?;
+            let form = Form::of(self.planes(types));
+            let weight = device.maybe_param(from.weight, dtype(types.param()))?;
+            let (both, weight) = ([&x, &dy], weight.as_ref());
+            return synchronized::gradients(device, by, form, both, weight, moments);
+        }
+        let types = device.types(x.dtype(), [from.weight, from.bias])?;
+        let saved = from.saved;
         let weight = device.maybe_param(from.weight, dtype(types.param()))?;
         let by_element = self.spread == computations::Spread::Element;
         if self.activation.is_none() && !by_element {

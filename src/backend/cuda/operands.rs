@@ -87,6 +87,10 @@ impl<'a, S: BackendStorage> Operand<'a, S> {
         self.len
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     pub(super) fn dtype(&self) -> DType {
         self.storage().dtype()
     }

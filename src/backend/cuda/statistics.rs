@@ -37,6 +37,30 @@ impl<L: Launcher> Moments<L> {
         })
     }
 
+    /// Mean, what it was rounded by, `1 / √(var + eps)`, and variance of each channel.
+    pub(super) fn of(device: Device<L>, len: usize, parts: [L::Storage; 4]) -> Self {
+        let [mean, rest, inv_std, var] = parts;
+        Self {
+            layer: device.layer(),
+            len,
+            mean,
+            rest,
+            inv_std,
+            var,
+        }
+    }
+
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.len
+    }
+
+    /// The mean, what it was rounded by, and the variance, in `f64`.
+    pub(super) fn tensors(&self) -> Result<[Tensor; 3]> {
+        let tensor = |values| Ok::<_, candle_core::Error>(tensor(self.wide(values)?, self.len));
+        Ok([tensor(&self.mean)?, tensor(&self.rest)?, tensor(&self.var)?])
+    }
+
     fn wide(&self, values: &L::Storage) -> Result<L::Storage> {
         cast(values, &Layout::contiguous(self.len), DType::F64)
     }
@@ -90,6 +114,6 @@ impl<L: Launcher> Statistics for Moments<L> {
 }
 
 /// A vector outside of the graph.
-fn tensor(values: impl DeviceStorage, len: usize) -> Tensor {
+pub(super) fn tensor(values: impl DeviceStorage, len: usize) -> Tensor {
     Tensor::from_storage(values.into_storage(), len, BackpropOp::none(), false)
 }
