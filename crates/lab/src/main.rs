@@ -37,6 +37,7 @@ mod plot;
 mod policy;
 mod practice;
 mod precision;
+mod ranks;
 mod report;
 #[path = "../../../examples/forecast/scales.rs"]
 #[allow(dead_code)]
@@ -122,6 +123,7 @@ fn claims() -> Vec<Claim> {
         statistics::claims(),
         placement::claims(),
         precision::claims(),
+        ranks::claims(),
     ];
     let mut all: Vec<Claim> = rooms.into_iter().flatten().collect();
     all.sort_by_key(|claim| claim.id);
