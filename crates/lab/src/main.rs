@@ -37,6 +37,7 @@ mod plot;
 mod policy;
 mod practice;
 mod precision;
+mod ranks;
 mod replacements;
 mod report;
 #[path = "../../../examples/forecast/scales.rs"]
@@ -123,6 +124,7 @@ fn claims() -> Vec<Claim> {
         statistics::claims(),
         placement::claims(),
         precision::claims(),
+        ranks::claims(),
         replacements::claims(),
     ];
     let mut all: Vec<Claim> = rooms.into_iter().flatten().collect();

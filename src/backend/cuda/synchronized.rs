@@ -33,7 +33,7 @@ pub(super) fn moments<L: Launcher>(
         Ok(local) => local,
         Err(why) => {
             // The other ranks are in their first sum. This error says more than that of the sum.
-            let _ = by.fail(len);
+            let _ = by.fail_on_host(len);
             return Err(why);
         }
     };
