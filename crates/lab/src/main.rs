@@ -22,6 +22,7 @@ mod common;
 mod cost;
 mod depth;
 mod digits;
+mod family;
 mod figure;
 mod forecasts;
 mod inputs;
@@ -44,6 +45,8 @@ mod scales;
 mod sequences;
 #[path = "../../../examples/common/series.rs"]
 mod series;
+#[path = "../../../examples/common/slopes.rs"]
+mod slopes;
 mod small_sets;
 mod statistics;
 mod targets;
@@ -122,6 +125,7 @@ fn claims() -> Vec<Claim> {
         statistics::claims(),
         placement::claims(),
         precision::claims(),
+        family::claims(),
     ];
     let mut all: Vec<Claim> = rooms.into_iter().flatten().collect();
     all.sort_by_key(|claim| claim.id);
