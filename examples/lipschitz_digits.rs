@@ -11,10 +11,10 @@
 //! cargo run --release --example lipschitz_digits -- --factor 32
 //! ```
 //!
-//! With spectral norm it recognizes 93.2 % of the test digits. The largest slope found is 14.8, and
-//! the bound 16.5. It is proven of 68.8 % that no change of length 0.25 alters their class, and a
-//! search for such changes leaves 80.8 % right. Without spectral norm, these are 94.4 %, 83.5, 800,
-//! 0 % and 69.6 %.
+//! With spectral norm it recognizes 91 % of the test digits. One run had 94.0 %, a largest slope of
+//! 14.4 and a bound of 16.1. For 67.6 % it was proven that no change of length 0.25 alters their
+//! class, and a search for such changes left 80.0 % right. Without spectral norm, these were
+//! 94.4 %, 83.5, 800, 0 % and 69.6 %.
 //!
 //! Change `--factor`, which the logits are multiplied by (with spectral norm it is the bound), or
 //! `WIDTHS`.
@@ -194,9 +194,8 @@ fn measure(net: &Net, test: &Digits, options: &Options) -> Result<Measured> {
 
 fn run(options: &Options) -> Result<()> {
     let (digits, test) = Digits::load()?;
-    let radius = format!("{RADIUS}");
     println!("          test digits  largest   product of   right if moved  proven to");
-    println!("                right    slope    the norms     by {radius:5}      stay so");
+    println!("                right    slope    the norms     by {RADIUS:.2}       stay so");
     let mut bounded = None;
     for spectral in [false, true] {
         let vars = VarMap::new();
@@ -212,6 +211,10 @@ fn run(options: &Options) -> Result<()> {
             let batch = digits.select(&batches[step])?;
             cross_entropy(&net.forward_t(&batch.images, true)?, &batch.labels)
         })?;
+        // The power iteration is a step behind weights that change: it catches up.
+        for _ in 0..20 {
+            net.forward_t(&digits.images.narrow(0, 0, 1)?, true)?;
+        }
         let measured = measure(&net, &test, options)?;
         let Measured {
             right,
@@ -230,8 +233,7 @@ fn run(options: &Options) -> Result<()> {
     let Some(measured) = bounded else {
         bail!("expected a network with spectral norm")
     };
-    // The vectors of the power iteration are a little behind their weights.
-    let bound = 1.05 * options.factor as f32;
+    let bound = 1.01 * options.factor as f32;
     if measured.steepest > measured.bound * 1.0001 || !options.quick && measured.bound > bound {
         bail!("expected a slope below the product of the norms, and that below {bound}")
     }

@@ -13,7 +13,7 @@
 //!
 //! It names 93 % of the digits of the test sequences, and no logit of a sequence alone differs from
 //! that in a batch by more than 1e-3. One run of each had: masked 93.9 % in batches and alone,
-//! and a difference of DIFF; plain 91.6 % in both, and a difference of PLAIN.
+//! and a difference of 1.0e-5; plain 91.6 % in both, and a difference of 2.1.
 //!
 //! Change `--longest`, `--lr`, or `CHANNELS`.
 

@@ -25,8 +25,8 @@ pub use threads::Threads;
 ///
 /// Every rank of the group makes the same calls in the same order; a call returns when all of them
 /// have made it. An implementation compares what the ranks call ([`Call`], and the number and dtype
-/// of the values) and returns an error on every rank where they differ, and where one of them does not
-/// come. [`Threads`] is the implementation of this crate; `candle-norm-mpi` has one over MPI.
+/// of the values) and returns an error on every rank where they differ, and where one of them does
+/// not come. [`Threads`] is the implementation of this crate; `candle-norm-mpi` has one over MPI.
 ///
 /// # An implementation of your own
 /// The result of a sum has the same bits on every rank: parameters and running statistics stay

@@ -120,8 +120,8 @@ impl Synchronized {
         Ok(all[VOTE..].to_vec())
     }
 
-    /// Says to the other ranks, which are in their first sum of the statistics of `x`, that this one
-    /// failed.
+    /// Says to the other ranks, which are in their first sum of the statistics of `x`, that this
+    /// one failed.
     pub(crate) fn fail(&self, x: &Tensor, channels: usize) -> Result<()> {
         match self.is_in_place(x) {
             // The sums of the channels come after the votes.

@@ -413,10 +413,10 @@ impl RunningStats {
         }
         let steps = i64::try_from(steps).unwrap_or(i64::MAX);
         let count = &state.num_batches_tracked;
-        Ok(match count.device() {
-            Device::Cpu => Reached::Known(state.counter()? >= steps),
+        Ok(match host::has(count) {
+            true => Reached::Known(state.counter()? >= steps),
             // Nothing on the device's stream waits for the host.
-            _ => Reached::OnDevice(count.as_detached_tensor().ge(steps)?),
+            false => Reached::OnDevice(count.as_detached_tensor().ge(steps)?),
         })
     }
 

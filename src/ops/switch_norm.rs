@@ -106,7 +106,8 @@ pub(crate) fn switch_norm_with(
     let (n, c) = (x.dims()[0], x.dims()[1]);
     let space = x.elem_count() / (n * c);
     check_counts(x, &options, space)?;
-    let rows = rows_of_planes(route, x, (n, c, space))?;
+    let params = [weight, bias, Some(mean_weight), Some(var_weight)];
+    let rows = rows_of_planes(route, x, (n, c, space), &params)?;
     let mixture = mixture(x, &options)?;
     let weight = weight.map(composed::kept).transpose()?;
     let logits = joined_logits([mean_weight, var_weight], x)?;
@@ -135,20 +136,23 @@ pub(crate) fn switch_norm_with(
     Ok((y, statistics))
 }
 
-/// `x` as `[N, C, space]`, in the dtype that it is computed on.
+/// `x` as `[N, C, space]`, in the dtype that it is computed on with these parameters.
 pub(super) fn rows_of_planes(
     route: Route,
     x: &Tensor,
     dims: (usize, usize, usize),
+    params: &[Option<&Tensor>],
 ) -> Result<Tensor> {
     let rows = match route {
         Route::Fused(_) => x.contiguous()?,
         Route::Composed => composed::unshared(x)?,
     };
     let rows = rows.reshape(dims)?;
+    let tracks = x.track_op() || params.iter().flatten().any(|p| p.track_op());
     match route {
-        Route::Fused(_) if !x.track_op() => Ok(rows),
+        Route::Fused(_) if !tracks => Ok(rows),
         // Two gradients meet here, in the accumulator's dtype, so that their sum is rounded once.
+        // For those of the parameters too, so that they do not depend on whether `x` is tracked.
         _ => rows.to_dtype(composed::accumulator(x.dtype())),
     }
 }

@@ -54,16 +54,16 @@ pub(crate) fn sync_switch_norm_with(
         // The mixture forms its statistics on the CPU.
         in_place: false,
     };
+    let params = [weight, bias, Some(mean_weight), Some(var_weight)];
     if x.elem_count() == 0 {
         let joint = by.over_ranks(shape, None, First::Forward)?;
         let here = |t: &Tensor| t.to_device(x.device());
         let (mean, var) = (here(&joint.mean)?, here(&joint.var)?);
-        let params = [weight, bias, Some(mean_weight), Some(var_weight)];
         let y = composed::empty(x, &[&params[..], &[Some(&mean), Some(&var)]].concat())?;
         let var = unbiased(&joint.var, &by, &options, x)?;
         return Ok((y, statistics(&joint.mean, &var, &by)));
     }
-    let rows = rows_of_planes(route, x, (n, c, space))?;
+    let rows = rows_of_planes(route, x, (n, c, space), &params)?;
     let mut mixture = mixture(x, &options)?;
     let weight = weight.map(composed::kept).transpose()?;
     let logits = joined_logits([mean_weight, var_weight], x)?;

@@ -22,6 +22,7 @@ mod common;
 mod cost;
 mod depth;
 mod digits;
+mod family;
 mod figure;
 mod forecasts;
 mod inputs;
@@ -46,6 +47,8 @@ mod scales;
 mod sequences;
 #[path = "../../../examples/common/series.rs"]
 mod series;
+#[path = "../../../examples/common/slopes.rs"]
+mod slopes;
 mod small_sets;
 mod statistics;
 mod targets;
@@ -124,6 +127,7 @@ fn claims() -> Vec<Claim> {
         statistics::claims(),
         placement::claims(),
         precision::claims(),
+        family::claims(),
         ranks::claims(),
         replacements::claims(),
     ];
