@@ -4,12 +4,12 @@
 //! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
 //! where it is not counted.
 
-use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
+use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::internals::{Asked, asked, launches};
 use candle_norm::{
     BatchNormOptions, Path, batch_norm, group_norm, instance_norm, layer_norm, ops, rms_norm,
-    with_path,
+    weight_norm, with_path,
 };
 use testkit::functions::FUNCTIONS;
 use testkit::table::forms;
@@ -160,6 +160,34 @@ fn no_layer_copies_to_the_host_or_waits_for_it() -> Result<()> {
         }
     }
     assert!(launched > 100, "{launched} launches");
+    Ok(())
+}
+
+#[test]
+fn weight_norm_and_sums_copy_nothing_to_the_host() -> Result<()> {
+    for dtype in [DType::F32, DType::BF16] {
+        let vb = || VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu);
+        let x = Var::from_tensor(&var(&[5, 24])?.to_dtype(dtype)?)?;
+        let residual = Var::from_tensor(&var(&[5, 24])?.to_dtype(dtype)?)?;
+        let rows = [
+            layer_norm(24, 1e-5, vb())?,
+            rms_norm(24, 1e-5, vb())?.into_inner(),
+        ];
+        for norm in &rows {
+            let step = asked_by_step(&x, |x| {
+                let (y, sum) = norm.forward_add(x, &residual)?;
+                y + sum
+            })?;
+            assert!(!step.launches.is_empty(), "{step:?}");
+            assert_no_wait("a sum", &step);
+        }
+        for dim in [Some(0), None] {
+            let linear = weight_norm::linear(24, 6, dim.into(), vb())?;
+            let step = asked_by_step(&x, |x| linear.forward(x))?;
+            assert!(!step.launches.is_empty(), "{step:?}");
+            assert_no_wait("weight norm", &step);
+        }
+    }
     Ok(())
 }
 
