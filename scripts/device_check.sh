@@ -45,17 +45,18 @@ build() {
     trap 'rm -f "$messages"' EXIT
 
     # One command, so that both programs have the same features and nothing is built twice.
-    cargo test --release --no-run --message-format json --package candle-norm-tests --package candle-norm-peers \
+    cargo test --release --no-run --message-format json-render-diagnostics --package candle-norm-tests --package candle-norm-peers \
         --features candle-norm-tests/cuda,candle-norm-peers/cuda --test device --bench cuda > "$messages"
     for name in device cuda; do
-        path=$(field executable '"reason":"compiler-artifact"' "\"name\":\"$name\"")
+        path=$(field executable '"reason":"compiler-artifact"' "\"name\":\"$name\"") || true
         [ -n "$path" ] || die "cargo has built no program $name"
         strip -o "$pack/$name" "$path"
         # They have the kernels as text in them.
         gzip -9 "$pack/$name"
     done
 
-    out=$(field out_dir '"reason":"build-script-executed"' 'crates/cuda-kernels')
+    out=$(field out_dir '"reason":"build-script-executed"' 'crates/cuda-kernels') || true
+    [ -n "$out" ] || die "cargo has made no PTX"
     for path in "$out"/*.ptx; do
         printf '%s\0' "$path"
     done | xargs -0 -P "$(nproc)" -I {} bash -c '"$0/bin/ptxas" -arch "sm_$1" -o "$2/$(basename "$3" .ptx).cubin" "$3"' \

@@ -21,8 +21,8 @@ const LAYER: &str = "Nccl";
 /// It stands on a group of the same ranks on the host ([`Threads`](super::Threads), or one over
 /// MPI), which it takes for all that the host knows: counts, votes, what the ranks compare, time
 /// limits. For each sum on the devices the ranks first meet there, and every rank gets an error
-/// where one has another call or does not come. A call on the devices is put on candle's stream, and
-/// the host does not wait for it.
+/// where one has another call or does not come. A call on the devices is put on candle's stream,
+/// and the host does not wait for it.
 ///
 /// ```no_run
 /// use candle_core::{DType, Device, Result};

@@ -201,8 +201,8 @@ impl Computation for Cumulative {
     }
 
     /// With `r = 1 / √(σ² + ε)`, n values up to a position, and the sums `G` of dy and `H` of
-    /// dy · y over its channels: `dx = r · dy − A − (x − μ) · B + E` at a position, where over it and
-    /// all after it `A = Σ r · G / n`, `B = Σ r² · H / n` and `E = Σ (μ′ − μ) · r′² · H′ / n′`.
+    /// dy · y over its channels: `dx = r · dy − A − (x − μ) · B + E` at a position, where over it
+    /// and all after it `A = Σ r · G / n`, `B = Σ r² · H / n` and `E = Σ (μ′ − μ) · r′² · H′ / n′`.
     fn composed_gradients(&self, args: Args<&Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
         let acc = composed::accumulator(args.x.dtype());
         let wide = |t: &Tensor| t.contiguous()?.to_dtype(acc);

@@ -25,8 +25,9 @@ pub enum Path {
     #[default]
     Auto,
     /// The fused kernels of the CPU, and with the feature `cuda` those of NVIDIA GPUs, forward and
-    /// backward: `f16`, `bf16`, `f32`, `f64`. Scales and shifts of each feature of each of more than
-    /// 65 535 samples have no kernels on GPUs and are composed there.
+    /// backward: `f16`, `bf16`, `f32`, `f64`. On GPUs, [`DyT`](crate::DyT),
+    /// [`CumulativeLayerNorm`](crate::CumulativeLayerNorm), and scales and shifts of each feature of
+    /// each of more than 65 535 samples have no kernels and are composed.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,

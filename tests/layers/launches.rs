@@ -4,13 +4,13 @@
 //! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
 //! where it is not counted.
 
-use candle_core::{D, DType, Device, ModuleT, Result, Tensor, Var};
+use candle_core::{D, DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{Activation, VarBuilder, VarMap};
 use candle_norm::internals::{Asked, asked, launches};
 use candle_norm::ops::{self, L2Form, Modulation, RmsOptions};
 use candle_norm::{
     BatchNormOptions, Cast, LayerNormOptions, Path, batch_norm, gated_rms_norm, group_norm,
-    instance_norm, layer_norm, layer_scale, rms_norm, switch_norm, with_path,
+    instance_norm, layer_norm, layer_scale, rms_norm, switch_norm, weight_norm, with_path,
 };
 use testkit::functions::FUNCTIONS;
 use testkit::table::forms;
@@ -289,6 +289,34 @@ fn no_layer_copies_to_the_host_or_waits_for_it() -> Result<()> {
         }
     }
     assert!(launched > 100, "{launched} launches");
+    Ok(())
+}
+
+#[test]
+fn weight_norm_and_sums_copy_nothing_to_the_host() -> Result<()> {
+    for dtype in [DType::F32, DType::BF16] {
+        let vb = || VarBuilder::from_varmap(&VarMap::new(), dtype, &Device::Cpu);
+        let x = Var::from_tensor(&var(&[5, 24])?.to_dtype(dtype)?)?;
+        let residual = Var::from_tensor(&var(&[5, 24])?.to_dtype(dtype)?)?;
+        let rows = [
+            layer_norm(24, 1e-5, vb())?,
+            rms_norm(24, 1e-5, vb())?.into_inner(),
+        ];
+        for norm in &rows {
+            let step = asked_by_step(&x, |x| {
+                let (y, sum) = norm.forward_add(x, &residual)?;
+                y + sum
+            })?;
+            assert!(!step.launches.is_empty(), "{step:?}");
+            assert_no_wait("a sum", &step);
+        }
+        for dim in [Some(0), None] {
+            let linear = weight_norm::linear(24, 6, dim.into(), vb())?;
+            let step = asked_by_step(&x, |x| linear.forward(x))?;
+            assert!(!step.launches.is_empty(), "{step:?}");
+            assert_no_wait("weight norm", &step);
+        }
+    }
     Ok(())
 }
 
