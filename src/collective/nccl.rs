@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use candle_core::cuda_backend::cudarc::driver::{
@@ -82,6 +82,9 @@ impl Nccl {
         T: DeviceRepr + ValidAsZeroBits,
         Job: From<(CudaSlice<T>, Sender<Done<T>>)>,
     {
+        // Before the ranks meet: no rank may fail between the meeting and its sum, for which the
+        // devices of the others wait.
+        let place = self.device.alloc_zeros::<T>(1)?;
         // The number of values is a part of the name: the ranks compare it.
         let name = format!("{} of {} {dtype} on devices", call.name(), values.len());
         self.host.all_reduce_sum(&Call::new(name), &mut [0.])?;
@@ -90,7 +93,6 @@ impl Nccl {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         // The values go to the thread of the communicator, and come back.
-        let place = self.device.alloc_zeros::<T>(1)?;
         *values = communicator.sum(std::mem::replace(values, place))?;
         Ok(())
     }
@@ -125,7 +127,18 @@ impl From<(CudaSlice<f32>, Sender<Done<f32>>)> for Job {
 
 /// A communicator of NCCL in a thread of its own, which ends with it.
 struct Communicator {
-    jobs: Sender<Job>,
+    /// None once the group is dropped.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Communicator {
@@ -135,20 +148,25 @@ impl Communicator {
         let body = move || {
             let bound = stream.context().bind_to_thread().map_err(fault);
             let communicator =
-                bound.and_then(|()| Comm::from_rank(stream, rank, size, id).map_err(fault));
+                bound.and_then(|()| Comm::from_rank(stream.clone(), rank, size, id).map_err(fault));
             match communicator {
                 Ok(communicator) => {
                     let _ = started.send(Ok(()));
                     serve(&communicator, &waiting);
+                    // A communicator that is dropped aborts the sums that still run.
+                    let _ = stream.synchronize();
                 }
                 Err(e) => {
                     let _ = started.send(Err(e));
                 }
             }
         };
-        thread::Builder::new().name("NCCL".into()).spawn(body)?;
+        let thread = thread::Builder::new().name("NCCL".into()).spawn(body)?;
         match outcome.recv_timeout(TIME_LIMIT) {
-            Ok(Ok(())) => Ok(Self { jobs }),
+            Ok(Ok(())) => Ok(Self {
+                jobs: Some(jobs),
+                thread: Some(thread),
+            }),
             Ok(Err(e)) => Err(e),
             Err(_) => bail!("{LAYER}: expected all ranks to start NCCL within {TIME_LIMIT:?}"),
         }
@@ -159,7 +177,8 @@ impl Communicator {
         Job: From<(CudaSlice<T>, Sender<Done<T>>)>,
     {
         let (done, sum) = channel();
-        let sent = self.jobs.send((values, done).into()).is_ok();
+        let jobs = self.jobs.as_ref();
+        let sent = jobs.is_some_and(|jobs| jobs.send((values, done).into()).is_ok());
         match sum.recv() {
             Ok(sum) if sent => sum,
             _ => bail!("{LAYER}: expected the thread of NCCL to go on, got its end"),

@@ -19,8 +19,9 @@ pub(crate) type SumNode = fn(&Tensor, Vec<f64>, &RankSum) -> Result<Tensor>;
 pub(crate) struct SumNodes {
     /// That the host has formed.
     pub(crate) formed: SumNode,
-    /// That the node forms itself, in the memory of the device: `[n]` in `f64` there.
-    pub(crate) in_place: fn(&Tensor, &RankSum) -> Result<Tensor>,
+    /// That the node forms itself, in the memory of the device, `[n]` in `f64` there: by the first
+    /// name forward, by the second backward.
+    pub(crate) in_place: fn(&Tensor, [&RankSum; 2]) -> Result<Tensor>,
 }
 
 /// A sum over the ranks of a group, by the name that its calls have.
@@ -207,13 +208,20 @@ impl Synchronized {
             }
             First::Again => "norm.sums_again",
         };
-        (self.nodes.in_place)(contributed, &self.sum(name))
+        let names = [&self.sum(name), &self.sum("norm.sums_backward")];
+        (self.nodes.in_place)(contributed, names)
     }
 
     /// The sums of `off`, as constants, and those of `squares`.
     fn second_in_place(&self, off: &Tensor, squares: &Tensor) -> Result<(Tensor, Tensor)> {
         let both = Tensor::cat(&[&off.detach(), squares], 0)?;
-        let both = (self.nodes.in_place)(&both, &self.sum("norm.squares"))?;
+        let both = {
+            let names = [
+                &self.sum("norm.squares"),
+                &self.sum("norm.squares_backward"),
+            ];
+            (self.nodes.in_place)(&both, names)?
+        };
         let channels = off.elem_count();
         let sums = both.narrow(0, 0, channels)?.detach();
         Ok((sums, both.narrow(0, channels, channels)?))
@@ -442,7 +450,10 @@ impl Synchronized {
         let local = self.wide(&Tensor::cat(&[&dweight, &dbias], 0)?)?;
         let sum = self.sum("norm.backward");
         let sums = match self.is_in_place(x) {
-            true => (self.nodes.in_place)(&local, &sum)?,
+            true => {
+                let backward = self.sum("norm.backward_backward");
+                (self.nodes.in_place)(&local, [&sum, &backward])?
+            }
             false => {
                 let sums = sum.of(host::vector(&local.detach())?)?;
                 (self.nodes.formed)(&local, sums, &self.sum("norm.backward_backward"))?

@@ -93,28 +93,31 @@ impl InplaceOp1 for SumInPlace<'_> {
 }
 
 /// A node of sums in the memory of a device.
-struct SummedInPlace(RankSum);
+struct SummedInPlace {
+    forward: RankSum,
+    backward: RankSum,
+}
 
 /// The sums over all ranks of what they `contributed`, `[n]` in `f64`, on the device of that. The
 /// gradient of the contribution is the sum over all ranks of their gradients.
-fn in_place(contributed: &Tensor, by: &RankSum) -> Result<Tensor> {
-    contributed
-        .contiguous()?
-        .apply_op1(SummedInPlace(by.clone()))
+fn in_place(contributed: &Tensor, names: [&RankSum; 2]) -> Result<Tensor> {
+    let [forward, backward] = names.map(RankSum::clone);
+    let node = SummedInPlace { forward, backward };
+    contributed.contiguous()?.apply_op1(node)
 }
 
 impl SummedInPlace {
     fn op(&self) -> SumInPlace<'_> {
         SumInPlace {
-            group: &*self.0.group,
-            name: self.0.name,
+            group: &*self.forward.group,
+            name: self.forward.name,
         }
     }
 }
 
 impl CustomOp1 for SummedInPlace {
     fn name(&self) -> &'static str {
-        self.0.name
+        self.forward.name
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -123,7 +126,7 @@ impl CustomOp1 for SummedInPlace {
         let range = layout.start_offset()..layout.start_offset() + shape.elem_count();
         match own {
             CpuStorage::F64(all) => Ok((CpuStorage::F64(all[range].to_vec()), shape)),
-            _ => messages::internal(self.0.name, "values in F64"),
+            _ => messages::internal(self.forward.name, "values in F64"),
         }
     }
 
@@ -141,6 +144,6 @@ impl CustomOp1 for SummedInPlace {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        in_place(dy, &self.0).map(Some)
+        in_place(dy, [&self.backward; 2]).map(Some)
     }
 }
