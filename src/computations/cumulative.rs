@@ -159,10 +159,16 @@ impl Cumulative {
             m2: by_sample(m2)?,
         };
         if let Some(before) = &self.before {
-            let none = runs.mean.narrow(1, 0, 1)?.detach().zeros_like()?;
+            // What the origin, their mean, was rounded by.
+            let wide = x.dtype() == candle_core::DType::F64;
+            let low = |m: &Earlier| match wide {
+                true => m.mean_error,
+                false => m.mean - f64::from(m.mean as f32) + m.mean_error,
+            };
+            let low = line(before.iter().map(low), &x)?.reshape((outer, 1))?;
             let m2 = line(before.iter().map(|m| m.m2), &x)?.reshape((outer, 1))?;
             runs.counts.insert(0, before[0].count);
-            runs.mean = Tensor::cat(&[&none, &runs.mean], 1)?;
+            runs.mean = Tensor::cat(&[&low, &runs.mean], 1)?;
             runs.m2 = Tensor::cat(&[&m2, &runs.m2], 1)?;
         }
         let runs = runs.all()?;

@@ -32,7 +32,8 @@ pub struct BatchRenormOptions {
     pub dmax: f64,
     /// Batches that are normalized as BatchNorm does it before the correction begins, by which
     /// time the running statistics mean something. CrossQ has 100 000. Default: 5000, as in the
-    /// paper.
+    /// paper. A file without `num_batches_tracked` begins at 0: set it to 0 for statistics that are
+    /// trained already.
     pub warmup_steps: u64,
     /// Learned parameters. Default: weight and bias.
     pub affine: Affine,

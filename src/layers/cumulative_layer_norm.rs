@@ -5,7 +5,7 @@ use candle_nn::{Module, VarBuilder};
 
 use super::norm::Norm;
 use super::params::{Affine, AffineParams};
-use crate::ops::{self, CumulativeState, Modulation, check, modulate_in};
+use crate::ops::{self, CumulativeState, Modulation, check};
 
 const LAYER: &str = "CumulativeLayerNorm";
 
@@ -172,7 +172,9 @@ impl CumulativeLayerNorm {
     /// # Errors
     /// As [`forward_modulated`](Self::forward_modulated).
     pub fn forward_modulated_by(&self, xs: &Tensor, modulation: &Modulation) -> Result<Tensor> {
-        modulate_in(LAYER, &self.forward(xs)?, modulation, None)
+        self.check_channels(xs)?;
+        let params = [self.weight(), self.bias()];
+        ops::modulated_cumulative_layer_norm(xs, params, self.options.eps, modulation)
     }
 
     fn check_channels(&self, xs: &Tensor) -> Result<()> {

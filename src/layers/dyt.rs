@@ -63,7 +63,11 @@ impl NormOptions for DyTOptions {
     const NAMES: Names = Names::new(&["dyt", "dynamictanh"], &[], false);
 
     fn parse(argument: Option<&str>) -> Option<Self> {
-        argument.is_none().then(Self::default)
+        match argument {
+            None => Some(Self::default()),
+            Some("erf") => Some(Self::derf()),
+            Some(_) => None,
+        }
     }
 
     fn has_bias(&self) -> bool {
@@ -106,10 +110,12 @@ pub struct DyT {
     /// Of Derf.
     shift: Option<Tensor>,
     params: AffineParams,
+    num_channels: usize,
     options: DyTOptions,
 }
 
-/// A [`DyT`] over `num_channels`, its parameters taken from `vb`.
+/// A [`DyT`] over `num_channels`, its parameters taken from `vb`. A number in place of the options
+/// is `alpha`; there is no ε.
 ///
 /// Parameters: `alpha` (also found as `pre_tanh_scale`), of shape `[1]`, or without axes in a file;
 /// `s` (also `shift`) of the same shape, of Derf; `weight` (`gamma`, `scale`) and `bias` (`beta`),
@@ -142,6 +148,7 @@ pub fn dyt(num_channels: usize, options: impl Into<DyTOptions>, vb: VarBuilder) 
         alpha: params::get(&vb, 1, ALPHA, options.alpha)?,
         shift: (options.function == Squash::Erf).then(shift).transpose()?,
         params: AffineParams::new(LAYER, &vb, num_channels, options.affine, 1.)?,
+        num_channels,
         options,
     })
 }
@@ -184,6 +191,10 @@ impl Module for DyT {
     /// An input of another number of channels, dtype or device.
     fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let first = self.options.channels_first;
+        match first {
+            true => check::channels_first(LAYER, xs, self.num_channels)?,
+            false => check::features(LAYER, xs, self.num_channels)?,
+        }
         let (alpha, weight, bias) = (&self.alpha, self.weight(), self.bias());
         match self.options.function {
             Squash::Tanh => ops::dyt(xs, alpha, weight, bias, first),

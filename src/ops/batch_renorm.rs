@@ -1,12 +1,12 @@
 //! Batch normalization that is corrected towards running statistics.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::batch_norm::{BatchStatistics, batch_norm_with};
 use super::check;
 use super::modulation::{Features, Scaling};
 use crate::computations::{ChannelAxes, PlaneMoments, composed};
-use crate::graph;
+use crate::graph::{self, Route};
 
 const LAYER: &str = "BatchRenorm";
 
@@ -174,16 +174,22 @@ fn correction(
     let [batch_mean, batch_var] = moments(&x.detach())?;
     let wide = |t: &Tensor| t.detach().to_dtype(batch_mean.dtype());
     let inv_std = (wide(var)? + eps)?.sqrt()?.recip()?;
-    let r = ((batch_var + eps)?.sqrt()? * &inv_std)?.clamp(1. / rmax, rmax)?;
-    let d = ((&batch_mean - wide(mean)?)? * inv_std)?.clamp(-dmax, dmax)?;
+    let r = clipped(((batch_var + eps)?.sqrt()? * &inv_std)?, [1. / rmax, rmax])?;
+    let d = clipped(((&batch_mean - wide(mean)?)? * inv_std)?, [-dmax, dmax])?;
     let Some(share) = share else {
         return Ok([r, d]);
     };
-    let share = share.to_dtype(r.dtype())?;
+    // A choice and no product: what is not finite has no effect before it counts.
+    let share = share.broadcast_as(r.shape())?;
     Ok([
-        (r - 1.)?.broadcast_mul(&share)?.affine(1., 1.)?,
-        d.broadcast_mul(&share)?,
+        share.where_cond(&r, &r.ones_like()?)?,
+        share.where_cond(&d, &d.zeros_like()?)?,
     ])
+}
+
+/// `t` within bounds; NaN stays NaN, which candle's `clamp` on a GPU makes a bound.
+fn clipped(t: Tensor, [least, most]: [f64; 2]) -> Result<Tensor> {
+    t.ne(&t)?.where_cond(&t, &t.clamp(least, most)?)
 }
 
 /// The mean and the biased variance of each channel, `[C]` each, in `f64`.
@@ -193,7 +199,11 @@ fn moments(x: &Tensor) -> Result<[Tensor; 2]> {
         channels,
         inner,
     } = ChannelAxes::of(x);
-    let x = x.contiguous()?;
+    // On the composed path, the mean is as precise as its dtype.
+    let x = match graph::route(LAYER, x)? {
+        Route::Fused(_) => x.contiguous()?,
+        Route::Composed => x.to_dtype(DType::F64)?.contiguous()?,
+    };
     // Of rows of a channel: where there is no space, all samples are one.
     let (rows, outer, inner) = match inner {
         1 => (

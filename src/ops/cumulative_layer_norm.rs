@@ -6,6 +6,7 @@ use candle_core::{Result, Tensor, bail};
 
 use super::check;
 use super::masked::wide_params;
+use super::modulation::{Modulation, modulate_in};
 use super::moments::{Moments, moments};
 use crate::computations::{ChannelAxes, Cumulative, Earlier, Places, ScaleAdd, Third, composed};
 use crate::graph;
@@ -78,6 +79,28 @@ pub fn cumulative_layer_norm(
     eps: f64,
 ) -> Result<Tensor> {
     normalized(x, weight, bias, eps, None)
+}
+
+/// [`cumulative_layer_norm`] with a modulation after it, in the accumulator's dtype up to the end,
+/// so that the result is rounded once.
+pub(crate) fn modulated_cumulative_layer_norm(
+    x: &Tensor,
+    params: [Option<&Tensor>; 2],
+    eps: f64,
+    modulation: &Modulation,
+) -> Result<Tensor> {
+    check::input(LAYER, x, &[])?;
+    let acc = composed::accumulator(x.dtype());
+    let wide = |t: Option<&Tensor>| t.map(|t| t.to_dtype(acc)).transpose();
+    let [weight, bias] = wide_params(x, params)?;
+    let (scale, shift) = (wide(modulation.scale)?, wide(modulation.shift)?);
+    let modulation = Modulation {
+        scale: scale.as_ref(),
+        shift: shift.as_ref(),
+        ..*modulation
+    };
+    let y = cumulative_layer_norm(&x.to_dtype(acc)?, weight.as_ref(), bias.as_ref(), eps)?;
+    modulate_in(LAYER, &y, &modulation, None)?.to_dtype(x.dtype())
 }
 
 /// [`cumulative_layer_norm`] of the part `x` of a stream, and the state after it. No gradient leads

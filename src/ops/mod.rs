@@ -46,8 +46,10 @@ pub use batch_norm::{
 pub(crate) use batch_norm::{batch_norm_with, normalize_with};
 pub use batch_renorm::{RenormOptions, batch_renorm};
 pub(crate) use batch_renorm::{Share, batch_renorm_with};
-pub(crate) use cumulative_layer_norm::cumulative_layer_norm_from;
 pub use cumulative_layer_norm::{CumulativeState, cumulative_layer_norm};
+pub(crate) use cumulative_layer_norm::{
+    cumulative_layer_norm_from, modulated_cumulative_layer_norm,
+};
 pub use dynamic::{derf, dyt};
 pub use gated_rms_norm::{Gate, GatedRmsNormOptions, gated_rms_norm};
 pub use ghost_batch_norm::ghost_batch_norm;

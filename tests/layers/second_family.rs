@@ -809,3 +809,80 @@ fn threads_lose_no_update() -> Result<()> {
     assert_eq!((count(&ghost)?, count(&renorm)?), (96, 32));
     Ok(())
 }
+
+/// A mean of ten thousand deviations: the part of the mean that the dtype lacks matters.
+#[test]
+fn large_means_cost_no_digits() -> Result<()> {
+    let x = (noise((2, 4, 12), DType::F64)? + 1e4)?.to_dtype(DType::F32)?;
+    let wide = x.to_dtype(DType::F64)?;
+    let parts = |t: &Tensor, dtype| -> Result<Vec<f64>> {
+        let norm = cumulative_layer_norm(4, 1e-8, vb(&VarMap::new(), dtype))?;
+        let mut state = CumulativeState::new();
+        norm.forward_stream(&t.narrow(2, 0, 5)?, &mut state)?;
+        values(&norm.forward_stream(&t.narrow(2, 5, 7)?, &mut state)?)
+    };
+    let want = parts(&wide, DType::F64)?;
+    let options = BatchRenormOptions {
+        warmup_steps: 0,
+        ..Default::default()
+    };
+    let renorm = |t: &Tensor, dtype| -> Result<Vec<f64>> {
+        let norm = batch_renorm(4, options, vb(&VarMap::new(), dtype))?;
+        // Far from the batch by less than dmax: the distance has few digits of the mean.
+        renewed(&norm, [9999., 1.])?;
+        values(&norm.forward_t(t, true)?)
+    };
+    let renormed = renorm(&wide, DType::F64)?;
+    for path in PATHS {
+        with_path(path, || -> Result<()> {
+            let got = tensor(&parts(&x, DType::F32)?, &[want.len()], DType::F64)?;
+            assert_close(&format!("a part, {path:?}"), &got, &want, 2e-6);
+            let got = tensor(&renorm(&x, DType::F32)?, &[renormed.len()], DType::F64)?;
+            assert_close(&format!("renorm, {path:?}"), &got, &renormed, 2e-6);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A modulation in half precision is rounded once, with the norm.
+#[test]
+fn modulated_cumulative_layer_norm_is_rounded_once() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F16, 6e-4), (DType::BF16, 4.5e-3)] {
+        let norm = |dtype| cumulative_layer_norm(4, 1e-5, vb(&VarMap::new(), dtype));
+        let x = noise((2, 4, 12), dtype)?;
+        // Of opposite signs, so that most of the sum cancels.
+        let scale = Tensor::full(0f32, (2, 4), &CPU)?.to_dtype(dtype)?;
+        let wide = |t: &Tensor| t.to_dtype(DType::F64);
+        let plain = norm(DType::F64)?.forward(&wide(&x)?)?;
+        let shift = (plain.detach() * -1.)?.to_dtype(dtype)?;
+        let want = norm(DType::F64)?.forward_modulated(
+            &wide(&x)?,
+            Some(&wide(&scale)?),
+            Some(&wide(&shift)?),
+        )?;
+        for path in PATHS {
+            let y = with_path(path, || {
+                norm(dtype)?.forward_modulated(&x, Some(&scale), Some(&shift))
+            })?;
+            assert_eq!(y.dtype(), dtype);
+            assert_close(&format!("{path:?}"), &y, &values(&want)?, tolerance);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dynamic_functions_without_parameters_know_their_channels() -> Result<()> {
+    let options = DyTOptions {
+        affine: Affine::None,
+        ..Default::default()
+    };
+    let layer = dyt(4, options, vb(&VarMap::new(), DType::F32))?;
+    assert_message(
+        layer.forward(&noise((2, 7), DType::F32)?),
+        &["DyT", "4", "7"],
+    );
+    assert!(layer.forward(&noise((2, 4), DType::F32)?).is_ok());
+    Ok(())
+}
