@@ -45,14 +45,14 @@ impl RenormOptions {
 
     pub(crate) fn check(&self) -> Result<()> {
         check::eps(LAYER, self.eps)?;
-        if !(self.rmax.is_finite() && self.rmax >= 1.) {
+        if !(1. ..f64::INFINITY).contains(&self.rmax) {
             bail!(
                 "{LAYER}: expected rmax to be finite and at least 1, got {}; with 1 and a dmax of \
                 0 the layer is BatchNorm",
                 self.rmax
             )
         }
-        if !(self.dmax.is_finite() && self.dmax >= 0.) {
+        if !(0. ..f64::INFINITY).contains(&self.dmax) {
             bail!(
                 "{LAYER}: expected dmax to be finite and at least 0, got {}",
                 self.dmax
