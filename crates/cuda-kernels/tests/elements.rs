@@ -37,7 +37,8 @@ fn close<T: Elem>(what: &str, got: &[f64], want: &[f64]) {
     let scale = want.iter().fold(0f64, |a, v| a.max(v.abs()));
     let of_sums = if size_of::<T>() == 8 { 1e-13 } else { 2e-6 };
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let most = of_sums * scale + 1.01 * T::ROUNDING * want.abs() + 1e-7 * T::ROUNDING;
+        // Below its least usual number f16 has the digits of that.
+        let most = of_sums * scale + 1.01 * T::ROUNDING * want.abs().max(6.2e-5);
         assert!((got - want).abs() <= most, "{what} {i}: {got} for {want}");
     }
 }
@@ -193,7 +194,7 @@ fn gated_of<T: Elem, G: Elem>(rows: usize, [len, group]: [usize; 2], before: boo
 
 #[test]
 fn gated_rows() {
-    for (rows, sizes) in [(3, [6, 3]), (2, [33, 33]), (2, [2200, 1100]), (1, [5, 1])] {
+    for (rows, sizes) in [(3, [6, 3]), (2, [33, 33]), (2, [2200, 1100]), (1, [10, 5])] {
         for before in [false, true] {
             gated_of::<f32, f32>(rows, sizes, before);
             gated_of::<f16, f16>(rows, sizes, before);
