@@ -15,6 +15,8 @@ use testkit::vars::{names, vb};
 
 const CPU: Device = Device::Cpu;
 const PATHS: [Path; 4] = [Path::Fused, Path::Composed, Path::Reference, Path::Emulated];
+/// Those that are fast enough for differences.
+const ON_THE_CPU: [Path; 3] = [Path::Fused, Path::Composed, Path::Reference];
 
 #[test]
 fn the_examples() -> Result<()> {
@@ -117,7 +119,7 @@ fn gradients_agree_with_differences() -> Result<()> {
                     let weight = has_weight.then(|| &v[v.len() - 1]);
                     ops::gated_rms_norm(&v[0], gate, weight, options)
                 };
-                for path in PATHS {
+                for path in ON_THE_CPU {
                     let report = with_path(path, || check.check(f, &inputs))?;
                     assert!(report.passed(), "{options:?} {path:?}: {report}");
                 }

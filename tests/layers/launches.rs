@@ -221,7 +221,9 @@ fn a_switch_norm_is_kernels_alone() -> Result<()> {
                 "update_running",
             ],
             &[
-                "planes_grad_fit",
+                "planes_grad_sums",
+                "planes_grad_merge",
+                "planes_grad_input",
                 "columns_grad_sums",
                 "columns_grad_merge",
                 "mixture_sums",
