@@ -589,7 +589,7 @@ fn mistakes_are_named_and_change_nothing() -> Result<()> {
     let bad = cumulative_layer_norm(3, -1., vb(&VarMap::new(), DType::F64));
     assert_message(bad, &["CumulativeLayerNorm", "eps"]);
     let layer = dyt(3, 0.5, vb(&VarMap::new(), DType::F64))?;
-    assert_message(layer.forward(&x), &["DyT", "3", "[2, 4]"]);
+    assert_message(layer.forward(&x), &["DyT", "3 features", "[2, 3, 4]"]);
     let bad = dyt(3, f64::NAN, vb(&VarMap::new(), DType::F64));
     assert_message(bad, &["DyT", "alpha"]);
     let two = noise(2, DType::F64)?;
