@@ -26,8 +26,8 @@ pub enum Path {
     Auto,
     /// The fused kernels of the CPU, and with the feature `cuda` those of NVIDIA GPUs, forward and
     /// backward: `f16`, `bf16`, `f32`, `f64`. On GPUs, [`DyT`](crate::DyT),
-    /// [`CumulativeLayerNorm`](crate::CumulativeLayerNorm), and scales and shifts of each feature of
-    /// each of more than 65 535 samples have no kernels and are composed.
+    /// [`CumulativeLayerNorm`](crate::CumulativeLayerNorm), and scales and shifts of each feature
+    /// of each of more than 65 535 samples have no kernels and are composed.
     Fused,
     /// candle's tensor operations: every device, every dtype, differentiable to any order.
     Composed,

@@ -455,7 +455,8 @@ impl BatchNorm {
     /// ([`broadcast_vars`](crate::distributed::broadcast_vars)), they stay equal.
     ///
     /// Each forward in training takes two sums over ranks, of C numbers and of 2 C, and each
-    /// backward one of 2 C (two where a group sums in the memory of devices). Inference takes none, also without running statistics. The gradient of
+    /// backward one of 2 C (two where a group sums in the memory of devices). Inference takes
+    /// none, also without running statistics. The gradient of
     /// the input is that of the loss of all ranks; those of weight and bias are the part of this
     /// rank, to be summed with all other gradients
     /// ([`sum_gradients`](crate::distributed::sum_gradients)): **the loss of a rank is the sum over

@@ -148,8 +148,8 @@ impl Channels {
 impl<L: Launcher> On<Cuda<L>> for Channels {
     type Saved = Saved<L>;
 
-    /// Between the kernels, the host sends the sums. A group that sums on devices takes the composed
-    /// form, which copies nothing.
+    /// Between the kernels, the host sends the sums. A group that sums on devices takes the
+    /// composed form, which copies nothing.
     fn is_carried_out(&self) -> bool {
         !matches!(&self.source, Source::Synchronized(by) if by.sums_on_devices())
     }
