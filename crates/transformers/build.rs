@@ -120,7 +120,7 @@ const SD3: [(&str, &str); 9] = [
     fn modulated(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
         let outside = candle_norm::Modulation::new(Some(scale), Some(shift));
         let size = x.dim(D::Minus1)?;
-        candle_norm::ops::modulated_layer_norm(x, size, None, None, self.eps, &outside)
+        candle_norm::ops::modulated_layer_norm(x, size, [None, None], self.eps, &outside)
     }
 }
 
