@@ -53,7 +53,11 @@ pub static FUNCTIONS: &[Function] = &[
             let size = last(t[0].dims());
             let options = GatedRmsNormOptions {
                 gate: Gate::Before,
-                group_size: Some(if size.is_multiple_of(3) { size / 3 } else { size }),
+                group_size: Some(if size.is_multiple_of(3) {
+                    size / 3
+                } else {
+                    size
+                }),
                 ..1e-2.into()
             };
             ops::gated_rms_norm(&t[0], Some(&t[1]), Some(&t[2]), options)
