@@ -5,8 +5,8 @@
 //! cargo bench --bench ranks -- --quick     # whether it runs; the figures mean nothing
 //! ```
 //!
-//! `one rank` is the layer in a group of one, as a program runs without `mpirun`. `two, alone` has a
-//! group of two whose sums are those of this rank: the passes apart from each other, as several
+//! `one rank` is the layer in a group of one, as a program runs without `mpirun`. `two, alone` has
+//! a group of two whose sums are those of this rank: the passes apart from each other, as several
 //! ranks need them, without the time of a network. Columns are multiples of the plain layer's time,
 //! the medians of turns that alternate. The bench fails where one rank costs more than 1.1.
 

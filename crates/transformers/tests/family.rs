@@ -66,8 +66,8 @@ fn agree(what: &str, ours: &Tensor, candles: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// A builder of variables, which are made by the first model that asks for them. candle's norms have
-/// no f64 on contiguous inputs: models that have one are compared in f32.
+/// A builder of variables, which are made by the first model that asks for them. candle's norms
+/// have no f64 on contiguous inputs: models that have one are compared in f32.
 fn variables(dtype: DType) -> (VarMap, VarBuilder<'static>) {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &CPU);

@@ -2,8 +2,8 @@
 //!
 //! The launches of a computation are written once, over a [`Launcher`]. The driver is one, under
 //! the feature `cuda`; the emulator of the tests is another, under the feature `internals`. Nothing
-//! here copies to the host or waits for the device, but that synchronized statistics pass through the
-//! host on their way to other ranks.
+//! here copies to the host or waits for the device, except for synchronized statistics, which pass
+//! through the host on their way to other ranks.
 
 #[cfg_attr(not(feature = "internals"), allow(unreachable_pub))]
 pub(crate) mod asked;
