@@ -62,19 +62,41 @@ fn parameter(arg: Option<Arg>) -> Result<Option<Vec<f64>>> {
 /// The values, each rounded once to `dtype`.
 fn stored(values: Vec<f64>, dtype: DType) -> Result<CpuStorage> {
     Ok(match dtype {
-        DType::F16 => CpuStorage::F16(values.into_iter().map(f16::from_f64).collect()),
-        DType::BF16 => CpuStorage::BF16(values.into_iter().map(bf16::from_f64).collect()),
+        DType::F16 => CpuStorage::F16(
+            values
+                .into_iter()
+                .map(|v| f16::from_f32(to_odd(v)))
+                .collect(),
+        ),
+        DType::BF16 => CpuStorage::BF16(
+            values
+                .into_iter()
+                .map(|v| bf16::from_f32(to_odd(v)))
+                .collect(),
+        ),
         DType::F32 => CpuStorage::F32(values.into_iter().map(|v| v as f32).collect()),
         DType::F64 => CpuStorage::F64(values),
         _ => messages::internal("reference", "a dtype of floating point")?,
     })
 }
 
+/// `v` in `f32`, with an odd last bit where it is not exact, so that a rounding to half precision
+/// after it is the only one (Boldo and Melquiond, 2008). `half` rounds an `f64` as if its last 32
+/// bits were zeros.
+fn to_odd(v: f64) -> f32 {
+    let nearest = v as f32;
+    if f64::from(nearest) == v || !nearest.is_finite() {
+        return nearest;
+    }
+    let is_beyond = f64::from(nearest).abs() > v.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(is_beyond)) | 1)
+}
+
 /// `v` rounded to `dtype`.
 fn rounded(v: f64, dtype: DType) -> f64 {
     match dtype {
-        DType::F16 => f16::from_f64(v).to_f64(),
-        DType::BF16 => bf16::from_f64(v).to_f64(),
+        DType::F16 => f16::from_f32(to_odd(v)).to_f64(),
+        DType::BF16 => bf16::from_f32(to_odd(v)).to_f64(),
         DType::F32 => f64::from(v as f32),
         _ => v,
     }
@@ -107,5 +129,33 @@ impl Sum {
             true => self.total + self.lost,
             false => self.total,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn half_precision_is_rounded_once() {
+        // Just above the middle of two numbers, by a bit that `f32` has, and by one that it lacks.
+        for above in [2f64.powi(-23), 2f64.powi(-40)] {
+            for sign in [1., -1.] {
+                let of = |v: f64, dtype| rounded(sign * v, dtype) * sign;
+                assert_eq!(
+                    of(1. + 2f64.powi(-8) + above, DType::BF16),
+                    1. + 2f64.powi(-7)
+                );
+                assert_eq!(of(1. + 2f64.powi(-8), DType::BF16), 1.);
+                assert_eq!(
+                    of(1. + 2f64.powi(-11) + above, DType::F16),
+                    1. + 2f64.powi(-10)
+                );
+                assert_eq!(of(1. + 2f64.powi(-11), DType::F16), 1.);
+                assert_eq!(of(1. + 2f64.powi(-8) - above, DType::BF16), 1.);
+            }
+        }
+        assert!(rounded(f64::NAN, DType::F16).is_nan());
+        assert_eq!(rounded(1e300, DType::BF16), f64::INFINITY);
     }
 }
