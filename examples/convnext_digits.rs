@@ -34,7 +34,7 @@ const BLOCKS: usize = 4;
 const BATCH: usize = 32;
 const EPOCHS: usize = 10;
 const LEARNING_RATE: f64 = 3e-3;
-/// What LayerScale starts from.
+/// Start of LayerScale.
 const SCALE: f64 = 0.1;
 /// Of the test digits, in percent.
 const REACHES: f32 = 94.;
@@ -45,7 +45,7 @@ struct Options {
     /// Leave out global response norm
     #[arg(long)]
     no_grn: bool,
-    /// What LayerScale starts from
+    /// Start of LayerScale
     #[arg(long, default_value_t = SCALE)]
     scale: f64,
     /// Learning rate of the first step; it falls to zero

@@ -53,7 +53,7 @@ const PROVES: f32 = 60.;
 /// Trains a classifier with and without spectral norm, and measures its slope.
 #[derive(Debug, Parser)]
 struct Options {
-    /// What the logits are multiplied by
+    /// Factor of the logits
     #[arg(long, default_value_t = FACTOR)]
     factor: f64,
     /// A few steps: a look within seconds
@@ -160,7 +160,7 @@ impl ModuleT for Net {
     }
 }
 
-/// What was measured of a trained network; shares of the test digits are in percent.
+/// Measurements of a trained network; shares of the test digits are in percent.
 struct Measured {
     right: f32,
     steepest: f32,

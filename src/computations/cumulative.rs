@@ -12,7 +12,7 @@ use super::{Args, ChannelAxes, Composed, Computation, Gradients};
 pub(crate) struct Earlier {
     pub(crate) count: f64,
     pub(crate) mean: f64,
-    /// What the mean was rounded by.
+    /// Rounding error of the mean.
     pub(crate) mean_error: f64,
     /// The sum of squared distances from the mean.
     pub(crate) m2: f64,

@@ -1,6 +1,6 @@
 //! A training step is captured as a CUDA graph, and replayed.
 //!
-//! What the graph computes is copied into variables that were there before: no memory of the graph
+//! Results of the graph are copied into variables that were there before: no memory of the graph
 //! outlives a replay. Streams are one alone, so that no event of another is waited for.
 #![allow(unsafe_code)]
 
@@ -75,7 +75,7 @@ impl Training {
     }
 }
 
-/// What a step of a layer leaves after two replays of its graph, and after two steps.
+/// State that a step of a layer leaves after two replays of its graph, and after two steps.
 fn check(form: &Form, dtype: DType, device: &Device) -> Result<()> {
     let cuda = device.as_cuda_device()?;
     let stream = cuda.cuda_stream();

@@ -282,7 +282,7 @@ const UNCOUNTED: [&str; 7] = [
     "synchronize",
 ];
 
-/// What a layer reads on the host goes through `candle_norm_support::host`, which tests record.
+/// Layers read on the host through `candle_norm_support::host`, which tests record.
 #[test]
 fn copies_to_the_host_are_counted() {
     let mut broken = vec![];

@@ -1,4 +1,4 @@
-//! What the layers ask of a GPU: the launches of a step, and no copy to the host.
+//! Requests of the layers to a GPU: the launches of a step, and no copy to the host.
 //!
 //! `asked` counts while the kernels run on the emulator, whose tensors it takes for those of a GPU.
 //! `tests/docs/architecture.rs` has what the sources must not say, so that nothing reaches the host
@@ -244,7 +244,7 @@ fn inference_keeps_no_statistics_and_is_one_launch() -> Result<()> {
     Ok(())
 }
 
-/// What a forward and the backward of all that it depends on ask for on the emulator.
+/// Requests of a forward, and of the backward of all that it depends on, to the emulator.
 fn asked_by_step(x: &Tensor, forward: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Asked> {
     let (step, asked) = asked(|| {
         with_path(Path::Emulated, || {

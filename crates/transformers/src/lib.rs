@@ -23,7 +23,7 @@ included!("converted": blocks convnext llama mamba2 model projections quantized_
 #[cfg(converted)]
 included!("converted": vit with_tracing);
 
-/// What the images of a Flux go through, whichever norms it has.
+/// The path of the images through a Flux, whichever norms it has.
 #[cfg(converted)]
 pub trait WithForward {
     fn forward(

@@ -7,7 +7,7 @@ use crate::backend::{Backward, Forward, On};
 use crate::computations::{Args, Cumulative, Earlier, Gradients};
 use candle_norm_kernels::{AffinePair, Mean, Moments, Order, Shape, Statistics, Stats};
 
-/// What every position of every sample was normalized by.
+/// Statistics that each position of each sample was normalized by.
 pub(crate) struct Scanned {
     stats: Vec<Stats>,
     /// The number of values, by position.

@@ -69,7 +69,7 @@ impl<'a, L: Launcher> Call<'a, L> {
             .maybe_read(by.third.as_ref())
     }
 
-    /// What a kernel that reads a tensor is told of its form; `more` of planes alone.
+    /// Arguments of a kernel that reads a tensor, by its form; `more` of planes alone.
     fn pass<const N: usize>(self, form: Form, more: [u64; N]) -> Self {
         match form {
             Form::Planes(planes, _) => self
@@ -80,7 +80,7 @@ impl<'a, L: Launcher> Call<'a, L> {
         }
     }
 
-    /// What a kernel that merges parts is told of a form.
+    /// Arguments of a kernel that merges parts, by their form.
     fn merge(self, form: Form) -> Self {
         match form {
             Form::Planes(planes, _) => self.sizes([planes.channels]).parts(planes.parts()),
@@ -367,7 +367,7 @@ pub(super) fn grad_input<L: Launcher>(
     Ok(dx)
 }
 
-/// What a merge of sums gives, as far as it is wanted.
+/// Results of a merge of sums, as far as they are wanted.
 pub(super) struct Merged<S> {
     pub(super) dweight: Option<S>,
     pub(super) dbias: Option<S>,

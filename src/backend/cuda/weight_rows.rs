@@ -19,7 +19,7 @@ pub(crate) struct Norms<S> {
     scale: S,
 }
 
-/// What a forward of rows and lengths is asked for.
+/// Outputs of a forward of rows and lengths.
 pub(super) struct Lengthened<'a, S> {
     pub(super) shape: Weight,
     /// One where there is none.

@@ -4,7 +4,7 @@
 use super::slots::by_team;
 use crate::{Launch, Types};
 
-/// What keeps the lengths of short rows from zero, by the number that kernels know it by.
+/// Lower bound of the lengths of rows, by the number that kernels know it by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
 pub enum Floor {

@@ -1,4 +1,4 @@
-//! What sums over ranks cost: measured on this machine, fitted by a model, and what the model says
+//! Costs of sums over ranks: measured on this machine, fitted by a model, and what the model says
 //! about a thousand ranks.
 //!
 //! ```text

@@ -1,4 +1,4 @@
-//! What a rank measures, in jobs that this program starts of itself by `mpirun`.
+//! Measurements of a rank, in jobs that this program starts of itself by `mpirun`.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -178,7 +178,7 @@ pub(crate) fn output(times: usize, mut command: impl FnMut() -> Command) -> Resu
     Ok(texts.swap_remove(0))
 }
 
-/// What a job of so many ranks measures, started `times` times at once.
+/// Measurements of a job of so many ranks, started `times` times at once.
 pub(crate) fn measured(job: Job, ranks: usize, times: usize) -> Result<Vec<(f64, f64)>> {
     let program = std::env::current_exe()?;
     let text = output(times, || {
