@@ -9,7 +9,7 @@ use super::launches::{
     Affine, By, Form, Spread, alloc_backs, grad_input, grad_sums, own, own_and_normalized,
 };
 use super::operands::dtype;
-use super::pointwise::{Behind, Elements, Through};
+use super::pointwise::Elements;
 use super::statistics::Moments;
 use super::{Cuda, Device, Launcher, Operand, View};
 use crate::backend::{Backward, Forward, On, Statistics};
@@ -179,26 +179,18 @@ impl<L: Launcher> On<Cuda<L>> for Groups {
         let bias = device.maybe_param(from.bias, dtype(types.param()))?;
         let affine = Affine { weight, bias };
         let by_element = self.spread == computations::Spread::Element;
-        let behind = match by_element {
-            true => Behind::Normalization,
-            false => Behind::Affine,
-        };
-        let Through { x, grad, params } = self.elements(types, affine, saved).through(
-            device,
-            [&x, &dy],
-            behind,
-            from.params && by_element,
-        )?;
-        let acc = device.types(x.dtype(), [])?;
-        let weight = from.weight.filter(|_| !by_element);
-        let weight = device.maybe_param(weight, x.dtype())?;
-        let (both, wanted) = ([&x, &grad], from.params && !by_element);
-        let grads = self.gradients(device, acc, both, weight.as_ref(), saved, wanted)?;
-        let [dweight, dbias] = params;
-        Ok(Gradients {
-            dx: grads.dx,
-            dweight: dweight.or(grads.dweight),
-            dbias: dbias.or(grads.dbias),
+        let elements = self.elements(types, affine, saved);
+        let (both, params) = ([&x, &dy], from.params);
+        elements.gradients(device, both, from.weight, by_element, params, |wide| {
+            let weight = wide.weight.as_ref();
+            self.gradients(
+                device,
+                wide.types,
+                [&wide.x, &wide.grad],
+                weight,
+                saved,
+                wide.params,
+            )
         })
     }
 }

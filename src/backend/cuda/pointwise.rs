@@ -10,7 +10,7 @@ use candle_norm_cuda_kernels::{Launch, Types};
 
 use super::launches::{Affine, By, Form, Wanted, grads, sums_by_sample};
 use super::operands::dtype;
-use super::{Call, Device, Launcher, Operand};
+use super::{Call, Device, Launcher, Operand, View};
 use crate::computations::composed::Along;
 use crate::computations::{Activation, ChannelAxes, Gradients, Spread};
 
@@ -89,6 +89,16 @@ pub(super) struct Through<'a, S> {
     pub(super) params: [Option<S>; 2],
 }
 
+/// Arguments of the backward of a normalization alone, in the accumulator's dtype.
+pub(super) struct Wide<'a, S> {
+    pub(super) types: Types,
+    pub(super) x: Operand<'a, S>,
+    pub(super) grad: Operand<'a, S>,
+    pub(super) weight: Option<Operand<'a, S>>,
+    /// Whether the gradients of weight and bias are left to it.
+    pub(super) params: bool,
+}
+
 impl<S: BackendStorage> Elements<'_, S> {
     /// The arguments of both kernels that follow the outputs.
     fn rest<'b, L: Launcher<Storage = S>>(&'b self, call: Call<'b, L>, flags: i32) -> Call<'b, L> {
@@ -158,6 +168,43 @@ impl<S: BackendStorage> Elements<'_, S> {
             .maybe_write(dbias.as_mut());
         self.rest(call, flags).run()?;
         Ok(found)
+    }
+
+    /// The gradients of a normalization with this after it: through this first, and then through
+    /// the `normalization` alone.
+    pub(super) fn gradients<'b, L: Launcher<Storage = S>>(
+        &self,
+        device: Device<L>,
+        both: [&'b Operand<S>; 2],
+        weight: Option<View<'b, S>>,
+        by_element: bool,
+        params: bool,
+        normalization: impl FnOnce(Wide<'b, S>) -> Result<Gradients<S>>,
+    ) -> Result<Gradients<S>> {
+        let behind = match by_element {
+            true => Behind::Normalization,
+            false => Behind::Affine,
+        };
+        let through = self.through(device, both, behind, params && by_element)?;
+        let Through {
+            x,
+            grad,
+            params: own,
+        } = through;
+        let weight = weight.filter(|_| !by_element);
+        let grads = normalization(Wide {
+            types: device.types(x.dtype(), [])?,
+            weight: device.maybe_param(weight, x.dtype())?,
+            params: params && !by_element,
+            x,
+            grad,
+        })?;
+        let [dweight, dbias] = own;
+        Ok(Gradients {
+            dx: grads.dx,
+            dweight: dweight.or(grads.dweight),
+            dbias: dbias.or(grads.dbias),
+        })
     }
 
     /// The gradient at a place behind which nothing is left to go through.
